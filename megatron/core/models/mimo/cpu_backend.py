@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lets stock Megatron-Core run on CPU over gloo where no CUDA device exists.
+
+Megatron-Core names CUDA literally in a handful of places. On a machine without a CUDA device
+every one of those calls can only raise, so redirecting them to the CPU takes nothing away.
+``REDIRECTS`` lists each redirected call with a Megatron call site that needs it; there are no
+others. ``enable()`` refuses to do anything where CUDA is available, and
+``megatron.core.models.mimo`` does not even import this module there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+_TYPE_PREFIX = "torch."
+_CUDA_TYPE_PREFIX = "torch.cuda."
+_enabled = False
+
+
+@dataclass(frozen=True)
+class Redirect:
+    """One redirected call.
+
+    Attributes:
+        owner: object that carries the attribute.
+        name: attribute that is replaced.
+        make: builds the replacement from the original.
+        call_site: a Megatron-Core place that fails without it, as "file: function".
+    """
+
+    owner: Any
+    name: str
+    make: Callable[[Any], Any]
+    call_site: str
+
+
+class _NullStream:
+    """Stands for a CUDA stream or event: on CPU all work is done when the call returns."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        self.device = _CPU
+
+    def wait_stream(self, _stream: Any) -> None:
+        """Nothing to wait for."""
+
+    def wait_event(self, _event: Any) -> None:
+        """Nothing to wait for."""
+
+    def wait(self, _stream: Any = None) -> None:
+        """Nothing to wait for."""
+
+    def record(self, _stream: Any = None) -> None:
+        """Nothing to record."""
+
+    def record_event(self, _event: Any = None) -> "_NullStream":
+        """Return an event that has already happened."""
+        return self
+
+    def synchronize(self) -> None:
+        """Nothing is outstanding."""
+
+    def query(self) -> bool:
+        """Everything is done."""
+        return True
+
+    def __enter__(self) -> "_NullStream":
+        return self
+
+    def __exit__(self, *_exc: Any) -> None:
+        return None
+
+
+def _is_cuda(device: Any) -> bool:
+    """True for ``"cuda"``, ``"cuda:1"`` and ``torch.device("cuda", …)``."""
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and (device == "cuda" or device.startswith("cuda:"))
+
+
+def _constant(value: Any) -> Callable[[Any], Any]:
+    return lambda _original: lambda *_args, **_kwargs: value
+
+
+def _device_argument(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a tensor factory: a CUDA ``device=`` becomes the CPU, all else passes untouched."""
+
+    @functools.wraps(original)
+    def factory(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+            kwargs.pop("pin_memory", None)
+        return original(*args, **kwargs)
+
+    return factory
+
+
+def _tensor_to(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        args = tuple(_CPU if _is_cuda(a) else a for a in args)
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        return original(self, *args, **kwargs)
+
+    return to
+
+
+def _stay(_original: Any) -> Callable[..., Any]:
+    """``.cuda()`` on a tensor or module: already where it has to be."""
+    return lambda self, *_args, **_kwargs: self
+
+
+def _tensor_type(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``tensor.type()`` answers with CUDA's type name to Megatron's optimizers, to nobody else.
+
+    They compare the name against "torch.cuda.FloatTensor" and refuse anything else.
+    """
+
+    @functools.wraps(original)
+    def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original(self, *args, **kwargs)
+        if args or kwargs or not isinstance(answer, str):
+            return answer
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.startswith("megatron.core.optimizer") and answer.startswith(_TYPE_PREFIX):
+            return _CUDA_TYPE_PREFIX + answer.removeprefix(_TYPE_PREFIX)
+        return answer
+
+    return type_name
+
+
+def _get_rng_state(_original: Any) -> Callable[..., torch.Tensor]:
+    return lambda device=None: torch.get_rng_state()
+
+
+def _set_rng_state(_original: Any) -> Callable[..., None]:
+    return lambda state, device=None: torch.set_rng_state(state)
+
+
+def _manual_seed(_original: Any) -> Callable[[int], None]:
+    def seed(value: int) -> None:
+        # default_generator only: torch.manual_seed would call back into torch.cuda.
+        torch.default_generator.manual_seed(int(value))
+
+    return seed
+
+
+def _set_megatron_rng_state(_original: Any) -> Callable[..., None]:
+    return lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+
+
+@contextlib.contextmanager
+def _null_context(*_args: Any, **_kwargs: Any) -> Iterator[None]:
+    yield
+
+
+def _redirects() -> list[Redirect]:
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    null_stream = _NullStream()
+    cuda = torch.cuda
+    return [
+        Redirect(cuda, "current_device", _constant(_CPU), "tensor_parallel/layers.py: every weight"),
+        Redirect(cuda, "synchronize", _constant(None), "strategies/fully_parallel.py: save, load"),
+        Redirect(
+            cuda, "current_stream", _constant(null_stream), "param_and_grad_buffer.py: 0.19 grad sync"
+        ),
+        Redirect(
+            cuda, "default_stream", _constant(null_stream), "param_and_grad_buffer.py: 0.16 grad sync"
+        ),
+        Redirect(cuda, "Stream", lambda _o: _NullStream, "distributed_data_parallel.py: __init__"),
+        Redirect(cuda, "Event", lambda _o: _NullStream, "utils.py: straggler detector"),
+        Redirect(cuda, "stream", lambda _o: _null_context, "param_and_grad_buffer.py: grad sync"),
+        Redirect(cuda, "get_rng_state", _get_rng_state, "tensor_parallel/random.py: tracker.add"),
+        Redirect(
+            cuda.random, "get_rng_state", _get_rng_state, "tensor_parallel/random.py: tracker.fork"
+        ),
+        Redirect(cuda, "set_rng_state", _set_rng_state, "tensor_parallel/random.py: checkpoint"),
+        Redirect(cuda, "manual_seed", _manual_seed, "tensor_parallel/random.py: seeding"),
+        Redirect(
+            megatron_random,
+            "_set_cuda_rng_state",
+            _set_megatron_rng_state,
+            "tensor_parallel/random.py: tracker.fork",
+        ),
+        Redirect(cuda.nvtx, "range_push", _constant(None), "utils.py: nvtx_range_push"),
+        Redirect(cuda.nvtx, "range_pop", _constant(None), "utils.py: nvtx_range_pop"),
+        Redirect(torch, "tensor", _device_argument, "optimizer/clip_grads.py: total norm"),
+        Redirect(torch, "zeros", _device_argument, "pipeline_parallel/schedules.py: token count"),
+        Redirect(torch, "ones", _device_argument, "transformer/utils.py: causal mask"),
+        Redirect(torch, "empty", _device_argument, "dist_checkpointing/exchange_utils.py: exchange"),
+        Redirect(
+            torch, "empty_like", _device_argument, "dist_checkpointing/exchange_utils.py: exchange"
+        ),
+        Redirect(torch.Tensor, "to", _tensor_to, "transformer/transformer_layer.py: moe metadata"),
+        Redirect(torch.Tensor, "cuda", _stay, "models/common/embeddings/rope_utils.py: packed RoPE"),
+        Redirect(torch.nn.Module, "cuda", _stay, "callers that move a built model"),
+        Redirect(torch.Tensor, "type", _tensor_type, "optimizer/optimizer.py: parameter groups"),
+    ]
+
+
+REDIRECTS: list[Redirect] = []
+
+
+def enable() -> bool:
+    """Redirect the calls of ``REDIRECTS``; idempotent.
+
+    Returns:
+        True where the redirections are active, False where CUDA is available and nothing was
+        changed.
+    """
+    global _enabled
+    if torch.cuda.is_available():
+        return False
+    if _enabled:
+        return True
+    REDIRECTS.extend(_redirects())
+    for redirect in REDIRECTS:
+        original = getattr(redirect.owner, redirect.name)
+        setattr(redirect.owner, redirect.name, redirect.make(original))
+    # Megatron decorates its fused functions with torch.compile while it is imported; without a
+    # GPU the compiler has nothing to fuse for and would need a C++ toolchain at run time.
+    torch._dynamo.config.disable = True
+    _enabled = True
+    return True
+
+
+def is_enabled() -> bool:
+    """True when this process runs Megatron-Core on the CPU through this module."""
+    return _enabled
