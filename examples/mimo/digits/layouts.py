@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which pairs of layouts fit: pure integers, no torch.
+
+:func:`misfits` lists what does not fit, with the numbers; :func:`suggest` finds the nearest pair
+that does; :func:`check_layouts` puts both into one sentence.
+
+>>> print(suggestion(Pair(Layout(tp=2, dp=4), Layout(tp=2, cp=2, dp=4)), Limits(64)))
+--vision tp=2,dp=4 --language tp=2,cp=2,dp=2
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from errors import JobError
+
+MAX_RANKS = 16_384
+_AXES = {"vision": ("tp", "dp"), "language": ("tp", "cp", "dp")}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of one module's axes; ``str(layout)`` is what the command line takes."""
+
+    tp: int = 1
+    cp: int = 1
+    dp: int = 1
+
+    @property
+    def size(self) -> int:
+        """Ranks that the layout spans."""
+        return self.tp * self.cp * self.dp
+
+    def __str__(self) -> str:
+        cp = f"cp={self.cp}," if self.cp > 1 else ""
+        return f"tp={self.tp},{cp}dp={self.dp}"
+
+    @classmethod
+    def parse(cls, text: str, module: str) -> Layout:
+        """Read ``"tp=2,cp=2,dp=2"``; an axis that is left out is 1.
+
+        Raises:
+            JobError: for an unknown or repeated axis and for anything but whole numbers from 1.
+        """
+        sizes: dict[str, int] = {}
+        known = (*_AXES[module], *(("cp",) if module == "vision" else ()))
+        for part in text.split(","):
+            axis, equals, number = (piece.strip() for piece in part.partition("="))
+            if not equals or axis not in known:
+                raise JobError(
+                    f"--{module} {text!r}: {part.strip()!r} is not an axis and its size; "
+                    f"the axes are {', '.join(_AXES[module])}, as in {_example(module)}"
+                )
+            if axis in sizes:
+                raise JobError(f"--{module} {text!r}: {axis} is given twice; give it once")
+            whole = number.isascii() and number.isdecimal() and len(number) < 10
+            if not whole or not 1 <= int(number) <= MAX_RANKS:
+                raise JobError(
+                    f"--{module} {text!r}: {axis} must be a whole number from 1 to {MAX_RANKS}, "
+                    f"got {number!r}, as in {_example(module)}"
+                )
+            sizes[axis] = int(number)
+        return cls(**sizes)
+
+
+def _example(module: str) -> str:
+    return f"--{module} " + ",".join(f"{axis}=2" for axis in _AXES[module])
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both modules' layouts."""
+
+    vision: Layout
+    language: Layout
+
+    def __str__(self) -> str:
+        return f"--vision {self.vision} --language {self.language}"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the layouts must divide.
+
+    Attributes:
+        global_batch_size: samples per step over all ranks and microbatches.
+        micro_batches: microbatches per step.
+        eval_batch_size: samples per held-out batch.
+        sequence_parallel: the language model also cuts the sequence over TP.
+        world_size: ranks already started, or None when the layouts decide.
+        sequence_length: tokens per sample.
+        vision_heads, language_heads: attention heads (key/value heads if there are fewer).
+    """
+
+    global_batch_size: int
+    micro_batches: int = 1
+    eval_batch_size: int | None = None
+    sequence_parallel: bool = False
+    world_size: int | None = None
+    sequence_length: int = 32
+    vision_heads: int = 8
+    language_heads: int = 8
+
+
+def misfits(pair: Pair, limits: Limits) -> list[str]:
+    """What does not fit, one clause each; empty if the pair runs."""
+    return [
+        *_rank_misfits(pair, limits),
+        *_batch_misfits(pair, limits),
+        *_model_misfits(pair, limits),
+    ]
+
+
+def _rank_misfits(pair: Pair, limits: Limits) -> Iterator[str]:
+    vision, language, world = pair.vision, pair.language, limits.world_size
+    if vision.cp != 1:
+        yield (
+            f"vision has cp={vision.cp}, but its images are not cut and cp must be 1 (only the "
+            "language model's sequence is)"
+        )
+    if vision.size != language.size:
+        yield (
+            f"vision {vision} spans {_ranks(vision.size)}, "
+            f"language {language} spans {language.size}, and both must span the same ranks"
+        )
+    elif vision.size > MAX_RANKS:
+        yield f"vision {vision} spans {vision.size} ranks, more than {MAX_RANKS}"
+    elif world is not None and vision.size != world:
+        yield (
+            f"vision {vision} and language {language} span {_ranks(vision.size)}, "
+            f"but the job has {_ranks(world)}"
+        )
+    if max(vision.dp, language.dp) % min(vision.dp, language.dp):
+        yield (
+            f"vision dp={vision.dp} and language dp={language.dp} do not divide, "
+            "and the larger must be a multiple of the smaller"
+        )
+
+
+def _batch_misfits(pair: Pair, limits: Limits) -> Iterator[str]:
+    batch, micro = limits.global_batch_size, limits.micro_batches
+    if batch % micro:
+        yield f"a global batch of {batch} samples does not divide into {micro} microbatches"
+    for name, layout in (("vision", pair.vision), ("language", pair.language)):
+        if batch % micro == 0 and (batch // micro) % layout.dp:
+            yield (
+                f"a microbatch of {batch // micro} samples (global batch {batch} / {micro} "
+                f"microbatches) does not divide over {name} dp={layout.dp}"
+            )
+        if limits.eval_batch_size is not None and limits.eval_batch_size % layout.dp:
+            yield (
+                f"an evaluation batch of {limits.eval_batch_size} samples does not divide over "
+                f"{name} dp={layout.dp}"
+            )
+
+
+def _model_misfits(pair: Pair, limits: Limits) -> Iterator[str]:
+    for name, layout, heads in (
+        ("vision", pair.vision, limits.vision_heads),
+        ("language", pair.language, limits.language_heads),
+    ):
+        if heads % layout.tp:
+            yield f"{name} tp={layout.tp} does not divide its {heads} attention heads"
+    language = pair.language
+    parts = 2 * language.cp if language.cp > 1 else 1
+    by = f"2 * cp={language.cp}" if language.cp > 1 else ""
+    if limits.sequence_parallel and language.tp > 1:
+        parts *= language.tp
+        by += f"{' * ' if by else ''}tp={language.tp}"
+    if limits.sequence_length % parts:
+        yield f"a sequence of {limits.sequence_length} tokens does not divide by {by} = {parts}"
+
+
+def _ranks(count: int) -> str:
+    return "1 rank" if count == 1 else f"{count} ranks"
+
+
+def suggest(pair: Pair, limits: Limits) -> tuple[Pair, Limits]:
+    """The nearest pair without misfits, and the limits that it fits.
+
+    Layouts change before batch sizes do. Only where the layouts are right already, or where no
+    layout of the ranks that are there fits the batch, the batch sizes are rounded up instead.
+    """
+    layouts_fit = not [*_rank_misfits(pair, limits), *_model_misfits(pair, limits)]
+    better = pair if layouts_fit else _nearest(pair, limits)
+    if better is None:
+        better = _nearest(pair, replace(limits, global_batch_size=0, eval_batch_size=0))
+    assert better is not None  # tp=1,dp=ranks on both sides fits any model
+    widest = max(better.vision.dp, better.language.dp)
+    per_step, wanted = limits.micro_batches * widest, limits.eval_batch_size
+    rounded = replace(
+        limits,
+        global_batch_size=-(-limits.global_batch_size // per_step) * per_step,
+        eval_batch_size=None if wanted is None else -(-wanted // widest) * widest,
+    )
+    return better, rounded
+
+
+def suggestion(pair: Pair, limits: Limits) -> str:
+    """Options that fit: a pair, and the batch sizes that have to change with it."""
+    better, rounded = suggest(pair, limits)
+    text = str(better)
+    if rounded.global_batch_size != limits.global_batch_size:
+        text += f" --global-batch-size {rounded.global_batch_size}"
+    if rounded.eval_batch_size != limits.eval_batch_size:
+        text += f" --eval-batch-size {rounded.eval_batch_size}"
+    return text
+
+
+def check_layouts(pair: Pair, limits: Limits) -> None:
+    """Refuse a pair that does not fit.
+
+    Raises:
+        JobError: the first misfit with its numbers, and options that would fit.
+    """
+    wrong = misfits(pair, limits)
+    if wrong:
+        raise JobError(f"{wrong[0]}; try {suggestion(pair, limits)}")
+
+
+def _nearest(pair: Pair, limits: Limits) -> Pair | None:
+    """On the ranks that are there, else on as many as either module asked for, else on fewer."""
+    asked = sorted({pair.vision.size, pair.language.size})
+    worlds = [[limits.world_size]] if limits.world_size is not None else [asked]
+    if limits.world_size is None:
+        worlds += [[size] for size in range(min(asked[0] - 1, 1024), 0, -1)]
+    for sizes in worlds:
+        every = (other for size in sizes if size <= MAX_RANKS for other in _pairs(size))
+        fits = [other for other in every if not misfits(other, limits)]
+        if fits:
+            return min(fits, key=lambda other: _distance(pair, other))
+    return None
+
+
+def _pairs(world: int) -> Iterator[Pair]:
+    sizes = [size for size in range(1, world + 1) if world % size == 0]
+    languages = [
+        Layout(tp, cp, world // (tp * cp)) for tp in sizes for cp in sizes if world % (tp * cp) == 0
+    ]
+    for tp in sizes:
+        for language in languages:
+            yield Pair(Layout(tp, 1, world // tp), language)
+
+
+def _distance(pair: Pair, other: Pair) -> tuple[float, ...]:
+    """Few changed axes first (DP before CP before TP), then small changes, then few ranks."""
+    changed, far = 0.0, 0.0
+    for old, new in ((pair.vision, other.vision), (pair.language, other.language)):
+        for axis, weight in (("dp", 1.0), ("cp", 1.01), ("tp", 1.02)):
+            was, now = getattr(old, axis), getattr(new, axis)
+            changed += weight * (was != now)
+            far += abs(math.log2(now / was))
+    language = other.language
+    return (changed, far, other.vision.size, other.vision.tp, language.tp, language.cp)

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All options of the job: one frozen dataclass, parsed by argparse.
+
+Everything is checked before a process is started or a file is touched; what does not fit is said
+in one sentence (:class:`errors.JobError`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from errors import JobError
+from layouts import Layout, Limits, Pair, check_layouts
+
+HEADS = 8
+SEQUENCE_LENGTH = 32
+
+
+def _option(default: Any, text: str, parse: Callable[[str], Any], *choices: str) -> Any:
+    return field(
+        default=default, metadata={"help": text, "type": parse, "choices": choices or None}
+    )
+
+
+def _switch(default: bool, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+def _whole(low: int) -> Callable[[str], int]:
+    """Parser of whole numbers from ``low``."""
+
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and low <= int(text) < 2**31):
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number from {low} to {2**31 - 1}, got {text!r}"
+            )
+        return int(text)
+
+    return parse
+
+
+def _real(low: float, *, low_included: bool) -> Callable[[str], float]:
+    """Parser of finite numbers above ``low``."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < low or (value == low and not low_included):
+            bound = f"{'at least' if low_included else 'above'} {low:g}"
+            raise argparse.ArgumentTypeError(f"must be a number {bound}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _vision(text: str) -> Layout:
+    return Layout.parse(text, "vision")
+
+
+def _language(text: str) -> Layout:
+    return Layout.parse(text, "language")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for; the defaults are what ``make train`` runs."""
+
+    vision: Layout = _option(
+        Layout(tp=2, dp=4), "layout of the vision encoder, such as tp=2,dp=4", _vision
+    )
+    language: Layout = _option(
+        Layout(tp=2, cp=2, dp=2), "layout of the language model, such as tp=2,cp=2,dp=2", _language
+    )
+    steps: int = _option(600, "training steps", _whole(1))
+    seed: int = _option(1234, "of the initial weights and of the order of the images", _whole(0))
+    global_batch_size: int = _option(32, "samples per step over all ranks", _whole(1))
+    micro_batches: int = _option(1, "microbatches per step", _whole(1))
+    eval_batch_size: int = _option(32, "samples per held-out batch", _whole(1))
+    lr: float = _option(2e-3, "peak learning rate", _real(0.0, low_included=False))
+    clip_grad: float = _option(
+        1.0, "largest gradient norm, 0 for none", _real(0.0, low_included=True)
+    )
+    sequence_parallel: bool = _switch(False, "also cut the language sequence over TP")
+    distributed_optimizer: bool = _switch(False, "shard the optimizer's state over DP")
+    overlap_grad_reduce: bool = _switch(False, "reduce gradients while backward still runs")
+    uneven_loss_mask: bool = _switch(False, "count only some of each sample's answer digits")
+    dtype: str = _option("float32", "of the weights and activations", str, "float32", "bfloat16")
+    backend: str = _option(
+        "auto", "of the process groups; auto is nccl with enough GPUs, else gloo", str,
+        "auto", "nccl", "gloo",
+    )  # fmt: skip
+    timeout: int = _option(60, "seconds after which a rank that does not answer is lost", _whole(1))
+    nproc: int | None = _option(
+        None, "processes to start; the layouts decide by default", _whole(1)
+    )
+    out: Path = _option(Path("runs/digits"), "folder for checkpoints and results", Path)
+    save_every: int = _option(50, "steps between checkpoints, 0 for none", _whole(0))
+    fresh: bool = _switch(False, "start anew instead of resuming from the last checkpoint")
+    evaluate: bool = _switch(True, "read the held-out images at the end")
+
+    @property
+    def pair(self) -> Pair:
+        """Both layouts."""
+        return Pair(self.vision, self.language)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that the layouts span (the same for both, once checked)."""
+        return self.vision.size
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for ``summary.json``."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {key: str(v) if isinstance(v, (Layout, Path)) else v for key, v in plain.items()}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise JobError(f"{message.removeprefix('argument ')}; --help lists all options")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="train.py",
+        description="Train a vision-language model to read handwritten digits on any layout.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for item in dataclasses.fields(Options):
+        flag, extra = f"--{item.name.replace('_', '-')}", dict(item.metadata)
+        if isinstance(item.default, bool):
+            extra["action"] = argparse.BooleanOptionalAction
+        elif item.name in ("vision", "language"):
+            extra["metavar"] = "AXIS=SIZE,..."
+        parser.add_argument(flag, default=item.default, **extra)
+    return parser
+
+
+def parse_options(
+    argv: Sequence[str],
+    *,
+    world_size: int | None = None,
+    sequence_length: int = SEQUENCE_LENGTH,
+    vision_heads: int = HEADS,
+    language_heads: int = HEADS,
+) -> Options:
+    """Read and check the command line.
+
+    Args:
+        argv: the arguments after the script's name.
+        world_size: ranks already started (torchrun), or None when the layouts decide.
+        sequence_length: tokens per sample.
+        vision_heads: attention heads that the vision encoder's TP must divide.
+        language_heads: the same of the language model.
+
+    Raises:
+        JobError: for a wrong option, and for layouts and batch sizes that do not fit, with a pair
+            of layouts that would.
+        SystemExit: after ``--help``.
+    """
+    options = Options(**vars(_parser().parse_args(list(argv))))
+    limits = Limits(
+        global_batch_size=options.global_batch_size,
+        micro_batches=options.micro_batches,
+        eval_batch_size=options.eval_batch_size,
+        sequence_parallel=options.sequence_parallel,
+        world_size=options.nproc if world_size is None else world_size,
+        sequence_length=sequence_length,
+        vision_heads=vision_heads,
+        language_heads=language_heads,
+    )
+    check_layouts(options.pair, limits)
+    if world_size is not None and options.nproc not in (None, world_size):
+        raise JobError(
+            f"--nproc {options.nproc} was given, but {world_size} ranks were started; leave it out"
+        )
+    return options
