@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model of the digits job: a small vision transformer feeding a small GPT.
+
+Both are stock Megatron-Core modules over their own process groups; ``MimoModel`` joins them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from data import (
+    PATCH_SIDE,
+    SEQUENCE_LENGTH,
+    TOKENS_PER_IMAGE,
+    VOCABULARY_SIZE,
+    Token,
+    image_patches,
+)
+from layouts import Layout
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.mimo import MimoModel, MimoModelConfig, VisionModalitySubmodules
+from megatron.core.models.mimo.training.grad_finalize import (
+    MimoGradFinalizer,
+    iter_modules,
+    wrap_modules_with_ddp,
+)
+from megatron.core.models.mimo.training.groups import create_process_groups, make_grid
+from megatron.core.models.mimo.training.initial_weights import initialize_weights
+from megatron.core.models.mimo.transformer.layer_specs import (
+    encoder_layer_spec,
+    language_layer_spec,
+)
+from megatron.core.models.vision.multimodal_projector import MultimodalProjector
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+VISION, LANGUAGE = "images", "language"
+PATCH_PIXELS = PATCH_SIDE * PATCH_SIDE
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Widths and depths; 8 heads let tensor parallelism of 1, 2, 4 and 8 divide them."""
+
+    vision_hidden: int = 64
+    vision_layers: int = 2
+    vision_heads: int = 8
+    language_hidden: int = 128
+    language_layers: int = 2
+    language_heads: int = 8
+    language_query_groups: int = 8
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How the model is built and trained, apart from the layouts."""
+
+    size: ModelSize = field(default_factory=ModelSize)
+    seed: int = 1234
+    dtype: torch.dtype = torch.float32
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = True
+    freeze_vision: bool = False
+
+
+class DigitEncoder(MegatronModule):
+    """Vision transformer over the four 4x4 patches of an 8x8 image.
+
+    ``forward(images)``: images ``(n, 1, 8, 8)`` -> ``(4, n, h)``, sequence first as Megatron's
+    transformer blocks are; the submodule's spec says so and makes sample-major rows of it.
+    """
+
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:
+        super().__init__(config=config)
+        self.patch_embedding = torch.nn.Linear(PATCH_PIXELS, config.hidden_size)
+        self.position_embedding = torch.nn.Parameter(
+            torch.zeros(TOKENS_PER_IMAGE, 1, config.hidden_size)
+        )
+        self.transformer = TransformerBlock(
+            config, encoder_layer_spec(config), pg_collection=pg_collection
+        )
+        dtype = config.params_dtype
+        self.patch_embedding.to(dtype)
+        self.position_embedding.data = self.position_embedding.data.to(dtype)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Encode images; raises ``ValueError`` for images of another shape."""
+        patches = image_patches(images).transpose(0, 1).to(self.patch_embedding.weight.dtype)
+        hidden = self.patch_embedding(patches) + self.position_embedding
+        return self.transformer(hidden_states=hidden, attention_mask=None)
+
+
+@dataclass
+class DigitsModel:
+    """The built model and what training it needs.
+
+    Attributes:
+        model: the MimoModel, its modules wrapped in DistributedDataParallel.
+        grids, collections, configs: by module name.
+        finalize: the schedule's ``finalize_model_grads_func``.
+    """
+
+    model: MimoModel
+    grids: dict
+    collections: dict[str, ProcessGroupCollection]
+    configs: dict[str, TransformerConfig]
+    finalize: MimoGradFinalizer
+
+    def layouts(self) -> dict[str, dict[str, int]]:
+        """Module name -> sizes of its axes, for checkpoints and summaries."""
+        return {
+            name: {dim: grid.dim_size(dim) for dim in ("tp", "cp", "pp", "dp")}
+            for name, grid in self.grids.items()
+        }
+
+
+def transformer_configs(
+    vision: Layout, language: Layout, options: ModelOptions
+) -> dict[str, TransformerConfig]:
+    """Megatron configurations of both modules and of the projector between them."""
+    size = options.size
+    common = dict(
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        add_bias_linear=False,
+        params_dtype=options.dtype,
+        bf16=options.dtype is torch.bfloat16,
+        pipeline_dtype=options.dtype,
+        calculate_per_token_loss=True,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+    encoder = TransformerConfig(
+        num_layers=size.vision_layers,
+        hidden_size=size.vision_hidden,
+        num_attention_heads=size.vision_heads,
+        tensor_model_parallel_size=vision.tp,
+        **common,
+    )
+    projector = TransformerConfig(
+        num_layers=1,
+        hidden_size=size.language_hidden,
+        num_attention_heads=size.language_heads,
+        ffn_hidden_size=size.language_hidden,
+        tensor_model_parallel_size=vision.tp,
+        **common,
+    )
+    decoder = TransformerConfig(
+        num_layers=size.language_layers,
+        hidden_size=size.language_hidden,
+        num_attention_heads=size.language_heads,
+        num_query_groups=size.language_query_groups,
+        ffn_hidden_size=2 * size.language_hidden,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        normalization="RMSNorm",
+        tensor_model_parallel_size=language.tp,
+        context_parallel_size=language.cp,
+        sequence_parallel=options.sequence_parallel and language.tp > 1,
+        # The fused loss takes the model's own TP group; the plain one reads a global.
+        cross_entropy_loss_fusion=True,
+        cross_entropy_fusion_impl="native",
+        **common,
+    )
+    return {VISION: encoder, "projector": projector, LANGUAGE: decoder}
+
+
+def _vision_spec(
+    configs: dict[str, TransformerConfig], groups: ProcessGroupCollection
+) -> ModuleSpec:
+    encoder = ModuleSpec(
+        module=DigitEncoder, params={"config": configs[VISION], "pg_collection": groups}
+    )
+    projection = ModuleSpec(
+        module=MultimodalProjector,
+        params={
+            "config": configs["projector"],
+            "submodules": MLPSubmodules(
+                linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
+            ),
+            "projector_type": "mlp",
+            "input_size": configs[VISION].hidden_size,
+            "tp_group": groups.tp,
+        },
+    )
+    return ModuleSpec(
+        module=VisionModalitySubmodules,
+        params={"pg_collection": groups, "sequence_first_encoders": ["digits"]},
+        submodules={"encoders": {"digits": encoder}, "input_projections": [projection]},
+    )
+
+
+def _language_spec(config: TransformerConfig, groups: ProcessGroupCollection) -> ModuleSpec:
+    return ModuleSpec(
+        module=GPTModel,
+        params={
+            "config": config,
+            "transformer_layer_spec": language_layer_spec(config),
+            "vocab_size": VOCABULARY_SIZE,
+            "max_sequence_length": SEQUENCE_LENGTH,
+            "position_embedding_type": "rope",
+            # MimoModel shards the fused sequence itself, after images and text are merged.
+            "scatter_embedding_sequence_parallel": False,
+            "pg_collection": groups,
+        },
+    )
+
+
+def build_model(
+    vision: Layout, language: Layout, options: ModelOptions, backend: str | None = None
+) -> DigitsModel:
+    """Build, initialise and wrap the model; every rank calls it together.
+
+    Initial weights depend on ``options.seed`` and parameter names only, never on the layouts.
+    """
+    grids = {
+        VISION: make_grid(tp=vision.tp, dp=vision.dp, backend=backend),
+        LANGUAGE: make_grid(tp=language.tp, cp=language.cp, dp=language.dp, backend=backend),
+    }
+    collections = {name: create_process_groups(grid) for name, grid in grids.items()}
+    configs = transformer_configs(vision, language, options)
+    model_parallel_cuda_manual_seed(
+        options.seed, tp_rank=collections[LANGUAGE].tp.rank(), ep_rank=0, etp_rank=0
+    )
+    mimo_config = MimoModelConfig(
+        language_model_spec=_language_spec(configs[LANGUAGE], collections[LANGUAGE]),
+        modality_submodules_spec={VISION: _vision_spec(configs, collections[VISION])},
+        special_token_ids={VISION: int(Token.IMAGE)},
+        module_to_grid_map=grids,
+    )
+    model = MimoModel(
+        mimo_config, cp_group=collections[LANGUAGE].cp, tp_group=collections[LANGUAGE].tp
+    )
+    if torch.cuda.is_available():
+        model.to(torch.device(torch.cuda.current_device()))
+    for name, module in iter_modules(model):
+        initialize_weights(
+            module, options.seed, name_prefix=f"{name}.", tp_group=collections[name].tp
+        )
+    if options.freeze_vision:
+        model.modality_submodules[VISION].requires_grad_(False)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=options.overlap_grad_reduce,
+        use_distributed_optimizer=options.distributed_optimizer,
+        check_for_nan_in_grad=False,
+    )
+    wrap_modules_with_ddp(model, configs, ddp_config, collections)
+    return DigitsModel(model, grids, collections, configs, MimoGradFinalizer(collections))

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training steps and held-out reading of the digits model, on Megatron-Core's own schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from data import IMAGES_PER_SAMPLE, READING_POSITIONS, Batch, DigitsBatches, Token, with_answer
+from model import LANGUAGE, VISION, DigitsModel
+
+from megatron.core.models.mimo.optimizer import get_mimo_optimizer
+from megatron.core.models.mimo.partition.sequence_order import dense_positions
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one training step reports, the same on every rank.
+
+    Attributes:
+        loss: mean over the global batch's counted tokens.
+        grad_norm: L2 norm over both modules before clipping.
+        counted_tokens: tokens in the loss, over all ranks and microbatches.
+        learning_rate: used by this step.
+        success: False if the step was skipped because of an inf or nan.
+    """
+
+    loss: float
+    grad_norm: float
+    counted_tokens: int
+    learning_rate: float
+    success: bool
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How the weights are moved.
+
+    ``steps`` is the length of the learning-rate schedule; a run may stop earlier.
+    """
+
+    steps: int
+    global_batch_size: int
+    micro_batches: int = 1
+    lr: float = 2e-3
+    min_lr: float = 2e-4
+    warmup_steps: int = 20
+    weight_decay: float = 0.05
+    clip_grad: float = 1.0
+
+
+class Trainer:
+    """Steps a :class:`DigitsModel` over batches.
+
+    Args:
+        built: the model.
+        options: of the optimizer and the schedule.
+        distributed_optimizer: shard the optimizer state over DP.
+    """
+
+    def __init__(
+        self, built: DigitsModel, options: TrainOptions, distributed_optimizer: bool
+    ) -> None:
+        self.built, self.options = built, options
+        self.model, self.groups = built.model, built.collections[LANGUAGE]
+        self.device = next(self.model.parameters()).device
+        self.optimizer = get_mimo_optimizer(
+            self.model,
+            OptimizerConfig(
+                optimizer="adam",
+                lr=options.lr,
+                min_lr=options.min_lr,
+                weight_decay=options.weight_decay,
+                adam_beta1=0.9,
+                adam_beta2=0.95,
+                clip_grad=options.clip_grad,
+                use_distributed_optimizer=distributed_optimizer,
+                bf16=built.configs[LANGUAGE].bf16,
+                params_dtype=built.configs[LANGUAGE].params_dtype,
+            ),
+        )
+        self.scheduler = self._make_scheduler()
+        config = self.model.config
+        config.finalize_model_grads_func = built.finalize
+        config.no_sync_func = self.model.no_sync
+        config.grad_scale_func = self.optimizer.scale_loss
+
+    def _make_scheduler(self) -> OptimizerParamScheduler:
+        options = self.options
+        return OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=options.lr,
+            min_lr=options.min_lr,
+            lr_warmup_steps=min(options.warmup_steps, max(options.steps - 1, 0)),
+            lr_decay_steps=max(options.steps, 1),
+            lr_decay_style="cosine",
+            start_wd=options.weight_decay,
+            end_wd=options.weight_decay,
+            wd_incr_steps=max(options.steps, 1),
+            wd_incr_style="constant",
+        )
+
+    def resume_schedule(self, step: int) -> None:
+        """Put the learning-rate schedule where it was after ``step`` steps."""
+        self.scheduler.num_steps = 0
+        self.scheduler.step(increment=step)
+
+    # ---- training -------------------------------------------------------------------------
+
+    def gradients(self, batches: DigitsBatches, step: int) -> tuple[float, int]:
+        """Forward, backward and finalised gradients of ``step``; returns (loss, counted tokens).
+
+        The loss is the mean over the global batch, the same on every rank.
+        """
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = forward_backward_no_pipelining(
+            forward_step_func=self._forward_step,
+            data_iterator=self._microbatches(batches, step),
+            model=[self.model],
+            num_microbatches=self.options.micro_batches,
+            seq_length=0,
+            micro_batch_size=0,
+            pg_collection=self.groups,
+        )
+        sums = torch.stack(outputs).sum(dim=0)
+        dist.all_reduce(sums, group=self.groups.dp_cp)
+        loss_sum, tokens = sums.tolist()
+        return loss_sum / max(tokens, 1.0), int(tokens)
+
+    def step(self, batches: DigitsBatches, step: int) -> StepResult:
+        """One training step."""
+        self.model.train()
+        loss, tokens = self.gradients(batches, step)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        success, grad_norm, _ = self.optimizer.step()
+        if success:
+            self.scheduler.step(increment=1)
+        norm = float("nan") if grad_norm is None else grad_norm
+        return StepResult(loss, norm, tokens, learning_rate, success)
+
+    def _microbatches(self, batches: DigitsBatches, step: int) -> Iterator[Batch]:
+        for microbatch in range(self.options.micro_batches):
+            yield self._on_device(
+                batches.local_batch(
+                    step, microbatch, self.options.micro_batches, **self._dp_coordinates()
+                )
+            )
+
+    def _dp_coordinates(self) -> dict[str, int]:
+        source, dest = self.built.collections[VISION].dp, self.groups.dp
+        return dict(
+            src_dp_rank=source.rank(),
+            src_dp=source.size(),
+            dest_dp_rank=dest.rank(),
+            dest_dp=dest.size(),
+        )
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return Batch(**{name: value.to(self.device) for name, value in vars(batch).items()})
+
+    def _forward_step(self, data_iterator: Iterator[Batch], model: torch.nn.Module):
+        batch = next(data_iterator)
+        losses, loss_mask = self._run(batch, batch.input_ids, batch.labels, batch.loss_mask)
+
+        def loss_func(token_losses: torch.Tensor):
+            """(sum of token losses, counted tokens, what is reported), all of this rank."""
+            mask = loss_mask.to(token_losses.dtype)
+            loss, tokens = (token_losses * mask).sum(), mask.sum()
+            report = torch.stack([loss.detach(), tokens]).double()
+            return loss, tokens.to(torch.int), report
+
+        return losses, loss_func
+
+    def _run(
+        self,
+        batch: Batch,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor | None,
+        loss_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.model(
+            input_ids=input_ids,
+            position_ids=batch.position_ids,
+            labels=labels,
+            loss_mask=loss_mask,
+            modality_inputs={VISION: {"digits": {"images": batch.images}}},
+        )
+
+    # ---- reading --------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def read(self, batches: DigitsBatches, step: int) -> torch.Tensor:
+        """Digits that the model answers for the held-out batch ``step``, ``(B, 4)`` int64.
+
+        The answer is produced token by token: each digit is fed back before the next is asked
+        for. Every rank returns the whole batch's answers; -1 stands for a token that is no digit.
+        """
+        self.model.eval()
+        batch = self._on_device(batches.local_batch(step, 0, 1, **self._dp_coordinates()))
+        read = batch.input_ids.new_zeros((len(batch.input_ids), 0))
+        for position in READING_POSITIONS:
+            input_ids = with_answer(batch.input_ids, read.clamp(min=0))
+            logits, _ = self._run(batch, input_ids, None, None)
+            token = self._whole_logits(logits)[:, position].argmax(dim=-1)
+            digit = token - int(Token.ZERO)
+            digit = torch.where((digit >= 0) & (digit <= 9), digit, -1)
+            read = torch.cat([read, digit[:, None]], dim=1)
+        assert read.shape[1] == IMAGES_PER_SAMPLE
+        return _gather(read, self.groups.dp, dim=0)
+
+    def _whole_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """(b, S/cp, V/tp) on each rank -> (b, S, V), positions in their natural order."""
+        logits = _gather(logits, self.groups.tp, dim=2)
+        parts, cp = _gather(logits, self.groups.cp, dim=1), self.groups.cp.size()
+        order = [
+            position
+            for rank in range(cp)
+            for position in dense_positions(parts.shape[1], rank, cp)
+        ]
+        whole = torch.empty_like(parts)
+        whole[:, order] = parts
+        return whole
+
+
+def _gather(tensor: torch.Tensor, group: dist.ProcessGroup, dim: int) -> torch.Tensor:
+    """Concatenate the group's tensors along ``dim``; no gradient."""
+    if group.size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor.contiguous()) for _ in range(group.size())]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    return torch.cat(parts, dim=dim)

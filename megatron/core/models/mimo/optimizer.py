@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One optimizer for a model whose modules have different parallel layouts.
+
+Each module keeps the stock Megatron-Core optimizer over its own process groups. What must be
+agreed by all ranks is agreed here: found-inf, the gradient norm over all modules (so that
+clipping scales every gradient by the same factor) and whether the step succeeded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+if TYPE_CHECKING:
+    from megatron.core.hyper_comm_grid import HyperCommGrid
+    from megatron.core.models.mimo.model.base import MimoModel
+
+_COMMON_KEY = "_mimo_common"
+
+
+@dataclass
+class ModuleOptimizerInfo:
+    """The optimizer of one module on this rank.
+
+    Attributes:
+        optimizer: the module's stock optimizer, ``None`` where the rank does not hold the module
+            or nothing in it is trained.
+        grid: the module's grid.
+        pg_collection: the groups the optimizer was made with.
+        is_active: whether this rank is in the module's grid.
+    """
+
+    optimizer: MegatronOptimizer | None
+    grid: HyperCommGrid | None
+    pg_collection: ProcessGroupCollection | None
+    is_active: bool
+
+
+class MimoOptimizer(MegatronOptimizer):
+    """Steps the optimizers of all modules together.
+
+    Args:
+        module_infos: module name -> its optimizer on this rank; the same names on every rank.
+        config: the configuration that all inner optimizers were built with.
+    """
+
+    def __init__(self, module_infos: dict[str, ModuleOptimizerInfo], config: OptimizerConfig):
+        self.module_infos = module_infos
+        self.config = config
+        self._active_optimizers: list[MegatronOptimizer] = [
+            info.optimizer
+            for info in module_infos.values()
+            if info.is_active and info.optimizer is not None
+        ]
+        self.is_stub_optimizer = not self._active_optimizers
+        self.optimizer = None  # the base class and stock helpers look for it
+
+    # ---- the step -------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prepare_grads(self) -> bool:
+        """Unscale and copy gradients; True if this rank saw an inf or nan."""
+        found = [opt.prepare_grads() for opt in self._active_optimizers]
+        return any(found)
+
+    @torch.no_grad()
+    def get_grad_norm(self) -> float:
+        """L2 norm over the gradients of all modules, the same number on every rank.
+
+        A module's inner optimizer already reduces over the module's own groups, so all its ranks
+        hold the module's norm. One rank per module contributes its square to a sum over the
+        world; a sum (unlike a maximum) lets a nan through.
+        """
+        return self._norm_of(self.get_module_grad_norms())
+
+    @torch.no_grad()
+    def get_module_grad_norms(self) -> dict[str, float]:
+        """L2 gradient norm of each module, known on every rank whatever module it holds."""
+        names = sorted(self.module_infos)
+        norms = torch.zeros(len(names), dtype=torch.float64, device=self._device())
+        for index, name in enumerate(names):
+            norm = self._inner_norm(name)
+            if norm is not None and self._speaks_for(name):
+                norms[index] = norm
+        dist.all_reduce(norms)
+        return dict(zip(names, norms.tolist()))
+
+    @torch.no_grad()
+    def step(self) -> tuple[bool, float | None, int | None]:
+        """One step of all modules, or of none.
+
+        Returns:
+            (success, gradient norm before clipping, number of zero gradients or ``None``);
+            ``(False, None, None)`` on every rank if any rank found an inf or nan.
+        """
+        found_inf = self.prepare_grads()
+        if self._any_rank(found_inf):
+            return False, None, None
+        grad_norm = self.get_grad_norm()
+        self._clip(grad_norm)
+        zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
+        success = not self._any_rank(not self.step_with_ready_grads())
+        return success, grad_norm, zeros
+
+    @torch.no_grad()
+    def step_with_ready_grads(self) -> bool:
+        """Step every module's optimizer on gradients that ``prepare_grads`` has readied."""
+        successes = [opt.step_with_ready_grads() for opt in self._active_optimizers]
+        return all(successes)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of all modules."""
+        for opt in self._active_optimizers:
+            opt.zero_grad(set_to_none)
+
+    def prepare_model_params_for_param_sync(self) -> None:
+        """Stage parameters for an explicit parameter all-gather, where the base has that step."""
+        for opt in self._active_optimizers:
+            if hasattr(opt, "prepare_model_params_for_param_sync"):
+                opt.prepare_model_params_for_param_sync()
+
+    def get_loss_scale(self) -> torch.Tensor:
+        """Loss scale, shape (1,); found-inf is agreed by all, so all modules hold the same."""
+        if self._active_optimizers:
+            return self._active_optimizers[0].get_loss_scale()
+        return torch.ones(1, dtype=torch.float32, device=self._device())
+
+    def count_zeros(self) -> int:
+        """Number of zero gradient elements over all modules, the same on every rank."""
+        names = sorted(self.module_infos)
+        counts = torch.zeros(len(names), dtype=torch.int64, device=self._device())
+        for index, name in enumerate(names):
+            info = self.module_infos[name]
+            if info.is_active and info.optimizer is not None:
+                count = int(info.optimizer.count_zeros())
+                if self._speaks_for(name):
+                    counts[index] = count
+        dist.all_reduce(counts)
+        return int(counts.sum())
+
+    @property
+    def param_groups(self) -> list[dict]:
+        """Parameter groups of all modules, one list, for learning-rate schedulers."""
+        return [group for opt in self._active_optimizers for group in opt.param_groups]
+
+    # ---- checkpoints ----------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Module name -> the inner optimizer's state dict (``None`` where it has none here)."""
+        return {
+            name: info.optimizer.state_dict() if info.is_active and info.optimizer else None
+            for name, info in self.module_infos.items()
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` or a loaded ``sharded_state_dict`` holds.
+
+        Raises:
+            ValueError: if a module of this rank is missing from ``state_dict``.
+        """
+        for name, info in self.module_infos.items():
+            if not (info.is_active and info.optimizer):
+                continue
+            if not state_dict.get(name):
+                raise ValueError(
+                    f"optimizer state has no module '{name}'; it holds {sorted(state_dict)}"
+                )
+            module_state = dict(state_dict[name])
+            common = module_state.pop(_COMMON_KEY, None)
+            if common is not None:
+                module_state = merge(common, module_state)
+            module_state = _listed(module_state, info.optimizer)
+            for part, inner in _parts(module_state, info.optimizer):
+                _adopt_param_ids(part, inner, name)
+            info.optimizer.load_state_dict(module_state)
+
+    def sharded_state_dict(
+        self, model_sharded_state_dict: dict, is_loading: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Sharded state of every module.
+
+        What is not a sharded tensor (parameter groups, step counts, the loss scaler) would land
+        in the file that rank 0 alone writes; rank 0 does not hold every module when modules sit
+        on different ranks, so it travels as one sharded object per module instead.
+        """
+        state: dict[str, Any] = {}
+        for name, info in self.module_infos.items():
+            state[name] = {}
+            if not (info.is_active and info.optimizer):
+                continue
+            module_state = info.optimizer.sharded_state_dict(
+                model_sharded_state_dict, is_loading, **kwargs
+            )
+            if isinstance(module_state, list):
+                module_state = dict(enumerate(module_state))
+            sharded, common = extract_matching_values(
+                module_state, lambda v: isinstance(v, ShardedBase)
+            )
+            add_prefix_for_sharding(sharded, f"mimo.{name}.")
+            sharded[_COMMON_KEY] = ShardedObject(
+                f"mimo.{name}.common", common, (1,), (0,), replica_id=self._replica_id(name)
+            )
+            state[name] = sharded
+        return state
+
+    def reload_model_params(self, state_dict: dict | None = None) -> None:
+        """Refresh the inner optimizers' main parameters from the model's."""
+        for opt in self._active_optimizers:
+            if state_dict is None:
+                opt.reload_model_params()
+            else:
+                opt.reload_model_params(state_dict)
+
+    # ---- what all ranks agree on ----------------------------------------------------------
+
+    @staticmethod
+    def _norm_of(module_norms: dict[str, float]) -> float:
+        return sum(n * n for n in module_norms.values()) ** 0.5
+
+    def _device(self) -> torch.device:
+        for opt in self._active_optimizers:
+            for param in opt.get_parameters():
+                return param.device
+        return torch.empty(0).device if not torch.cuda.is_available() else _current_device()
+
+    def _inner_norm(self, name: str) -> float | None:
+        """This rank's view of the module's norm; a collective over the module's groups."""
+        info = self.module_infos[name]
+        if not (info.is_active and info.optimizer):
+            return None
+        return float(info.optimizer.get_grad_norm() or 0.0)
+
+    def _speaks_for(self, name: str) -> bool:
+        """Whether this is the first rank of the module's grid (of the world without a grid)."""
+        grid = self.module_infos[name].grid
+        return dist.get_rank() == (grid.rank_offset if grid is not None else 0)
+
+    def _any_rank(self, flag: bool) -> bool:
+        value = torch.tensor([float(flag)], device=self._device())
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def _clip(self, grad_norm: float) -> None:
+        for opt in self._active_optimizers:
+            if getattr(opt, "is_stub_optimizer", False) or opt.config.clip_grad <= 0.0:
+                continue
+            params = opt.get_parameters()
+            if params:
+                clip_grad_by_total_norm_fp32(
+                    params,
+                    max_norm=opt.config.clip_grad,
+                    total_norm=grad_norm,
+                    use_decoupled_grad=opt.config.use_precision_aware_optimizer,
+                )
+
+    def _replica_id(self, name: str) -> tuple[int, ...]:
+        """(0, …) on exactly one rank of the module: that one writes the module's common part."""
+        grid = self.module_infos[name].grid
+        return (dist.get_rank() - (grid.rank_offset if grid is not None else 0),)
+
+
+def get_mimo_optimizer(mimo_model: MimoModel, config: OptimizerConfig) -> MimoOptimizer:
+    """Build one inner optimizer per module, over the groups of the module's grid.
+
+    Args:
+        mimo_model: modules already wrapped in DistributedDataParallel; its config carries
+            ``module_to_grid_map``.
+        config: configuration of all inner optimizers.
+
+    Raises:
+        ValueError: if the model has no grids, or a module asks for several distributed-optimizer
+            instances.
+    """
+    grids = mimo_model.mimo_config.module_to_grid_map
+    if not grids:
+        raise ValueError(
+            "get_mimo_optimizer needs module_to_grid_map in MimoModelConfig: "
+            "give one HyperCommGrid per modality and one for 'language'"
+        )
+    infos = {name: _module_info(mimo_model, name, grids[name], config) for name in grids}
+    return MimoOptimizer(infos, config)
+
+
+def _module_info(
+    mimo_model: MimoModel, name: str, grid: HyperCommGrid, config: OptimizerConfig
+) -> ModuleOptimizerInfo:
+    from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
+
+    active = grid.is_current_rank_in_grid()
+    if name == MIMO_LANGUAGE_MODULE_KEY:
+        module = mimo_model.language_model
+    else:
+        module = mimo_model.modality_submodules[name] if active else None
+    if not active or module is None:
+        return ModuleOptimizerInfo(None, grid, None, active)
+    collection = _get_pg_collection_for_optimizer(grid)
+    trained = any(p.requires_grad for p in module.parameters())
+    optimizer = _inner_optimizer(name, module, config, collection) if trained else None
+    return ModuleOptimizerInfo(optimizer, grid, collection, active)
+
+
+def _inner_optimizer(
+    name: str, module: torch.nn.Module, config: OptimizerConfig, collection: ProcessGroupCollection
+) -> MegatronOptimizer:
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    ddp_config = getattr(module, "ddp_config", None)
+    instances = getattr(ddp_config, "num_distributed_optimizer_instances", 1)
+    if instances != 1:
+        raise ValueError(
+            f"module '{name}' asks for {instances} distributed-optimizer instances; "
+            "the MIMO optimizer supports 1: set num_distributed_optimizer_instances=1"
+        )
+    return get_megatron_optimizer(
+        config=config,
+        model_chunks=[module],
+        pg_collection=collection,
+        use_gloo_process_groups=False,
+    )
+
+
+def _get_pg_collection_for_optimizer(grid: HyperCommGrid) -> ProcessGroupCollection:
+    """The groups of ``grid``, made on first use (every rank builds its optimizer together)."""
+    from megatron.core.models.mimo.training.groups import create_process_groups
+
+    return create_process_groups(grid)
+
+
+def _current_device() -> torch.device:
+    return torch.device(torch.accelerator.current_accelerator().type, torch.cuda.current_device())
+
+
+def _parts(state: Any, optimizer: MegatronOptimizer) -> list[tuple[dict, MegatronOptimizer]]:
+    """Pairs of (state, optimizer), one per inner optimizer of a chain."""
+    if isinstance(optimizer, ChainedOptimizer):
+        chain = optimizer.chained_optimizers
+        return list(zip(state, chain)) if len(chain) > 1 else [(state, chain[0])]
+    return [(state, optimizer)]
+
+
+def _listed(state: dict, optimizer: MegatronOptimizer) -> Any:
+    """Undo the index-keyed dict that a chain's list was saved as."""
+    chained = isinstance(optimizer, ChainedOptimizer) and len(optimizer.chained_optimizers) > 1
+    return [state[i] for i in sorted(state, key=int)] if chained else state
+
+
+def _adopt_param_ids(state: dict, optimizer: MegatronOptimizer, name: str) -> None:
+    """Point loaded parameter groups at this run's parameters: their numbering is local.
+
+    Raises:
+        ValueError: if the numbers of groups differ.
+    """
+    inner_state = state.get("optimizer")
+    if not isinstance(inner_state, dict) or "param_groups" not in inner_state:
+        return
+    current = optimizer.optimizer.state_dict()["param_groups"]
+    loaded = inner_state["param_groups"]
+    if len(loaded) != len(current):
+        raise ValueError(
+            f"optimizer of module '{name}': the checkpoint has {len(loaded)} parameter groups, "
+            f"this run has {len(current)}; load it with the same weight-decay settings"
+        )
+    for loaded_group, current_group in zip(loaded, current):
+        loaded_group["params"] = current_group["params"]

@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that are whole or absent.
+
+``megatron.core.dist_checkpointing`` writes and reads the tensors. This module decides where, and
+makes the result visible in one step: a checkpoint is written under a hidden name and renamed
+after every rank is done and the data is on the disk. A run killed at any moment leaves either a
+complete checkpoint or a hidden folder that the next run removes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+FORMAT = 1
+MANIFEST = "mimo.json"
+_NAME = re.compile(r"step_(\d{8})")
+_PARTIAL_PREFIX = ".saving_"
+# Room for file headers and metadata on top of the tensors' bytes.
+_DISK_MARGIN = 1.05
+_DISK_SLACK_BYTES = 4 << 20
+# Optimizer state that any layout can load (parameters of the model's own shapes).
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``mimo.json`` in a checkpoint says, readable without loading a tensor.
+
+    Attributes:
+        step: training steps done; also the position in the data.
+        layouts: module name -> {"tp": …, "cp": …, "pp": …, "dp": …}.
+        world_size: ranks that wrote the checkpoint.
+        shapes: parameter name -> its global shape; identifies the model.
+        extra: whatever the job adds (JSON values).
+    """
+
+    step: int
+    layouts: dict[str, dict[str, int]]
+    world_size: int
+    shapes: dict[str, list[int]]
+    extra: dict[str, Any]
+    format: int = FORMAT
+
+
+class CheckpointStore:
+    """Checkpoints of one run below ``root``.
+
+    Every method but the pure look-ups must be called by all ranks together.
+
+    Args:
+        root: folder; made on first save.
+        layouts: module name -> parallel sizes of this run.
+        keep: how many of the newest checkpoints stay; older ones go after a save.
+    """
+
+    def __init__(self, root: str | Path, layouts: dict[str, dict[str, int]], keep: int = 2):
+        self.root = Path(root)
+        self.layouts = layouts
+        self.keep = keep
+
+    # ---- look-ups -------------------------------------------------------------------------
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        if not self.root.is_dir():
+            return []
+        names = (_NAME.fullmatch(p.name) for p in self.root.iterdir() if p.is_dir())
+        return sorted(int(m.group(1)) for m in names if m)
+
+    def path(self, step: int) -> Path:
+        """Folder of the checkpoint of ``step``."""
+        return self.root / f"step_{step:08d}"
+
+    def manifest(self, step: int) -> Manifest:
+        """Read the manifest of a complete checkpoint.
+
+        Raises:
+            CheckpointError: if it is missing, unreadable or of another format.
+        """
+        file = self.path(step) / MANIFEST
+        try:
+            raw = json.loads(file.read_text())
+            manifest = Manifest(**raw)
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"checkpoint {self.path(step)} cannot be read ({error}); "
+                "remove that folder to use an earlier one"
+            ) from error
+        if manifest.format != FORMAT:
+            raise CheckpointError(
+                f"checkpoint {self.path(step)} has format {manifest.format}, "
+                f"this version reads format {FORMAT}"
+            )
+        return manifest
+
+    # ---- saving ---------------------------------------------------------------------------
+
+    def save(
+        self,
+        step: int,
+        model: torch.nn.Module,
+        optimizer: Any,
+        extra: dict[str, Any] | None = None,
+    ) -> Path:
+        """Write the checkpoint of ``step``; when this returns it is complete on the disk.
+
+        Args:
+            step: training steps done.
+            model: the MimoModel (modules wrapped as trained).
+            optimizer: the MimoOptimizer.
+            extra: JSON values for the manifest.
+
+        Raises:
+            CheckpointError: on every rank if any rank could not write; nothing is left behind.
+        """
+        final, partial = self.path(step), self.root / f"{_PARTIAL_PREFIX}{step:08d}"
+        if final.exists():
+            return final
+        state = _sharded_state(model, optimizer, is_loading=False)
+        manifest = Manifest(
+            step=step,
+            layouts=self.layouts,
+            world_size=dist.get_world_size(),
+            shapes=_global_shapes(state["model"]),
+            extra=extra or {},
+        )
+        self._on_rank_0(lambda: self._prepare(partial, state), "prepare", partial)
+        self._on_all_ranks(
+            lambda: dist_checkpointing.save(state, str(partial)), "write", partial
+        )
+        self._on_rank_0(lambda: self._publish(partial, final, manifest), "publish", partial)
+        return final
+
+    def _prepare(self, partial: Path, state: dict) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        remove_partial(self.root)
+        need = int(_global_bytes(state) * _DISK_MARGIN) + _DISK_SLACK_BYTES
+        free = shutil.disk_usage(self.root).free
+        if free < need:
+            raise OSError(
+                f"{need / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free: make room on that disk"
+            )
+        partial.mkdir()
+
+    def _publish(self, partial: Path, final: Path, manifest: Manifest) -> None:
+        (partial / MANIFEST).write_text(json.dumps(manifest.__dict__))
+        for file in partial.iterdir():
+            _fsync(file)
+        _fsync(partial)
+        os.rename(partial, final)
+        _fsync(self.root)
+        for step in self.steps()[: -self.keep]:
+            shutil.rmtree(self.path(step), ignore_errors=True)
+
+    # ---- loading --------------------------------------------------------------------------
+
+    def load(self, step: int, model: torch.nn.Module, optimizer: Any) -> Manifest:
+        """Load the checkpoint of ``step`` into model, optimizer and random generators.
+
+        Random generators are restored only where the layout is the one that saved; in another
+        layout a rank's state has no counterpart and the run's own seeding stays.
+
+        Returns:
+            The checkpoint's manifest.
+
+        Raises:
+            CheckpointError: on every rank; before any tensor is read if the checkpoint is of
+                another model.
+        """
+        manifest = self.manifest(step)
+        state = _sharded_state(model, optimizer, is_loading=True)
+        self._check_same_model(manifest, _global_shapes(state["model"]))
+        if not self.same_layout(manifest):
+            state.pop("rng")
+        path = self.path(step)
+        loaded: dict[str, Any] = {}
+        self._on_all_ranks(
+            lambda: loaded.update(dist_checkpointing.load(state, str(path))), "read", None, path
+        )
+        model.load_state_dict(loaded["model"])
+        optimizer.load_state_dict(loaded["optimizer"])
+        if "rng" in loaded:
+            _set_rng_state(loaded["rng"])
+        return manifest
+
+    def same_layout(self, manifest: Manifest) -> bool:
+        """Whether this run has the layout and world size that wrote the checkpoint."""
+        return (
+            manifest.layouts == self.layouts and manifest.world_size == dist.get_world_size()
+        )
+
+    def _check_same_model(self, manifest: Manifest, shapes: dict[str, list[int]]) -> None:
+        if manifest.shapes == shapes:
+            return
+        names = sorted(set(manifest.shapes) | set(shapes))
+        name = next(n for n in names if manifest.shapes.get(n) != shapes.get(n))
+        raise CheckpointError(
+            f"checkpoint {self.path(manifest.step)} is of another model: '{name}' is "
+            f"{manifest.shapes.get(name, 'absent')} there and {shapes.get(name, 'absent')} here; "
+            "use the same model options, another output folder, or start afresh"
+        )
+
+    # ---- agreement ------------------------------------------------------------------------
+
+    def _on_rank_0(self, action: Any, verb: str, partial: Path) -> None:
+        self._on_all_ranks(action if dist.get_rank() == 0 else lambda: None, verb, partial)
+
+    def _on_all_ranks(
+        self, action: Any, verb: str, partial: Path | None, path: Path | None = None
+    ) -> None:
+        """Run ``action``; if it fails on any rank, fail on all with that rank's reason."""
+        reason = None
+        try:
+            action()
+        except Exception as error:  # whatever it is, the peers must learn of it
+            reason = _short(error)
+        reasons: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, reason)
+        failed = next((r for r, text in enumerate(reasons) if text is not None), None)
+        if failed is None:
+            return
+        if partial is not None and dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        dist.barrier()
+        raise CheckpointError(
+            f"rank {failed} could not {verb} checkpoint {path or partial}: {reasons[failed]}"
+        )
+
+
+def remove_partial(root: Path) -> list[str]:
+    """Remove what interrupted saves left below ``root``; returns the removed names."""
+    removed = []
+    for path in sorted(root.glob(f"{_PARTIAL_PREFIX}*")) if root.is_dir() else []:
+        shutil.rmtree(path, ignore_errors=True)
+        removed.append(path.name)
+    return removed
+
+
+def _sharded_state(model: torch.nn.Module, optimizer: Any, is_loading: bool) -> dict[str, Any]:
+    """State of the whole run: model, optimizer, each rank's random generators."""
+    model_state = model.sharded_state_dict(metadata=dict(SHARDING))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return {
+        "model": model_state,
+        "optimizer": optimizer.sharded_state_dict(
+            model_state, is_loading=is_loading, metadata=dict(SHARDING)
+        ),
+        "rng": ShardedObject("rng", _get_rng_state(), (world,), (rank,)),
+    }
+
+
+def _get_rng_state() -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["device"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def _sharded_tensors(state: dict) -> list[ShardedTensor]:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+    found: list[ShardedTensor] = []
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensorFactory):
+            value = value.build()
+            found.extend(v for v in nested_values(value) if isinstance(v, ShardedTensor))
+        elif isinstance(value, ShardedTensor):
+            found.append(value)
+    return found
+
+
+def _global_shapes(model_state: dict) -> dict[str, list[int]]:
+    """Parameter name -> global shape, the same on all ranks of any layout with PP 1."""
+    return {t.key: list(t.global_shape) for t in _sharded_tensors(model_state)}
+
+
+def _global_bytes(state: dict) -> int:
+    """Bytes of all tensors of the checkpoint, whoever writes them."""
+    sizes = {
+        t.key: int(np.prod(t.global_shape)) * t.dtype.itemsize for t in _sharded_tensors(state)
+    }
+    return sum(sizes.values())
+
+
+def _short(error: BaseException) -> str:
+    """Last line of the innermost cause, where the reason stands."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}".rstrip(": ")
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

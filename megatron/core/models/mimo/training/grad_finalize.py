@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of all modules brought to their final value after backward.
+
+DDP only sums (``calculate_per_token_loss=True``): after backward, each module's gradient is the
+gradient of the *sum* of token losses over the global batch. One number, the valid tokens of the
+whole batch, then divides both modules. Any other divisor is wrong by a constant factor that Adam
+and norm clipping hide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import copy
+
+import torch
+import torch.distributed as dist
+
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed.distributed_data_parallel_config import (
+    DistributedDataParallelConfig,
+)
+from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
+
+
+def iter_modules(mimo_model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """(name, module) of the modules on this rank: the language model, then the modalities."""
+    if mimo_model.language_model is not None:
+        yield MIMO_LANGUAGE_MODULE_KEY, mimo_model.language_model
+    for name, module in mimo_model.modality_submodules.items():
+        if module is not None:
+            yield name, module
+
+
+def wrap_modules_with_ddp(
+    mimo_model: torch.nn.Module,
+    configs: dict[str, object],
+    ddp_config: DistributedDataParallelConfig,
+    collections: dict[str, ProcessGroupCollection],
+) -> None:
+    """Wrap every module of ``mimo_model`` in its own DistributedDataParallel, in place.
+
+    Args:
+        mimo_model: the model.
+        configs: module name -> its TransformerConfig; ``calculate_per_token_loss`` must be on.
+        ddp_config: settings for every module; each gets a copy, because DDP writes into it.
+        collections: module name -> the module's groups.
+
+    Raises:
+        ValueError: if a config averages gradients instead of summing them.
+    """
+    for name, module in list(iter_modules(mimo_model)):
+        if not configs[name].calculate_per_token_loss:
+            raise ValueError(
+                f"module '{name}' has calculate_per_token_loss=False: DDP would average its "
+                "gradients over its own DP size, which differs between modules; set it to True"
+            )
+        wrapped = DistributedDataParallel(
+            configs[name],
+            copy(ddp_config),
+            module,
+            pg_collection=collections[name],
+        )
+        if name == MIMO_LANGUAGE_MODULE_KEY:
+            mimo_model.language_model = wrapped
+        else:
+            mimo_model.modality_submodules[name] = wrapped
+
+
+class MimoGradFinalizer:
+    """``finalize_model_grads_func`` for a MimoModel.
+
+    Per module: stock finalisation over the module's own groups (DDP sums, layer-norm sums over TP
+    under sequence parallelism, tied embeddings over PP). Then one ``N_global``, counted over the
+    language model's dp x cp, divides all of them.
+
+    Args:
+        collections: module name -> the module's groups; must hold ``"language"``.
+    """
+
+    def __init__(self, collections: dict[str, ProcessGroupCollection]):
+        if MIMO_LANGUAGE_MODULE_KEY not in collections:
+            raise ValueError(
+                f"MimoGradFinalizer needs the groups of '{MIMO_LANGUAGE_MODULE_KEY}', "
+                f"got {sorted(collections)}"
+            )
+        self.collections = collections
+
+    def __call__(
+        self,
+        model: list[torch.nn.Module],
+        num_tokens: torch.Tensor | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        force_all_reduce: bool = False,
+    ) -> None:
+        """Finalise the gradients of ``model[0]``; called by Megatron-Core's schedules.
+
+        Args:
+            model: one MimoModel, possibly wrapped.
+            num_tokens: scalar, this rank's valid tokens over all microbatches. Reduced in place
+                to the global count. ``None`` leaves gradients undivided.
+            pg_collection: ignored; each module has its own groups.
+            force_all_reduce: as in Megatron-Core.
+        """
+        mimo_model = unwrap_model(model[0])
+        modules = list(iter_modules(mimo_model))
+        for name, module in modules:
+            finalize_model_grads(
+                [module], None, self.collections[name], force_all_reduce=force_all_reduce
+            )
+        if num_tokens is None:
+            return
+        self.reduce_token_count(num_tokens)
+        # A batch without a single valid token has zero gradients; 1 keeps them zero, not nan.
+        scaling = 1.0 / torch.clamp(num_tokens, min=1)
+        for _, module in modules:
+            module.scale_gradients(scaling)
+
+    def reduce_token_count(self, num_tokens: torch.Tensor) -> torch.Tensor:
+        """Turn this rank's valid tokens into ``N_global``, in place.
+
+        CP ranks hold disjoint parts of a sample's tokens and DP ranks disjoint samples, so the
+        sum runs over dp x cp; TP ranks hold copies and are left out. Only the last pipeline
+        stage counts, so it tells the others first.
+        """
+        groups = self.collections[MIMO_LANGUAGE_MODULE_KEY]
+        if groups.pp is not None and groups.pp.size() > 1:
+            last = dist.get_global_rank(groups.pp, groups.pp.size() - 1)
+            dist.broadcast(num_tokens, src=last, group=groups.pp)
+        dist.all_reduce(num_tokens, group=groups.dp_cp)
+        return num_tokens
