@@ -1,0 +1,427 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Context-parallel core attention on PyTorch's ``scaled_dot_product_attention``.
+
+Every CP rank holds chunks ``r`` and ``2 * cp - 1 - r`` of the sequence ("zigzag"). The queries
+stay where they are. Keys and values are gathered once per layer over the CP group, put back
+into natural order, and each of the two local query chunks attends to the prefix of keys that it
+may see. Forward: one all-gather. Backward: one reduce-scatter. Nothing is approximated: the
+result is the unsharded attention, up to the order of floating-point sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.mimo.partition.sequence_order import cp_chunks, dense_spans
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+_CAUSAL_TYPES = (
+    AttnMaskType.causal,
+    AttnMaskType.padding_causal,
+    AttnMaskType.causal_bottom_right,
+)
+
+# torch 2.13 renames both collectives and warns about the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class ContextParallelAttention(MegatronModule):
+    """Scaled dot-product attention over a sequence that is sharded over a CP group.
+
+    A drop-in for ``core_attention`` in Megatron-Core's self-attention submodules, with and
+    without CP, for causal and bidirectional layers, grouped queries, and packed sequences.
+
+    Args:
+        config: the layer's config. ``context_parallel_size`` and ``attention_dropout`` count.
+        layer_number: accepted for the interface. ``apply_query_key_layer_scaling`` divides and
+            multiplies the scores by it to stay inside fp16, which this attention does not need.
+        attn_mask_type: used where ``forward`` is not told another one.
+        attention_type: only "self" can be sharded over CP.
+        attention_dropout: probability; None takes the config's.
+        softmax_scale: None means 1 / sqrt(head dim).
+        cp_comm_type: accepted for the interface; K and V are always gathered.
+        pg_collection: its ``cp`` is the CP group. Megatron's global state is asked only if
+            there is none and the config says CP > 1.
+        unused: what other Megatron-Core versions and MLA pass to their own attention classes
+            (``k_channels``, ``v_channels``, …); shapes are read from the tensors instead.
+
+    Raises:
+        ValueError: the group's size is not the config's, or the config asks for a feature that
+            changes the result and is not here (attention sink, window, QK clipping).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | list[str] | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        _refuse_unsupported(config)
+        self.layer_number = max(1, layer_number)
+        self.attn_mask_type = attn_mask_type
+        self.attention_type = attention_type
+        self.softmax_scale = softmax_scale
+        self.dropout_p = (
+            config.attention_dropout if attention_dropout is None else attention_dropout
+        )
+        self.cp_group = _resolve_cp_group(config, pg_collection)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **unused: Any,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: ``(s, b, heads, d)``, or ``(t, heads, d)`` packed; s and t are CP-local.
+            key: the same with ``groups`` heads, ``heads % groups == 0``.
+            value: the same with ``groups`` heads; its head dim may differ.
+            attention_mask: bool, True where attention is forbidden, broadcastable to
+                ``(b, heads, s, s)``. Without CP only.
+            attn_mask_type: None takes the layer's own.
+            attention_bias: must be None.
+            packed_seq_params: ``thd`` boundaries, *global*: of the sequences before CP cut
+                them. Padding at the end of a sequence yields zeros and receives no attention.
+
+        Returns:
+            ``(s, b, heads * d)``, or ``(t, heads * d)`` packed.
+
+        Raises:
+            ValueError: a bias, a mask together with CP or packing, or a local length that does
+                not fit CP or ``cu_seqlens``.
+        """
+        if attention_bias is not None:
+            raise ValueError("attention_bias is not supported by ContextParallelAttention")
+        causal = (attn_mask_type or self.attn_mask_type) in _CAUSAL_TYPES
+        packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
+        group = self._group_of(packed_seq_params)
+        if attention_mask is not None:
+            _refuse_mask(packed, group)
+            out = self._attend(query, key, value, causal, mask=attention_mask)
+            return out.flatten(-2)
+        if not packed:
+            lengths = [query.size(0) * _size(group)]
+            return self._attend_sequences(query, key, value, causal, lengths, lengths, group)
+        padded, real = _packed_lengths(packed_seq_params)
+        tensors = (x.unsqueeze(1) if x.dim() == 3 else x for x in (query, key, value))
+        return self._attend_sequences(*tensors, causal, padded, real, group).squeeze(1)
+
+    def _group_of(self, packed: PackedSeqParams | None) -> dist.ProcessGroup | None:
+        """The CP group of this call: a packed batch may bring its own (stock's hybrid CP)."""
+        own = getattr(packed, "cp_group", None)
+        return self.cp_group if own is None else own
+
+    def _attend_sequences(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        causal: bool,
+        padded: Sequence[int],
+        real: Sequence[int],
+        group: dist.ProcessGroup | None,
+    ) -> Tensor:
+        """Attention within each of the sequences that are laid end to end along dim 0.
+
+        Args:
+            query: ``(t, b, heads, d)``, CP-local.
+            key: ``(t, b, groups, d)``, CP-local.
+            value: ``(t, b, groups, d_v)``, CP-local.
+            causal: whether a query sees only what is not after it.
+            padded: global length of each sequence, padding included.
+            real: global length of each sequence without its trailing padding.
+            group: the CP group, or None.
+
+        Returns:
+            ``(t, b, heads * d_v)``, CP-local.
+        """
+        cp_size, cp_rank = _size(group), _rank(group)
+        spans = [dense_spans(length, cp_rank, cp_size) for length in padded]
+        chunk_lengths = [stop - start for seq in spans for start, stop in seq]
+        if cp_size == 1 and query.size(0) != key.size(0) and len(padded) == 1:
+            # A cache of earlier keys (stock's static inference): bottom-right causal.
+            return self._attend(query, key, value, causal).flatten(-2)
+        _check_local_length(sum(chunk_lengths), query, key, cp_size)
+        keys, values = _whole_sequences(key, value, padded, chunk_lengths, group)
+        queries = iter(query.split(chunk_lengths))
+        out: list[Tensor] = []
+        for seq_spans, length, k, v in zip(spans, real, keys, values, strict=True):
+            for start, stop in seq_spans:
+                out += self._attend_chunk(next(queries), k, v, causal, start, stop, length)
+        return torch.cat(out).flatten(-2)
+
+    def _attend_chunk(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        causal: bool,
+        start: int,
+        stop: int,
+        real: int,
+    ) -> list[Tensor]:
+        """The output rows of one query chunk, ``start .. stop - 1`` of its sequence.
+
+        Only real queries are computed, and they meet only real keys; rows of padding are zeros.
+        """
+        count = min(max(real - start, 0), stop - start)
+        visible = start + count if causal else real
+        rows: list[Tensor] = []
+        if count:
+            rows.append(self._attend(query[:count], key[:visible], value[:visible], causal))
+        if count < stop - start:
+            shape = (stop - start - count, *query.shape[1:-1], value.size(-1))
+            rows.append(query.new_zeros(shape))
+            # A rank that holds nothing but padding still has to enter the backward collective
+            # of its CP group: these zero rows keep the gathered keys and values in the graph.
+            rows.append(_empty_rows(query, value))
+        return rows
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None = None
+    ) -> Tensor:
+        """``(sq, b, heads, d)`` x ``(sk, b, groups, d)`` -> ``(sq, b, heads, d_v)``.
+
+        Causal means aligned to the last key: query ``i`` of ``sq`` sees ``sk - sq + i + 1`` keys.
+        """
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        bias, is_causal = _mask_arguments(q.size(2), k.size(2), causal, mask, q.device)
+        dropout_p = self.dropout_p if self.training else 0.0
+        with self._dropout_rng(dropout_p):
+            out = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=bias,
+                dropout_p=dropout_p,
+                is_causal=is_causal,
+                scale=self.softmax_scale,
+                enable_gqa=q.size(1) != k.size(1),
+            )
+        return out.permute(2, 0, 1, 3)
+
+    def _dropout_rng(self, dropout_p: float) -> AbstractContextManager[Any]:
+        """TP ranks hold different heads, so dropout draws from the TP-specific RNG state.
+
+        With sequence parallelism the transformer block has forked it already.
+        """
+        if dropout_p == 0.0 or self.config.sequence_parallel:
+            return nullcontext()
+        return get_cuda_rng_tracker().fork()
+
+
+class _GatherSequence(torch.autograd.Function):
+    """All-gather along dim 0 over a group; the gradient is reduce-scattered.
+
+    Shapes: x ``(t, …)``, different on each rank; y ``(n * t, …)``, the same on all.
+    Forward: ``y = cat(x_0, …, x_{n-1})``, in group order.
+    Gradient: ``dx_r = sum over ranks q of dy_q[r * t : (r + 1) * t]``. Every rank uses y for
+    its own queries only, so its dy is a partial one; narrowing without the sum would lose what
+    the other ranks' queries asked of this rank's keys.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Gather; ``x`` is made contiguous first."""
+        ctx.group = group
+        out = x.new_empty((group.size() * x.size(0), *x.shape[1:]))
+        _all_gather(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Sum over the group, keep this rank's rows."""
+        out = grad.new_empty((grad.size(0) // ctx.group.size(), *grad.shape[1:]))
+        _reduce_scatter(out, grad.contiguous(), group=ctx.group)
+        return out, None
+
+
+def natural_pieces(num_sequences: int, cp_size: int) -> list[list[int]]:
+    """Where the chunks of each sequence are in a rank-major gather, in natural order.
+
+    A rank's local tokens are, for each sequence, its two chunks one after the other. The gather
+    lays the ranks end to end, which makes ``cp_size * num_sequences * 2`` pieces.
+
+    >>> natural_pieces(1, 2)
+    [[0, 2, 3, 1]]
+    >>> natural_pieces(2, 1)
+    [[0], [1]]
+    """
+    if cp_size == 1:
+        return [[i] for i in range(num_sequences)]
+    place = [0] * (2 * cp_size)
+    for rank in range(cp_size):
+        for half, chunk in enumerate(cp_chunks(rank, cp_size)):
+            place[chunk] = rank * 2 * num_sequences + half
+    return [[2 * i + p for p in place] for i in range(num_sequences)]
+
+
+def _whole_sequences(
+    key: Tensor,
+    value: Tensor,
+    padded: Sequence[int],
+    chunk_lengths: Sequence[int],
+    group: dist.ProcessGroup | None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of each whole sequence in natural order, from the CP-local ones.
+
+    K and V travel in one collective. Pieces are taken with ``split`` and joined with ``cat``:
+    their gradients are copies, where an index would need an atomic, order-dependent sum.
+    """
+    if _size(group) == 1:
+        return list(key.split(list(padded))), list(value.split(list(padded)))
+    both = _GatherSequence.apply(torch.cat([key, value], dim=-1), group)
+    pieces = both.split(list(chunk_lengths) * group.size())
+    widths = [key.size(-1), value.size(-1)]
+    order = natural_pieces(len(padded), group.size())
+    whole = [torch.cat([pieces[i] for i in seq]).split(widths, dim=-1) for seq in order]
+    return [k for k, _ in whole], [v for _, v in whole]
+
+
+def _mask_arguments(
+    q_len: int, k_len: int, causal: bool, mask: Tensor | None, device: torch.device
+) -> tuple[Tensor | None, bool]:
+    """``(attn_mask, is_causal)`` for SDPA, whose own ``is_causal`` aligns to the *first* key."""
+    if mask is not None:
+        allowed = ~mask.to(device=device, dtype=torch.bool)
+        if causal:
+            ones = torch.ones(q_len, k_len, dtype=torch.bool, device=device)
+            allowed = allowed & ones.tril(k_len - q_len)
+        return allowed, False
+    if not causal or q_len == 1:
+        return None, False
+    if q_len == k_len:
+        return None, True
+    return causal_lower_right(q_len, k_len), False
+
+
+def _empty_rows(query: Tensor, value: Tensor) -> Tensor:
+    """``(0, b, heads, d_v)`` rows that depend on ``value`` in the autograd graph."""
+    repeat = query.size(2) // value.size(2)
+    return value[:0].repeat_interleave(repeat, dim=2)
+
+
+def _packed_lengths(params: PackedSeqParams) -> tuple[list[int], list[int]]:
+    """``(padded, real)`` lengths of the packed sequences, as host integers.
+
+    Raises:
+        ValueError: queries and keys have different boundaries, or more real than padded tokens.
+    """
+    real_cu = _host_ints(params, "cu_seqlens_q")
+    padded_cu = _host_ints(params, "cu_seqlens_q_padded") or real_cu
+    for name, mine in (("cu_seqlens_kv", real_cu), ("cu_seqlens_kv_padded", padded_cu)):
+        other = _host_ints(params, name)
+        if other is not None and other != mine:
+            raise ValueError(
+                f"Packed self-attention needs the same boundaries for queries and keys, but "
+                f"{name} is {other} and the queries' is {mine}"
+            )
+    real, padded = _differences(real_cu), _differences(padded_cu)
+    if len(real) != len(padded) or any(r > p for r, p in zip(real, padded, strict=True)):
+        raise ValueError(
+            f"cu_seqlens_q {real_cu} does not fit into cu_seqlens_q_padded {padded_cu}: each "
+            f"sequence needs at least as many padded as real tokens"
+        )
+    return padded, real
+
+
+def _host_ints(params: PackedSeqParams, name: str) -> list[int] | None:
+    """A field of ``params`` as integers, fetched from the device once and not once per layer."""
+    field = getattr(params, name)
+    if field is None:
+        return None
+    cache: dict[str, tuple[Tensor, int, list[int]]] = params.__dict__.setdefault("_host_ints", {})
+    seen = cache.get(name)
+    if seen is None or seen[0] is not field or seen[1] != field._version:
+        seen = cache[name] = (field, field._version, field.tolist())
+    return seen[2]
+
+
+def _differences(cumulative: list[int]) -> list[int]:
+    return [b - a for a, b in zip(cumulative[:-1], cumulative[1:], strict=True)]
+
+
+def _size(group: dist.ProcessGroup | None) -> int:
+    return 1 if group is None else group.size()
+
+
+def _rank(group: dist.ProcessGroup | None) -> int:
+    return 0 if group is None else group.rank()
+
+
+def _resolve_cp_group(
+    config: TransformerConfig, pg_collection: ProcessGroupCollection | None
+) -> dist.ProcessGroup | None:
+    """The given CP group, else Megatron's global one, else None for CP 1."""
+    group = getattr(pg_collection, "cp", None)
+    if group is None and config.context_parallel_size > 1:
+        group = parallel_state.get_context_parallel_group()
+    if _size(group) != config.context_parallel_size:
+        raise ValueError(
+            f"config.context_parallel_size is {config.context_parallel_size}, but the CP process "
+            f"group has {_size(group)} ranks; give the module the grid's own 'cp' group and set "
+            f"context_parallel_size to its size"
+        )
+    return group
+
+
+def _refuse_mask(packed: bool, group: dist.ProcessGroup | None) -> None:
+    if packed:
+        raise ValueError("attention_mask must be None with packed sequences: cu_seqlens says it")
+    if _size(group) > 1:
+        raise ValueError(
+            f"attention_mask must be None with context parallelism (CP {_size(group)}): a rank "
+            f"holds only its own chunks; use a causal or packed layout"
+        )
+
+
+def _check_local_length(expected: int, query: Tensor, key: Tensor, cp_size: int) -> None:
+    if query.size(0) != expected or key.size(0) != expected:
+        raise ValueError(
+            f"This rank holds {query.size(0)} query and {key.size(0)} key tokens, but the "
+            f"sequence lengths at CP {cp_size} say {expected}"
+        )
+
+
+def _refuse_unsupported(config: TransformerConfig) -> None:
+    """Features that change the result are refused rather than ignored."""
+    wanted = {
+        "softmax_type": getattr(config, "softmax_type", "vanilla") != "vanilla",
+        "window_size": getattr(config, "window_size", None) is not None,
+        "qk_clip": bool(getattr(config, "qk_clip", False)),
+        "log_max_attention_logit": bool(getattr(config, "log_max_attention_logit", False)),
+    }
+    for name, asked in wanted.items():
+        if asked:
+            raise ValueError(
+                f"ContextParallelAttention does not support {name}={getattr(config, name)!r}; "
+                f"leave it at its default or use Transformer Engine's attention"
+            )

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer specs of the language model and of encoders, with and without Transformer Engine.
+
+Both start from stock's own GPT block spec, so MoE patterns, MLA and pipeline stages mean what
+they mean there. Without Transformer Engine three parts are exchanged: the core attention, the
+norms of the layers, and the final norm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.mimo.transformer.context_parallel_attention import (
+    ContextParallelAttention,
+)
+from megatron.core.models.mimo.transformer.norms import SequenceParallelNorm
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import L2Norm
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+_KEPT_NORMS = (IdentityOp, L2Norm)
+
+
+def use_transformer_engine() -> bool:
+    """True where Transformer Engine is installed and a CUDA device can run it."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def language_layer_spec(
+    config: TransformerConfig, *, pp_rank: int | None = None, vp_stage: int | None = None
+) -> ModuleSpec:
+    """Causal decoder layers for ``GPTModel(transformer_layer_spec=…)``.
+
+    Args:
+        config: the language model's config.
+        pp_rank: this rank's pipeline stage; needed with more than one stage.
+        vp_stage: virtual pipeline stage, where there are any.
+
+    Returns:
+        A spec of the stage's ``TransformerBlock``: its layers and the final norm.
+
+    Raises:
+        ValueError: more than one pipeline stage and no ``pp_rank``.
+    """
+    return _block_spec(config, None, pp_rank, vp_stage)
+
+
+def encoder_layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """Bidirectional layers for encoders that are built on ``TransformerBlock``.
+
+    Args:
+        config: the encoder's config; one pipeline stage.
+
+    Returns:
+        A spec of the encoder's ``TransformerBlock``: its layers and the final norm.
+
+    Raises:
+        ValueError: the config asks for more than one pipeline stage.
+    """
+    if config.pipeline_model_parallel_size > 1:
+        raise ValueError(
+            f"An encoder has one pipeline stage, but its config says "
+            f"pipeline_model_parallel_size={config.pipeline_model_parallel_size}"
+        )
+    return _block_spec(config, AttnMaskType.no_mask, 0, None)
+
+
+def _block_spec(
+    config: TransformerConfig,
+    mask_type: AttnMaskType | None,
+    pp_rank: int | None,
+    vp_stage: int | None,
+) -> ModuleSpec:
+    if pp_rank is None:
+        if config.pipeline_model_parallel_size > 1:
+            raise ValueError(
+                f"pipeline_model_parallel_size is {config.pipeline_model_parallel_size}: pass "
+                f"pp_rank (0 to {config.pipeline_model_parallel_size - 1}), the stage whose "
+                f"layers to build"
+            )
+        pp_rank = 0
+    with_te = use_transformer_engine()
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=with_te, pp_rank=pp_rank, vp_stage=vp_stage
+    )
+    layers = [_layer(spec, mask_type, with_te) for spec in block.layer_specs]
+    norm = block.layer_norm if with_te else SequenceParallelNorm
+    return ModuleSpec(
+        module=TransformerBlock,
+        submodules=TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm),
+    )
+
+
+def _layer(spec: ModuleSpec, mask_type: AttnMaskType | None, with_te: bool) -> ModuleSpec:
+    """A copy of stock's layer spec with this project's parts and mask type."""
+    parts = spec.submodules
+    attention = parts.self_attention
+    if mask_type is not None:
+        attention = dataclasses.replace(
+            attention, params={**attention.params, "attn_mask_type": mask_type}
+        )
+    changes: dict[str, Any] = {"self_attention": attention}
+    if not with_te:
+        inner = dataclasses.replace(
+            _with_norms(attention.submodules), core_attention=ContextParallelAttention
+        )
+        changes["self_attention"] = dataclasses.replace(attention, submodules=inner)
+    parts = dataclasses.replace(parts if with_te else _with_norms(parts), **changes)
+    return dataclasses.replace(spec, submodules=parts)
+
+
+def _with_norms(submodules: Any) -> Any:
+    """A copy with every norm exchanged, except where there is none or it has no parameters."""
+    norms = {
+        field.name: SequenceParallelNorm
+        for field in dataclasses.fields(submodules)
+        if field.name.endswith("layernorm")
+        and getattr(submodules, field.name) is not None
+        and getattr(submodules, field.name) not in _KEPT_NORMS
+    }
+    return dataclasses.replace(submodules, **norms)
