@@ -1,0 +1,434 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks as a named box, and process groups made from it on request.
+
+``GridShape`` is the pure part: integers only, no process group, no ``torch.distributed`` call.
+``HyperCommGrid`` adds what needs a world: groups over any dims, and further factorisations
+("views") of the same ranks. Stock Megatron-Core imports this module while ``megatron.core`` itself
+is being imported, so nothing of ``megatron`` is imported here.
+
+The dim that is named first varies fastest: ``rank = rank_offset + sum(coord[d] * stride[d])``,
+where a dim's stride is the product of the sizes named before it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import numbers
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+_BASE_VIEW_NAME = "base"
+
+# A base group's key is its dims joined with dashes; a view's own group has (view, dims).
+_GroupKey = str | tuple[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class GridShape:
+    """A named box over the ranks ``rank_offset .. rank_offset + size - 1``; first dim fastest.
+
+    >>> box = GridShape((2, 2, 2), ("tp", "cp", "dp"))
+    >>> box.coords(5)
+    {'tp': 1, 'cp': 0, 'dp': 1}
+    >>> box.enumerate_groups(["cp"])
+    [[0, 2], [1, 3], [4, 6], [5, 7]]
+
+    Args:
+        shape: size of each dim, a positive integer.
+        dim_names: name of each dim, no name twice.
+        rank_offset: the box's first rank.
+
+    Raises:
+        ValueError: lengths differ, a size is not a positive integer, a name occurs twice, or the
+            offset is negative.
+    """
+
+    shape: tuple[int, ...]
+    dim_names: tuple[str, ...]
+    rank_offset: int = 0
+    _strides: dict[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _check_box(self.shape, self.dim_names)
+        if self.rank_offset < 0:
+            raise ValueError(f"rank_offset must be non-negative, got {self.rank_offset}")
+        strides = {
+            name: math.prod(self.shape[:axis]) for axis, name in enumerate(self.dim_names)
+        }
+        object.__setattr__(self, "_strides", strides)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks in the box."""
+        return math.prod(self.shape)
+
+    @property
+    def ranks(self) -> range:
+        """Every rank of the box, ascending."""
+        return range(self.rank_offset, self.rank_offset + self.size)
+
+    def dim_size(self, name: str) -> int:
+        """Size of one dim; 1 for a dim that the box does not name."""
+        return self.shape[self.dim_names.index(name)] if name in self.dim_names else 1
+
+    def coords(self, rank: int) -> dict[str, int]:
+        """Where a rank lies: its coordinate along each dim, in ``dim_names`` order.
+
+        Raises:
+            ValueError: the rank is outside the box.
+        """
+        if rank not in self.ranks:
+            raise ValueError(
+                f"Rank {rank} is not in the grid {self._describe()}; its ranks are "
+                f"{self.ranks.start} to {self.ranks.stop - 1}"
+            )
+        place = rank - self.rank_offset
+        return {
+            name: place // self._strides[name] % size
+            for name, size in zip(self.dim_names, self.shape)
+        }
+
+    def enumerate_groups(self, dims: Sequence[str]) -> list[list[int]]:
+        """Ranks of every group over ``dims``; inside a group the *last* of ``dims`` is fastest.
+
+        Groups follow one another with the remaining dims, the first-named fastest. Linear in
+        the number of ranks.
+
+        >>> GridShape((2, 2), ("a", "b")).enumerate_groups(["a", "b"])
+        [[0, 2, 1, 3]]
+        """
+        members = self._steps(dims)
+        others = [name for name in reversed(self.dim_names) if name not in dims]
+        return [
+            [self.rank_offset + first + step for step in members] for first in self._steps(others)
+        ]
+
+    def _steps(self, dims: Iterable[str]) -> list[int]:
+        """Rank distances that moving along ``dims`` reaches from coordinate 0; last fastest."""
+        steps = [0]
+        for name in dims:
+            stride, size = self._strides[name], self.dim_size(name)
+            steps = [base + stride * coord for base in steps for coord in range(size)]
+        return steps
+
+    def _describe(self) -> str:
+        return " x ".join(f"{name}={size}" for name, size in zip(self.dim_names, self.shape))
+
+
+@dataclass(frozen=True)
+class _RankView:
+    """One named factorisation of a grid's ranks; ``shared_dims`` use the base view's groups."""
+
+    name: str
+    box: GridShape
+    shared_dims: list[str]
+
+    @property
+    def shape(self) -> list[int]:
+        return list(self.box.shape)
+
+    @property
+    def dim_names(self) -> list[str]:
+        return list(self.box.dim_names)
+
+
+class HyperCommGrid:
+    """Ranks as an N-D box with named dims; makes each process group once, when asked to.
+
+    Groups are made by ``create_pg`` only, since that is where options for the group are given;
+    ``get_pg`` hands out what exists. All ranks of the world must call ``create_pg`` in the same
+    order. Every method works on the base view unless ``view=`` names a registered one.
+
+    >>> grid = HyperCommGrid([2, 2, 2], ["tp", "cp", "dp"])  # with WORLD_SIZE=8
+    >>> grid.get_rank_enum(["cp", "dp"])
+    [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+    Args:
+        shape: size of each dim.
+        dim_names: name of each dim; the first varies fastest over ranks.
+        rank_offset: the grid's first rank.
+        backend: backend of its process groups; ``None`` is the default group's.
+
+    Raises:
+        ValueError: as ``GridShape``.
+        RuntimeError: the world size is unknown, or the grid does not fit into it.
+    """
+
+    def __init__(
+        self,
+        shape: list[int],
+        dim_names: list[str],
+        rank_offset: int = 0,
+        backend: str | None = None,
+    ) -> None:
+        box = _box(shape, dim_names, rank_offset)
+        world_size = _world_size()
+        if box.size > world_size - rank_offset:
+            raise RuntimeError(
+                f"Grid shape {shape} is over sized with world size {world_size} and rank offset "
+                f"{rank_offset}: it needs {box.size} ranks and {world_size - rank_offset} are "
+                "there. Launch more ranks or shrink a dim."
+            )
+        self.shape = shape[:]
+        self.dim_names = dim_names[:]
+        self.rank_offset = rank_offset
+        self.size = box.size
+        self.backend = backend
+        self._views: dict[str, _RankView] = {
+            _BASE_VIEW_NAME: _RankView(_BASE_VIEW_NAME, box, [])
+        }
+        self._pgs: dict[_GroupKey, dist.ProcessGroup | None] = {}
+
+    def coords(self, rank: int) -> dict[str, int]:
+        """Coordinate of a global rank along each dim of the base view.
+
+        Raises:
+            ValueError: the rank is outside the grid.
+        """
+        return self._base.coords(rank)
+
+    def dim_size(self, name: str) -> int:
+        """Size of one dim of the base view; 1 if it has no such dim."""
+        return self._base.dim_size(name)
+
+    def is_current_rank_in_grid(self) -> bool:
+        """Whether this process's global rank is one of the grid's."""
+        return dist.get_rank() in self._base.ranks
+
+    def register_view(
+        self,
+        name: str,
+        shape: list[int],
+        dim_names: list[str],
+        shared_dims: list[str] | None = None,
+    ) -> None:
+        """Add another factorisation of the same ranks, e.g. (expert-tp, ep, pp, expert-dp).
+
+        Args:
+            name: how ``view=`` calls it; new.
+            shape, dim_names: as for the grid; the sizes multiply to the grid's size.
+            shared_dims: dims that mean the same in both views and so share process groups.
+
+        Raises:
+            ValueError: the name is taken, the view does not cover the grid's ranks, or a shared
+                dim is unknown to one view or groups the ranks differently.
+        """
+        if name in self._views:
+            raise ValueError(
+                f"View {name!r} is already registered; registered are {sorted(self._views)}"
+            )
+        box = _box(shape, dim_names, self.rank_offset, view=name)
+        if box.size != self.size:
+            raise ValueError(
+                f"View {name!r} shape {shape} has size {box.size}, but the grid size is "
+                f"{self.size} (shape {self.shape})"
+            )
+        shared = list(shared_dims or [])
+        self._check_shared(name, box, shared)
+        self._views[name] = _RankView(name, box, shared)
+
+    def create_pg(
+        self, dims: str | list[str], *, view: str | None = None, **kwargs: Any
+    ) -> dist.ProcessGroup | None:
+        """Create every group over ``dims`` and return this rank's; all ranks of the world call it.
+
+        Args:
+            dims: one dim or several, in any order.
+            view: a registered view; ``None`` is the base view.
+            kwargs: handed to ``torch.distributed.new_subgroups_by_enumeration`` (``timeout``,
+                ``pg_options``, ``group_desc``).
+
+        Returns:
+            The group that this rank is in, ``None`` for a rank outside the grid.
+
+        Raises:
+            KeyError: this group exists already, or there is no such view.
+            ValueError: the view has no such dim.
+        """
+        key, box, ordered = self._locate(dims, view)
+        if key in self._pgs:
+            raise KeyError(
+                f"Process group {dims}{_of_view(key)} has already been created. Its options "
+                "cannot be compared with the ones given now, so it is not handed out again: "
+                "use get_pg."
+            )
+        rank_enum = box.enumerate_groups(ordered)
+        pg, _ = dist.new_subgroups_by_enumeration(rank_enum, backend=self.backend, **kwargs)
+        logger.debug("Created process groups %s with ranks %s", key, rank_enum)
+        self._pgs[key] = pg
+        return pg
+
+    def get_pg(self, dims: str | list[str], *, view: str | None = None) -> dist.ProcessGroup:
+        """This rank's group over ``dims``, which ``create_pg`` has made before.
+
+        Raises:
+            KeyError: it was not created, or there is no such view.
+            ValueError: the view has no such dim.
+        """
+        key, _, ordered = self._locate(dims, view)
+        if key not in self._pgs:
+            raise KeyError(
+                f"Process group for {'-'.join(ordered)}{_of_view(key)} hasn't been created. Call "
+                "create_pg first."
+            )
+        return self._pgs[key]
+
+    def get_rank_enum(self, dims: str | list[str], *, view: str | None = None) -> list[list[int]]:
+        """Ranks of every group over ``dims``, just as ``create_pg`` would group them.
+
+        Whatever the order in ``dims``, the dim that comes first in ``dim_names`` is fastest.
+        """
+        spec = self._view(view)
+        return spec.box.enumerate_groups(self._ordered_in_view(spec, dims))
+
+    def destroy(self) -> None:
+        """Destroy each process group that this grid made and this rank is in; idempotent."""
+        groups = {id(pg): pg for pg in self._pgs.values()}
+        self._pgs.clear()
+        for pg in groups.values():
+            release_group(pg)
+
+    @property
+    def _base(self) -> GridShape:
+        return self._views[_BASE_VIEW_NAME].box
+
+    def _gen_rank_enum(self, dims: list[str]) -> list[list[int]]:
+        """Groups over ``dims`` of the base view, the last of ``dims`` fastest (no reordering)."""
+        return self._base.enumerate_groups(dims)
+
+    def _order_dims(self, dims: str | list[str]) -> tuple[list[str], str]:
+        """``_order_dims_for`` on the base view (the name that Megatron-Core 0.16 has)."""
+        return self._order_dims_for(self.dim_names, dims)
+
+    def _order_dims_for(
+        self, dim_names: list[str], dims: str | list[str]
+    ) -> tuple[list[str], str]:
+        """``dims`` slowest first under ``dim_names``, and the same joined with dashes.
+
+        Raises:
+            ValueError: a dim is not in ``dim_names``, or is given twice.
+        """
+        wanted = [dims] if isinstance(dims, str) else list(dims)
+        for dim in wanted:
+            if dim not in dim_names:
+                raise ValueError(f"{dim!r} is not in list {list(dim_names)} of dim_names")
+        if len(set(wanted)) != len(wanted):
+            raise ValueError(f"A dim is given twice in {wanted}; name each at most once")
+        ordered = sorted(wanted, key=lambda dim: -dim_names.index(dim))
+        return ordered, "-".join(ordered)
+
+    def _view(self, name: str | None) -> _RankView:
+        name = _BASE_VIEW_NAME if name is None else name
+        if name not in self._views:
+            raise KeyError(
+                f"View {name!r} is not registered. Registered views: {sorted(self._views)}"
+            )
+        return self._views[name]
+
+    def _ordered_in_view(self, view: _RankView, dims: str | list[str]) -> list[str]:
+        for dim in [dims] if isinstance(dims, str) else dims:
+            if dim not in view.box.dim_names:
+                raise ValueError(
+                    f"{dim!r} is not in view {view.name!r} with dim_names {view.dim_names}"
+                )
+        return self._order_dims_for(view.dim_names, dims)[0]
+
+    def _locate(
+        self, dims: str | list[str], view: str | None
+    ) -> tuple[_GroupKey, GridShape, list[str]]:
+        """Where groups over ``dims`` are kept, the box that numbers them, the dims in its order."""
+        spec = self._view(view)
+        ordered = self._ordered_in_view(spec, dims)
+        if spec.name != _BASE_VIEW_NAME:
+            if not set(ordered) <= set(spec.shared_dims):
+                return (spec.name, tuple(ordered)), spec.box, ordered
+            ordered = self._order_dims(ordered)[0]
+        return "-".join(ordered), self._base, ordered
+
+    def _check_shared(self, name: str, box: GridShape, shared: list[str]) -> None:
+        if len(set(shared)) != len(shared):
+            raise ValueError(f"View {name!r} has duplicate shared_dims: {shared}")
+        for dim in shared:
+            if dim not in self.dim_names:
+                raise ValueError(
+                    f"Shared dim {dim!r} of view {name!r} is not in the base view {self.dim_names}"
+                )
+            if dim not in box.dim_names:
+                raise ValueError(
+                    f"Shared dim {dim!r} of view {name!r} is not in the view's dim_names "
+                    f"{list(box.dim_names)}"
+                )
+        # Dims that agree one by one may still disagree as a set, which has a group of its own.
+        for dims in [[dim] for dim in shared] + [shared] * (len(shared) > 1):
+            self._check_same_groups(name, box, dims)
+
+    def _check_same_groups(self, name: str, box: GridShape, dims: list[str]) -> None:
+        base = self._base.enumerate_groups(self._order_dims(dims)[0])
+        other = box.enumerate_groups(self._order_dims_for(list(box.dim_names), dims)[0])
+        if base == other:
+            return
+        label = f"Shared dim {dims[0]!r} has" if len(dims) == 1 else f"Shared dims {dims!r} have"
+        raise ValueError(
+            f"{label} different membership across views: base enumeration {base} != view "
+            f"{name!r} enumeration {other}"
+        )
+
+
+def release_group(pg: dist.ProcessGroup | None) -> None:
+    """Destroy a process group if this rank is in it; nothing is left to do after the world's end.
+
+    Args:
+        pg: a group, ``None``, or torch's marker for a group that this rank is not in.
+    """
+    if pg is None or pg is dist.GroupMember.NON_GROUP_MEMBER:
+        return
+    try:
+        dist.destroy_process_group(pg)
+    except (AssertionError, ValueError):
+        # Destroying the default group ends all groups, so ours may be gone with it.
+        if dist.is_initialized():
+            raise
+
+
+def _box(
+    shape: Sequence[int], dim_names: Sequence[str], rank_offset: int, view: str | None = None
+) -> GridShape:
+    _check_box(shape, dim_names, "" if view is None else f"View {view!r} ")
+    return GridShape(tuple(int(size) for size in shape), tuple(dim_names), rank_offset)
+
+
+def _check_box(shape: Sequence[int], dim_names: Sequence[str], label: str = "") -> None:
+    if len(shape) != len(dim_names):
+        raise ValueError(
+            f"{label}len(shape) {shape} != len(dim_names) {dim_names}: {len(shape)} sizes for "
+            f"{len(dim_names)} names"
+        )
+    if any(not isinstance(size, numbers.Integral) or size <= 0 for size in shape):
+        raise ValueError(f"{label}shape must be positive ints, got {shape} for {dim_names}")
+    if len(set(dim_names)) != len(dim_names):
+        verb = "has" if label else "Grid has"
+        raise ValueError(f"{label}{verb} duplicate dim_names: {dim_names}; name each dim once")
+
+
+def _world_size() -> int:
+    """``WORLD_SIZE`` if it is set (grids for a world that does not run yet), else torch's."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    if dist.is_initialized():
+        return dist.get_world_size()
+    raise RuntimeError(
+        "Cannot determine world size: WORLD_SIZE environment variable not set and "
+        "torch.distributed is not initialized. Set WORLD_SIZE, or call "
+        "torch.distributed.init_process_group before making a HyperCommGrid."
+    )
+
+
+def _of_view(key: _GroupKey) -> str:
+    return "" if isinstance(key, str) else f" for view {key[0]!r}"

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bridge between an encoder and a language model that live on the same ranks.
+
+``ColocatedBridgeCommunicator`` executes a ``BridgeLayout`` with the pairs of ``collectives``::
+
+              forward                          backward
+    fan-in    gather_blocks over siblings      sum over dest CP, then take own block
+    fan-out   take_block of own slot           sum over dest CP, then gather siblings' blocks
+    equal     nothing                          sum over dest CP
+
+A forward is ``sum_gradients(<gather_blocks | take_block | identity>(x))``; autograd walks it from
+the end, hence the sum over CP comes first in backward. Without CP there is no sum.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.distributed as dist
+
+from megatron.core.hyper_comm_grid import HyperCommGrid, release_group
+from megatron.core.models.mimo.comm.bridge_layout import (
+    BridgeDirection,
+    BridgeLayout,
+    SliceInfo,
+)
+from megatron.core.models.mimo.comm.collectives import (
+    check_same_shape,
+    gather_blocks,
+    sum_gradients,
+    take_block,
+)
+
+__all__ = ["BridgeDirection", "ColocatedBridgeCommunicator", "SliceInfo"]
+
+logger = logging.getLogger(__name__)
+
+_BATCH_FIRST = {"b": 0, "s": 1, "h": 2}
+
+
+class ColocatedBridgeCommunicator:
+    """Turns encoder output in the source's layout into language-model input, and gradients back.
+
+    Every rank of the world makes the same bridges in the same order (process groups are made).
+    Preconditions: the input is equal on all TP ranks of a source replica; the gradient is equal
+    on all TP ranks of a destination replica; ranks of one gather group bring the same shape.
+
+    Shapes: ``(b, s, h)`` by default; ``(s, b, h)`` with ``{"s": 0, "b": 1, "h": 2}``; rows
+    ``(N, h)`` of whole samples, sample-major and the same number each, with ``{"b": 0, "h": 1}``.
+
+    Args:
+        src_grid: the encoder's grid: tp and dp, any other dim of size 1.
+        dest_grid: the language model's grid: tp, cp before dp, pp of size 1.
+        src_module_name, dest_module_name: for messages.
+        dim_mapping: which tensor dim is the batch ("b"), and the names of the others.
+        check_shapes: compare shapes over the groups before each ``communicate``. Costs a small
+            all-gather per group and a wait for it, and turns a hang into an error on every rank;
+            off by default, may be switched at any time (on all ranks together).
+
+    Attributes:
+        layout: the ``BridgeLayout`` that is executed; the other public attributes repeat it.
+        gather_pg: this rank's gather group; ``None`` for equal DP and after ``destroy``.
+        dest_cp_pg: the destination grid's own ``cp`` group; ``None`` if its CP is 1.
+
+    Raises:
+        ValueError: before anything is communicated: as ``BridgeLayout.from_grids``; the grids'
+            backends differ; ``dim_mapping`` does not number the dims 0, 1, ... with a "b".
+    """
+
+    def __init__(
+        self,
+        src_grid: HyperCommGrid,
+        dest_grid: HyperCommGrid,
+        src_module_name: str = "src",
+        dest_module_name: str = "dest",
+        dim_mapping: dict[str, int] | None = None,
+        *,
+        check_shapes: bool = False,
+    ) -> None:
+        self.layout = BridgeLayout.from_grids(
+            src_grid, dest_grid, src_module_name, dest_module_name
+        )
+        self.dim_mapping = dict(dim_mapping or _BATCH_FIRST)
+        _check_dim_mapping(self.dim_mapping)
+        backend = _common_backend(src_grid, dest_grid)
+        self.src_grid, self.dest_grid = src_grid, dest_grid
+        self.src_module_name, self.dest_module_name = src_module_name, dest_module_name
+        self.check_shapes = check_shapes
+        self._repeat_layout()
+        self.current_rank = dist.get_rank()
+        self._destroyed = False
+        self.dest_cp_pg = _group_of(dest_grid, "cp") if self.dest_cp_size > 1 else None
+        self.gather_pg = self._make_gather_pg(backend)
+        logger.debug("Bridge %s on rank %d", self._describe(), self.current_rank)
+
+    def is_fan_in(self) -> bool:
+        """Whether the source has more DP replicas: forward gathers."""
+        return self.direction is BridgeDirection.FAN_IN
+
+    def is_fan_out(self) -> bool:
+        """Whether the destination has more DP replicas: forward takes a part."""
+        return self.direction is BridgeDirection.FAN_OUT
+
+    def get_slice_info(self, batch_size: int) -> SliceInfo:
+        """This rank's own part of a coarser replica's batch dim of ``batch_size``.
+
+        On fan-out it is what forward keeps, on fan-in what backward keeps, for equal DP all.
+
+        Raises:
+            ValueError: ``scale`` does not divide ``batch_size``; this rank is not on the bridge.
+        """
+        return self.layout.slot_slice(self.current_rank, batch_size)
+
+    def communicate(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Move a tensor from the source's layout to the destination's; differentiable.
+
+        The batch dim comes out ``scale`` times longer on fan-in, shorter on fan-out.
+
+        Args:
+            tensor: this rank's encoder output, dims as ``dim_mapping`` says.
+
+        Raises:
+            ValueError: before anything is communicated: the tensor's number of dims is not
+                ``dim_mapping``'s; fan-out and ``scale`` does not divide the batch dim; this rank
+                is not on the bridge; with ``check_shapes``, the shapes differ.
+            RuntimeError: the bridge was destroyed.
+        """
+        self._check_input(tensor)
+        if self.check_shapes:
+            self._check_agreement(tensor)
+        batch_dim = self.dim_mapping["b"]
+        if self.is_fan_in():
+            output = gather_blocks(tensor, self.gather_pg, batch_dim)
+        elif self.is_fan_out():
+            output = take_block(tensor, self.gather_pg, batch_dim)
+        else:
+            output = tensor.contiguous()
+        return output if self.dest_cp_pg is None else sum_gradients(output, self.dest_cp_pg)
+
+    def destroy(self) -> None:
+        """Release the gather group; idempotent. The CP group stays: it is the dest grid's."""
+        self._destroyed = True
+        group, self.gather_pg = self.gather_pg, None
+        release_group(group)
+
+    def _repeat_layout(self) -> None:
+        layout = self.layout
+        self.direction, self.scale = layout.direction, layout.scale
+        self.src_tp_size, self.src_dp_size = layout.src_tp_size, layout.src_dp_size
+        self.dest_tp_size, self.dest_dp_size = layout.dest_tp_size, layout.dest_dp_size
+        self.dest_cp_size = layout.dest_cp_size
+        self.rank_to_src_pos = layout.rank_to_src_pos
+        self.rank_to_dest_pos = layout.rank_to_dest_pos
+        self.rank_to_dest_coords = layout.rank_to_dest_coords
+        self.gather_group_ranks = [list(ranks) for ranks in layout.gather_groups]
+
+    def _make_gather_pg(self, backend: str | None) -> dist.ProcessGroup | None:
+        if self.scale == 1:
+            return None
+        group, _ = dist.new_subgroups_by_enumeration(self.gather_group_ranks, backend=backend)
+        if self.current_rank in self.layout.ranks:
+            # torch numbers a group's members by global rank; our blocks lie in slot order.
+            assert dist.get_rank(group) == self.layout.slot(self.current_rank)
+        return group
+
+    def _check_input(self, tensor: torch.Tensor) -> None:
+        if self._destroyed:
+            raise RuntimeError(f"Bridge {self._describe()} was destroyed; make a new one.")
+        if tensor.ndim != len(self.dim_mapping):
+            raise ValueError(
+                f"Bridge {self._describe()}: the tensor has {tensor.ndim} dims "
+                f"{tuple(tensor.shape)}, but dim_mapping {self.dim_mapping} names "
+                f"{len(self.dim_mapping)}. Flattened rows (N, h) need {{'b': 0, 'h': 1}}."
+            )
+        self.layout.check_rank(self.current_rank)
+        if self.is_fan_out():
+            self.layout.check_divisible(tensor.shape[self.dim_mapping["b"]])
+
+    def _check_agreement(self, tensor: torch.Tensor) -> None:
+        what = f"Input of bridge {self._describe()}"
+        for group in (self.gather_pg, self.dest_cp_pg):
+            if group is not None:
+                check_same_shape(tensor, group, what)
+
+    def _describe(self) -> str:
+        return (
+            f"{self.src_module_name} (TP{self.src_tp_size} DP{self.src_dp_size}) -> "
+            f"{self.dest_module_name} (TP{self.dest_tp_size} CP{self.dest_cp_size} "
+            f"DP{self.dest_dp_size}, {self.direction.value} by {self.scale})"
+        )
+
+
+def _group_of(grid: HyperCommGrid, dim: str) -> dist.ProcessGroup:
+    """The grid's own group over one dim; made on the grid, which also ends it, if it is missing."""
+    try:
+        return grid.get_pg(dim)
+    except KeyError:
+        return grid.create_pg(dim)
+
+
+def _common_backend(src_grid: HyperCommGrid, dest_grid: HyperCommGrid) -> str | None:
+    if src_grid.backend and dest_grid.backend and src_grid.backend != dest_grid.backend:
+        raise ValueError(
+            f"Grids must have the same backend: src={src_grid.backend!r}, "
+            f"dest={dest_grid.backend!r}. Pass one backend to both, or None for the default one."
+        )
+    return src_grid.backend or dest_grid.backend
+
+
+def _check_dim_mapping(dim_mapping: dict[str, int]) -> None:
+    if "b" in dim_mapping and sorted(dim_mapping.values()) == list(range(len(dim_mapping))):
+        return
+    raise ValueError(
+        f"dim_mapping must name the batch dim 'b' and number all dims 0, 1, ... once, got "
+        f"{dim_mapping}. Valid are e.g. {_BATCH_FIRST}, {{'s': 0, 'b': 1, 'h': 2}} and "
+        "{'b': 0, 'h': 1}."
+    )
