@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -90,13 +91,16 @@ def _constant(value: Any) -> Callable[[Any], Any]:
 
 
 def _device_argument(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a tensor factory: a CUDA ``device=`` becomes the CPU, all else passes untouched."""
+    """Wrap a tensor factory: a CUDA ``device=`` becomes the CPU, and memory is never pinned.
+
+    Pinning is for copies to an accelerator; without one it can only raise.
+    """
 
     @functools.wraps(original)
     def factory(*args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _CPU
-            kwargs.pop("pin_memory", None)
+        kwargs.pop("pin_memory", None)
         return original(*args, **kwargs)
 
     return factory
@@ -193,7 +197,7 @@ def _redirects() -> list[Redirect]:
         ),
         Redirect(cuda.nvtx, "range_push", _constant(None), "utils.py: nvtx_range_push"),
         Redirect(cuda.nvtx, "range_pop", _constant(None), "utils.py: nvtx_range_pop"),
-        Redirect(torch, "tensor", _device_argument, "optimizer/clip_grads.py: total norm"),
+        Redirect(torch, "tensor", _device_argument, "rope_utils.py: CP slice; clip_grads.py: norm"),
         Redirect(torch, "zeros", _device_argument, "pipeline_parallel/schedules.py: token count"),
         Redirect(torch, "ones", _device_argument, "transformer/utils.py: causal mask"),
         Redirect(torch, "empty", _device_argument, "dist_checkpointing/exchange_utils.py: exchange"),
@@ -208,6 +212,14 @@ def _redirects() -> list[Redirect]:
 
 
 REDIRECTS: list[Redirect] = []
+
+
+def _drop_shared_generator_warning(record: logging.LogRecord) -> bool:
+    """Megatron's tracker warns when the CPU generator moves while it guards the CUDA one.
+
+    Here the two are the same generator, so it always moves; the tracker restores it at once.
+    """
+    return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
 
 
 def enable() -> bool:
@@ -229,6 +241,9 @@ def enable() -> bool:
     # Megatron decorates its fused functions with torch.compile while it is imported; without a
     # GPU the compiler has nothing to fuse for and would need a C++ toolchain at run time.
     torch._dynamo.config.disable = True
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        _drop_shared_generator_warning
+    )
     _enabled = True
     return True
 
