@@ -146,8 +146,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def parse_options(
     argv: Sequence[str],
-    *,
     world_size: int | None = None,
+    *,
     sequence_length: int = SEQUENCE_LENGTH,
     vision_heads: int = HEADS,
     language_heads: int = HEADS,
