@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What differs between the supported Megatron-Core versions, or is too narrow in all of them.
+
+One place for it, so that the rest of the package reads as if there were one version.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.utils import sharded_state_dict_default
+
+WRAPPERS: tuple[type[nn.Module], ...] = (DistributedDataParallel, Float16Module)
+
+ShardedOffsets = tuple[tuple[int, int, int], ...]
+
+
+class ContractError(ValueError, AssertionError):
+    """A caller's mistake that stock Megatron-Core asserts.
+
+    It is a ``ValueError`` as all callers' mistakes here, and an ``AssertionError`` too, so that
+    code written for stock that catches the assertion keeps working.
+    """
+
+
+def peel(
+    module: nn.Module, prefix: str, wrappers: tuple[type[nn.Module], ...] = WRAPPERS
+) -> tuple[nn.Module, str]:
+    """Take the DDP and Float16 wrappers off; the prefix grows by ``module.`` for each.
+
+    The wrappers hand ``sharded_state_dict`` on without a ``module.`` of their own, while
+    ``load_state_dict`` of a parent expects one per level. With this prefix the two agree.
+    """
+    while isinstance(module, wrappers):
+        module, prefix = module.module, f"{prefix}module."
+    return module, prefix
+
+
+def sharded_state_dict_of_children(
+    children: Iterable[tuple[str, nn.Module]],
+    sharded_offsets: ShardedOffsets,
+    metadata: Mapping[str, Any] | None,
+    pg_collection: Any,
+    owner: str,
+    wrappers: tuple[type[nn.Module], ...] = WRAPPERS,
+) -> dict[str, Any]:
+    """Sharded state of several modules that share their process groups.
+
+    Megatron's global ``parallel_state`` is asked only if ``pg_collection`` is ``None`` and
+    ``metadata`` has no ``dp_cp_group``.
+
+    Args:
+        children: (key prefix, module) pairs; wrappers are taken off.
+        pg_collection: the groups of these modules; ``dp_cp`` is needed, ``tp`` is used.
+        owner: what the error calls the holder of ``pg_collection``.
+
+    Raises:
+        ContractError: ``pg_collection`` has no ``dp_cp`` group.
+    """
+    own_metadata = metadata_with_dp_cp_group(metadata, pg_collection, owner)
+    tp_group = getattr(pg_collection, "tp", None)
+    state: dict[str, Any] = {}
+    for prefix, child in children:
+        module, prefix = peel(child, prefix, wrappers)
+        with lend_tp_group(module, tp_group):
+            state.update(
+                sharded_state_dict_default(
+                    module, prefix, sharded_offsets, own_metadata, tp_group=tp_group
+                )
+            )
+    return state
+
+
+def metadata_with_dp_cp_group(
+    metadata: Mapping[str, Any] | None, pg_collection: Any, owner: str
+) -> dict[str, Any] | None:
+    """A copy of ``metadata`` that names ``pg_collection``'s ``dp_cp`` group, if there is one.
+
+    A copy, since Megatron fills the dict it is given, and the next module has other groups.
+
+    Raises:
+        ContractError: ``pg_collection`` has no ``dp_cp`` group.
+    """
+    if pg_collection is None:
+        return None if metadata is None else dict(metadata)
+    dp_cp_group = getattr(pg_collection, "dp_cp", None)
+    if dp_cp_group is None:
+        raise ContractError(
+            f"pg_collection on '{owner}' is missing dp_cp group, which says who holds replicas; "
+            "set pg_collection.dp_cp before saving"
+        )
+    return {**(metadata or {}), "dp_cp_group": dp_cp_group}
+
+
+@contextlib.contextmanager
+def lend_tp_group(module: nn.Module, tp_group: Any) -> Iterator[None]:
+    """Megatron modules without a ``tp_group`` have this one inside the context.
+
+    Without one, ``MegatronModule.sharded_state_dict`` asks the global ``parallel_state``, which
+    colocated modules with TP sizes of their own do not have.
+    """
+    borrowers = [
+        m
+        for m in module.modules()
+        if tp_group is not None and isinstance(m, MegatronModule) and not hasattr(m, "tp_group")
+    ]
+    for borrower in borrowers:
+        borrower.tp_group = tp_group
+    try:
+        yield
+    finally:
+        for borrower in borrowers:
+            del borrower.tp_group
+
+
+def packed_seq_params(packing_kwargs: Mapping[str, Any]) -> PackedSeqParams:
+    """``PackedSeqParams`` in ``thd`` format; cumulative lengths become int32.
+
+    Raises:
+        ValueError: a field that ``PackedSeqParams`` of the installed version does not have.
+    """
+    known = [f.name for f in fields(PackedSeqParams)]
+    unknown = sorted(set(packing_kwargs) - set(known))
+    if unknown:
+        raise ValueError(
+            f"packing_kwargs has {unknown}, which PackedSeqParams of this Megatron-Core version "
+            f"does not take; it takes {known}"
+        )
+    values = {
+        name: value.to(torch.int32) if "cu_seqlens" in name and value is not None else value
+        for name, value in packing_kwargs.items()
+    }
+    return PackedSeqParams(**{**values, "qkv_format": "thd"})

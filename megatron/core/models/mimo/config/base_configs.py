@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of a multimodal model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+KV_FORMATS = ("sbhd", "thd")
+
+
+@dataclass
+class MimoModelConfig:
+    """What :class:`MimoModel` builds.
+
+    Attributes:
+        language_model_spec: the language model; ``params["config"]`` is its transformer config.
+        modality_submodules_spec: modality name -> spec of its ``ModalitySubmodules``.
+        special_token_ids: modality name -> the id that stands in ``input_ids`` for one row
+            (one embedding) of that modality, e.g. ``{"images": 32000}``.
+        module_to_grid_map: one ``HyperCommGrid`` per modality name plus one for ``"language"``.
+            All grids over the same ranks: colocated. Disjoint grids: every rank runs either
+            encoders or the language model. ``None``: everything on every rank, with Megatron's
+            global ``parallel_state``.
+        kv_format: ``"sbhd"`` (dense) or ``"thd"`` (packed sequences).
+
+    Raises:
+        ValueError: the grid map's keys are not the modality names plus ``"language"``, a modality
+            is called ``"language"`` or ``"text"``, or ``kv_format`` is unknown.
+    """
+
+    language_model_spec: ModuleSpec
+    modality_submodules_spec: dict[str, ModuleSpec] = field(default_factory=dict)
+    special_token_ids: dict[str, int] = field(default_factory=dict)
+    module_to_grid_map: dict[str, HyperCommGrid] | None = None
+    kv_format: str = "sbhd"
+
+    def __post_init__(self) -> None:
+        self._check_names()
+        if self.kv_format not in KV_FORMATS:
+            raise ValueError(f"kv_format must be one of {KV_FORMATS}, got {self.kv_format!r}")
+        if self.module_to_grid_map:
+            self._check_grid_keys(set(self.module_to_grid_map))
+
+    def _check_names(self) -> None:
+        reserved = {MIMO_LANGUAGE_MODULE_KEY, "text"} & set(self.modality_submodules_spec)
+        if reserved:
+            raise ValueError(
+                f"{sorted(reserved)} cannot be a modality name: 'text' and "
+                f"'{MIMO_LANGUAGE_MODULE_KEY}' stand for the language side; rename the modality"
+            )
+
+    def _check_grid_keys(self, grid_keys: set[str]) -> None:
+        expected = set(self.modality_submodules_spec) | {MIMO_LANGUAGE_MODULE_KEY}
+        if grid_keys != expected:
+            raise ValueError(
+                "module_to_grid_map keys must match the modality names + "
+                f"'{MIMO_LANGUAGE_MODULE_KEY}'. Missing: {sorted(expected - grid_keys)}, "
+                f"extra: {sorted(grid_keys - expected)}"
+            )

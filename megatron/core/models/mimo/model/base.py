@@ -1,0 +1,525 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The multimodal model: encoders, the bridge, the fused sequence, the language model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.mimo import compat
+from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
+from megatron.core.models.mimo.config.base_configs import MimoModelConfig
+from megatron.core.models.mimo.config.role import (
+    MIMO_LANGUAGE_MODULE_KEY,
+    ModuleLayout,
+    RankRole,
+)
+from megatron.core.models.mimo.model.ddp_methods import DDPMethods
+from megatron.core.models.mimo.model.encoder_side import (
+    EncoderSide,
+    count_mismatch,
+    refuse_unknown_modalities,
+)
+from megatron.core.models.mimo.model.language_groups import language_group, refuse_other_cp_size
+from megatron.core.models.mimo.model.token_rows import TEXT, TokenRows
+from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig, Sharded
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.utils import unwrap_model
+
+_DEFAULT_MAX_SEQ_LEN = 4096
+
+
+class MimoModel(EncoderSide, DDPMethods, MegatronModule):
+    """Encoders and a language model that reads their rows among its text tokens.
+
+    Colocated, one forward pass on every rank is::
+
+        modality_inputs --encoder, projection--> rows (N, H)       encoder's TP x DP
+                        --bridge--> rows (N', H)                   language model's TP x DP
+        input_ids       --embedding--> text rows (T, H)
+        both            --placed by token position--> (S, B, H)
+                        --PartitionAdapter--> (S/(cp*tp), B, H)    language model's CP, SP
+                        --language model--> output
+
+    Non-colocated, an encoder rank stops after the rows and returns them by module name; a
+    language rank gets them through :meth:`set_input_tensor` and starts at the placing.
+
+    Args:
+        mimo_config: the specs of all modules, the special tokens and the grids.
+        cp_group: the language model's context-parallel group. ``None``: that of the language
+            grid; without one, Megatron's global group, if the config has CP > 1.
+        tp_group: the same for tensor parallelism; used with sequence parallelism.
+
+    Attributes:
+        role: the modules of this rank.
+        colocated_comms: ``(modality, "language")`` -> bridge.
+        partition_adapter: cuts the fused sequence; ``None`` without CP and SP.
+        modality_submodules: modality -> its module, bare or wrapped.
+        language_model: the language model, bare or wrapped; ``None`` on encoder ranks.
+        special_token_ids: modality -> token id.
+
+    Raises:
+        ValueError: sizes of config, grid and groups that disagree; what the bridge refuses.
+        RuntimeError: the language model scatters its embeddings for sequence parallelism itself.
+        KeyError: the language grid's ``cp`` or ``tp`` group is needed and was not created.
+    """
+
+    # What the language rank got from other ranks; set by the schedule.
+    input_tensors: Any = None
+    # The last batch's token positions, so that one forward pass looks for them once.
+    _rows_memo: tuple[torch.Tensor, int, dict[str, int], TokenRows] | None = None
+
+    def __init__(
+        self,
+        mimo_config: MimoModelConfig,
+        cp_group: ProcessGroup | None = None,
+        tp_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(mimo_config.language_model_spec.params["config"])
+        self.mimo_config = mimo_config
+        grid_map = mimo_config.module_to_grid_map
+        self.role = RankRole.build(list(mimo_config.modality_submodules_spec), grid_map)
+        self.special_token_ids = dict(mimo_config.special_token_ids or {})
+        self.partition_adapter = self._build_partition_adapter(cp_group, tp_group)
+        self.colocated_comms: dict[tuple[str, str], ColocatedBridgeCommunicator] = {}
+        if grid_map and self.role.mode is ModuleLayout.COLOCATED:
+            self._build_colocated_communicators()
+        self.modality_submodules = nn.ModuleDict()
+        self._initialize_submodules()
+        self._initialize_language_model()
+
+    # -- construction ----------------------------------------------------------------------
+
+    def _build_partition_adapter(
+        self, cp_group: ProcessGroup | None, tp_group: ProcessGroup | None
+    ) -> PartitionAdapter | None:
+        """The adapter of a language rank with CP or SP, with the groups of the language grid."""
+        if not self.role.has_language_module:
+            # An encoder rank never cuts, and the language model's groups are not its own.
+            return None
+        config = self.config
+        grid = (self.mimo_config.module_to_grid_map or {}).get(MIMO_LANGUAGE_MODULE_KEY)
+        needs_cp, needs_sp = config.context_parallel_size > 1, config.sequence_parallel
+        refuse_other_cp_size(grid, cp_group, config.context_parallel_size)
+        cp_group = language_group(grid, "cp", cp_group, needs_cp)
+        tp_group = language_group(grid, "tp", tp_group, needs_sp)
+        if not needs_cp and not needs_sp:
+            return None
+        params = self.mimo_config.language_model_spec.params
+        return PartitionAdapter(
+            PartitionConfig.from_mp_config(
+                mp=config,
+                max_seq_len=params.get("max_sequence_length", _DEFAULT_MAX_SEQ_LEN),
+                kv_format=self.mimo_config.kv_format,
+                cp_group=cp_group,
+                tp_group=tp_group,
+            )
+        )
+
+    def _build_colocated_communicators(self) -> None:
+        """One bridge per modality; grids without ``tp`` or ``dp`` say nothing and get none."""
+        grid_map = self.mimo_config.module_to_grid_map
+        if any(not {"tp", "dp"} <= set(grid.dim_names) for grid in grid_map.values()):
+            return
+        # The spec's order, the same on all ranks: bridges create process groups.
+        for name in self.mimo_config.modality_submodules_spec:
+            self.colocated_comms[(name, MIMO_LANGUAGE_MODULE_KEY)] = ColocatedBridgeCommunicator(
+                src_grid=grid_map[name],
+                dest_grid=grid_map[MIMO_LANGUAGE_MODULE_KEY],
+                src_module_name=name,
+                dest_module_name=MIMO_LANGUAGE_MODULE_KEY,
+                dim_mapping={"b": 0, "h": 1},
+            )
+
+    def _initialize_submodules(self) -> None:
+        """Build the modalities of this rank."""
+        for name, spec in self.mimo_config.modality_submodules_spec.items():
+            stage = self.role.modules.get(name)
+            if stage is not None:
+                self.modality_submodules[name] = spec.module.from_spec(
+                    spec, is_first_stage=stage.is_first_stage, is_last_stage=stage.is_last_stage
+                )
+
+    def _initialize_language_model(self) -> None:
+        """Build the language model, where this rank has a stage of it."""
+        self.language_model = None
+        if self.role.has_language_module:
+            self.language_model = build_module(self.mimo_config.language_model_spec)
+            self._refuse_embedding_scatter()
+
+    def _refuse_embedding_scatter(self) -> None:
+        """Under SP the embedding layer must return all positions: modality rows come between.
+
+        Raises:
+            RuntimeError: the embedding layer scatters over TP.
+        """
+        adapter = self.partition_adapter
+        if adapter is None or not adapter.cfg.seq_parallel:
+            return
+        embedding = getattr(unwrap_model(self.language_model), "embedding", None)
+        if getattr(embedding, "scatter_to_sequence_parallel", False):
+            raise RuntimeError(
+                "MIMO sequence parallelism requires the language embedding scatter to be "
+                "disabled: text and modality rows are fused first and scattered together. Build "
+                "the language model with scatter_embedding_sequence_parallel=False."
+            )
+
+    def destroy(self) -> None:
+        """Release the process groups that this model made. May be called again."""
+        for communicator in self.colocated_comms.values():
+            communicator.destroy()
+        self.colocated_comms.clear()
+
+    # -- the modules of this rank ----------------------------------------------------------
+
+    def _active_submodules(self) -> Iterator[nn.Module]:
+        """The language model, then the modalities, as far as this rank has them."""
+        if self.language_model is not None:
+            yield self.language_model
+        for submodule in self.modality_submodules.values():
+            if submodule is not None:
+                yield submodule
+
+    def _active_ddp_modules(self) -> Iterator[Any]:
+        """Those of them that have a DDP wrapper."""
+        for module in self._active_submodules():
+            if isinstance(module, DistributedDataParallel):
+                yield module
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Take what the schedule received from other ranks.
+
+        Args:
+            input_tensor: module name -> tensor, kept for the next forward pass; or one tensor
+                (or ``None``), handed on to the language model. Schedules put either in a list,
+                and a tensor of the dict too; lists are unpacked.
+        """
+        tensors = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        if isinstance(tensors, dict):
+            self.input_tensors = {name: _only(tensor) for name, tensor in tensors.items()}
+            return
+        self.input_tensors = tensors
+        language_model = unwrap_model(self.language_model)
+        if hasattr(language_model, "set_input_tensor"):
+            language_model.set_input_tensor(tensors)
+
+    # -- checkpoints -----------------------------------------------------------------------
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: compat.ShardedOffsets = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The distributed-checkpoint view of all modules of this rank.
+
+        Each module's replicas are those of its own ``pg_collection``. A wrapper adds ``module.``
+        to the keys, so that they are the keys that :meth:`load_state_dict` takes.
+
+        Raises:
+            ValueError: a module's ``pg_collection`` has no ``dp_cp`` group.
+        """
+        wrappers = (DistributedDataParallel, Float16Module)
+        state: dict[str, Any] = {}
+        for path, module in self._named_modules_of_rank():
+            inner, _ = compat.peel(module, "", wrappers)
+            groups = getattr(inner, "pg_collection", None)
+            child = (f"{prefix}{path}.", module)
+            state.update(
+                compat.sharded_state_dict_of_children(
+                    [child], sharded_offsets, metadata, groups, path, wrappers
+                )
+            )
+        return state
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load a state, whether its keys name the wrappers or not.
+
+        ``state_dict()`` of a wrapped module has no ``module.`` level, its sharded state has.
+        """
+        named = {}
+        levels = [
+            (f"{path}.", compat.peel(module, f"{path}.")[1])
+            for path, module in self._named_modules_of_rank()
+        ]
+        for key, value in state_dict.items():
+            for bare, wrapped in levels:
+                if key.startswith(bare) and not key.startswith(wrapped):
+                    key = wrapped + key[len(bare) :]
+            named[key] = value
+        return super().load_state_dict(named, strict=strict, assign=assign)
+
+    def _named_modules_of_rank(self) -> Iterator[tuple[str, nn.Module]]:
+        """(path, module) of the modalities and of every other child, in child order."""
+        for name, child in self.named_children():
+            if name == "modality_submodules":
+                yield from ((f"{name}.{modality}", module) for modality, module in child.items())
+            else:
+                yield name, child
+
+    # -- the fused sequence ----------------------------------------------------------------
+
+    def get_text_embeddings(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        special_token_ids: Mapping[str, int],
+    ) -> torch.Tensor:
+        """Embed the text tokens only: ``(T, H)``, in reading order of the batch.
+
+        Args:
+            input_ids: ``(B, S)``.
+            position_ids: ``(B, S)``; ``(R, B, S)`` for multimodal rotary embeddings, whose first
+                channel is the absolute position; or ``None``.
+            special_token_ids: the tokens that are not text.
+
+        Raises:
+            RuntimeError: the embedding layer scatters for sequence parallelism itself.
+        """
+        self._refuse_embedding_scatter()
+        text = self._token_rows(input_ids, special_token_ids).positions[TEXT]
+        positions = None
+        if position_ids is not None:
+            channel = position_ids[0] if position_ids.dim() == 3 else position_ids
+            positions = channel.expand_as(input_ids).reshape(-1)[text].unsqueeze(0)
+        embedded = unwrap_model(self.language_model).embedding(
+            input_ids=input_ids.reshape(-1)[text].unsqueeze(0), position_ids=positions
+        )
+        return embedded.squeeze(1)
+
+    def align_embeddings_by_token_positions(
+        self,
+        modality_embeddings: Mapping[str, torch.Tensor],
+        input_ids: torch.Tensor,
+        special_token_ids: Mapping[str, int],
+    ) -> torch.Tensor:
+        """Put text and modality rows where their tokens stand.
+
+        Args:
+            modality_embeddings: modality (or ``"text"``) -> rows ``(n, H)``, sample-major.
+            input_ids: ``(B, S)``, or ``(S,)`` for one sample.
+            special_token_ids: modality -> token id.
+
+        Returns:
+            ``(S, B, H)``, of the text rows' dtype. Tokens of a modality without rows are zeros.
+
+        Raises:
+            ValueError: no rows at all, a modality without a token id, a number of rows that is
+                not the number of tokens, or rows of different widths.
+        """
+        if not modality_embeddings:
+            raise ValueError("No modality embeddings provided. At least one modality is required.")
+        if input_ids.dim() == 1:
+            input_ids = input_ids.unsqueeze(0)
+        refuse_unknown_modalities(modality_embeddings, special_token_ids)
+        rows = self._token_rows(input_ids, special_token_ids)
+        for name, embeddings in modality_embeddings.items():
+            if rows.count(name) != embeddings.size(0):
+                raise ValueError(count_mismatch(name, rows.count(name), embeddings.size(0)))
+        return rows.place(modality_embeddings)
+
+    def _token_rows(
+        self, input_ids: torch.Tensor, special_token_ids: Mapping[str, int]
+    ) -> TokenRows:
+        """Token positions of a batch, looked for once per forward pass."""
+        ids = dict(special_token_ids)
+        version = -1 if input_ids.is_inference() else input_ids._version
+        memo = self._rows_memo
+        if memo is not None and memo[0] is input_ids and memo[1:3] == (version, ids):
+            return memo[3]
+        rows = TokenRows.find(input_ids, ids)
+        self._rows_memo = (input_ids, version, ids, rows)
+        return rows
+
+    def _build_packed_seq_params(
+        self, packing_kwargs: Mapping[str, Any] | None
+    ) -> PackedSeqParams | None:
+        """Packed-sequence parameters of a ``thd`` batch; ``None`` for a dense one."""
+        return None if packing_kwargs is None else compat.packed_seq_params(packing_kwargs)
+
+    def _shard_language_inputs(
+        self,
+        embeddings: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        loss_mask: torch.Tensor | None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Sharded:
+        """Cut for CP and SP, see :meth:`PartitionAdapter.shard`; as it is without them."""
+        if self.partition_adapter is None:
+            return embeddings, labels, loss_mask, packed_seq_params
+        return self.partition_adapter.shard(
+            embeddings=embeddings,
+            labels=labels,
+            loss_mask=loss_mask,
+            packed_seq_params=packed_seq_params,
+        )
+
+    # -- forward ---------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        modality_inputs: Mapping[str, Mapping[str, Mapping[str, Any]] | None] | None = None,
+        packing_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[Any, torch.Tensor | None]:
+        """One microbatch through the modules of this rank.
+
+        Args:
+            input_ids: ``(B, S)`` of the rank's *language* replica.
+            position_ids: ``(B, S)`` or ``(R, B, S)``.
+            attention_mask: colocated models mask causally or by packing and do not read it; it
+                must be ``None`` under CP.
+            loss_mask: ``(B, S)``.
+            labels: ``(B, S)``; with labels the output is the loss per token.
+            modality_inputs: modality -> encoder name -> keyword arguments, of the rank's
+                *encoder* replica. ``None`` for a modality without inputs in this microbatch.
+            packing_kwargs: fields of ``PackedSeqParams``; their presence means ``thd``.
+
+        Returns:
+            (output, loss mask). The output of an encoder rank is its rows by module name; the
+            loss mask of a language rank is cut for CP.
+
+        Raises:
+            ValueError: rows and tokens do not match; a sequence that cannot be cut.
+            RuntimeError: an attention mask under CP; special tokens without inputs.
+        """
+        language_inputs = (input_ids, position_ids, attention_mask, loss_mask, labels)
+        try:
+            if self.role.mode is ModuleLayout.COLOCATED:
+                return self._forward_all_modules(*language_inputs, modality_inputs, packing_kwargs)
+            if self.role.has_modality_modules:
+                rows = self._forward_encoders(input_ids, modality_inputs, self.input_tensors)
+                return rows, loss_mask
+            if not self.role.has_language_module:
+                raise RuntimeError(f"Rank has no modules assigned in role: {self.role}")
+            return self._forward_language_module(
+                *language_inputs, self.input_tensors, packing_kwargs
+            )
+        finally:
+            self._rows_memo = None
+
+    def _forward_all_modules(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        loss_mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        modality_inputs: Mapping[str, Any] | None,
+        packing_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[Any, torch.Tensor | None]:
+        """Colocated: encoders, bridges, placing, cutting, language model."""
+        self._refuse_mask_under_cp(attention_mask)
+        rows = self._encode_for_language(input_ids, modality_inputs)
+        return self._run_first_stage(
+            rows, input_ids, position_ids, None, loss_mask, labels, packing_kwargs
+        )
+
+    def _forward_language_module(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        loss_mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        input_tensors: Mapping[str, torch.Tensor] | None,
+        packing_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[Any, torch.Tensor | None]:
+        """Language rank of a non-colocated model: rows or hidden states from other ranks in.
+
+        Returns:
+            (output, CP-local loss mask); before the last stage the output is
+            ``{"language": hidden states}``, for the schedule to route.
+        """
+        self._refuse_mask_under_cp(attention_mask)
+        received = dict(input_tensors or {})
+        hidden_states = received.pop(MIMO_LANGUAGE_MODULE_KEY, None)
+        if self.role.is_first_stage(MIMO_LANGUAGE_MODULE_KEY):
+            output, loss_mask = self._run_first_stage(
+                received, input_ids, position_ids, attention_mask, loss_mask, labels, packing_kwargs
+            )
+        else:
+            language_model = unwrap_model(self.language_model)
+            if hidden_states is not None and hasattr(language_model, "set_input_tensor"):
+                language_model.set_input_tensor(hidden_states)
+            output, loss_mask = self._run_language_model(
+                None, position_ids, attention_mask, loss_mask, labels, packing_kwargs
+            )
+        if not self.role.is_last_stage(MIMO_LANGUAGE_MODULE_KEY):
+            output = {MIMO_LANGUAGE_MODULE_KEY: output}
+        return output, loss_mask
+
+    def _run_first_stage(
+        self,
+        rows: dict[str, torch.Tensor],
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        loss_mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        packing_kwargs: Mapping[str, Any] | None,
+    ) -> tuple[Any, torch.Tensor | None]:
+        """Fuse modality rows with the text and run the language model on the result."""
+        rows[TEXT] = self.get_text_embeddings(input_ids, position_ids, self.special_token_ids)
+        fused = self.align_embeddings_by_token_positions(
+            modality_embeddings=rows,
+            input_ids=input_ids,
+            special_token_ids=self.special_token_ids,
+        )
+        return self._run_language_model(
+            fused, position_ids, attention_mask, loss_mask, labels, packing_kwargs
+        )
+
+    def _run_language_model(
+        self,
+        fused: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        loss_mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        packing_kwargs: Mapping[str, Any] | None,
+    ) -> tuple[Any, torch.Tensor | None]:
+        """Cut for CP and SP and call the language model; ``fused`` is ``(S, B, H)`` or None."""
+        embeddings, labels, loss_mask, packed = self._shard_language_inputs(
+            embeddings=fused,
+            labels=labels,
+            loss_mask=loss_mask,
+            packed_seq_params=self._build_packed_seq_params(packing_kwargs),
+        )
+        output = self.language_model(
+            input_ids=None,
+            # Not cut: multimodal rotary embeddings read them whole and cut by themselves.
+            position_ids=position_ids,
+            decoder_input=embeddings,
+            labels=labels,
+            attention_mask=attention_mask,
+            packed_seq_params=packed,
+        )
+        return output, loss_mask
+
+    def _refuse_mask_under_cp(self, attention_mask: torch.Tensor | None) -> None:
+        adapter = self.partition_adapter
+        if attention_mask is not None and adapter is not None and adapter.cfg.use_cp:
+            raise RuntimeError(
+                "MIMO context parallelism requires attention_mask=None, got a mask of shape "
+                f"{tuple(attention_mask.shape)}: a dense mask does not fit the cut sequence. Mask "
+                "by a causal attn_mask_type or by packing (packing_kwargs)."
+            )
+
+
+def _only(value: Any) -> Any:
+    """The entry of a list of one, as schedules hand tensors over; anything else as it is."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value

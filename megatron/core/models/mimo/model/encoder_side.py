@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The encoder side of the model: run the encoders, check their rows, send them over the bridge.
+
+**Who enters the bridge.** All ranks of one language replica see the same ``input_ids``, so they
+agree, without asking each other, on whether a modality has tokens in it. With tokens all of them
+enter the modality's bridge, without tokens none does. A rank that could not enter raises, before
+any collective of the bridge. The gather bridge wants the same number of rows of every sibling;
+that too is a comparison of own rows with own tokens, so it costs no communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.mimo import compat
+from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY, ModuleLayout
+from megatron.core.models.mimo.model.token_rows import TEXT
+
+# Attribute on an encoder's output that stock's pipeline bridge reads.
+_SPLIT_SIZES = "_mimo_bridge_split_sizes"
+
+
+class EncoderSide:
+    """Mixin of :class:`MimoModel`: what happens before the rows meet the text."""
+
+    def _encode_for_language(
+        self, input_ids: torch.Tensor, modality_inputs: Mapping[str, Any] | None
+    ) -> dict[str, torch.Tensor]:
+        """Colocated: rows of every modality in the language model's layout.
+
+        Raises:
+            RuntimeError: special tokens of a modality without inputs.
+            ValueError: rows and tokens do not match, or a modality has no token id.
+        """
+        inputs = {
+            name: (modality_inputs or {}).get(name) for name in self.modality_submodules
+        }
+        present = [name for name, value in inputs.items() if value is not None]
+        # Everything that can be seen before an encoder runs is refused before.
+        refuse_unknown_modalities(present, self.special_token_ids)
+        tokens = self._modality_tokens(input_ids)
+        for name in inputs:
+            if name not in present:
+                _refuse_tokens_without_inputs(name, tokens.get(name, 0))
+        rows: dict[str, torch.Tensor] = {}
+        for name, submodule in self.modality_submodules.items():
+            encoded = _call(submodule, encoder_inputs=inputs[name]) if name in present else None
+            if encoded is not None:
+                rows[name] = encoded
+            else:
+                _refuse_tokens_without_inputs(name, tokens.get(name, 0))
+        for name, encoded in rows.items():
+            self._check_row_count(name, encoded.size(0), tokens[name])
+        return self._bridge(rows, tokens)
+
+    def _modality_tokens(self, input_ids: torch.Tensor) -> dict[str, int]:
+        """Tokens per modality in this rank's language batch."""
+        found = self._token_rows(input_ids, self.special_token_ids)
+        return {name: found.count(name) for name in self.special_token_ids}
+
+    def _bridge(
+        self, rows: dict[str, torch.Tensor], tokens: Mapping[str, int]
+    ) -> dict[str, torch.Tensor]:
+        """Rows of all modalities, those with tokens in the batch moved over their bridge."""
+        moving = {name: row for name, row in rows.items() if tokens[name]}
+        if self.colocated_comms and moving:
+            moving = self._apply_colocated_comms(moving)
+        moved = {**rows, **moving}
+        for name, submodule in self.modality_submodules.items():
+            if name not in moved and tokens.get(name) == 0 and _waits_for_gradients(submodule):
+                moved[name] = _tied_to_parameters(self._empty_encoder_output(name), submodule)
+        return moved
+
+    def _apply_colocated_comms(
+        self, modality_embeddings: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Each modality's rows through its bridge, if it has one; the dict is updated."""
+        for name in list(modality_embeddings):
+            communicator = self.colocated_comms.get((name, MIMO_LANGUAGE_MODULE_KEY))
+            if communicator is not None:
+                modality_embeddings[name] = communicator.communicate(modality_embeddings[name])
+        return modality_embeddings
+
+    def _check_row_count(self, name: str, rows: int, tokens: int) -> None:
+        """Compare this encoder replica's rows with this language replica's tokens.
+
+        Fan-in: ``scale`` encoder replicas bring the same number each. Fan-out: this encoder
+        replica brings the rows of ``scale`` language replicas.
+
+        Raises:
+            ValueError: the bridge would deliver another number of rows than there are tokens.
+        """
+        communicator = self.colocated_comms.get((name, MIMO_LANGUAGE_MODULE_KEY))
+        scale = getattr(communicator, "scale", 1)
+        if communicator is None or not isinstance(scale, int) or scale == 1:
+            arriving, how = rows, ""
+        elif communicator.is_fan_in():
+            arriving = rows * scale
+            how = f": {rows} on this rank, times the {scale} encoder replicas of a language replica"
+        else:
+            if rows % scale:
+                return  # The bridge refuses this itself, with a better sentence.
+            arriving = rows // scale
+            how = f": {rows} on this rank, shared by {scale} language replicas"
+        if arriving != tokens:
+            advice = "; every replica must have the same number" if how else ""
+            raise ValueError(count_mismatch(name, tokens, arriving) + how + advice)
+
+    def _forward_encoders(
+        self,
+        input_ids: torch.Tensor | None,
+        modality_inputs: Mapping[str, Any] | None,
+        input_tensors: Mapping[str, torch.Tensor] | None,
+    ) -> dict[str, torch.Tensor]:
+        """Encoder rank of a non-colocated model: its outputs by module name.
+
+        A microbatch without inputs and without special tokens sends an empty ``(0, H)`` payload,
+        since the receiver waits for one.
+
+        Raises:
+            RuntimeError: special tokens of a modality without inputs.
+        """
+        outputs: dict[str, torch.Tensor] = {}
+        for name in self.role.modality_module_names:
+            if name not in self.modality_submodules:
+                continue
+            submodule = self.modality_submodules[name]
+            inputs = (modality_inputs or {}).get(name)
+            hidden_states = (input_tensors or {}).get(name)
+            output = _call(submodule, encoder_inputs=inputs, hidden_states=hidden_states)
+            if output is None and inputs is None and hidden_states is None:
+                if self._has_encoder_tokens(input_ids, name):
+                    _refuse_tokens_without_inputs(name, None)
+                output = self._empty_encoder_output(name)
+                if _waits_for_gradients(submodule):
+                    output = _tied_to_parameters(output, submodule)
+            if output is not None:
+                self._attach_modality_split_sizes(output, input_ids, name)
+                outputs[name] = output
+        return outputs
+
+    def _attach_modality_split_sizes(
+        self, output: torch.Tensor, input_ids: torch.Tensor | None, encoder_name: str
+    ) -> None:
+        """Note the rows per sample on a flat output whose samples differ in them.
+
+        Stock's pipeline bridge splits by these numbers on fan-out; equal samples need none.
+
+        Raises:
+            ValueError: they differ and the encoder has more DP replicas than the language model:
+                stock's bridge has no way to send the numbers along.
+        """
+        token_id = self.special_token_ids.get(encoder_name)
+        if token_id is None or input_ids is None or output.ndim != 2 or input_ids.size(0) <= 1:
+            return
+        sizes = (input_ids == token_id).sum(dim=1).tolist()
+        if sum(sizes) != output.size(0) or len(set(sizes)) <= 1:
+            return
+        if self.role.mode is ModuleLayout.NON_COLOCATED:
+            self._refuse_uneven_fan_in(encoder_name)
+        setattr(output, _SPLIT_SIZES, sizes)
+
+    def _refuse_uneven_fan_in(self, encoder_name: str) -> None:
+        grids = self.mimo_config.module_to_grid_map
+        encoder_dp, language_dp = (
+            grid.shape[grid.dim_names.index("dp")]
+            for grid in (grids[encoder_name], grids[MIMO_LANGUAGE_MODULE_KEY])
+        )
+        if encoder_dp > language_dp:
+            raise compat.ContractError(
+                "Bridge fan-out split metadata with non-uniform per-sample sizes requires encoder "
+                f"DP <= LM DP (got encoder='{encoder_name}' DP={encoder_dp}, LM DP={language_dp}); "
+                "give every sample the same number of tokens or lower the encoder's DP"
+            )
+
+    def _has_encoder_tokens(self, input_ids: torch.Tensor | None, encoder_name: str) -> bool:
+        """Whether the batch has tokens of a modality."""
+        token_id = self.special_token_ids.get(encoder_name)
+        if token_id is None or input_ids is None:
+            return False
+        return bool((input_ids == token_id).any())
+
+    def _empty_encoder_output(self, encoder_name: str) -> torch.Tensor:
+        """No rows, ``(0, H)``, on the encoder's device and in the language model's dtype.
+
+        Raises:
+            ValueError: the language config has no ``hidden_size``.
+        """
+        config = self.mimo_config.language_model_spec.params["config"]
+        hidden_size = getattr(config, "hidden_size", None)
+        if hidden_size is None:
+            raise ValueError(
+                "Language model config must define hidden_size for empty modality output"
+            )
+        parameter = next(self.modality_submodules[encoder_name].parameters(), None)
+        return torch.empty(
+            (0, hidden_size),
+            # A module without parameters has no device; Megatron's current one is then right.
+            device=torch.cuda.current_device() if parameter is None else parameter.device,
+            dtype=getattr(config, "params_dtype", None) or torch.float32,
+            requires_grad=True,
+        )
+
+
+def refuse_unknown_modalities(
+    modalities: Mapping[str, Any] | list[str], special_token_ids: Mapping[str, int]
+) -> None:
+    """Every modality with rows has a token that stands for them.
+
+    Raises:
+        ValueError: one has none.
+    """
+    for name in modalities:
+        if name != TEXT and name not in special_token_ids:
+            raise ValueError(
+                f"No special token ID defined for modality {name}; special_token_ids has "
+                f"{sorted(special_token_ids)}"
+            )
+
+
+def count_mismatch(name: str, tokens: int, rows: int) -> str:
+    """The sentence for a modality whose rows do not match its tokens."""
+    return (
+        f"Number of {name} tokens ({tokens}) does not match number of {name} embeddings ({rows})"
+    )
+
+
+def _refuse_tokens_without_inputs(name: str, tokens: int | None) -> None:
+    if tokens == 0:
+        return
+    count = "" if tokens is None else f" ({tokens} of them)"
+    raise RuntimeError(
+        f"{name} inputs are missing, but matching special tokens exist{count}; pass "
+        f"modality_inputs['{name}'] or take the tokens out of input_ids"
+    )
+
+
+def _call(submodule: Any, **inputs: Any) -> torch.Tensor | None:
+    """Through ``__call__``, so that forward hooks run: DDP's parameter gather is one."""
+    return submodule(**inputs) if isinstance(submodule, nn.Module) else submodule.forward(**inputs)
+
+
+def _waits_for_gradients(submodule: nn.Module) -> bool:
+    """Whether the DDP wrapper reduces during backward, so that it waits for every parameter."""
+    return (
+        torch.is_grad_enabled()
+        and isinstance(submodule, DistributedDataParallel)
+        and submodule.ddp_config.overlap_grad_reduce
+    )
+
+
+def _tied_to_parameters(empty: torch.Tensor, submodule: nn.Module) -> torch.Tensor:
+    """An empty tensor whose backward pass gives every trainable parameter a zero gradient.
+
+    A rank whose microbatch has no inputs takes part in the reduction that its peers start. The
+    sums are over no elements, so weights that are not finite leave zeros, too.
+    """
+    zeros = [p.reshape(-1)[:0].sum().float() for p in submodule.parameters() if p.requires_grad]
+    return empty + torch.stack(zeros).sum().to(empty.dtype) if zeros else empty

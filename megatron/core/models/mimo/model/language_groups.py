@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The language model's CP and TP groups: from the caller, else from the language grid."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.distributed import ProcessGroup
+
+from megatron.core.hyper_comm_grid import HyperCommGrid
+
+
+def refuse_other_cp_size(
+    grid: HyperCommGrid | None, cp_group: ProcessGroup | None, config_size: int
+) -> None:
+    """The CP size must be one number: in the config, in the grid and in a group that is given.
+
+    Where they differ the sequence would be cut one way and the gradients summed another.
+
+    Raises:
+        ValueError: two of them differ.
+    """
+    grid_size, group_size = _grid_size(grid, "cp"), _group_size(cp_group)
+    if grid_size not in (None, config_size):
+        raise ValueError(
+            f"The language grid has cp size {grid_size}, the language config has "
+            f"context_parallel_size {config_size}; they must be equal, change one of them"
+        )
+    if group_size not in (None, config_size):
+        raise ValueError(
+            f"cp_group has {group_size} ranks, the language config has context_parallel_size "
+            f"{config_size}; they must be equal, pass the group that the config describes"
+        )
+
+
+def language_group(
+    grid: HyperCommGrid | None, dim: str, given: ProcessGroup | None, needed: bool
+) -> ProcessGroup | None:
+    """The group of one dim of the language model.
+
+    Args:
+        grid: the language grid, if there is one.
+        dim: ``"cp"`` or ``"tp"``.
+        given: the caller's group; it is used as it is.
+        needed: whether the model uses the group at all.
+
+    Returns:
+        ``given``, else the grid's group if it is needed and the dim is larger than 1, else
+        ``None``.
+
+    Raises:
+        ValueError: ``given`` is not as large as the grid's dim.
+        KeyError: the grid's group is needed and has not been created.
+    """
+    grid_size = _grid_size(grid, dim)
+    if given is not None:
+        given_size = _group_size(given)
+        if None not in (grid_size, given_size) and grid_size != given_size:
+            raise ValueError(
+                f"{dim}_group has {given_size} ranks, but the language grid has {dim} size "
+                f"{grid_size}; pass the grid's own group or leave {dim}_group out"
+            )
+        return given
+    if not needed or grid_size in (None, 1):
+        return None
+    try:
+        return grid.get_pg(dim)
+    except KeyError as error:
+        raise KeyError(
+            f"MimoModel needs the language grid's '{dim}' group and it was not created; call "
+            f"grid.create_pg('{dim}') on every rank first, or pass {dim}_group"
+        ) from error
+
+
+def _grid_size(grid: HyperCommGrid | None, dim: str) -> int | None:
+    """Size of a dim that the grid names; ``None`` where it does not say."""
+    if grid is None or dim not in grid.dim_names:
+        return None
+    return _as_int(grid.shape[list(grid.dim_names).index(dim)])
+
+
+def _group_size(group: Any) -> int | None:
+    """Ranks of a group; ``None`` for a stand-in without a size."""
+    size = getattr(group, "size", None)
+    return _as_int(size()) if callable(size) else None
+
+
+def _as_int(value: Any) -> int | None:
+    return value if isinstance(value, int) else None

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the tokens of each modality stand in a batch, and rows put into their places."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+TEXT = "text"
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Positions of text and of each modality in ``input_ids``.
+
+    Attributes:
+        batch: samples ``B``.
+        seq_len: tokens ``S`` of a sample.
+        positions: name -> int64 ``(n,)``, ascending positions in the flattened ``(B * S)``
+            batch, on the device of ``input_ids``; ``"text"`` is everything that is no modality.
+    """
+
+    batch: int
+    seq_len: int
+    positions: dict[str, torch.Tensor]
+
+    @classmethod
+    def find(cls, input_ids: torch.Tensor, special_token_ids: Mapping[str, int]) -> TokenRows:
+        """Look for the special tokens in ``input_ids`` ``(B, S)``.
+
+        One stable sort groups the positions; the counts reach the host in one synchronisation,
+        and without special tokens there is none.
+        """
+        batch, seq_len = input_ids.shape
+        flat = input_ids.reshape(-1)
+        ids = list(dict.fromkeys(special_token_ids.values()))
+        if not ids:
+            everything = torch.arange(flat.numel(), device=flat.device)
+            return cls(batch, seq_len, {TEXT: everything})
+        group = torch.zeros_like(flat)
+        for index, token_id in enumerate(ids, start=1):
+            group.masked_fill_(flat == token_id, index)
+        counts = torch.stack([(group == index).sum() for index in range(len(ids) + 1)]).tolist()
+        pieces = torch.argsort(group, stable=True).split(counts)
+        found = {name: pieces[1 + ids.index(i)] for name, i in special_token_ids.items()}
+        return cls(batch, seq_len, {TEXT: pieces[0], **found})
+
+    def count(self, name: str) -> int:
+        """How many tokens of a modality (or of text) the batch holds."""
+        return self.positions[name].numel()
+
+    def place(self, rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Put every row where its token stands: name -> ``(n, H)`` becomes ``(S, B, H)``.
+
+        The copies are exact, and the gradient of a row is the gradient of its place. Places of a
+        modality without rows stay zero. The result has the dtype of the text rows (of the first
+        modality, if there is no text); other rows are cast to it.
+
+        Raises:
+            ValueError: rows of different widths.
+        """
+        reference = rows[TEXT] if TEXT in rows else next(iter(rows.values()))
+        widths = {name: row.size(-1) for name, row in rows.items()}
+        if len(set(widths.values())) != 1:
+            raise ValueError(
+                f"Embeddings of all modalities must have the same hidden size, got {widths}; "
+                "give each modality an input projection to the language model's hidden size"
+            )
+        width = widths[next(iter(widths))]
+        values = torch.cat([row.to(reference.dtype) for row in rows.values()])
+        flat = torch.cat([self.positions[name] for name in rows])
+        # Row b * S + s of the flattened batch is row s * B + b of the sequence-first result.
+        target = flat % self.seq_len * self.batch + flat // self.seq_len
+        fused = values.new_zeros(self.seq_len * self.batch, width)
+        fused.index_copy_(0, target, values)
+        return fused.view(self.seq_len, self.batch, width)
