@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random state of its own for every module.
+
+Megatron-Core keeps one generator and one tracker per process, seeded from one TP rank. Colocated
+modules differ in TP: with shared state a dropout mask could differ over the encoder's TP ranks
+where activations are replicated, or agree where they are sharded. Here each module owns a full
+set of states, switched in while its forward runs.
+
+Which coordinates a seed depends on decides who agrees:
+
+========================  ============================  =====================================
+state                     depends on                    used for
+========================  ============================  =====================================
+default                   module, dp, cp                activations replicated over TP
+``model-parallel-rng``    module, dp, cp, tp            activations and weights sharded over TP
+``data-parallel-rng``     module                        what must agree everywhere
+``expert-parallel-rng``   module, dp, cp, tp, ep        expert layers
+========================  ============================  =====================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import (
+    get_cuda_rng_tracker,
+    get_data_parallel_rng_tracker_name,
+    get_expert_parallel_rng_tracker_name,
+    model_parallel_cuda_manual_seed,
+)
+
+_MODEL_PARALLEL = "model-parallel-rng"
+
+
+def derive_seed(seed: int, *parts: int | str) -> int:
+    """A 63-bit seed from ``seed`` and coordinates, the same on every machine and in every run."""
+    text = "/".join(str(part) for part in (seed, *parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the process: the default generators and Megatron's tracker (TP-independent).
+
+    Modules built under :class:`ModuleRandomness` switch to their own states afterwards.
+    """
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, tp_rank=0, ep_rank=0, etp_rank=0)
+
+
+class ModuleRandomness:
+    """Switches a module's own random states in around its forward.
+
+    Args:
+        modules: module name -> module, as built (before or inside DDP wrapping).
+        collections: module name -> its process groups (``tp``, ``cp``, ``dp``, ``ep`` are read).
+        seed: the run's seed.
+    """
+
+    def __init__(
+        self,
+        modules: dict[str, torch.nn.Module],
+        collections: dict[str, ProcessGroupCollection],
+        seed: int,
+    ) -> None:
+        self._states: dict[str, dict[str, Any]] = {}
+        self._outside: dict[str, list[dict[str, Any]]] = {}
+        for name, module in modules.items():
+            self._states[name] = _initial_state(name, collections[name], seed)
+            self._outside[name] = []
+            module.register_forward_pre_hook(self._entering(name))
+            # always_call: an exception in forward must not leave the module's state behind.
+            module.register_forward_hook(self._leaving(name), always_call=True)
+
+    def get_states(self) -> dict[str, Any]:
+        """States of all modules, for a checkpoint."""
+        return {name: _clone(state) for name, state in self._states.items()}
+
+    def set_states(self, states: dict[str, Any]) -> None:
+        """Restore what ``get_states`` returned.
+
+        Raises:
+            ValueError: if the modules differ.
+        """
+        if set(states) != set(self._states):
+            raise ValueError(
+                f"random states are of modules {sorted(states)}, "
+                f"this run has {sorted(self._states)}"
+            )
+        self._states = {name: _clone(state) for name, state in states.items()}
+
+    def _entering(self, name: str):
+        def hook(_module: torch.nn.Module, _args: Any) -> None:
+            self._outside[name].append(_capture())
+            _restore(self._states[name])
+
+        return hook
+
+    def _leaving(self, name: str):
+        def hook(_module: torch.nn.Module, _args: Any, _output: Any) -> None:
+            if not self._outside[name]:  # the pre-hook itself failed
+                return
+            self._states[name] = _capture()
+            _restore(self._outside[name].pop())
+
+        return hook
+
+
+def _initial_state(name: str, groups: ProcessGroupCollection, seed: int) -> dict[str, Any]:
+    tp, cp, dp = groups.tp.rank(), groups.cp.rank(), groups.dp.rank()
+    ep = groups.ep.rank() if groups.ep is not None else 0
+    seeds = {
+        _MODEL_PARALLEL: derive_seed(seed, name, "tp", dp, cp, tp),
+        get_data_parallel_rng_tracker_name(): derive_seed(seed, name, "all"),
+        get_expert_parallel_rng_tracker_name(): derive_seed(seed, name, "ep", dp, cp, tp, ep),
+    }
+    outside = _capture()
+    states = {key: _state_of_seed(value) for key, value in seeds.items()}
+    default = _state_of_seed(derive_seed(seed, name, "default", dp, cp))
+    _restore(outside)
+    return {"default": default, "tracker": states}
+
+
+def _state_of_seed(seed: int) -> torch.Tensor:
+    torch.cuda.manual_seed(seed)
+    return torch.cuda.get_rng_state()
+
+
+def _capture() -> dict[str, Any]:
+    return {
+        "default": torch.cuda.get_rng_state(),
+        "tracker": dict(get_cuda_rng_tracker().get_states()),
+    }
+
+
+def _restore(state: dict[str, Any]) -> None:
+    torch.cuda.set_rng_state(state["default"])
+    get_cuda_rng_tracker().set_states(dict(state["tracker"]))
+
+
+def _clone(state: dict[str, Any]) -> dict[str, Any]:
+    tracker = {key: value.clone() for key, value in state["tracker"].items()}
+    return {"default": state["default"].clone(), "tracker": tracker}
