@@ -37,9 +37,7 @@ class EncoderSide:
             RuntimeError: special tokens of a modality without inputs.
             ValueError: rows and tokens do not match, or a modality has no token id.
         """
-        inputs = {
-            name: (modality_inputs or {}).get(name) for name in self.modality_submodules
-        }
+        inputs = {name: (modality_inputs or {}).get(name) for name in self.modality_submodules}
         present = [name for name, value in inputs.items() if value is not None]
         # Everything that can be seen before an encoder runs is refused before.
         refuse_unknown_modalities(present, self.special_token_ids)
@@ -225,9 +223,7 @@ def refuse_unknown_modalities(
 
 def count_mismatch(name: str, tokens: int, rows: int) -> str:
     """The sentence for a modality whose rows do not match its tokens."""
-    return (
-        f"Number of {name} tokens ({tokens}) does not match number of {name} embeddings ({rows})"
-    )
+    return f"Number of {name} tokens ({tokens}) does not match number of {name} embeddings ({rows})"
 
 
 def _refuse_tokens_without_inputs(name: str, tokens: int | None) -> None:

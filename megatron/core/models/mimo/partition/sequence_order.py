@@ -88,9 +88,7 @@ def dense_positions(
     return local[tp_rank * share : (tp_rank + 1) * share]
 
 
-def packed_spans(
-    cu_seqlens: Sequence[int], cp_rank: int, cp_size: int
-) -> list[tuple[int, int]]:
+def packed_spans(cu_seqlens: Sequence[int], cp_rank: int, cp_size: int) -> list[tuple[int, int]]:
     """Half-open spans that a CP rank owns of packed sequences, in local order.
 
     Args:

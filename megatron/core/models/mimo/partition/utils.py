@@ -89,9 +89,7 @@ class PartitionConfig:
             TypeError: ``mp`` is not a ``ModelParallelConfig``.
         """
         if not isinstance(mp, ModelParallelConfig):
-            raise TypeError(
-                f"mp must be a ModelParallelConfig instance, got {type(mp).__name__}"
-            )
+            raise TypeError(f"mp must be a ModelParallelConfig instance, got {type(mp).__name__}")
         if cp_group is None and mp.context_parallel_size > 1:
             cp_group = get_context_parallel_group()
         if tp_group is None and mp.sequence_parallel:
@@ -211,12 +209,12 @@ class PartitionAdapter:
                 f"parallelism, got {seq_len} (cp {cp}, tp with sequence parallelism {tp}); "
                 f"pad it to {-(-seq_len // factor) * factor}"
             )
-        if scattered and self.cfg.tp_comm_overlap and not packed:
-            if seq_len != self.cfg.max_seq_len:
-                raise SequenceShardError(
-                    "TP Comm overlap requires Vision+Text token length == "
-                    f"language_max_sequence_length, got {seq_len} and {self.cfg.max_seq_len}"
-                )
+        overlapped = scattered and self.cfg.tp_comm_overlap and not packed
+        if overlapped and seq_len != self.cfg.max_seq_len:
+            raise SequenceShardError(
+                "TP Comm overlap requires Vision+Text token length == "
+                f"language_max_sequence_length, got {seq_len} and {self.cfg.max_seq_len}"
+            )
         return self._check_packed(packed_seq_params, batch, seq_len, cp) if packed else None
 
     def _check_packed(
@@ -254,9 +252,7 @@ class PartitionAdapter:
         if embeddings is not None:
             batch["embeddings"] = embeddings.transpose(0, 1)
         if lengths is None:
-            batch = get_batch_on_this_cp_rank(
-                batch, is_hybrid_cp=False, cp_group=self.cfg.cp_group
-            )
+            batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=self.cfg.cp_group)
         else:
             batch = {
                 key: value.index_select(

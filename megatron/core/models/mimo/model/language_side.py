@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The language side of the model: text rows, the fused sequence, and what it is cut into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from megatron.core.models.mimo import compat
+from megatron.core.models.mimo.model.encoder_side import count_mismatch, refuse_unknown_modalities
+from megatron.core.models.mimo.model.token_rows import TEXT, TokenRows
+from megatron.core.models.mimo.partition.utils import Sharded
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.utils import unwrap_model
+
+
+class LanguageSide:
+    """Mixin of :class:`MimoModel`: how text and modality rows become language-model input."""
+
+    # The last batch's token positions, so that one forward pass looks for them once.
+    _rows_memo: tuple[torch.Tensor, int, dict[str, int], TokenRows] | None = None
+
+    def get_text_embeddings(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        special_token_ids: Mapping[str, int],
+    ) -> torch.Tensor:
+        """Embed the text tokens only: ``(T, H)``, in reading order of the batch.
+
+        Args:
+            input_ids: ``(B, S)``.
+            position_ids: ``(B, S)``; ``(R, B, S)`` for multimodal rotary embeddings, whose first
+                channel is the absolute position; or ``None``.
+            special_token_ids: the tokens that are not text.
+
+        Raises:
+            RuntimeError: the embedding layer scatters for sequence parallelism itself.
+        """
+        self._refuse_embedding_scatter()
+        text = self._token_rows(input_ids, special_token_ids).positions[TEXT]
+        positions = None
+        if position_ids is not None:
+            channel = position_ids[0] if position_ids.dim() == 3 else position_ids
+            positions = channel.expand_as(input_ids).reshape(-1)[text].unsqueeze(0)
+        embedded = unwrap_model(self.language_model).embedding(
+            input_ids=input_ids.reshape(-1)[text].unsqueeze(0), position_ids=positions
+        )
+        return embedded.squeeze(1)
+
+    def align_embeddings_by_token_positions(
+        self,
+        modality_embeddings: Mapping[str, torch.Tensor],
+        input_ids: torch.Tensor,
+        special_token_ids: Mapping[str, int],
+    ) -> torch.Tensor:
+        """Put text and modality rows where their tokens stand.
+
+        Args:
+            modality_embeddings: modality (or ``"text"``) -> rows ``(n, H)``, sample-major.
+            input_ids: ``(B, S)``, or ``(S,)`` for one sample.
+            special_token_ids: modality -> token id.
+
+        Returns:
+            ``(S, B, H)``, of the text rows' dtype. Tokens of a modality without rows are zeros.
+
+        Raises:
+            ValueError: no rows at all, a modality without a token id, a number of rows that is
+                not the number of tokens, or rows of different widths.
+        """
+        if not modality_embeddings:
+            raise ValueError("No modality embeddings provided. At least one modality is required.")
+        if input_ids.dim() == 1:
+            input_ids = input_ids.unsqueeze(0)
+        refuse_unknown_modalities(modality_embeddings, special_token_ids)
+        rows = self._token_rows(input_ids, special_token_ids)
+        for name, embeddings in modality_embeddings.items():
+            if rows.count(name) != embeddings.size(0):
+                raise ValueError(count_mismatch(name, rows.count(name), embeddings.size(0)))
+        return rows.place(modality_embeddings)
+
+    def _token_rows(
+        self, input_ids: torch.Tensor, special_token_ids: Mapping[str, int]
+    ) -> TokenRows:
+        """Token positions of a batch, looked for once per forward pass."""
+        ids = dict(special_token_ids)
+        version = -1 if input_ids.is_inference() else input_ids._version
+        memo = self._rows_memo
+        if memo is not None and memo[0] is input_ids and memo[1:3] == (version, ids):
+            return memo[3]
+        rows = TokenRows.find(input_ids, ids)
+        self._rows_memo = (input_ids, version, ids, rows)
+        return rows
+
+    def _build_packed_seq_params(
+        self, packing_kwargs: Mapping[str, Any] | None
+    ) -> PackedSeqParams | None:
+        """Packed-sequence parameters of a ``thd`` batch; ``None`` for a dense one."""
+        return None if packing_kwargs is None else compat.packed_seq_params(packing_kwargs)
+
+    def _shard_language_inputs(
+        self,
+        embeddings: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        loss_mask: torch.Tensor | None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Sharded:
+        """Cut for CP and SP, see :meth:`PartitionAdapter.shard`; as it is without them."""
+        if self.partition_adapter is None:
+            return embeddings, labels, loss_mask, packed_seq_params
+        return self.partition_adapter.shard(
+            embeddings=embeddings,
+            labels=labels,
+            loss_mask=loss_mask,
+            packed_seq_params=packed_seq_params,
+        )
+
+    def _refuse_embedding_scatter(self) -> None:
+        """Under SP the embedding layer must return all positions: modality rows come between.
+
+        Raises:
+            RuntimeError: the embedding layer scatters over TP.
+        """
+        adapter = self.partition_adapter
+        if adapter is None or not adapter.cfg.seq_parallel:
+            return
+        embedding = getattr(unwrap_model(self.language_model), "embedding", None)
+        if getattr(embedding, "scatter_to_sequence_parallel", False):
+            raise RuntimeError(
+                "MIMO sequence parallelism requires the language embedding scatter to be "
+                "disabled: text and modality rows are fused first and scattered together. Build "
+                "the language model with scatter_embedding_sequence_parallel=False."
+            )
+
+    def _refuse_mask_under_cp(self, attention_mask: torch.Tensor | None) -> None:
+        adapter = self.partition_adapter
+        if attention_mask is not None and adapter is not None and adapter.cfg.use_cp:
+            raise RuntimeError(
+                "MIMO context parallelism requires attention_mask=None, got a mask of shape "
+                f"{tuple(attention_mask.shape)}: a dense mask does not fit the cut sequence. Mask "
+                "by a causal attn_mask_type or by packing (packing_kwargs)."
+            )
