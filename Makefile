@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+# Needs Python 3.10 or newer, make and a network; the first run of a target makes its environment.
+include pins.env
+
+VENV := .venv
+VENV_NEWEST := .venv-newest
+# make train ARGS="--fresh", make test ARGS="-k bridge"
+ARGS ?=
+# The interpreter of .venv; empty: tools/find_python.sh looks for one.
+PYTHON ?=
+export PYTHON
+
+.PHONY: help train test test-newest setup lint clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do \
+		printf '  make %-12s %s\n' "$$name" "$$text"; done
+	@echo '  Options: ARGS="..." is passed on (train: to the job, test: to pytest);'
+	@echo '  PYTHON=/path/to/python3 chooses the interpreter.'
+
+train: ## train the digits job on 8 ranks, results in runs/digits
+	@python=$$(sh tools/find_python.sh base) && sh tools/setup_venv.sh $(VENV) examples "$$python"
+	@$(VENV)/bin/python examples/mimo/digits/train.py $(ARGS)
+
+setup: ## make .venv with all that train and test need
+	@python=$$(sh tools/find_python.sh base) && \
+		sh tools/setup_venv.sh $(VENV) examples,test "$$python"
+
+lint: setup ## check the style with ruff
+	@$(VENV)/bin/python -m ruff check .
+
+test: lint ## check the style, then run all tests
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+test-newest: ## the same in .venv-newest: Python >= 3.12 with the newest megatron-core
+	@python=$$(PYTHON= sh tools/find_python.sh newest) && \
+		sh tools/setup_venv.sh $(VENV_NEWEST) examples,test "$$python"
+	@$(VENV_NEWEST)/bin/python -m ruff check .
+	@$(VENV_NEWEST)/bin/python -m pytest $(ARGS)
+
+clean: ## remove the environments, caches and runs/
+	rm -rf $(VENV) $(VENV_NEWEST) build dist runs .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
