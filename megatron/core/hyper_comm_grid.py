@@ -59,9 +59,7 @@ class GridShape:
         _check_box(self.shape, self.dim_names)
         if self.rank_offset < 0:
             raise ValueError(f"rank_offset must be non-negative, got {self.rank_offset}")
-        strides = {
-            name: math.prod(self.shape[:axis]) for axis, name in enumerate(self.dim_names)
-        }
+        strides = {name: math.prod(self.shape[:axis]) for axis, name in enumerate(self.dim_names)}
         object.__setattr__(self, "_strides", strides)
 
     @property
@@ -92,7 +90,7 @@ class GridShape:
         place = rank - self.rank_offset
         return {
             name: place // self._strides[name] % size
-            for name, size in zip(self.dim_names, self.shape)
+            for name, size in zip(self.dim_names, self.shape, strict=True)
         }
 
     def enumerate_groups(self, dims: Sequence[str]) -> list[list[int]]:
@@ -119,7 +117,9 @@ class GridShape:
         return steps
 
     def _describe(self) -> str:
-        return " x ".join(f"{name}={size}" for name, size in zip(self.dim_names, self.shape))
+        return " x ".join(
+            f"{name}={size}" for name, size in zip(self.dim_names, self.shape, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,7 @@ class HyperCommGrid:
         self.rank_offset = rank_offset
         self.size = box.size
         self.backend = backend
-        self._views: dict[str, _RankView] = {
-            _BASE_VIEW_NAME: _RankView(_BASE_VIEW_NAME, box, [])
-        }
+        self._views: dict[str, _RankView] = {_BASE_VIEW_NAME: _RankView(_BASE_VIEW_NAME, box, [])}
         self._pgs: dict[_GroupKey, dist.ProcessGroup | None] = {}
 
     def coords(self, rank: int) -> dict[str, int]:
@@ -307,9 +305,7 @@ class HyperCommGrid:
         """``_order_dims_for`` on the base view (the name that Megatron-Core 0.16 has)."""
         return self._order_dims_for(self.dim_names, dims)
 
-    def _order_dims_for(
-        self, dim_names: list[str], dims: str | list[str]
-    ) -> tuple[list[str], str]:
+    def _order_dims_for(self, dim_names: list[str], dims: str | list[str]) -> tuple[list[str], str]:
         """``dims`` slowest first under ``dim_names``, and the same joined with dashes.
 
         Raises:
@@ -365,20 +361,14 @@ class HyperCommGrid:
                     f"Shared dim {dim!r} of view {name!r} is not in the view's dim_names "
                     f"{list(box.dim_names)}"
                 )
-        # Dims that agree one by one may still disagree as a set, which has a group of its own.
-        for dims in [[dim] for dim in shared] + [shared] * (len(shared) > 1):
-            self._check_same_groups(name, box, dims)
-
-    def _check_same_groups(self, name: str, box: GridShape, dims: list[str]) -> None:
-        base = self._base.enumerate_groups(self._order_dims(dims)[0])
-        other = box.enumerate_groups(self._order_dims_for(list(box.dim_names), dims)[0])
-        if base == other:
-            return
-        label = f"Shared dim {dims[0]!r} has" if len(dims) == 1 else f"Shared dims {dims!r} have"
-        raise ValueError(
-            f"{label} different membership across views: base enumeration {base} != view "
-            f"{name!r} enumeration {other}"
-        )
+            # Equal groups mean equal size and stride, so dims that agree one by one also agree
+            # together.
+            base, other = self._base.enumerate_groups([dim]), box.enumerate_groups([dim])
+            if base != other:
+                raise ValueError(
+                    f"Shared dim {dim!r} has different membership across views: base enumeration "
+                    f"{base} != view {name!r} enumeration {other}"
+                )
 
 
 def release_group(pg: dist.ProcessGroup | None) -> None:

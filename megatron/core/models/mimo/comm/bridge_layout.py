@@ -188,9 +188,7 @@ class BridgeLayout:
             ValueError: source DP does not divide ``global_batch``, or the rank is not one of ours.
         """
         self.check_rank(rank)
-        return _block(
-            self.rank_to_src_pos[rank][0], self.src_dp_size, global_batch, self.src_name
-        )
+        return _block(self.rank_to_src_pos[rank][0], self.src_dp_size, global_batch, self.src_name)
 
     def dest_slice(self, rank: int, global_batch: int) -> SliceInfo:
         """The samples of a global batch that a rank holds on the destination side.

@@ -100,7 +100,7 @@ def check_same_shape(x: torch.Tensor, group: dist.ProcessGroup, what: str) -> No
         return
     found = ", ".join(
         f"rank {rank}: {_read_signature(row)}"
-        for rank, row in zip(dist.get_process_group_ranks(group), table)
+        for rank, row in zip(dist.get_process_group_ranks(group), table, strict=True)
     )
     raise ValueError(
         f"{what} must have one shape and dtype on all ranks of a group, got {found}. Give each of "
@@ -110,9 +110,7 @@ def check_same_shape(x: torch.Tensor, group: dist.ProcessGroup, what: str) -> No
 
 class _GatherBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, dim: int
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, dim: int) -> torch.Tensor:
         ctx.dim, ctx.index = dim, dist.get_rank(group)
         ctx.count = dist.get_world_size(group)
         return _all_gather(x, group, dim)
@@ -125,9 +123,7 @@ class _GatherBlocks(torch.autograd.Function):
 
 class _TakeBlock(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, dim: int
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, dim: int) -> torch.Tensor:
         ctx.dim, ctx.group = dim, group
         return _own_block(x, dist.get_rank(group), dist.get_world_size(group), dim)
 
