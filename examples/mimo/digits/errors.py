@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +79,31 @@ def _sentence(error: OSError, path: Path, what: str) -> str:
         f"{what} could not be written to {path} ({reason}); "
         "check the folder's permissions or give another one with --out"
     )
+
+
+def write_atomically(path: Path, content: bytes, what: str) -> None:
+    """Write ``content`` so that ``path`` holds all of it or what it held before.
+
+    Args:
+        path: file to write; its folder is made.
+        content: the whole file.
+        what: what it holds, for the error ("the summary").
+
+    Raises:
+        JobError: for a full disk, or a path that cannot be written; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path, what):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def one_sentence(error: BaseException) -> str:

@@ -144,9 +144,7 @@ def _failed(world: int, same: list[Report]) -> str:
     return f"{_ranks(ranks)} failed: {message}{_others(world, len(ranks))}"
 
 
-def _only_peers(
-    world: int, exits: Mapping[int, Exit], reports: Mapping[int, Report]
-) -> Reason:
+def _only_peers(world: int, exits: Mapping[int, Exit], reports: Mapping[int, Report]) -> Reason:
     """Every rank that says something waited for another one: name those that say nothing."""
     early = sorted(set(range(world)) - set(exits) - set(reports)) if exits else []
     if early:

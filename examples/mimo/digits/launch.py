@@ -146,7 +146,9 @@ def _start_and_wait(script: str, argv: Sequence[str], world: int, folder: Path) 
         logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
     )
     # The agent's own account of a failure is a page per rank; ours is one sentence.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         elastic_launch(config, sys.executable)("-u", str(Path(script).resolve()), *argv)
     except ChildFailedError as error:

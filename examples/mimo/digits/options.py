@@ -89,8 +89,8 @@ class Options:
         1.0, "largest gradient norm, 0 for none", _real(0.0, low_included=True)
     )
     sequence_parallel: bool = _switch(False, "also cut the language sequence over TP")
-    distributed_optimizer: bool = _switch(False, "shard the optimizer's state over DP")
-    overlap_grad_reduce: bool = _switch(False, "reduce gradients while backward still runs")
+    distributed_optimizer: bool = _switch(True, "shard the optimizer's state over DP")
+    overlap_grad_reduce: bool = _switch(True, "reduce gradients while backward still runs")
     uneven_loss_mask: bool = _switch(False, "count only some of each sample's answer digits")
     dtype: str = _option("float32", "of the weights and activations", str, "float32", "bfloat16")
     backend: str = _option(

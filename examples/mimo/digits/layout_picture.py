@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``layout.png``: which rank holds which samples and sequence chunks on either side of the bridge.
+
+Everything is read off the :class:`BridgeLayout` that the bridge executes and the sequence order
+that the model shards by; nothing is worked out here a second time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, Rectangle
+from pictures import INK, MUTED, save_figure
+
+from megatron.core.models.mimo.comm.bridge_layout import BridgeDirection, BridgeLayout
+from megatron.core.models.mimo.partition.sequence_order import dense_positions
+
+_MAX_ROWS, _MAX_CELLS = 32, 8
+_LEFT, _RIGHT, _STRIP, _ROW = 0.0, 12.5, 6.4, 1.0  # in units of the drawing: a row is 1 high
+_EMPTY, _EDGE = "#f3f5f7", "#d0d7de"
+_GROUP_COLORS = (
+    "#0969da",
+    "#bc4c00",
+    "#1a7f37",
+    "#8250df",
+    "#bf3989",
+    "#9a6700",
+    "#57606a",
+    "#0b7285",
+)
+
+
+@dataclass(frozen=True)
+class LayoutPicture:
+    """What is drawn.
+
+    Attributes:
+        layout: the bridge's own layout.
+        samples: of one global microbatch.
+        sequence_length: tokens of a sample.
+        sequence_parallel: the language side's TP ranks cut the sequence further.
+    """
+
+    layout: BridgeLayout
+    samples: int
+    sequence_length: int
+    sequence_parallel: bool = False
+
+    @property
+    def cells(self) -> int:
+        """Drawn blocks of samples: all samples, or equal blocks if those are too many."""
+        finest = max(self.layout.src_dp_size, self.layout.dest_dp_size)
+        fits = [n for n in range(finest, self.samples + 1, finest) if self.samples % n == 0]
+        return max([n for n in fits if n <= _MAX_CELLS], default=finest)
+
+    @property
+    def shown(self) -> list[int]:
+        """Ranks that get a row."""
+        return list(self.layout.ranks)[:_MAX_ROWS]
+
+    def source(self, rank: int) -> range:
+        """Blocks of samples that a rank encodes."""
+        part = self.layout.src_slice(rank, self.cells)
+        return range(part.start, part.start + part.size)
+
+    def destination(self, rank: int) -> range:
+        """Blocks of samples that a rank's language model sees."""
+        part = self.layout.dest_slice(rank, self.cells)
+        return range(part.start, part.start + part.size)
+
+    def positions(self, rank: int) -> list[int]:
+        """Token positions that a rank's language model works on."""
+        _, tp, cp = self.layout.rank_to_dest_coords[rank]
+        tp_part = (tp, self.layout.dest_tp_size) if self.sequence_parallel else (0, 1)
+        return dense_positions(self.sequence_length, cp, self.layout.dest_cp_size, *tp_part)
+
+
+def plot_layout(
+    path: Path,
+    layout: BridgeLayout,
+    samples: int,
+    sequence_length: int,
+    *,
+    sequence_parallel: bool = False,
+) -> None:
+    """Draw the bridge: encoder ranks on the left, the same ranks' language side on the right.
+
+    Args:
+        path: the PNG.
+        layout: the object that the bridge executes.
+        samples: of one global microbatch.
+        sequence_length: tokens of a sample.
+        sequence_parallel: the language side's TP ranks cut the sequence further.
+    """
+    picture = LayoutPicture(layout, samples, sequence_length, sequence_parallel)
+    rows = len(picture.shown)
+    figure = Figure(figsize=(13, 0.5 * rows + 2.6), layout="constrained")
+    axes = figure.subplots()
+    axes.axis("off")
+    axes.set_xlim(-2.6, _RIGHT + _STRIP + 3.4)
+    axes.set_ylim(rows * _ROW + 1.5, -2.0)
+    _draw_headers(axes, picture)
+    for row, rank in enumerate(picture.shown):
+        _draw_source(axes, picture, rank, row * _ROW)
+        _draw_destination(axes, picture, rank, row * _ROW)
+    _draw_moves(axes, picture)
+    axes.text(-2.5, rows * _ROW + 0.25, _caption(picture), va="top", fontsize=9.5, color=INK)
+    save_figure(figure, path, "the layout's picture")
+
+
+def _draw_headers(axes: Axes, picture: LayoutPicture) -> None:
+    layout = picture.layout
+    cp = f" · CP {layout.dest_cp_size}" if layout.dest_cp_size > 1 else ""
+    left = f"{layout.src_name}: TP {layout.src_tp_size} · DP {layout.src_dp_size}"
+    right = f"{layout.dest_name}: TP {layout.dest_tp_size}{cp} · DP {layout.dest_dp_size}"
+    middle = f"{layout.direction.value.replace('_', '-')}, scale {layout.scale}"
+    per_cell = picture.samples // picture.cells
+    what = "one sample" if per_cell == 1 else f"{per_cell} samples"
+    legends = (
+        f"a cell: the encoder's input of {what}",
+        f"a cell: {what}, tokens 0 to {picture.sequence_length - 1} from left to right; "
+        "coloured: the rank's own",
+    )
+    for start, text, legend in zip((_LEFT, _RIGHT), (left, right), legends, strict=True):
+        axes.text(start, -1.45, text, fontsize=13, weight="bold", color=INK)
+        axes.text(start, -0.95, legend, fontsize=8.5, color=MUTED)
+        _draw_scale(axes, picture, start)
+    center = (_LEFT + _STRIP + _RIGHT) / 2 - 0.1
+    axes.text(center, -1.45, middle, fontsize=13, weight="bold", color=INK, ha="center")
+
+
+def _draw_scale(axes: Axes, picture: LayoutPicture, start: float) -> None:
+    """The samples' numbers above a strip."""
+    width, per_cell = _STRIP / picture.cells, picture.samples // picture.cells
+    axes.text(start - 0.2, -0.35, "sample", fontsize=8.5, color=MUTED, ha="right")
+    for cell in range(picture.cells):
+        first = cell * per_cell
+        fits = per_cell > 1 and picture.cells <= 8
+        text = f"{first}–{first + per_cell - 1}" if fits else str(first)
+        x = start + (cell + 0.5) * width
+        axes.text(x, -0.35, text, ha="center", color=MUTED, fontsize=8.5 if width > 0.3 else 6)
+
+
+def _color(picture: LayoutPicture, cell: int) -> tuple[float, ...]:
+    return matplotlib.colormaps["turbo"](0.08 + 0.84 * cell / max(picture.cells - 1, 1))
+
+
+def _box(axes: Axes, x: float, y: float, width: float, color: object, edge: str = "white") -> None:
+    axes.add_patch(Rectangle((x, y + 0.14), width, _ROW - 0.28, fc=color, ec=edge, lw=0.8))
+
+
+def _draw_source(axes: Axes, picture: LayoutPicture, rank: int, y: float) -> None:
+    dp, tp = picture.layout.rank_to_src_pos[rank]
+    name = {"va": "center", "ha": "right"}
+    axes.text(-0.2, y + 0.34, f"rank {rank}", fontsize=10.5, weight="bold", color=INK, **name)
+    axes.text(-0.2, y + 0.7, f"dp {dp} tp {tp}", fontsize=8, color=MUTED, **name)
+    width, held = _STRIP / picture.cells, picture.source(rank)
+    for cell in range(picture.cells):
+        color = _color(picture, cell) if cell in held else _EMPTY
+        _box(axes, _LEFT + cell * width, y, width, color)
+
+
+def _draw_destination(axes: Axes, picture: LayoutPicture, rank: int, y: float) -> None:
+    dp, tp, cp = picture.layout.rank_to_dest_coords[rank]
+    coordinates = f"dp {dp} tp {tp}" + (f" cp {cp}" if picture.layout.dest_cp_size > 1 else "")
+    x = _RIGHT + _STRIP + 0.2
+    axes.text(x, y + 0.34, f"rank {rank}", fontsize=10.5, weight="bold", color=INK, va="center")
+    spans = ", ".join(f"{start}–{stop - 1}" for start, stop in _spans(picture.positions(rank)))
+    axes.text(x, y + 0.7, f"{coordinates} · tokens {spans}", fontsize=8, color=MUTED, va="center")
+    width, held = _STRIP / picture.cells, picture.destination(rank)
+    for cell in range(picture.cells):
+        left = _RIGHT + cell * width
+        _box(axes, left, y, width, _EMPTY)
+        if cell not in held:
+            continue
+        _box(axes, left, y, width, "white", "white")
+        for start, stop in _spans(picture.positions(rank)):
+            token = (width - 0.06) / picture.sequence_length
+            part = (left + 0.03 + start * token, (stop - start) * token)
+            _box(axes, part[0], y, part[1], _color(picture, cell), "none")
+        axes.add_patch(
+            Rectangle((left + 0.03, y + 0.14), width - 0.06, _ROW - 0.28, fill=False, ec=_EDGE)
+        )
+
+
+def _spans(positions: list[int]) -> list[tuple[int, int]]:
+    """Half-open runs of consecutive positions.
+
+    >>> _spans([0, 1, 6, 7])
+    [(0, 2), (6, 8)]
+    """
+    spans: list[tuple[int, int]] = []
+    for position in positions:
+        if spans and spans[-1][1] == position:
+            spans[-1] = (spans[-1][0], position + 1)
+        else:
+            spans.append((position, position + 1))
+    return spans
+
+
+def _draw_moves(axes: Axes, picture: LayoutPicture) -> None:
+    """Arrows from rank to rank in the colours of the gather groups; dashed ones are backward."""
+    groups = picture.layout.gather_groups
+    members = {rank: group for group in groups for rank in group}
+    number = {rank: index for index, group in enumerate(groups) for rank in group}
+    fan_in = picture.layout.direction is BridgeDirection.FAN_IN
+    for rank in picture.shown:
+        color = _GROUP_COLORS[number[rank] % len(_GROUP_COLORS)] if groups else MUTED
+        siblings = [other for other in members.get(rank, ()) if other != rank]
+        _arrow(axes, picture, rank, rank, color, "forward")
+        for other in siblings:
+            _arrow(axes, picture, other, rank, color, "forward" if fan_in else "backward")
+
+
+def _arrow(
+    axes: Axes, picture: LayoutPicture, source: int, target: int, color: str, direction: str
+) -> None:
+    """Forward: left to right, solid. Backward: from the source's right side to the left, dashed."""
+    if source not in picture.shown or target not in picture.shown:
+        return
+    rows = [(picture.shown.index(rank) + 0.5) * _ROW for rank in (source, target)]
+    x = [_LEFT + _STRIP + 0.15, _RIGHT - 0.75]
+    forward = direction == "forward"
+    ends = list(zip(x if forward else x[::-1], rows, strict=True))
+    style = {"ls": "-", "lw": 1.5} if forward else {"ls": (0, (4, 3)), "lw": 1.1}
+    axes.add_patch(
+        FancyArrowPatch(
+            *ends, arrowstyle="-|>", mutation_scale=11, color=color, shrinkA=0, shrinkB=0, **style
+        )
+    )
+
+
+def _caption(picture: LayoutPicture) -> str:
+    layout = picture.layout
+    groups = "  ".join(str(list(group)) for group in layout.gather_groups[:8])
+    if len(layout.gather_groups) > 8:
+        groups += f"  … ({len(layout.gather_groups)} groups)"
+    cp = f"sum over the {layout.dest_cp_size} CP ranks, then " if layout.dest_cp_size > 1 else ""
+    forward, backward = {
+        BridgeDirection.FAN_IN: (
+            f"all-gather in the groups {groups}",
+            f"{cp}keep this rank's own samples",
+        ),
+        BridgeDirection.FAN_OUT: (
+            "keep this rank's own samples",
+            f"{cp}all-gather in the groups {groups}",
+        ),
+        BridgeDirection.EQUAL: ("identity", cp.removesuffix(", then ") or "identity"),
+    }[layout.direction]
+    dashed = " (dashed)" if layout.direction is BridgeDirection.FAN_OUT else ""
+    rest = layout.size - len(picture.shown)
+    more = f"\n{rest} more ranks follow the same pattern" if rest else ""
+    return f"forward (solid): {forward}\nbackward{dashed}: {backward}{more}"
