@@ -152,7 +152,6 @@ class MissingFinder:
             wanted = _name_under_import()
             if wanted is not None:
                 raise _missing(distribution, wanted)
-        return None
 
 
 def install():

@@ -68,7 +68,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def rank_harness(request: pytest.FixtureRequest):  # noqa: ANN201 - the type needs torch
+def rank_harness(request: pytest.FixtureRequest):
     """The rank side of the harness; available to tests marked ``ranks`` only."""
     plugin = request.config.pluginmanager.get_plugin("mimo-rank")
     if plugin is None:
@@ -77,12 +77,12 @@ def rank_harness(request: pytest.FixtureRequest):  # noqa: ANN201 - the type nee
 
 
 @pytest.fixture
-def rank_device(rank_harness):  # noqa: ANN001, ANN201
+def rank_device(rank_harness):
     """``torch.device`` of this rank: its GPU when the world runs on NCCL, else the CPU."""
     return rank_harness.device
 
 
 @pytest.fixture
-def shared_tmp_path(rank_harness, tmp_path):  # noqa: ANN001, ANN201
+def shared_tmp_path(rank_harness, tmp_path):
     """A fresh directory that is the same one on all ranks of the test."""
     return rank_harness.shared_path(tmp_path)

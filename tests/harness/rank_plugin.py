@@ -9,6 +9,7 @@ finished, the world is rebuilt before the next test.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import faulthandler
 import hashlib
@@ -176,11 +177,13 @@ class RankPlugin:
         store, _, _ = next(dist.rendezvous("env://", timeout=_START_TIMEOUT))
         self._store = dist.PrefixStore("mimo-tests", store)
         ids = "\n".join(i.nodeid for i in session.items if ranks_of(i) is not None)
-        digest = hashlib.sha256(ids.encode()).digest()
-        self._store.set(f"tests/{self.rank}", digest)
-        if self._store.get("tests/0") != digest:
+        self._store.set(f"tests/{self.rank}", hashlib.sha256(ids.encode()).digest())
+        # No test starts before every rank is here: a rank that cannot start is not a test's fault.
+        everyone = [f"tests/{rank}" for rank in range(self.world_size)]
+        self._store.wait(everyone, _START_TIMEOUT)
+        if self._store.get(f"tests/{self.rank}") != self._store.get("tests/0"):
             raise pytest.UsageError(
-                f"rank {self.rank} collected other multi-rank tests than rank 0, or in another order"
+                f"rank {self.rank} collected other multi-rank tests than rank 0, or in other order"
             )
 
     def _build_world(self) -> None:
@@ -289,7 +292,5 @@ class RankPlugin:
         """Wait for the others: torchrun kills every rank as soon as one leaves with an error."""
         if self._store.add("left", 1) == self.world_size:
             self._store.set("left/all", "1")
-        try:
+        with contextlib.suppress(dist.DistError):
             self._store.wait(["left/all"], datetime.timedelta(seconds=30))
-        except dist.DistError:
-            pass

@@ -74,7 +74,8 @@ def merge(
         died: why the launch ended while the test ran; empty when it did not.
     """
     nodeid = item.nodeid
-    failed = sorted((log for log in logs if nodeid in log.failed_at), key=lambda x: x.failed_at[nodeid])
+    failed = [log for log in logs if nodeid in log.failed_at]
+    failed.sort(key=lambda log: log.failed_at[nodeid])
     if failed:
         return _failed(config, nodeid, logs, failed, died)
     if died:
@@ -124,7 +125,7 @@ def error(item: pytest.Item, failure: RankFailure, when: str = "setup") -> pytes
     return pytest.TestReport(
         nodeid=item.nodeid,
         location=item.location,
-        keywords={name: 1 for name in item.keywords},
+        keywords=dict.fromkeys(item.keywords, 1),
         outcome="failed",
         longrepr=failure,
         when=when,

@@ -63,7 +63,8 @@ class Launch:
         command += ["--local-addr=127.0.0.1", f"--nproc-per-node={size}", "--redirects=3"]
         command += [f"--log-dir={self.directory / 'logs'}", "-m", "pytest"]
         # tee-sys: what a rank prints is in its log already when it dies.
-        command += ["-q", "--capture=tee-sys", "-p", "no:cacheprovider", f"--rootdir={config.rootpath}"]
+        command += ["-q", "--capture=tee-sys", "-p", "no:cacheprovider"]
+        command += [f"--rootdir={config.rootpath}"]
         if config.inipath is not None:
             command += ["-c", str(config.inipath)]
         return command + list(dict.fromkeys(str(i.path) for i in self.items))
@@ -81,7 +82,8 @@ class Launch:
 
     def read(self) -> None:
         """Take in what the ranks recorded since the last call."""
-        if any([log.read() for log in self.logs]):
+        news = [log.read() for log in self.logs]
+        if any(news):
             self.progress_at = time.monotonic()
 
     def running(self) -> bool:
@@ -179,7 +181,8 @@ class RankedTests:
         if reporter is not None:
             if self.config.get_terminal_writer().width_of_current_line:
                 reporter.line("")
-            reporter.write_line(f"{self.size} ranks: one torchrun for {len(self.waiting)} tests ...")
+            tests = f"{len(self.waiting)} tests"
+            reporter.write_line(f"{self.size} ranks: one torchrun for {tests} ...")
             reporter.flush()
         self._settled_in_launch = 0
         self.launch = Launch(self.config, self.size, list(self.waiting.values()))
@@ -199,7 +202,8 @@ class RankedTests:
         """The launch is over and tests are left: report the one it was in, drop the launch."""
         launch, why = self.launch, self.launch.why()
         current = next(iter(self.waiting.values()))
-        if any(current.nodeid in log.started for log in launch.logs):
+        reached = any(current.nodeid in log.started for log in launch.logs)
+        if reached:
             self._settle(current, merge(self.config, current, launch.logs, died=why))
         elif not self._settled_in_launch:
             # Nothing came of this launch, so a new one would end the same way.
