@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from errors import JobError
+from errors import INSTALL_HINT, JobError
 
 IMAGE_SIDE = 8
 PATCH_SIDE = 4
@@ -129,8 +129,7 @@ def _load() -> DigitImages:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise JobError(
-            "the digits come with scikit-learn, which is missing; "
-            "install it with: pip install '.[examples]'"
+            f"the digits come with scikit-learn, which is missing; {INSTALL_HINT}"
         ) from error
     scanned = load_digits()
     return DigitImages(scanned.images.astype(np.float32), scanned.target.astype(np.int64))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which rank failed first, and why: from exit codes and reports to one sentence. No torch.
 
-A rank that fails by an exception leaves a :class:`Report`; one that is killed cannot. Its peers then
-fail too, because it no longer answers: those reports are of the kind ``"peer"`` and are never the
-reason while there is a better one.
+A rank that fails by an exception leaves a :class:`Report`; one that is killed cannot. Its peers
+then fail too, because it no longer answers: those reports are of the kind ``"peer"`` and are never
+the reason while there is a better one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SAME_MOMENT_S = 10.0
 
 _PEER_GONE = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|Timed out|timed out|[Tt]imeout|gloo/transport"
-    r"|ncclRemoteError|ncclSystemError|NCCL|DistStoreError|DistNetworkError|Failed to recv|recvValue"
+    r"|ncclRemoteError|ncclSystemError|NCCL|DistStoreError|DistNetworkError|recvValue"
 )
 
 

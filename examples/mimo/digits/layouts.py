@@ -225,7 +225,7 @@ def _nearest(pair: Pair, limits: Limits) -> Pair | None:
     asked = sorted({pair.vision.size, pair.language.size})
     worlds = [[limits.world_size]] if limits.world_size is not None else [asked]
     if limits.world_size is None:
-        worlds += [[size] for size in range(min(asked[0] - 1, 1024), 0, -1)]
+        worlds += [[size] for size in range(min(asked[0] - 1, 256), 0, -1)]
     for sizes in worlds:
         every = (other for size in sizes if size <= MAX_RANKS for other in _pairs(size))
         fits = [other for other in every if not misfits(other, limits)]

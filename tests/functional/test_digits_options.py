@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The digits job's options: what is refused, with which numbers, and what is suggested instead."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+from pathlib import Path
+
+import pytest
+from errors import JobError
+from layouts import Layout, Limits, Pair, check_layouts, misfits, suggest, suggestion
+from options import Options, parse_options
+
+from megatron.core.models.mimo.partition.sequence_order import shard_factor
+
+
+def test_the_defaults_are_the_job_of_make_train() -> None:
+    options = parse_options([])
+    assert str(options.pair) == "--vision tp=2,dp=4 --language tp=2,cp=2,dp=2"
+    assert (options.world_size, options.dtype, options.backend) == (8, "float32", "auto")
+    assert options.out == Path("runs/digits")
+    assert not options.fresh
+    assert options == Options()
+
+
+def _parse(arguments: str, world_size: int | None = None) -> Options:
+    return parse_options(arguments.split(), world_size)
+
+
+def test_every_option_is_read() -> None:
+    options = _parse(
+        "--vision dp=2,tp=1 --language cp=2 --steps 7 --seed 0 --global-batch-size 8 --lr 1e-3 "
+        "--micro-batches 2 --eval-batch-size 4 --clip-grad 0 --sequence-parallel --fresh "
+        "--no-distributed-optimizer --no-overlap-grad-reduce --dtype bfloat16 --backend gloo "
+        "--timeout 9 --out a/b --save-every 3 --no-evaluate --uneven-loss-mask"
+    )
+    assert options.vision == Layout(1, 1, 2)
+    assert options.language == Layout(1, 2, 1)
+    assert (options.steps, options.seed, options.global_batch_size) == (7, 0, 8)
+    assert (options.micro_batches, options.eval_batch_size, options.save_every) == (2, 4, 3)
+    assert (options.lr, options.clip_grad, options.timeout) == (1e-3, 0.0, 9)
+    assert (options.dtype, options.backend, options.out) == ("bfloat16", "gloo", Path("a/b"))
+    assert options.sequence_parallel
+    assert options.fresh
+    assert options.uneven_loss_mask
+    assert not (options.distributed_optimizer)
+    assert not (options.overlap_grad_reduce)
+    assert not (options.evaluate)
+    assert options.as_dict()["language"] == "tp=1,cp=2,dp=1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "--language tp=2,cp=2,dp=4",
+            "vision tp=2,dp=4 spans 8 ranks, language tp=2,cp=2,dp=4 spans 16, and both must span "
+            "the same ranks; try --vision tp=2,dp=4 --language tp=2,cp=2,dp=2",
+        ),
+        (
+            "--vision tp=4,dp=3 --language tp=6,dp=2 --global-batch-size 12 --eval-batch-size 12",
+            "vision dp=3 and language dp=2 do not divide, and the larger must be a multiple of the "
+            "smaller; try --vision tp=4,dp=3 --language tp=4,dp=3",
+        ),
+        (
+            "--global-batch-size 6",
+            "a microbatch of 6 samples (global batch 6 / 1 microbatches) does not divide over "
+            "vision dp=4; try --vision tp=2,dp=4 --language tp=2,cp=2,dp=2 --global-batch-size 8",
+        ),
+        (
+            "--micro-batches 5",
+            "a global batch of 32 samples does not divide into 5 microbatches; "
+            "try --vision tp=2,dp=4 --language tp=2,cp=2,dp=2 --global-batch-size 40",
+        ),
+        (
+            "--eval-batch-size 6",
+            "an evaluation batch of 6 samples does not divide over vision dp=4; "
+            "try --vision tp=2,dp=4 --language tp=2,cp=2,dp=2 --eval-batch-size 8",
+        ),
+        (
+            "--vision tp=16,dp=1 --language tp=2,cp=8,dp=1",
+            "vision tp=16 does not divide its 8 attention heads; "
+            "try --vision tp=8,dp=2 --language tp=2,cp=8,dp=1",
+        ),
+        (
+            "--vision tp=3,dp=1 --language tp=1,cp=3",
+            "vision tp=3 does not divide its 8 attention heads; "
+            "try --vision tp=2,dp=1 --language tp=1,cp=2,dp=1",
+        ),
+        (
+            "--vision tp=1,dp=6 --language tp=1,cp=3,dp=2 --global-batch-size 6 "
+            "--eval-batch-size 6",
+            "a sequence of 32 tokens does not divide by 2 * cp=3 = 6; "
+            "try --vision tp=1,dp=6 --language tp=1,cp=2,dp=3",
+        ),
+        (
+            "--vision tp=8,dp=8 --language tp=8,cp=8,dp=1 --sequence-parallel",
+            "a sequence of 32 tokens does not divide by 2 * cp=8 * tp=8 = 128; "
+            "try --vision tp=8,dp=8 --language tp=8,cp=2,dp=4",
+        ),
+        (
+            "--vision tp=2,cp=2,dp=2",
+            "vision has cp=2, but its images are not cut and cp must be 1 (only the language "
+            "model's sequence is); try --vision tp=2,dp=4 --language tp=2,cp=2,dp=2",
+        ),
+        (
+            "--nproc 4",
+            "vision tp=2,dp=4 and language tp=2,cp=2,dp=2 span 8 ranks, but the job has 4 ranks; "
+            "try --vision tp=2,dp=2 --language tp=2,cp=2,dp=1",
+        ),
+    ],
+)
+def test_layouts_that_do_not_fit(arguments: str, message: str) -> None:
+    with pytest.raises(JobError) as refused:
+        parse_options(arguments.split())
+    assert str(refused.value) == message
+    suggested = re.sub(r".*; try ", "", message).split()
+    names = [word for word in suggested if word.startswith("--")]
+    kept = arguments.split()
+    for name in [*names, "--nproc"]:  # what the sentence says replaces what was given
+        if name in kept:
+            place = kept.index(name)
+            del kept[place : place + 2]
+    parse_options([*kept, *suggested])
+
+
+def test_layouts_that_fit_no_batch_of_the_given_ranks_change_the_batch_too() -> None:
+    with pytest.raises(
+        JobError, match=r"has 5 ranks; try --vision tp=1,dp=5 .*-size 35 .*-size 35$"
+    ):
+        parse_options([], 5)
+    batches = "--global-batch-size 35 --eval-batch-size 35"
+    assert _parse(f"--vision tp=1,dp=5 --language tp=1,dp=5 {batches}", 5).world_size == 5
+
+
+@pytest.mark.parametrize("world", [None, 6, 8])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_every_suggestion_fits(world: int | None, sequence_parallel: bool) -> None:
+    limits = Limits(24, 2, 20, sequence_parallel, world)
+    refused = 0
+    for vision in itertools.product((1, 2, 3, 8), (1, 2), (1, 3, 4)):
+        for language in itertools.product((1, 2, 6), (1, 2, 3, 8), (1, 2, 4)):
+            pair = Pair(Layout(*vision), Layout(*language))
+            if not misfits(pair, limits):
+                check_layouts(pair, limits)
+                continue
+            refused += 1
+            better, rounded = suggest(pair, limits)
+            assert misfits(better, rounded) == []
+            assert better.vision.size == (world or better.vision.size)
+            parse = [Layout.parse(text, name) for name, text in _parts(suggestion(pair, limits))]
+            assert Pair(*parse) == better
+    assert refused > 700
+
+
+def _parts(text: str) -> list[tuple[str, str]]:
+    return re.findall(r"--(vision|language) (\S+)", text)
+
+
+def test_a_suggestion_for_many_ranks_is_quick() -> None:
+    # 7,560 ranks have 64 divisors: about as many layouts as any number of ranks allows.
+    start = time.process_time()
+    suggestion(Pair(Layout(dp=7560), Layout(tp=7560, cp=2)), Limits(32, 1, 32))
+    assert time.process_time() - start < 10.0
+
+
+@pytest.mark.parametrize("cp", [1, 2, 4, 8])
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_the_sequence_rule_is_the_models(cp: int, tp: int, sequence_parallel: bool) -> None:
+    pair = Pair(Layout(tp=tp, dp=cp), Layout(tp=tp, cp=cp))
+    refused = misfits(pair, Limits(32, sequence_parallel=sequence_parallel))
+    assert bool(refused) == bool(32 % shard_factor(cp, tp if sequence_parallel else 1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--vision tp=2,pp=2", r"--vision 'tp=2,pp=2': 'pp=2' is not an axis .* axes are tp, dp,"),
+        ("--vision 8", r"'8' is not an axis and its size"),
+        ("--language tp=2,", r"'' is not an axis and its size; the axes are tp, cp, dp,"),
+        ("--language tp=2,tp=2", r"tp is given twice; give it once"),
+        ("--language tp=0", r"tp must be a whole number from 1 to 16384, got '0'"),
+        ("--language tp=-2", r"tp must be a whole number from 1 to 16384, got '-2'"),
+        ("--language dp=1.5", r"dp must be a whole number from 1 to 16384, got '1.5'"),
+        ("--language dp=²", r"dp must be a whole number from 1 to 16384, got '²'"),
+        ("--vision dp=99999999999999999999", r"dp must be a whole number from 1 to 16384"),
+        ("--steps 0", r"--steps: must be a whole number from 1 to 2147483647, got '0'"),
+        ("--seed -1", r"--seed: must be a whole number from 0 to 2147483647, got '-1'"),
+        ("--lr 0", r"--lr: must be a number above 0, got '0'"),
+        ("--lr nan", r"--lr: must be a number above 0, got 'nan'"),
+        ("--clip-grad -1", r"--clip-grad: must be a number at least 0, got '-1'"),
+        ("--dtype float16", r"--dtype: invalid choice: 'float16'"),
+        ("--step 3", r"unrecognized arguments: --step 3; --help lists all options"),
+        ("--vision", r"--vision: expected one argument"),
+    ],
+)
+def test_options_that_cannot_be_read(arguments: str, message: str) -> None:
+    with pytest.raises(JobError, match=message):
+        parse_options(arguments.split())
+
+
+def test_nproc_must_agree_with_the_ranks_that_torchrun_started() -> None:
+    assert parse_options(["--nproc", "8"], 8).nproc == 8
+    with pytest.raises(JobError, match="--nproc 4 was given, but 8 ranks were started; leave it"):
+        parse_options(["--nproc", "4"], 8)
+
+
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_options(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name in Options.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in text

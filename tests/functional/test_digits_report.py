@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the digits job writes and prints: whole files or none, and pictures of what is true."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import io
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import report
+from errors import JobError, write_atomically
+from layout_picture import LayoutPicture, plot_layout
+from matplotlib.image import imread
+from pictures import plot_loss, plot_predictions
+from report import MetricsWriter, Progress, print_table, read_metrics, write_summary
+
+from megatron.core.hyper_comm_grid import GridShape
+from megatron.core.models.mimo.comm.bridge_layout import BridgeLayout
+
+_FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _raise_full(*_: object) -> int:
+    raise _FULL
+
+
+def _bridge(vision: tuple[int, int], language: tuple[int, int, int]) -> BridgeLayout:
+    return BridgeLayout.from_grids(
+        GridShape(vision, ("tp", "dp")),
+        GridShape(language, ("tp", "cp", "dp")),
+        "vision",
+        "language",
+    )
+
+
+# ------------------------------------------------------------------------------------- metrics
+
+
+def test_a_line_per_step(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "metrics.jsonl"
+    with MetricsWriter(path) as metrics:
+        metrics.write(0, loss=2.5, grad_norm=math.inf)
+        assert read_metrics(path) == [{"step": 0, "loss": 2.5, "grad_norm": None}]
+        metrics.write(1, loss=math.nan)
+    assert path.read_text().splitlines()[1] == '{"step": 1, "loss": null}'
+
+
+def test_a_resumed_run_drops_later_and_broken_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
+    with MetricsWriter(path, first_step=2) as metrics:
+        metrics.write(2, loss=1.0)
+    assert [line["step"] for line in read_metrics(path)] == [0, 1, 2]
+    with MetricsWriter(path):
+        assert path.read_text() == ""
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('hello\n{"step": 1}\n')
+    with pytest.raises(JobError, match=r"line 1 of .*metrics\.jsonl is not one step's metrics"):
+        MetricsWriter(path, first_step=1)
+    assert path.read_text() == 'hello\n{"step": 1}\n'
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    real_write, calls = os.write, iter(range(9))
+
+    def half_then_full(file: int, content: bytes) -> int:
+        if next(calls):
+            raise _FULL
+        return real_write(file, content[: len(content) // 2])
+
+    with MetricsWriter(path) as metrics:
+        metrics.write(0, loss=2.0)
+        monkeypatch.setattr(report.os, "write", half_then_full)
+        with pytest.raises(JobError, match=r"disk is full: the metrics could not .*metrics\.jsonl"):
+            metrics.write(1, loss=1.0)
+        monkeypatch.undo()
+        assert path.read_text() == '{"step": 0, "loss": 2.0}\n'
+        metrics.write(1, loss=1.0)
+    assert [line["step"] for line in read_metrics(path)] == [0, 1]
+
+
+# --------------------------------------------------------------------------------------- files
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "summary.json"
+    write_summary(path, {"steps": 1})
+    monkeypatch.setattr(os, "fsync", _raise_full)
+    with pytest.raises(JobError, match=r"the disk is full: the summary .*summary\.json; free some"):
+        write_summary(path, {"steps": 2})
+    assert json.loads(path.read_text()) == {"steps": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(JobError, match=r"the summary could not be written to .*file/summary.json"):
+        write_atomically(tmp_path / "file" / "summary.json", b"x", "the summary")
+
+
+def test_the_summary_is_plain_json(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    write_summary(path, {"loss": math.nan, "out": Path("a/b"), "sizes": (1, {"tp": 2.5})})
+    assert json.loads(path.read_text()) == {"loss": None, "out": "a/b", "sizes": [1, {"tp": 2.5}]}
+
+
+# ------------------------------------------------------------------------------------ progress
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def _run(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> Progress:
+    """Steps 6 to 8 of 8: the first takes 10 s, the others 2 s each."""
+    now = iter([0.0, 10.0, 12.0, 14.0])
+    monkeypatch.setattr(report.time, "perf_counter", lambda: next(now))
+    progress = Progress(5, 8, 1024, stream)
+    for done in (6, 7, 8):
+        progress.step(done, 1.0 / done, 0.5)
+    progress.close()
+    return progress
+
+
+def test_a_line_per_step_and_no_bar_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    progress = _run(stream, monkeypatch)
+    assert stream.getvalue().splitlines() == [
+        "step 6/8  loss 0.1667  grad norm 0.500  102 tokens/s  00:20 left",
+        "step 7/8  loss 0.1429  grad norm 0.500  512 tokens/s  00:02 left",
+        "step 8/8  loss 0.1250  grad norm 0.500  512 tokens/s  00:00 left",
+    ]
+    assert progress.seconds_per_step == 2.0  # the first step warms up
+
+
+def test_a_bar_below_the_lines_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = _Terminal()
+    _run(stream, monkeypatch)
+    text = stream.getvalue()
+    assert "step 8/8  loss 0.1250" in text
+    assert "100%" in text
+    assert "8/8" in text.rsplit("\r", 1)[-1]
+
+
+def test_the_table_shows_every_entry() -> None:
+    stream = io.StringIO()
+    print_table({"test_accuracy": 0.98765, "layout": {"vision": "tp=2,dp=4"}, "steps": 3}, stream)
+    for text in ("test accuracy", "0.9877", "vision=tp=2,dp=4", "3"):
+        assert text in stream.getvalue()
+
+
+# ------------------------------------------------------------------------------------ pictures
+
+
+def test_accuracy_counts_what_is_counted(tmp_path: Path) -> None:
+    truth = np.arange(12).reshape(3, 4) % 10
+    read, counted = truth.copy(), np.ones((3, 4), dtype=bool)
+    read[0, 1], read[1, 2], read[2, 3] = -1, 9, 9
+    counted[2, 2:] = False
+    path = tmp_path / "predictions.png"
+    accuracy = plot_predictions(path, np.zeros((3, 4, 8, 8)), truth, read, counted)
+    assert accuracy == pytest.approx(1 - 2 / 10)
+    assert imread(path).shape[2] == 4
+
+
+def test_wrong_digits_are_red(tmp_path: Path) -> None:
+    truth = np.zeros((6, 4), dtype=int)
+    red = []
+    for wrong in (0, 1, 3):
+        read = truth.copy()
+        read[:wrong, 2] = 5
+        plot_predictions(tmp_path / "p.png", np.zeros((6, 4, 8, 8)), truth, read)
+        pixels = imread(tmp_path / "p.png")[..., :3]
+        red.append(int(((pixels[..., 0] > 0.7) & (pixels[..., 1:].max(axis=-1) < 0.3)).sum()))
+    assert red[0] == 0
+    assert red[2] == pytest.approx(3 * red[1], rel=0.1)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5, 60])
+def test_the_loss_curve_of_any_length(tmp_path: Path, steps: int) -> None:
+    lines = [
+        {"step": s, "loss": 2.0 / (s + 1), "grad_norm": None if s == 3 else 0.0}
+        for s in range(steps)
+    ]
+    plot_loss(tmp_path / "loss.png", lines, "title")
+    assert imread(tmp_path / "loss.png").shape[0] > 300
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize(
+    ("vision", "language"), [((2, 4), (2, 2, 2)), ((4, 2), (1, 2, 4)), ((1, 8), (2, 4, 1))]
+)
+def test_the_layout_picture_shows_every_token_once(
+    vision: tuple[int, int], language: tuple[int, int, int], sequence_parallel: bool
+) -> None:
+    """Per TP rank of either side (all of them with sequence parallelism) a full cover."""
+    picture = LayoutPicture(_bridge(vision, language), 32, 32, sequence_parallel)
+    assert picture.cells == 8
+    layout = picture.layout
+    encoded = [
+        c for r in layout.ranks if layout.rank_to_src_pos[r][1] == 0 for c in picture.source(r)
+    ]
+    assert sorted(encoded) == list(range(8))
+    seen = [
+        (cell, position)
+        for rank in layout.ranks
+        if sequence_parallel or layout.rank_to_dest_coords[rank][1] == 0
+        for cell in picture.destination(rank)
+        for position in picture.positions(rank)
+    ]
+    assert sorted(seen) == [(cell, position) for cell in range(8) for position in range(32)]
+
+
+@pytest.mark.parametrize(
+    ("vision", "language", "samples"),
+    [
+        ((2, 4), (2, 2, 2), 8),
+        ((4, 2), (1, 2, 4), 32),
+        ((1, 1), (1, 1, 1), 3),
+        ((2, 20), (2, 2, 10), 40),
+    ],
+)
+def test_the_layout_picture_of_any_bridge(
+    tmp_path: Path, vision: tuple[int, int], language: tuple[int, int, int], samples: int
+) -> None:
+    path = tmp_path / "layout.png"
+    plot_layout(path, _bridge(vision, language), samples, 32)
+    assert imread(path).shape[1] == 13 * 130
+
+
+def test_the_layout_picture_draws_the_object_it_is_given(tmp_path: Path) -> None:
+    """Other gather groups make another picture: nothing is worked out a second time."""
+    layout = _bridge((2, 4), (2, 2, 2))
+    other = dataclasses.replace(layout, gather_groups=((0, 3), (1, 2), (4, 6), (5, 7)))
+    for name, drawn in (("a", layout), ("b", other)):
+        plot_layout(tmp_path / f"{name}.png", drawn, 8, 32)
+    left, right = imread(tmp_path / "a.png"), imread(tmp_path / "b.png")
+    assert left.shape == right.shape
+    assert (left != right).any()
