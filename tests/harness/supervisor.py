@@ -130,15 +130,18 @@ class Launch:
         gave_up = [log for log in self.logs if log.gave_up]
         if gave_up:
             return f"the other ranks did not finish after rank {gave_up[0].rank} failed"
-        # Ranks that torchrun stopped have left a stack; one that died on its own has not.
-        dead = [log for log in self.logs if not log.stacks() and not log.ended]
-        codes = dict(re.findall(r"rank\s*: (\d+) \(local_rank.*?exitcode\s*: (-?\d+)", agent, re.S))
-        for log in dead or self.logs[:1]:
-            code = codes.get(str(log.rank))
-            ended = f"exit code {code}" if code else f"torchrun exited {self.process.returncode}"
-            output = log.output_tail() or agent[-2000:]
-            return f"rank {log.rank} died ({ended}); its last output:\n{output}"
-        raise AssertionError("a launch has at least one rank")
+        return self._why_dead(agent)
+
+    def _why_dead(self, agent: str) -> str:
+        # torchrun names the first rank it saw fail; without that, ranks it stopped itself have
+        # left a stack and one that died on its own has not.
+        first = re.search(r"Root Cause.*?\n +rank +: (\d+)", agent, re.DOTALL)
+        silent = [log for log in self.logs if not log.stacks() and not log.ended]
+        log = self.logs[int(first[1])] if first else (silent or self.logs)[0]
+        code = re.search(rf"\n +rank +: {log.rank} .*\n +exitcode +: (-?\d+)", agent)
+        ended = f"exit code {code[1]}" if code else f"torchrun exited {self.process.returncode}"
+        output = log.output_tail() or agent[-2000:]
+        return f"rank {log.rank} died ({ended}); its last output:\n{output}"
 
     def close(self) -> None:
         """Stop what still runs and remove the launch's files."""
