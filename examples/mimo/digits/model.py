@@ -19,6 +19,7 @@ from data import (
 )
 from layouts import Layout
 
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mimo import MimoModel, MimoModelConfig, VisionModalitySubmodules
 from megatron.core.models.mimo.training.grad_finalize import (
@@ -28,15 +29,14 @@ from megatron.core.models.mimo.training.grad_finalize import (
 )
 from megatron.core.models.mimo.training.groups import create_process_groups, make_grid
 from megatron.core.models.mimo.training.initial_weights import initialize_weights
+from megatron.core.models.mimo.training.randomness import ModuleRandomness, seed_everything
 from megatron.core.models.mimo.transformer.layer_specs import (
     encoder_layer_spec,
     language_layer_spec,
 )
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -108,6 +108,7 @@ class DigitsModel:
         model: the MimoModel, its modules wrapped in DistributedDataParallel.
         grids, collections, configs: by module name.
         finalize: the schedule's ``finalize_model_grads_func``.
+        randomness: the modules' random states.
     """
 
     model: MimoModel
@@ -115,6 +116,7 @@ class DigitsModel:
     collections: dict[str, ProcessGroupCollection]
     configs: dict[str, TransformerConfig]
     finalize: MimoGradFinalizer
+    randomness: ModuleRandomness
 
     def layouts(self) -> dict[str, dict[str, int]]:
         """Module name -> sizes of its axes, for checkpoints and summaries."""
@@ -231,9 +233,7 @@ def build_model(
     }
     collections = {name: create_process_groups(grid) for name, grid in grids.items()}
     configs = transformer_configs(vision, language, options)
-    model_parallel_cuda_manual_seed(
-        options.seed, tp_rank=collections[LANGUAGE].tp.rank(), ep_rank=0, etp_rank=0
-    )
+    seed_everything(options.seed)
     mimo_config = MimoModelConfig(
         language_model_spec=_language_spec(configs[LANGUAGE], collections[LANGUAGE]),
         modality_submodules_spec={VISION: _vision_spec(configs, collections[VISION])},
@@ -251,6 +251,7 @@ def build_model(
         )
     if options.freeze_vision:
         model.modality_submodules[VISION].requires_grad_(False)
+    randomness = ModuleRandomness(dict(iter_modules(model)), collections, options.seed)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=options.overlap_grad_reduce,
@@ -258,4 +259,5 @@ def build_model(
         check_for_nan_in_grad=False,
     )
     wrap_modules_with_ddp(model, configs, ddp_config, collections)
-    return DigitsModel(model, grids, collections, configs, MimoGradFinalizer(collections))
+    finalize = MimoGradFinalizer(collections)
+    return DigitsModel(model, grids, collections, configs, finalize, randomness)

@@ -13,7 +13,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import queue
 import sys
+import threading
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -166,7 +169,32 @@ def _null_context(*_args: Any, **_kwargs: Any) -> Iterator[None]:
     yield
 
 
+class _ThreadContext:
+    """A ``multiprocessing`` context whose processes are threads of this process.
+
+    Checkpoint writers are forked by 0.16 so that an asynchronous save can go on beside training,
+    and both bases start a manager process to carry their results. Saves here are synchronous; a
+    fork of a process with gloo's threads can hang, and a manager outlives a killed rank.
+    """
+
+    Queue = queue.Queue
+    JoinableQueue = queue.Queue
+    Process = threading.Thread
+
+    def Manager(self) -> "_ThreadContext":  # noqa: N802 - multiprocessing's name
+        """Whose ``Queue()`` is a queue of this process."""
+        return self
+
+
+def _writers_in_this_process(original: Any) -> Any:
+    """``multiprocessing`` as ``filesystem_async`` sees it: names its types, starts threads."""
+    seen = types.SimpleNamespace(**vars(original))
+    seen.get_context = lambda method=None: _ThreadContext()
+    return seen
+
+
 def _redirects() -> list[Redirect]:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import random as megatron_random
 
     null_stream = _NullStream()
@@ -208,6 +236,12 @@ def _redirects() -> list[Redirect]:
         Redirect(torch.Tensor, "cuda", _stay, "models/common/embeddings/rope_utils.py: packed RoPE"),
         Redirect(torch.nn.Module, "cuda", _stay, "callers that move a built model"),
         Redirect(torch.Tensor, "type", _tensor_type, "optimizer/optimizer.py: parameter groups"),
+        Redirect(
+            filesystem_async,
+            "mp",
+            _writers_in_this_process,
+            "strategies/filesystem_async.py: prepare_write_data, write_preloaded_data_multiproc",
+        ),
     ]
 
 

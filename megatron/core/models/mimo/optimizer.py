@@ -15,7 +15,11 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedBase,
+    ShardedObject,
+)
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
@@ -209,7 +213,11 @@ class MimoOptimizer(MegatronOptimizer):
             )
             add_prefix_for_sharding(sharded, f"mimo.{name}.")
             sharded[_COMMON_KEY] = ShardedObject(
-                f"mimo.{name}.common", common, (1,), (0,), replica_id=self._replica_id(name)
+                f"mimo.{name}.common",
+                _without_local(common),
+                (1,),
+                (0,),
+                replica_id=self._replica_id(name),
             )
             state[name] = sharded
         return state
@@ -339,6 +347,17 @@ def _get_pg_collection_for_optimizer(grid: HyperCommGrid) -> ProcessGroupCollect
 
 def _current_device() -> torch.device:
     return torch.device(torch.accelerator.current_accelerator().type, torch.cuda.current_device())
+
+
+def _without_local(value: Any) -> Any:
+    """A copy without what belongs to this rank alone; loading puts this run's own there."""
+    if isinstance(value, LocalNonpersistentObject):
+        return None
+    if isinstance(value, dict):
+        return {key: _without_local(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_local(item) for item in value]
+    return value
 
 
 def _parts(state: Any, optimizer: MegatronOptimizer) -> list[tuple[dict, MegatronOptimizer]]:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.models.mimo.training.randomness import ModuleRandomness
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 FORMAT = 1
@@ -70,12 +71,20 @@ class CheckpointStore:
     Args:
         root: folder; made on first save.
         layouts: module name -> parallel sizes of this run.
+        randomness: random states of the modules, saved and restored along.
         keep: how many of the newest checkpoints stay; older ones go after a save.
     """
 
-    def __init__(self, root: str | Path, layouts: dict[str, dict[str, int]], keep: int = 2):
+    def __init__(
+        self,
+        root: str | Path,
+        layouts: dict[str, dict[str, int]],
+        randomness: ModuleRandomness | None = None,
+        keep: int = 2,
+    ):
         self.root = Path(root)
         self.layouts = layouts
+        self.randomness = randomness
         self.keep = keep
 
     # ---- look-ups -------------------------------------------------------------------------
@@ -136,7 +145,7 @@ class CheckpointStore:
         final, partial = self.path(step), self.root / f"{_PARTIAL_PREFIX}{step:08d}"
         if final.exists():
             return final
-        state = _sharded_state(model, optimizer, is_loading=False)
+        state = self._sharded_state(model, optimizer, is_loading=False)
         manifest = Manifest(
             step=step,
             layouts=self.layouts,
@@ -188,7 +197,7 @@ class CheckpointStore:
                 another model.
         """
         manifest = self.manifest(step)
-        state = _sharded_state(model, optimizer, is_loading=True)
+        state = self._sharded_state(model, optimizer, is_loading=True)
         self._check_same_model(manifest, _global_shapes(state["model"]))
         if not self.same_layout(manifest):
             state.pop("rng")
@@ -200,7 +209,7 @@ class CheckpointStore:
         model.load_state_dict(loaded["model"])
         optimizer.load_state_dict(loaded["optimizer"])
         if "rng" in loaded:
-            _set_rng_state(loaded["rng"])
+            self._set_rng_state(loaded["rng"])
         return manifest
 
     def same_layout(self, manifest: Manifest) -> bool:
@@ -219,6 +228,41 @@ class CheckpointStore:
             f"{manifest.shapes.get(name, 'absent')} there and {shapes.get(name, 'absent')} here; "
             "use the same model options, another output folder, or start afresh"
         )
+
+    # ---- state ----------------------------------------------------------------------------
+
+    def _sharded_state(
+        self, model: torch.nn.Module, optimizer: Any, is_loading: bool
+    ) -> dict[str, Any]:
+        """State of the whole run: model, optimizer, each rank's random generators."""
+        model_state = model.sharded_state_dict(metadata=dict(SHARDING))
+        rank, world = dist.get_rank(), dist.get_world_size()
+        return {
+            "model": model_state,
+            "optimizer": optimizer.sharded_state_dict(
+                model_state, is_loading=is_loading, metadata=dict(SHARDING)
+            ),
+            "rng": ShardedObject("rng", self._get_rng_state(), (world,), (rank,)),
+        }
+
+    def _get_rng_state(self) -> dict[str, Any]:
+        return {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),
+            "torch": torch.get_rng_state(),
+            "device": torch.cuda.get_rng_state(),
+            "tracker": get_cuda_rng_tracker().get_states(),
+            "modules": self.randomness.get_states() if self.randomness else {},
+        }
+
+    def _set_rng_state(self, state: dict[str, Any]) -> None:
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(state["torch"])
+        torch.cuda.set_rng_state(state["device"])
+        get_cuda_rng_tracker().set_states(state["tracker"])
+        if self.randomness:
+            self.randomness.set_states(state["modules"])
 
     # ---- agreement ------------------------------------------------------------------------
 
@@ -254,37 +298,6 @@ def remove_partial(root: Path) -> list[str]:
         shutil.rmtree(path, ignore_errors=True)
         removed.append(path.name)
     return removed
-
-
-def _sharded_state(model: torch.nn.Module, optimizer: Any, is_loading: bool) -> dict[str, Any]:
-    """State of the whole run: model, optimizer, each rank's random generators."""
-    model_state = model.sharded_state_dict(metadata=dict(SHARDING))
-    rank, world = dist.get_rank(), dist.get_world_size()
-    return {
-        "model": model_state,
-        "optimizer": optimizer.sharded_state_dict(
-            model_state, is_loading=is_loading, metadata=dict(SHARDING)
-        ),
-        "rng": ShardedObject("rng", _get_rng_state(), (world,), (rank,)),
-    }
-
-
-def _get_rng_state() -> dict[str, Any]:
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(),
-        "tracker": get_cuda_rng_tracker().get_states(),
-    }
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state(state["device"])
-    get_cuda_rng_tracker().set_states(state["tracker"])
 
 
 def _sharded_tensors(state: dict) -> list[ShardedTensor]:
