@@ -161,8 +161,10 @@ def test_lower_precision_is_exact_too(
         x = picture.src_block(picture.batch).clone().requires_grad_()
         y = comm.communicate(x)
         y.backward(picture.dest_block(picture.masked_to_cp_chunks(picture.gradient)))
-    assert y.dtype is dtype and torch.equal(y, picture.dest_block(picture.batch))
-    assert x.grad.dtype is dtype and torch.equal(x.grad, picture.src_block(picture.gradient))
+    assert y.dtype is dtype
+    assert torch.equal(y, picture.dest_block(picture.batch))
+    assert x.grad.dtype is dtype
+    assert torch.equal(x.grad, picture.src_block(picture.gradient))
 
 
 def without_sum(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -214,13 +216,39 @@ def test_the_oracle_sees_a_wrong_bridge(
     assert not (right_values and right_gradient)
 
 
-COLLECTIVES = """
-    all_gather all_gather_coalesced all_gather_into_tensor all_gather_object all_gather_single
-    all_reduce all_reduce_coalesced all_to_all all_to_all_single barrier batch_isend_irecv broadcast
-    broadcast_object_list gather gather_object irecv isend monitored_barrier new_group
-    new_subgroups new_subgroups_by_enumeration recv recv_object_list reduce reduce_scatter
-    reduce_scatter_single reduce_scatter_tensor scatter scatter_object_list send send_object_list
-""".split()
+COLLECTIVES = [
+    "all_gather",
+    "all_gather_coalesced",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_gather_single",
+    "all_reduce",
+    "all_reduce_coalesced",
+    "all_to_all",
+    "all_to_all_single",
+    "barrier",
+    "batch_isend_irecv",
+    "broadcast",
+    "broadcast_object_list",
+    "gather",
+    "gather_object",
+    "irecv",
+    "isend",
+    "monitored_barrier",
+    "new_group",
+    "new_subgroups",
+    "new_subgroups_by_enumeration",
+    "recv",
+    "recv_object_list",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_single",
+    "reduce_scatter_tensor",
+    "scatter",
+    "scatter_object_list",
+    "send",
+    "send_object_list",
+]
 
 
 class Calls(Counter[tuple[str, tuple[int, ...]]]):
@@ -367,7 +395,8 @@ def test_empty_batch_of_tokens(rank_device: torch.device) -> None:
 
 def test_public_state_of_the_worked_tables() -> None:
     with bridge(*FAN_IN) as comm:
-        assert comm.direction is BridgeDirection.FAN_IN and comm.direction == "fan_in"
+        assert comm.direction is BridgeDirection.FAN_IN
+        assert comm.direction == "fan_in"
         assert (comm.is_fan_in(), comm.is_fan_out(), comm.scale) == (True, False, 2)
         assert (comm.src_tp_size, comm.src_dp_size) == (2, 4)
         assert (comm.dest_tp_size, comm.dest_cp_size, comm.dest_dp_size) == (2, 2, 2)
@@ -382,7 +411,8 @@ def test_public_state_of_the_worked_tables() -> None:
         assert comm.gather_group_ranks == [[0, 2], [1, 3], [4, 6], [5, 7]]
         assert comm.get_slice_info(4) == SliceInfo(dist.get_rank() // 2 % 2 * 2, 2)
     with bridge(*EQUAL) as comm:
-        assert comm.direction == "equal" and comm.scale == 1
+        assert comm.direction == "equal"
+        assert comm.scale == 1
         assert (comm.gather_group_ranks, comm.gather_pg) == ([], None)
         assert comm.get_slice_info(5) == SliceInfo(0, 5)
 
@@ -458,7 +488,8 @@ def test_ranks_outside_the_grids(rank_device: torch.device) -> None:
     rank = dist.get_rank()
     x = torch.full((1, 4, 2), float(rank), device=rank_device, requires_grad=True)
     if rank < 4:
-        assert comm.gather_pg is None and comm.dest_cp_pg is None
+        assert comm.gather_pg is None
+        assert comm.dest_cp_pg is None
         with pytest.raises(ValueError, match=f"Rank {rank} is not on the bridge.*4 to 7"):
             comm.communicate(x)
     else:

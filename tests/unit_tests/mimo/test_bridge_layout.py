@@ -61,7 +61,7 @@ class TestWorkedTables:
         assert layout.rank_to_dest_pos == {0: (0, 0), 1: (0, 1), 4: (1, 0), 5: (1, 1)}
         assert list(layout.rank_to_dest_coords) == list(range(8))
         assert ["".join(map(str, c)) for c in layout.rank_to_dest_coords.values()] == (
-            "000 010 001 011 100 110 101 111".split()
+            ["000", "010", "001", "011", "100", "110", "101", "111"]
         )
         assert layout.rank_to_src_pos == {r: (r // 2, r % 2) for r in range(8)}
         assert layout.gather_groups == ((0, 2), (1, 3), (4, 6), (5, 7))

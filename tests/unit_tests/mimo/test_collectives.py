@@ -62,7 +62,8 @@ def test_gather_blocks(group: dist.ProcessGroup, dim: int, rank_device: torch.de
     gradient = drawn(10 + colour, tuple(shape), rank_device)
     x = whole.chunk(4, dim)[index].clone().requires_grad_()
     y = gather_blocks(x, group, dim)
-    assert torch.equal(y, whole) and y.is_contiguous()
+    assert torch.equal(y, whole)
+    assert y.is_contiguous()
     y.backward(gradient)
     assert torch.equal(x.grad, gradient.chunk(4, dim)[index])
 
@@ -76,7 +77,8 @@ def test_take_block(group: dist.ProcessGroup, dim: int, rank_device: torch.devic
     x = drawn(colour, tuple(shape), rank_device).requires_grad_()
     gradient = drawn(10 + colour, tuple(shape), rank_device)
     y = take_block(x, group, dim)
-    assert torch.equal(y, x.detach().chunk(4, dim)[index]) and y.is_contiguous()
+    assert torch.equal(y, x.detach().chunk(4, dim)[index])
+    assert y.is_contiguous()
     y.backward(gradient.chunk(4, dim)[index])
     assert torch.equal(x.grad, gradient)
 
@@ -104,7 +106,8 @@ def test_take_and_gather_undo_each_other(
     y = gather_blocks(take_block(x, group, 0), group, 0)
     gradient = drawn(10 + colour, (8, 3), rank_device)
     y.backward(gradient)
-    assert torch.equal(y, x) and torch.equal(x.grad, gradient)
+    assert torch.equal(y, x)
+    assert torch.equal(x.grad, gradient)
 
 
 @pytest.mark.ranks(8)

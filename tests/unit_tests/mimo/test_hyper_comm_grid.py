@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -121,10 +122,12 @@ def test_attributes_are_copies(world: None) -> None:
 
 def stock_module() -> ModuleType:
     """The installed Megatron-Core's own module, loaded from its file past the import hook."""
-    files = [Path(p) / "hyper_comm_grid.py" for p in megatron.core.__path__]
-    stock = [f for f in files if "site-packages" in f.parts]
-    spec = importlib.util.spec_from_file_location("stock_hyper_comm_grid", stock[0])
-    assert spec is not None and spec.loader is not None
+    ours = Path(sys.modules[HyperCommGrid.__module__].__file__ or "")
+    files = [Path(folder) / "hyper_comm_grid.py" for folder in megatron.core.__path__]
+    (stock,) = [file for file in files if file.is_file() and not file.samefile(ours)]
+    spec = importlib.util.spec_from_file_location("stock_hyper_comm_grid", stock)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

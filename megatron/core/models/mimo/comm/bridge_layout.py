@@ -30,11 +30,14 @@ class Grid(Protocol):
     rank_offset: int
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """Number of ranks."""
 
-    def dim_size(self, name: str) -> int: ...
+    def dim_size(self, name: str) -> int:
+        """Size of a dim, 1 if the grid has no such dim."""
 
-    def coords(self, rank: int) -> dict[str, int]: ...
+    def coords(self, rank: int) -> dict[str, int]:
+        """Coordinate of a rank along each dim."""
 
 
 class BridgeDirection(str, Enum):
