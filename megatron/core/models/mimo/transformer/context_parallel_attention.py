@@ -201,7 +201,7 @@ class ContextParallelAttention(MegatronModule):
             shape = (stop - start - count, *query.shape[1:-1], value.size(-1))
             rows.append(query.new_zeros(shape))
             # A rank that holds nothing but padding still has to enter the backward collective
-            # of its CP group: these zero rows keep the gathered keys and values in the graph.
+            # of its CP group, and DDP waits for every gradient: keep all inputs in the graph.
             rows.append(_empty_rows(query, value))
         return rows
 
@@ -324,9 +324,12 @@ def _mask_arguments(
 
 
 def _empty_rows(query: Tensor, value: Tensor) -> Tensor:
-    """``(0, b, heads, d_v)`` rows that depend on ``value`` in the autograd graph."""
+    """``(0, b, heads, d_v)`` rows that depend on both in the autograd graph.
+
+    ``value`` is a view of what was gathered, so the keys hang on it too.
+    """
     repeat = query.size(2) // value.size(2)
-    return value[:0].repeat_interleave(repeat, dim=2)
+    return value[:0].repeat_interleave(repeat, dim=2) + query[:0, ..., :1]
 
 
 def _packed_lengths(params: PackedSeqParams) -> tuple[list[int], list[int]]:

@@ -50,7 +50,8 @@ def language_layer_spec(
         A spec of the stage's ``TransformerBlock``: its layers and the final norm.
 
     Raises:
-        ValueError: more than one pipeline stage and no ``pp_rank``.
+        ValueError: more than one pipeline stage and no ``pp_rank``, or fewer query groups than
+            TP ranks.
     """
     return _block_spec(config, None, pp_rank, vp_stage)
 
@@ -65,7 +66,8 @@ def encoder_layer_spec(config: TransformerConfig) -> ModuleSpec:
         A spec of the encoder's ``TransformerBlock``: its layers and the final norm.
 
     Raises:
-        ValueError: the config asks for more than one pipeline stage.
+        ValueError: the config asks for more than one pipeline stage, or for fewer query groups
+            than TP ranks.
     """
     if config.pipeline_model_parallel_size > 1:
         raise ValueError(
@@ -81,6 +83,7 @@ def _block_spec(
     pp_rank: int | None,
     vp_stage: int | None,
 ) -> ModuleSpec:
+    _check_query_groups(config)
     if pp_rank is None:
         if config.pipeline_model_parallel_size > 1:
             raise ValueError(
@@ -99,6 +102,19 @@ def _block_spec(
         module=TransformerBlock,
         submodules=TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm),
     )
+
+
+def _check_query_groups(config: TransformerConfig) -> None:
+    """Below one query group per TP rank stock's attention reads the *global* TP group and rank.
+
+    With a layout per module there is no such group, or it is another module's.
+    """
+    groups, tp_size = config.num_query_groups, config.tensor_model_parallel_size
+    if groups < tp_size:
+        raise ValueError(
+            f"num_query_groups ({groups}) must be at least tensor_model_parallel_size "
+            f"({tp_size}); use TP {groups} or fewer, or more query groups"
+        )
 
 
 def _layer(spec: ModuleSpec, mask_type: AttnMaskType | None, with_te: bool) -> ModuleSpec:
