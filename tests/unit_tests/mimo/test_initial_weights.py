@@ -38,6 +38,7 @@ SEED = 1337
 def groups_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stock asks a group for its size only where torch.distributed is initialised."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None: 0)
 
 
 def model_config(**changes: Any) -> TransformerConfig:
