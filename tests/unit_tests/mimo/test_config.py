@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import pytest
+
 from megatron.core.models import mimo
 from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
-
 from tests.unit_tests.mimo.model_stubs import StubGrid, language_config, mimo_config, modality_spec
 
 STOCK_NAMES = [

@@ -12,15 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+
 from megatron.core.models.mimo import AudioModalitySubmodules, MimoModel
-from megatron.core.models.mimo.config.role import ModuleLayout, ModuleStageInfo, RankRole
 from megatron.core.models.mimo.config import role as role_module
+from megatron.core.models.mimo.config.role import ModuleLayout, ModuleStageInfo, RankRole
 from megatron.core.models.mimo.model import base, encoder_side
 from megatron.core.models.mimo.model.token_rows import TokenRows
 from megatron.core.models.mimo.partition import utils as partition_utils
 from megatron.core.transformer.module import Float16Module
-from torch import nn
-
 from tests.unit_tests.mimo.model_stubs import (
     HIDDEN,
     IMAGE,

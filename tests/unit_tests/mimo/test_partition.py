@@ -11,6 +11,7 @@ import types
 
 import pytest
 import torch
+
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.models.mimo.partition import utils
 from megatron.core.models.mimo.partition.sequence_order import (
@@ -20,7 +21,6 @@ from megatron.core.models.mimo.partition.sequence_order import (
 )
 from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig
 from megatron.core.packed_seq_params import PackedSeqParams
-
 from tests.unit_tests.mimo.model_stubs import StubGroup, language_config
 
 BATCH, HIDDEN = 3, 4

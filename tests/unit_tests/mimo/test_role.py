@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pytest
+
 from megatron.core.models.mimo.config import role as role_module
 from megatron.core.models.mimo.config.role import (
     MIMO_LANGUAGE_MODULE_KEY,
@@ -11,7 +12,6 @@ from megatron.core.models.mimo.config.role import (
     ModuleStageInfo,
     RankRole,
 )
-
 from tests.unit_tests.mimo.model_stubs import StubGrid, StubGroup
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from megatron.core.models.mimo import (
     AudioModalitySubmodules,
     ModalitySubmodules,
@@ -15,8 +17,6 @@ from megatron.core.models.mimo import (
 )
 from megatron.core.models.mimo.compat import ContractError
 from megatron.core.transformer.spec_utils import ModuleSpec
-from torch import nn
-
 from tests.unit_tests.mimo.model_stubs import HIDDEN, LinearEncoder, modality_spec
 
 BATCH, TOKENS, WIDTH = 3, 2, 4
