@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from megatron.core.models.mimo.partition.sequence_order import packed_positions
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -92,7 +93,8 @@ class Case:
         sequence = torch.repeat_interleave(
             torch.arange(len(self.padded)), torch.tensor(self.padded)
         )
-        is_real = torch.cat([torch.arange(p) < r for r, p in zip(self.real, self.padded)])
+        lengths = zip(self.real, self.padded, strict=True)
+        is_real = torch.cat([torch.arange(padded) < real for real, padded in lengths])
         index = torch.arange(self.total)
         mask = (sequence[:, None] == sequence[None, :]) & is_real[:, None] & is_real[None, :]
         return mask & (index[:, None] >= index[None, :]) if self.causal else mask
@@ -132,15 +134,15 @@ def reference_with_gradients(
 
 def tiny_config(**changes: object) -> TransformerConfig:
     """A config for attention modules alone; the test's shapes do not depend on it."""
-    values: dict[str, object] = dict(
-        num_layers=1,
-        hidden_size=24,
-        num_attention_heads=4,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-    )
+    values: dict[str, object] = {
+        "num_layers": 1,
+        "hidden_size": 24,
+        "num_attention_heads": 4,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+    }
     return TransformerConfig(**{**values, **changes})
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from megatron.core.models.mimo.transformer import context_parallel_attention as cpa
 from megatron.core.models.mimo.transformer.context_parallel_attention import (
     ContextParallelAttention,
@@ -21,7 +22,6 @@ from megatron.core.models.mimo.transformer.context_parallel_attention import (
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.enums import AttnMaskType
-
 from tests.unit_tests.mimo.attention_oracle import (
     Case,
     FakeGroup,
@@ -31,7 +31,7 @@ from tests.unit_tests.mimo.attention_oracle import (
     tiny_config,
 )
 
-EXACT = dict(rtol=0.0, atol=1e-12)
+EXACT = {"rtol": 0.0, "atol": 1e-12}
 
 CASES = [
     pytest.param(Case((16,), (16,), batch=2), id="causal"),
@@ -97,7 +97,7 @@ def test_every_rank_together_is_the_unsharded_attention(
     torch.cat(outputs).backward(torch.cat([grad[p] for p in places]).flatten(-2))
 
     out, q_grad, k_grad, v_grad = reference_with_gradients(case)
-    for local, place in zip(outputs, places):
+    for local, place in zip(outputs, places, strict=True):
         torch.testing.assert_close(local.detach(), out[place], **EXACT)
     torch.testing.assert_close(q.grad, q_grad, **EXACT)
     torch.testing.assert_close(k.grad, k_grad, **EXACT)
@@ -226,7 +226,7 @@ def seeded_tracker() -> Iterator[None]:
 
 
 def dropout_draws_from(sequence_parallel: bool) -> tuple[torch.Tensor, bool]:
-    parallel = dict(tensor_model_parallel_size=2, sequence_parallel=True)
+    parallel = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
     attention = build(attention_dropout=0.5, **(parallel if sequence_parallel else {}))
     q, k, v, _ = Case((8,), (8,), batch=2).tensors()
     before = torch.get_rng_state()
@@ -304,9 +304,9 @@ def packed(real: list[int], padded: list[int] | None = None, kv: list[int] | Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(softmax_type="off-by-one"), "does not support softmax_type='off-by-one'"),
-        (dict(window_size=(4, 0)), r"does not support window_size=\(4, 0\)"),
-        (dict(qk_clip=True), "does not support qk_clip=True"),
+        ({"softmax_type": "off-by-one"}, "does not support softmax_type='off-by-one'"),
+        ({"window_size": (4, 0)}, r"does not support window_size=\(4, 0\)"),
+        ({"qk_clip": True}, "does not support qk_clip=True"),
     ],
 )
 def test_features_that_change_the_result_are_refused(

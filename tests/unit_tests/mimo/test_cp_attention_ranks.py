@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+
 from megatron.core.models.mimo.transformer import context_parallel_attention as cpa
 from megatron.core.models.mimo.transformer.context_parallel_attention import (
     ContextParallelAttention,
@@ -21,7 +22,6 @@ from megatron.core.models.mimo.transformer.context_parallel_attention import (
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
-
 from tests.unit_tests.mimo.attention_oracle import Case, reference_with_gradients, tiny_config
 from tests.unit_tests.mimo.parallel_models import (
     VOCABULARY,
@@ -36,8 +36,8 @@ from tests.unit_tests.mimo.parallel_models import (
 
 pytestmark = pytest.mark.ranks(8)
 
-EXACT = dict(rtol=0.0, atol=1e-12)
-MODEL = dict(rtol=1e-9, atol=1e-9)
+EXACT = {"rtol": 0.0, "atol": 1e-12}
+MODEL = {"rtol": 1e-9, "atol": 1e-9}
 
 
 def attention_for(groups: ProcessGroupCollection, cp_size: int) -> ContextParallelAttention:
@@ -85,7 +85,7 @@ def test_attention_and_its_gradients_are_the_unsharded_ones(make_case: Any, cp_s
         grad = case.tensors()[3][place].flatten(-2)
         out.backward(grad.squeeze(1) if case.packed else grad)
     got = [out.detach(), *(x.grad for x in local)]
-    for mine, whole in zip(got, reference_with_gradients(case)):
+    for mine, whole in zip(got, reference_with_gradients(case), strict=True):
         expected = whole[place]
         torch.testing.assert_close(mine, expected.squeeze(1) if case.packed else expected, **EXACT)
 
@@ -276,9 +276,9 @@ def test_without_the_sum_over_tp_norm_gradients_are_partial(normalization: str) 
 def test_recomputed_attention_gives_the_same_gradients() -> None:
     """Activation recomputation runs the gather again in backward, on every rank alike."""
     layout = Layout(tp=2, cp=2)
-    more = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    more = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     with process_groups(layout) as groups:
         kept, _ = run_gpt(Shape(), layout, groups, None)
         again, _ = run_gpt(Shape(more=more), layout, groups, None)
-    for mine, other in zip(again.parameters(), kept.parameters()):
+    for mine, other in zip(again.parameters(), kept.parameters(), strict=True):
         assert torch.equal(mine.grad, other.grad)

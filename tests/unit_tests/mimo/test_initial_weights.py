@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mimo.training.initial_weights import (
     PER_SHARD_MODULE_IDS,
@@ -27,7 +28,6 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
-
 from tests.unit_tests.mimo.attention_oracle import FakeGroup
 
 ONE = FakeGroup(0, 1)
@@ -42,21 +42,21 @@ def groups_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def model_config(**changes: Any) -> TransformerConfig:
-    values: dict[str, Any] = dict(
-        num_layers=4,
-        hidden_size=16,
-        num_attention_heads=4,
-        num_query_groups=4,
-        ffn_hidden_size=24,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=True,
-        normalization="RMSNorm",
-        qk_layernorm=True,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        use_cpu_initialization=True,  # else stock's constructors ask for a seeded RNG tracker
-    )
+    values: dict[str, Any] = {
+        "num_layers": 4,
+        "hidden_size": 16,
+        "num_attention_heads": 4,
+        "num_query_groups": 4,
+        "ffn_hidden_size": 24,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": True,
+        "normalization": "RMSNorm",
+        "qk_layernorm": True,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "use_cpu_initialization": True,  # else stock's constructors ask for a seeded RNG tracker
+    }
     return TransformerConfig(**{**values, **changes})
 
 
@@ -107,7 +107,7 @@ def gather(parts: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
             assert all(torch.equal(shard, shards[0]) for shard in shards), name
             whole[name] = shards[0]
         elif "linear_fc1" in name:
-            gates, ups = zip(*(shard.chunk(2) for shard in shards))
+            gates, ups = zip(*(shard.chunk(2) for shard in shards), strict=True)
             whole[name] = torch.cat([*gates, *ups])
         else:
             whole[name] = torch.cat(shards, dim=parameter.partition_dim)
@@ -276,12 +276,13 @@ def test_other_modules_reset_themselves_and_bare_matrices_are_normal() -> None:
     assert torch.equal(encoder.scale, torch.full((32,), 3.0))
     torch.manual_seed(2)
     again = initialized(PatchEncoder())
-    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), again.parameters()))
+    for a, b in zip(encoder.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_draws_are_fp32_whatever_the_weights_are() -> None:
     full, half = initialized(PatchEncoder()), initialized(PatchEncoder(torch.bfloat16))
-    for a, b in zip(full.parameters(), half.parameters()):
+    for a, b in zip(full.parameters(), half.parameters(), strict=True):
         assert b.dtype == torch.bfloat16
         assert torch.equal(a.bfloat16(), b)
 
@@ -366,7 +367,7 @@ def test_per_shard_draws_each_shard_from_its_documented_seed(tp_rank: int, stage
 
 def test_per_shard_replicated_weights_agree_and_sharded_ones_differ() -> None:
     parts = [initialized(build_gpt(FakeGroup(r, 2)), policy="per_shard") for r in (0, 1)]
-    for (name, a), b in zip(parts[0].named_parameters(), parts[1].parameters()):
+    for (name, a), b in zip(parts[0].named_parameters(), parts[1].parameters(), strict=True):
         sharded = getattr(a, "tensor_model_parallel", False) and a.dim() > 1
         assert torch.equal(a, b) is not sharded, name
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from megatron.core.models.mimo.transformer import layer_specs
 from megatron.core.models.mimo.transformer.context_parallel_attention import (
     ContextParallelAttention,
@@ -21,10 +22,9 @@ from megatron.core.models.mimo.transformer.layer_specs import (
 from megatron.core.models.mimo.transformer.norms import SequenceParallelNorm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-
 from tests.unit_tests.mimo.attention_oracle import tiny_config
 
-SEQUENCE_PARALLEL = dict(tensor_model_parallel_size=2, sequence_parallel=True)
+SEQUENCE_PARALLEL = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 
 
 @pytest.mark.parametrize("normalization", ["LayerNorm", "RMSNorm"])
@@ -58,8 +58,8 @@ def test_dtype_is_the_configs() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(normalization="L3Norm"), r"normalization='L3Norm' is not one of \['LayerNorm', 'RMS"),
-        (dict(layernorm_zero_centered_gamma=True), "zero_centered_gamma=True is not supported"),
+        ({"normalization": "L3Norm"}, r"normalization='L3Norm' is not one of \['LayerNorm', 'RMS"),
+        ({"layernorm_zero_centered_gamma": True}, "zero_centered_gamma=True is not supported"),
     ],
 )
 def test_what_pytorchs_norms_cannot_do_is_refused(
@@ -133,5 +133,5 @@ def test_fewer_query_groups_than_tp_ranks_are_refused(layer_spec: Any) -> None:
 def test_transformer_engine_needs_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_specs.importlib.util, "find_spec", lambda name: object())
     for cuda in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         assert layer_specs.use_transformer_engine() is cuda

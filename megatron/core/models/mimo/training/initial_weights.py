@@ -12,9 +12,8 @@
     :func:`per_shard_seed`. **This ties the initial weights to the TP size**; PP, DP, CP and EP
     still make no difference.
 
-Global names are those of ``named_parameters`` with wrappers (DDP, Float16Module) left out, layers
-counted over all pipeline stages and experts over all expert-parallel ranks. An output layer that
-shares its weight with the word embeddings of another pipeline stage takes their name.
+Global names are those of :mod:`.global_names`. An output layer that shares its weight with the
+word embeddings of another pipeline stage takes their name.
 
 What a weight is filled with is what stock's constructor would have drawn from: the config's
 ``init_method`` (column-parallel layers, routers and bare matrices), ``output_layer_init_method``
@@ -36,11 +35,14 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
+from torch.nn import Module, Parameter
+
 from megatron.core.models.common.embeddings.language_model_embedding import (
     LanguageModelEmbedding,
 )
 from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.models.mimo.training.global_names import global_modules, join
 from megatron.core.models.mimo.training.randomness import derive_seed
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -48,10 +50,7 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
 )
 from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.router import Router
-from torch import Tensor
-from torch.nn import Module, Parameter
 
 Policy = Literal["global", "per_shard"]
 InitMethod = Callable[[Tensor], Any]
@@ -68,7 +67,6 @@ _LAYER_WEIGHT = re.compile(
     + "|".join(re.escape(name) for name in PER_SHARD_MODULE_IDS)
     + r")\.weight$"
 )
-_WRAPPERS = (DistributedDataParallel, Float16Module, torch.nn.parallel.DistributedDataParallel)
 _PARALLEL = (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)
 _HOST_PACKAGES = ("megatron", "transformer_engine")
 _DEFAULT_STD = 0.02
@@ -130,44 +128,6 @@ def per_shard_seed(base: int, tp_rank: int, layer: int, module_id: int) -> int:
     return base + tp_rank * 1_000_000 + layer * 100 + module_id
 
 
-def global_modules(module: Module, name: str = "") -> Iterator[tuple[str, Module]]:
-    """``(global name, module)`` of ``module`` and all below it, parents first.
-
-    Args:
-        module: where to start.
-        name: its own global name.
-    """
-    yield name, module
-    for key, child in module.named_children():
-        if isinstance(module, _WRAPPERS):
-            yield from global_modules(child, name)
-        elif key == "local_experts" and hasattr(module, "ep_group"):
-            yield from _global_experts(child, _join(name, key), module)
-        else:
-            yield from global_modules(child, _join(name, _global_key(key, child)))
-
-
-def _global_experts(experts: Module, name: str, owner: Module) -> Iterator[tuple[str, Module]]:
-    """Experts under their indices over all expert-parallel ranks."""
-    rank = 0 if owner.ep_group is None else owner.ep_group.rank()
-    first = rank * len(list(experts.children()))
-    yield name, experts
-    for key, child in experts.named_children():
-        yield from global_modules(child, _join(name, str(first + int(key))))
-
-
-def _global_key(key: str, child: Module) -> str:
-    """A list index becomes the layer's index over all pipeline stages; names stay."""
-    number = getattr(child, "layer_number", None)
-    if key.isdigit() and isinstance(number, int):
-        return str(number - 1)
-    return key
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
-
-
 @dataclass
 class _Survey:
     """What only a module's parent knows, by ``id`` of the parameter or module.
@@ -208,7 +168,7 @@ def _survey_output_layer(name: str, model: LanguageModule, survey: _Survey) -> N
         return
     tied = getattr(model, "share_embeddings_and_output_weights", False)
     if tied:
-        survey.names[id(weight)] = _join(name, "embedding.word_embeddings.weight")
+        survey.names[id(weight)] = join(name, "embedding.word_embeddings.weight")
     if tied or getattr(model.config, "use_mup", False):
         survey.init_methods[id(weight)] = model.config.embedding_init_method
 
@@ -242,7 +202,7 @@ class _Filler:
             self._reset(name, owner, todo)
             return
         for key, parameter in todo.items():
-            own_name = self.survey.names.get(id(parameter), _join(name, key))
+            own_name = self.survey.names.get(id(parameter), join(name, key))
             self._fill_one(own_name, key, owner, parameter)
 
     def _resets_itself(self, owner: Module, todo: dict[str, Parameter]) -> bool:
@@ -270,15 +230,14 @@ class _Filler:
             parameter.copy_(stand_ins[key])
 
     def _fill_one(self, name: str, key: str, owner: Module, parameter: Parameter) -> None:
-        if isinstance(owner, _PARALLEL) and not hasattr(parameter, "tensor_model_parallel"):
-            if parameter.dim() > 1:
-                raise ValueError(
-                    f"{name} does not say how it is sharded over TP; build the model with "
-                    f"perform_initialization=True"
-                )
         if parameter.dim() <= 1:
             self._fill_vector(name, key, owner, parameter)
             return
+        if isinstance(owner, _PARALLEL) and not hasattr(parameter, "tensor_model_parallel"):
+            raise ValueError(
+                f"{name} does not say how it is sharded over TP; build the model with "
+                f"perform_initialization=True"
+            )
         _refuse_unordered_experts(name, parameter, owner)
         init_method = self._init_method(owner, parameter)
         if _is_sharded(parameter):

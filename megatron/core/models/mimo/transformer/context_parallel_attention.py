@@ -17,16 +17,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
 from megatron.core import parallel_state
 from megatron.core.models.mimo.partition.sequence_order import cp_chunks, dense_spans
+from megatron.core.models.mimo.transformer.packed_lengths import packed_lengths
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 _CAUSAL_TYPES = (
     AttnMaskType.causal,
@@ -130,7 +132,7 @@ class ContextParallelAttention(MegatronModule):
         if not packed:
             lengths = [query.size(0) * _size(group)]
             return self._attend_sequences(query, key, value, causal, lengths, lengths, group)
-        padded, real = _packed_lengths(packed_seq_params)
+        padded, real = packed_lengths(packed_seq_params)
         tensors = (x.unsqueeze(1) if x.dim() == 3 else x for x in (query, key, value))
         return self._attend_sequences(*tensors, causal, padded, real, group).squeeze(1)
 
@@ -330,46 +332,6 @@ def _empty_rows(query: Tensor, value: Tensor) -> Tensor:
     """
     repeat = query.size(2) // value.size(2)
     return value[:0].repeat_interleave(repeat, dim=2) + query[:0, ..., :1]
-
-
-def _packed_lengths(params: PackedSeqParams) -> tuple[list[int], list[int]]:
-    """``(padded, real)`` lengths of the packed sequences, as host integers.
-
-    Raises:
-        ValueError: queries and keys have different boundaries, or more real than padded tokens.
-    """
-    real_cu = _host_ints(params, "cu_seqlens_q")
-    padded_cu = _host_ints(params, "cu_seqlens_q_padded") or real_cu
-    for name, mine in (("cu_seqlens_kv", real_cu), ("cu_seqlens_kv_padded", padded_cu)):
-        other = _host_ints(params, name)
-        if other is not None and other != mine:
-            raise ValueError(
-                f"Packed self-attention needs the same boundaries for queries and keys, but "
-                f"{name} is {other} and the queries' is {mine}"
-            )
-    real, padded = _differences(real_cu), _differences(padded_cu)
-    if len(real) != len(padded) or any(r > p for r, p in zip(real, padded, strict=True)):
-        raise ValueError(
-            f"cu_seqlens_q {real_cu} does not fit into cu_seqlens_q_padded {padded_cu}: each "
-            f"sequence needs at least as many padded as real tokens"
-        )
-    return padded, real
-
-
-def _host_ints(params: PackedSeqParams, name: str) -> list[int] | None:
-    """A field of ``params`` as integers, fetched from the device once and not once per layer."""
-    field = getattr(params, name)
-    if field is None:
-        return None
-    cache: dict[str, tuple[Tensor, int, list[int]]] = params.__dict__.setdefault("_host_ints", {})
-    seen = cache.get(name)
-    if seen is None or seen[0] is not field or seen[1] != field._version:
-        seen = cache[name] = (field, field._version, field.tolist())
-    return seen[2]
-
-
-def _differences(cumulative: list[int]) -> list[int]:
-    return [b - a for a, b in zip(cumulative[:-1], cumulative[1:], strict=True)]
 
 
 def _size(group: dist.ProcessGroup | None) -> int:

@@ -13,6 +13,7 @@ import importlib.util
 from typing import Any
 
 import torch
+
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.mimo.transformer.context_parallel_attention import (
     ContextParallelAttention,

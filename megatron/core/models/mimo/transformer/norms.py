@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 _CLASSES: dict[str, type[torch.nn.Module]] = {

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of modules that do not depend on the layout or on wrapping.
+
+They are those of ``named_modules`` with wrappers (DDP, Float16Module) left out, layers counted
+over all pipeline stages and experts over all expert-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.nn import Module
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.module import Float16Module
+
+_WRAPPERS = (DistributedDataParallel, Float16Module, torch.nn.parallel.DistributedDataParallel)
+
+
+def global_modules(module: Module, name: str = "") -> Iterator[tuple[str, Module]]:
+    """``(global name, module)`` of ``module`` and all below it, parents first.
+
+    Args:
+        module: where to start.
+        name: its own global name.
+    """
+    yield name, module
+    for key, child in module.named_children():
+        if isinstance(module, _WRAPPERS):
+            yield from global_modules(child, name)
+        elif key == "local_experts" and hasattr(module, "ep_group"):
+            yield from _global_experts(child, join(name, key), module)
+        else:
+            yield from global_modules(child, join(name, _global_key(key, child)))
+
+
+def _global_experts(experts: Module, name: str, owner: Module) -> Iterator[tuple[str, Module]]:
+    """Experts under their indices over all expert-parallel ranks."""
+    rank = 0 if owner.ep_group is None else owner.ep_group.rank()
+    first = rank * len(list(experts.children()))
+    yield name, experts
+    for key, child in experts.named_children():
+        yield from global_modules(child, join(name, str(first + int(key))))
+
+
+def _global_key(key: str, child: Module) -> str:
+    """A list index becomes the layer's index over all pipeline stages; names stay."""
+    number = getattr(child, "layer_number", None)
+    if key.isdigit() and isinstance(number, int):
+        return str(number - 1)
+    return key
+
+
+def join(prefix: str, name: str) -> str:
+    """``prefix.name``, or ``name`` alone under no prefix."""
+    return f"{prefix}.{name}" if prefix else name
