@@ -98,7 +98,7 @@ class MimoOptimizer(MegatronOptimizer):
             if norm is not None and self._speaks_for(name):
                 norms[index] = norm
         dist.all_reduce(norms)
-        return dict(zip(names, norms.tolist()))
+        return dict(zip(names, norms.tolist(), strict=True))
 
     @torch.no_grad()
     def step(self) -> tuple[bool, float | None, int | None]:
@@ -187,7 +187,7 @@ class MimoOptimizer(MegatronOptimizer):
             module_state = _listed(module_state, info.optimizer)
             for part, inner in _parts(module_state, info.optimizer):
                 _adopt_param_ids(part, inner, name)
-            info.optimizer.load_state_dict(module_state)
+            _load(info.optimizer, module_state)
 
     def sharded_state_dict(
         self, model_sharded_state_dict: dict, is_loading: bool = False, **kwargs: Any
@@ -203,6 +203,8 @@ class MimoOptimizer(MegatronOptimizer):
             state[name] = {}
             if not (info.is_active and info.optimizer):
                 continue
+            if is_loading:
+                _give_adam_its_state(info.optimizer)
             module_state = info.optimizer.sharded_state_dict(
                 model_sharded_state_dict, is_loading, **kwargs
             )
@@ -364,7 +366,7 @@ def _parts(state: Any, optimizer: MegatronOptimizer) -> list[tuple[dict, Megatro
     """Pairs of (state, optimizer), one per inner optimizer of a chain."""
     if isinstance(optimizer, ChainedOptimizer):
         chain = optimizer.chained_optimizers
-        return list(zip(state, chain)) if len(chain) > 1 else [(state, chain[0])]
+        return list(zip(state, chain, strict=True)) if len(chain) > 1 else [(state, chain[0])]
     return [(state, optimizer)]
 
 
@@ -374,13 +376,57 @@ def _listed(state: dict, optimizer: MegatronOptimizer) -> Any:
     return [state[i] for i in sorted(state, key=int)] if chained else state
 
 
+def _give_adam_its_state(optimizer: MegatronOptimizer) -> None:
+    """Zero state for parameters of PyTorch's Adam that have none yet, as before its first step.
+
+    Megatron's distributed optimizer reads the step count out of that state even to load into it.
+    """
+    chain = getattr(optimizer, "chained_optimizers", [optimizer])
+    for adam in (inner.optimizer for inner in chain):
+        if not isinstance(adam, (torch.optim.Adam, torch.optim.AdamW)):
+            continue
+        for param in (p for group in adam.param_groups for p in group["params"]):
+            if param not in adam.state or not adam.state[param]:
+                adam.state[param] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(param),
+                    "exp_avg_sq": torch.zeros_like(param),
+                }
+
+
+def _load(optimizer: MegatronOptimizer, state: Any) -> None:
+    """Load ``state``, tensors of the distributed optimizer in a step of their own.
+
+    PyTorch's Adam keeps its step count among its tensors, where Megatron's loader looks for a
+    saved tensor of every name and finds none for it; it is set aside meanwhile. It comes back as
+    a copy per parameter: the loader shares one tensor, which Adam would then advance once for
+    every parameter in each step.
+    """
+    tensors = [
+        (part.pop("param_state"), inner)
+        for part, inner in _parts(state, optimizer)
+        if isinstance(part, dict)
+        and part.get("param_state_sharding_type") == "fully_reshardable"
+        and "param_state" in part
+    ]
+    optimizer.load_state_dict(state)
+    for param_state, inner in tensors:
+        states = inner.optimizer.state.values()
+        steps = [adam_state.pop("step", None) for adam_state in states]
+        inner.load_parameter_state_from_fully_reshardable(param_state)
+        for adam_state, step in zip(states, steps, strict=True):
+            if step is not None:
+                adam_state["step"] = step.clone()
+
+
 def _adopt_param_ids(state: dict, optimizer: MegatronOptimizer, name: str) -> None:
     """Point loaded parameter groups at this run's parameters: their numbering is local.
 
     Raises:
         ValueError: if the numbers of groups differ.
     """
-    inner_state = state.get("optimizer")
+    # The fp32 optimizer's state is the torch optimizer's own; the others nest it.
+    inner_state = state.get("optimizer", state)
     if not isinstance(inner_state, dict) or "param_groups" not in inner_state:
         return
     current = optimizer.optimizer.state_dict()["param_groups"]
@@ -390,5 +436,5 @@ def _adopt_param_ids(state: dict, optimizer: MegatronOptimizer, name: str) -> No
             f"optimizer of module '{name}': the checkpoint has {len(loaded)} parameter groups, "
             f"this run has {len(current)}; load it with the same weight-decay settings"
         )
-    for loaded_group, current_group in zip(loaded, current):
+    for loaded_group, current_group in zip(loaded, current, strict=True):
         loaded_group["params"] = current_group["params"]
