@@ -171,6 +171,10 @@ def _rank_environment(folder: Path, *, hide_gpus: bool) -> Iterator[None]:
     before = dict(os.environ)
     os.environ[_REPORTS] = str(folder)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # several ranks share the cores
+    # Megatron-Core compiles its fused functions while it is imported, which takes seconds; without
+    # a GPU they run uncompiled anyway.
+    if hide_gpus:
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo's notes on each lost connection
     if hide_gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rank's run of the digits job: build, resume or start anew, train, read, report."""
+
+from __future__ import annotations
+
+import math
+import platform
+import shutil
+import sys
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+warnings.filterwarnings("ignore", category=FutureWarning)
+warnings.filterwarnings("ignore", category=UserWarning)
+
+import torch
+import torch.distributed as dist
+from data import SEQUENCE_LENGTH, DigitsBatches
+from errors import JobError, writing
+from launch import init_distributed
+from layout_picture import plot_layout
+from model import LANGUAGE, VISION, DigitsModel, ModelOptions, build_model
+from options import Options
+from pictures import plot_loss, plot_predictions
+from report import MetricsWriter, Progress, print_table, read_metrics, write_summary
+from trainer import StepResult, Trainer, TrainOptions
+
+from megatron.core.models.mimo.training.checkpoint import (
+    CheckpointError,
+    CheckpointStore,
+    Manifest,
+)
+
+# Changing one of these in mid-run would train on other data or another schedule than recorded.
+_FIXED = ("seed", "steps", "global_batch_size", "micro_batches", "lr", "uneven_loss_mask", "dtype")
+
+
+class Run:
+    """State of one run on one rank.
+
+    Args:
+        options: of the job, checked.
+        backend: of the process groups, already joined.
+    """
+
+    def __init__(self, options: Options, backend: str) -> None:
+        self.options, self.backend = options, backend
+        self.rank = dist.get_rank()
+        self.built = _build(options, backend)
+        self.trainer = Trainer(
+            self.built,
+            TrainOptions(
+                steps=options.steps,
+                global_batch_size=options.global_batch_size,
+                micro_batches=options.micro_batches,
+                lr=options.lr,
+                min_lr=options.lr / 10,
+                clip_grad=options.clip_grad,
+            ),
+            options.distributed_optimizer,
+        )
+        self.store = CheckpointStore(
+            options.out / "checkpoints", self.built.layouts(), self.built.randomness
+        )
+        self.train = DigitsBatches(
+            options.seed,
+            "train",
+            options.global_batch_size,
+            uneven_loss_mask=options.uneven_loss_mask,
+        )
+
+    # ---- start ----------------------------------------------------------------------------
+
+    def start(self) -> int:
+        """Resume from the last checkpoint or start anew, say which; returns the steps done."""
+        if self.options.fresh:
+            self._set_aside()
+        steps = self.store.steps()
+        if not steps:
+            self.say(f"starting anew in {self.options.out}")
+            return 0
+        manifest = self.store.manifest(steps[-1])
+        self._check_options(manifest)
+        self.store.load(manifest.step, self.trainer.model, self.trainer.optimizer)
+        self.trainer.resume_schedule(manifest.step)
+        where = self.store.path(manifest.step)
+        moved = "" if self.store.same_layout(manifest) else ", saved in another layout"
+        self.say(f"resuming after step {manifest.step} from {where}{moved}; --fresh starts anew")
+        return manifest.step
+
+    def _check_options(self, manifest: Manifest) -> None:
+        before, now = manifest.extra.get("options", {}), self.options.as_dict()
+        changed = [name for name in _FIXED if before.get(name) != now[name]]
+        if changed:
+            name = changed[0]
+            flag = f"--{name.replace('_', '-')}"
+            raise JobError(
+                f"{self.options.out} holds a run with {flag} {before.get(name)}, this one has "
+                f"{now[name]}; give {flag} {before.get(name)} to resume it, --fresh to start "
+                "anew, or another --out"
+            )
+
+    def _set_aside(self) -> None:
+        """``--fresh``: earlier results move to ``previous/N``; nothing is deleted."""
+        failure = [None]
+        if self.rank == 0:
+            try:
+                _move_results(self.options.out, self.say)
+            except OSError as error:
+                failure = [f"earlier results in {self.options.out} cannot be moved: {error}"]
+        dist.broadcast_object_list(failure, src=0)
+        if failure[0]:
+            raise JobError(failure[0])
+
+    def say(self, line: str) -> None:
+        """Print on rank 0."""
+        if self.rank == 0:
+            print(line, flush=True)
+
+    # ---- training -------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """The whole job."""
+        done = self.start()
+        reporter = _Reporter(self, done) if self.rank == 0 else None
+        try:
+            while done < self.options.steps:
+                result = self.trainer.step(self.train, done)
+                done += 1
+                if reporter:
+                    reporter.step(done, result)
+                if not math.isfinite(result.loss):
+                    raise JobError(
+                        f"the loss is {result.loss} at step {done}; use a smaller --lr "
+                        f"(now {self.options.lr:g}) and --fresh"
+                    )
+                if self._is_save_step(done):
+                    self.save(done)
+                    if reporter:
+                        reporter.progress.pause()
+        finally:
+            if reporter:
+                reporter.close()
+        read = self.read_held_out() if self.options.evaluate else None
+        if reporter:
+            reporter.finish(read)
+        dist.barrier()
+
+    def _is_save_step(self, done: int) -> bool:
+        every = self.options.save_every
+        return every > 0 and (done % every == 0 or done == self.options.steps)
+
+    def save(self, done: int) -> None:
+        """Write a checkpoint; all ranks together."""
+        try:
+            self.store.save(
+                done,
+                self.trainer.model,
+                self.trainer.optimizer,
+                extra={"options": self.options.as_dict()},
+            )
+        except CheckpointError as error:
+            raise JobError(f"{error}; training stopped after step {done}") from error
+
+    def read_held_out(self) -> dict[str, torch.Tensor]:
+        """What the model reads on all held-out images: images, truth, read, counted."""
+        held_out = DigitsBatches(self.options.seed, "held_out", self.options.eval_batch_size)
+        self.say(f"reading {len(held_out.images)} held-out images")
+        parts: dict[str, list[torch.Tensor]] = {"images": [], "truth": [], "read": [], "counted": []}
+        for index in range(len(held_out)):
+            batch = held_out.batch(index)
+            parts["read"].append(self.trainer.read(held_out, index).cpu())
+            parts["images"].append(batch.images.view(-1, 4, 8, 8))
+            parts["truth"].append(batch.digits)
+            parts["counted"].append(batch.counted)
+        return {name: torch.cat(tensors) for name, tensors in parts.items()}
+
+
+class _Reporter:
+    """Rank 0's output: progress, metrics, pictures, summary."""
+
+    def __init__(self, run: Run, done: int) -> None:
+        self.run, options = run, run.options
+        self.out = options.out
+        with writing(self.out, "the results"):
+            self.out.mkdir(parents=True, exist_ok=True)
+        self.metrics = MetricsWriter(self.out / "metrics.jsonl", done + 1 if done else 0)
+        bridge = run.trainer.model.colocated_comms[(VISION, LANGUAGE)]
+        plot_layout(
+            self.out / "layout.png",
+            bridge.layout,
+            options.global_batch_size // options.micro_batches,
+            SEQUENCE_LENGTH,
+            sequence_parallel=options.sequence_parallel,
+        )
+        self.progress = Progress(done, options.steps, options.global_batch_size * SEQUENCE_LENGTH)
+
+    def step(self, done: int, result: StepResult) -> None:
+        """Print and record one step."""
+        seconds = self.progress.step(done, result.loss, result.grad_norm)
+        self.metrics.write(
+            done,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            counted_tokens=result.counted_tokens,
+            learning_rate=result.learning_rate,
+            seconds=seconds,
+        )
+
+    def close(self) -> None:
+        """Close the bar and the metrics file."""
+        self.progress.close()
+        self.metrics.close()
+
+    def finish(self, read: dict[str, torch.Tensor] | None) -> None:
+        """Pictures, ``summary.json`` and the closing table."""
+        lines = read_metrics(self.out / "metrics.jsonl")
+        summary = self._summary(lines)
+        plot_loss(self.out / "loss.png", lines, self._title())
+        if read is not None:
+            summary["test_accuracy"] = plot_predictions(
+                self.out / "predictions.png",
+                read["images"].numpy(),
+                read["truth"].numpy(),
+                read["read"].numpy(),
+                read["counted"].numpy(),
+            )
+        write_summary(self.out / "summary.json", summary)
+        print_table(summary)
+        self.run.say(f"results are in {self.out}")
+
+    def _title(self) -> str:
+        options = self.run.options
+        return f"vision {options.vision} | language {options.language}"
+
+    def _summary(self, lines: list[dict[str, Any]]) -> dict[str, Any]:
+        options = self.run.options
+        seconds = self.progress.seconds_per_step
+        if not math.isfinite(seconds):  # nothing was left to train: what was measured then
+            measured = sorted(line["seconds"] for line in lines)
+            seconds = measured[len(measured) // 2] if measured else math.nan
+        return {
+            "vision": self.run.built.layouts()[VISION],
+            "language": self.run.built.layouts()[LANGUAGE],
+            "world_size": dist.get_world_size(),
+            "backend": self.run.backend,
+            "versions": _versions(),
+            "seed": options.seed,
+            "steps": options.steps,
+            "final_loss": lines[-1]["loss"] if lines else None,
+            "test_accuracy": None,
+            "seconds_per_step": seconds,
+        }
+
+
+def _build(options: Options, backend: str) -> DigitsModel:
+    model_options = ModelOptions(
+        seed=options.seed,
+        dtype=getattr(torch, options.dtype),
+        sequence_parallel=options.sequence_parallel,
+        distributed_optimizer=options.distributed_optimizer,
+        overlap_grad_reduce=options.overlap_grad_reduce,
+    )
+    return build_model(options.vision, options.language, model_options, backend)
+
+
+def _move_results(out: Path, say: Any) -> None:
+    names = ("checkpoints", "metrics.jsonl", "summary.json", "loss.png", "predictions.png")
+    present = [out / name for name in names if (out / name).exists()]
+    if not present:
+        return
+    shelf = out / "previous"
+    number = 1 + max((int(p.name) for p in shelf.glob("[0-9]*")), default=0)
+    target = shelf / str(number)
+    target.mkdir(parents=True)
+    for path in present:
+        shutil.move(str(path), target / path.name)
+    say(f"--fresh: the earlier results are in {target}")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("megatron-core", "megatron-mimo-colocated"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def run_job(options: Options, backend: str) -> None:
+    """Run the job on this rank.
+
+    Raises:
+        JobError: what the user has to know, the same sentence on every rank.
+    """
+    init_distributed(backend, options.timeout)
+    try:
+        Run(options, backend).run()
+    except CheckpointError as error:
+        raise JobError(str(error)) from error
+    sys.stdout.flush()

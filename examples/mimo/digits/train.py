@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train a vision-language model to read handwritten digits, each module on its own layout.
+
+    python examples/mimo/digits/train.py --vision tp=2,dp=4 --language tp=2,cp=2,dp=2
+
+starts one process per rank on this machine (NCCL with enough GPUs, else gloo on the CPU), or runs
+as one rank under torchrun. ``--help`` lists all options.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Light imports only: the launcher checks options and packages before torch is loaded.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from launch import run  # noqa: E402
+from options import Options, parse_options  # noqa: E402
+
+
+def parse(argv: Sequence[str], world_size: int | None) -> Options:
+    """Options from the command line; ``world_size`` is None before ranks are started."""
+    return parse_options(argv, world_size=world_size)
+
+
+def job(options: Options, backend: str) -> None:
+    """What one rank does."""
+    from job import run_job
+
+    run_job(options, backend)
+
+
+if __name__ == "__main__":
+    sys.exit(run(__file__, sys.argv[1:], parse, job))
