@@ -74,7 +74,7 @@ def test_packed_positions_are_each_sequence_s_dense_positions(cp_size):
     for rank in range(cp_size):
         expected = [
             start + p
-            for start, length in zip(cu_seqlens, lengths)
+            for start, length in zip(cu_seqlens[:-1], lengths, strict=True)
             for p in dense_positions(length, rank, cp_size)
         ]
         assert packed_positions(cu_seqlens, rank, cp_size) == expected
