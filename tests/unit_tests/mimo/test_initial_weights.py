@@ -166,6 +166,18 @@ def test_sharded_gated_mlp_is_the_same_function() -> None:
     assert whole.abs().max() > 1e-4
 
 
+def test_gated_layer_is_known_by_its_mlp() -> None:
+    """Transformer Engine's layers carry no stride that says so."""
+    shards = []
+    for stride in (1, 2):
+        model = build_gpt(FakeGroup(1, 2))
+        weight = model.decoder.layers[0].mlp.linear_fc1.weight
+        weight.partition_stride = stride
+        initialize_weights(model, SEED)
+        shards.append(weight.detach())
+    assert torch.equal(*shards)
+
+
 def test_experts_are_counted_over_expert_parallel_ranks() -> None:
     class Experts(torch.nn.Module):
         def __init__(self, ep: FakeGroup) -> None:
