@@ -38,6 +38,6 @@ test-newest: ## the same in .venv-newest: Python >= 3.12 with the newest megatro
 	@$(VENV_NEWEST)/bin/python -m ruff check .
 	@$(VENV_NEWEST)/bin/python -m pytest $(ARGS)
 
-clean: ## remove the environments, caches and runs/
-	rm -rf $(VENV) $(VENV_NEWEST) build dist runs .pytest_cache .ruff_cache .hypothesis
+clean: ## remove the environments and caches; runs/ stays, it is yours
+	rm -rf $(VENV) $(VENV_NEWEST) build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

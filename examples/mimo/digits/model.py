@@ -118,6 +118,12 @@ class DigitsModel:
     finalize: MimoGradFinalizer
     randomness: ModuleRandomness
 
+    def destroy(self) -> None:
+        """Release all process groups; the model cannot be used afterwards."""
+        self.model.destroy()
+        for grid in self.grids.values():
+            grid.destroy()
+
     def layouts(self) -> dict[str, dict[str, int]]:
         """Module name -> sizes of its axes, for checkpoints and summaries."""
         return {
@@ -221,15 +227,26 @@ def _language_spec(config: TransformerConfig, groups: ProcessGroupCollection) ->
 
 
 def build_model(
-    vision: Layout, language: Layout, options: ModelOptions, backend: str | None = None
+    vision: Layout,
+    language: Layout,
+    options: ModelOptions,
+    backend: str | None = None,
+    rank_offset: int = 0,
 ) -> DigitsModel:
     """Build, initialise and wrap the model; every rank calls it together.
 
     Initial weights depend on ``options.seed`` and parameter names only, never on the layouts.
+
+    Args:
+        vision, language: layouts that span the same ranks.
+        options: of the model.
+        backend: of the process groups, PyTorch's default one if None.
+        rank_offset: the first of the ranks.
     """
+    place = dict(rank_offset=rank_offset, backend=backend)
     grids = {
-        VISION: make_grid(tp=vision.tp, dp=vision.dp, backend=backend),
-        LANGUAGE: make_grid(tp=language.tp, cp=language.cp, dp=language.dp, backend=backend),
+        VISION: make_grid(tp=vision.tp, dp=vision.dp, **place),
+        LANGUAGE: make_grid(tp=language.tp, cp=language.cp, dp=language.dp, **place),
     }
     collections = {name: create_process_groups(grid) for name, grid in grids.items()}
     configs = transformer_configs(vision, language, options)
