@@ -138,6 +138,8 @@ def transformer_configs(
     """Megatron configurations of both modules and of the projector between them."""
     size = options.size
     common = dict(
+        # Larger than Megatron's default of 0.02, which is meant for widths of thousands.
+        init_method_std=0.08,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         add_bias_linear=False,

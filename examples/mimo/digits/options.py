@@ -84,7 +84,7 @@ class Options:
     global_batch_size: int = _option(32, "samples per step over all ranks", _whole(1))
     micro_batches: int = _option(1, "microbatches per step", _whole(1))
     eval_batch_size: int = _option(32, "samples per held-out batch", _whole(1))
-    lr: float = _option(2e-3, "peak learning rate", _real(0.0, low_included=False))
+    lr: float = _option(1.5e-3, "peak learning rate", _real(0.0, low_included=False))
     clip_grad: float = _option(
         1.0, "largest gradient norm, 0 for none", _real(0.0, low_included=True)
     )

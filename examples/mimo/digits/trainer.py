@@ -47,10 +47,10 @@ class TrainOptions:
     steps: int
     global_batch_size: int
     micro_batches: int = 1
-    lr: float = 2e-3
-    min_lr: float = 2e-4
+    lr: float = 1.5e-3
+    min_lr: float = 1.5e-4
     warmup_steps: int = 20
-    weight_decay: float = 0.05
+    weight_decay: float = 0.01
     clip_grad: float = 1.0
 
 
