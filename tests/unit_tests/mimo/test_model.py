@@ -17,7 +17,7 @@ from torch import nn
 from megatron.core.models.mimo import AudioModalitySubmodules, MimoModel
 from megatron.core.models.mimo.config import role as role_module
 from megatron.core.models.mimo.config.role import ModuleLayout, ModuleStageInfo, RankRole
-from megatron.core.models.mimo.model import base, encoder_side
+from megatron.core.models.mimo.model import base
 from megatron.core.models.mimo.model.token_rows import TokenRows
 from megatron.core.models.mimo.partition import utils as partition_utils
 from megatron.core.transformer.module import Float16Module
@@ -161,6 +161,11 @@ class TestForward:
         model(tokens(1, 1, 1), modality_inputs=images(BATCH, 1))
         assert len(calls) == 1
         assert model._rows_memo is None
+
+    def test_inference_mode(self, model):
+        with torch.inference_mode():
+            output, _ = model(tokens(1, 1), modality_inputs=images(2, 1))
+        assert output.shape == (LENGTH, 2, HIDDEN)
 
     def test_an_edited_batch_is_looked_at_again(self, model):
         ids = tokens(1, 1)
@@ -600,8 +605,7 @@ class FakeDDP(nn.Module):
 
 @pytest.fixture
 def fake_ddp(monkeypatch):
-    for module in (base, encoder_side):
-        monkeypatch.setattr(module, "DistributedDataParallel", FakeDDP)
+    monkeypatch.setattr(base, "DistributedDataParallel", FakeDDP)
 
 
 @pytest.mark.usefixtures("fake_ddp")

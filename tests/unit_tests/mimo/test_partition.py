@@ -146,6 +146,13 @@ def test_the_packed_index_is_made_once_per_batch(monkeypatch):
     assert len(calls) == 2
 
 
+def test_packed_in_inference_mode():
+    with torch.inference_mode():
+        embeddings, *_ = batch_of(8, batch=1)
+        cut = adapter(2, 1).shard(embeddings, None, None, packed([0, 4, 8]))[0]
+    assert torch.equal(cut, embeddings[[1, 2, 5, 6]])
+
+
 def test_transformer_engine_s_kernel_is_used_where_it_applies(monkeypatch):
     calls = []
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.mimo import compat
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY, ModuleLayout
 from megatron.core.models.mimo.model.token_rows import TEXT
@@ -242,12 +241,9 @@ def _call(submodule: Any, **inputs: Any) -> torch.Tensor | None:
 
 
 def _waits_for_gradients(submodule: nn.Module) -> bool:
-    """Whether the DDP wrapper reduces during backward, so that it waits for every parameter."""
-    return (
-        torch.is_grad_enabled()
-        and isinstance(submodule, DistributedDataParallel)
-        and submodule.ddp_config.overlap_grad_reduce
-    )
+    """Whether a DDP wrapper reduces during backward, so that it waits for every parameter."""
+    config = getattr(submodule, "ddp_config", None)
+    return torch.is_grad_enabled() and getattr(config, "overlap_grad_reduce", False) is True
 
 
 def _tied_to_parameters(empty: torch.Tensor, submodule: nn.Module) -> torch.Tensor:

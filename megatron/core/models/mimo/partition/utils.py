@@ -224,13 +224,15 @@ class PartitionAdapter:
         if cp == 1:
             return None
         cu_seqlens = _padded_lengths(params)
+        # Tensors of inference mode count no versions.
+        version = -1 if cu_seqlens.is_inference() else cu_seqlens._version
         memo = self._checked_lengths
-        if memo is not None and memo[0] is cu_seqlens and memo[1] == cu_seqlens._version:
+        if memo is not None and memo[0] is cu_seqlens and memo[1] == version:
             lengths = memo[2]
         else:
             lengths = cu_seqlens.flatten().tolist()
             check_packed(lengths, cp)
-            self._checked_lengths = (cu_seqlens, cu_seqlens._version, lengths)
+            self._checked_lengths = (cu_seqlens, version, lengths)
         if batch != 1 or lengths[-1] != seq_len:
             raise SequenceShardError(
                 "A packed batch is one row whose length is the last entry of cu_seqlens, got "
