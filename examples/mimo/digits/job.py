@@ -7,13 +7,9 @@ import math
 import platform
 import shutil
 import sys
-import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-warnings.filterwarnings("ignore", category=FutureWarning)
-warnings.filterwarnings("ignore", category=UserWarning)
 
 import torch
 import torch.distributed as dist
@@ -168,7 +164,8 @@ class Run:
         """What the model reads on all held-out images: images, truth, read, counted."""
         held_out = DigitsBatches(self.options.seed, "held_out", self.options.eval_batch_size)
         self.say(f"reading {len(held_out.images)} held-out images")
-        parts: dict[str, list[torch.Tensor]] = {"images": [], "truth": [], "read": [], "counted": []}
+        names = ("images", "truth", "read", "counted")
+        parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         for index in range(len(held_out)):
             batch = held_out.batch(index)
             parts["read"].append(self.trainer.read(held_out, index).cpu())

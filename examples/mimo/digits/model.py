@@ -7,6 +7,7 @@ Both are stock Megatron-Core modules over their own process groups; ``MimoModel`
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from data import (
@@ -137,21 +138,21 @@ def transformer_configs(
 ) -> dict[str, TransformerConfig]:
     """Megatron configurations of both modules and of the projector between them."""
     size = options.size
-    common = dict(
+    common: dict[str, Any] = {
         # Larger than Megatron's default of 0.02, which is meant for widths of thousands.
-        init_method_std=0.08,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        add_bias_linear=False,
-        params_dtype=options.dtype,
-        bf16=options.dtype is torch.bfloat16,
-        pipeline_dtype=options.dtype,
-        calculate_per_token_loss=True,
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-    )
+        "init_method_std": 0.08,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "add_bias_linear": False,
+        "params_dtype": options.dtype,
+        "bf16": options.dtype is torch.bfloat16,
+        "pipeline_dtype": options.dtype,
+        "calculate_per_token_loss": True,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+    }
     encoder = TransformerConfig(
         num_layers=size.vision_layers,
         hidden_size=size.vision_hidden,
@@ -245,7 +246,7 @@ def build_model(
         backend: of the process groups, PyTorch's default one if None.
         rank_offset: the first of the ranks.
     """
-    place = dict(rank_offset=rank_offset, backend=backend)
+    place: dict[str, Any] = {"rank_offset": rank_offset, "backend": backend}
     grids = {
         VISION: make_grid(tp=vision.tp, dp=vision.dp, **place),
         LANGUAGE: make_grid(tp=language.tp, cp=language.cp, dp=language.dp, **place),

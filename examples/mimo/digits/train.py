@@ -10,14 +10,15 @@ as one rank under torchrun. ``--help`` lists all options.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 # Light imports only: the launcher checks options and packages before torch is loaded.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from launch import run  # noqa: E402
-from options import Options, parse_options  # noqa: E402
+from launch import run
+from options import Options, parse_options
 
 
 def parse(argv: Sequence[str], world_size: int | None) -> Options:
@@ -27,6 +28,8 @@ def parse(argv: Sequence[str], world_size: int | None) -> Options:
 
 def job(options: Options, backend: str) -> None:
     """What one rank does."""
+    # Megatron-Core warns of optional packages, once per rank; none is needed here.
+    warnings.simplefilter("ignore")
     from job import run_job
 
     run_job(options, backend)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from megatron.core.models.mimo.partition.sequence_order import dense_positions
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
+
+LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -155,21 +157,25 @@ class Trainer:
 
     def _dp_coordinates(self) -> dict[str, int]:
         source, dest = self.built.collections[VISION].dp, self.groups.dp
-        return dict(
-            src_dp_rank=source.rank(),
-            src_dp=source.size(),
-            dest_dp_rank=dest.rank(),
-            dest_dp=dest.size(),
-        )
+        return {
+            "src_dp_rank": source.rank(),
+            "src_dp": source.size(),
+            "dest_dp_rank": dest.rank(),
+            "dest_dp": dest.size(),
+        }
 
     def _on_device(self, batch: Batch) -> Batch:
         return Batch(**{name: value.to(self.device) for name, value in vars(batch).items()})
 
-    def _forward_step(self, data_iterator: Iterator[Batch], model: torch.nn.Module):
+    def _forward_step(
+        self, data_iterator: Iterator[Batch], _model: torch.nn.Module
+    ) -> tuple[torch.Tensor, LossFunction]:
         batch = next(data_iterator)
         losses, loss_mask = self._run(batch, batch.input_ids, batch.labels, batch.loss_mask)
 
-        def loss_func(token_losses: torch.Tensor):
+        def loss_func(
+            token_losses: torch.Tensor,
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             """(sum of token losses, counted tokens, what is reported), all of this rank."""
             mask = loss_mask.to(token_losses.dtype)
             loss, tokens = (token_losses * mask).sum(), mask.sum()

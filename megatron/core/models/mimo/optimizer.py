@@ -59,7 +59,9 @@ class MimoOptimizer(MegatronOptimizer):
         config: the configuration that all inner optimizers were built with.
     """
 
-    def __init__(self, module_infos: dict[str, ModuleOptimizerInfo], config: OptimizerConfig):
+    def __init__(
+        self, module_infos: dict[str, ModuleOptimizerInfo], config: OptimizerConfig
+    ) -> None:
         self.module_infos = module_infos
         self.config = config
         self._active_optimizers: list[MegatronOptimizer] = [

@@ -81,7 +81,7 @@ class CheckpointStore:
         layouts: dict[str, dict[str, int]],
         randomness: ModuleRandomness | None = None,
         keep: int = 2,
-    ):
+    ) -> None:
         self.root = Path(root)
         self.layouts = layouts
         self.randomness = randomness

@@ -79,7 +79,7 @@ class MimoGradFinalizer:
         collections: module name -> the module's groups; must hold ``"language"``.
     """
 
-    def __init__(self, collections: dict[str, ProcessGroupCollection]):
+    def __init__(self, collections: dict[str, ProcessGroupCollection]) -> None:
         if MIMO_LANGUAGE_MODULE_KEY not in collections:
             raise ValueError(
                 f"MimoGradFinalizer needs the groups of '{MIMO_LANGUAGE_MODULE_KEY}', "

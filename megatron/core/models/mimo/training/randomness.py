@@ -21,6 +21,7 @@ default                   module, dp, cp                activations replicated o
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -92,14 +93,14 @@ class ModuleRandomness:
             )
         self._states = {name: _clone(state) for name, state in states.items()}
 
-    def _entering(self, name: str):
+    def _entering(self, name: str) -> Callable[..., None]:
         def hook(_module: torch.nn.Module, _args: Any) -> None:
             self._outside[name].append(_capture())
             _restore(self._states[name])
 
         return hook
 
-    def _leaving(self, name: str):
+    def _leaving(self, name: str) -> Callable[..., None]:
         def hook(_module: torch.nn.Module, _args: Any, _output: Any) -> None:
             if not self._outside[name]:  # the pre-hook itself failed
                 return
