@@ -37,13 +37,14 @@ class Redirect:
         owner: object that carries the attribute.
         name: attribute that is replaced.
         make: builds the replacement from the original.
-        call_site: a Megatron-Core place that fails without it, as "file: function".
+        call_sites: Megatron-Core places that fail without it, as "file: function"; one that only
+            a supported version has begins with that version ("0.16 ", "0.19 ").
     """
 
     owner: Any
     name: str
     make: Callable[[Any], Any]
-    call_site: str
+    call_sites: tuple[str, ...]
 
 
 class _NullStream:
@@ -64,7 +65,7 @@ class _NullStream:
     def record(self, _stream: Any = None) -> None:
         """Nothing to record."""
 
-    def record_event(self, _event: Any = None) -> "_NullStream":
+    def record_event(self, _event: Any = None) -> _NullStream:
         """Return an event that has already happened."""
         return self
 
@@ -75,7 +76,7 @@ class _NullStream:
         """Everything is done."""
         return True
 
-    def __enter__(self) -> "_NullStream":
+    def __enter__(self) -> _NullStream:
         return self
 
     def __exit__(self, *_exc: Any) -> None:
@@ -121,7 +122,7 @@ def _tensor_to(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _stay(_original: Any) -> Callable[..., Any]:
-    """``.cuda()`` on a tensor or module: already where it has to be."""
+    """``.cuda()`` on a tensor, and so on a module: already where it has to be."""
     return lambda self, *_args, **_kwargs: self
 
 
@@ -137,7 +138,8 @@ def _tensor_type(original: Callable[..., Any]) -> Callable[..., Any]:
         if args or kwargs or not isinstance(answer, str):
             return answer
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        if caller.startswith("megatron.core.optimizer") and answer.startswith(_TYPE_PREFIX):
+        asked_by_optimizer = f"{caller}.".startswith("megatron.core.optimizer.")
+        if asked_by_optimizer and answer.startswith(_TYPE_PREFIX):
             return _CUDA_TYPE_PREFIX + answer.removeprefix(_TYPE_PREFIX)
         return answer
 
@@ -181,7 +183,7 @@ class _ThreadContext:
     JoinableQueue = queue.Queue
     Process = threading.Thread
 
-    def Manager(self) -> "_ThreadContext":  # noqa: N802 - multiprocessing's name
+    def Manager(self) -> _ThreadContext:
         """Whose ``Queue()`` is a queue of this process."""
         return self
 
@@ -193,54 +195,91 @@ def _writers_in_this_process(original: Any) -> Any:
     return seen
 
 
+def _redirect(owner: Any, name: str, make: Callable[[Any], Any], *call_sites: str) -> Redirect:
+    return Redirect(owner, name, make, call_sites)
+
+
 def _redirects() -> list[Redirect]:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import random as megatron_random
 
-    null_stream = _NullStream()
-    cuda = torch.cuda
+    null_stream = _constant(_NullStream())
+    cuda, to_cpu = torch.cuda, _device_argument
+    random_py = "tensor_parallel/random.py"
+    buffer_py = "distributed/param_and_grad_buffer.py"
+    files_py = "dist_checkpointing/strategies/filesystem_async.py"
+    exchange_py = "dist_checkpointing/exchange_utils.py"
+    own_random_py = "models/mimo/training/randomness.py"
     return [
-        Redirect(cuda, "current_device", _constant(_CPU), "tensor_parallel/layers.py: every weight"),
-        Redirect(cuda, "synchronize", _constant(None), "strategies/fully_parallel.py: save, load"),
-        Redirect(
-            cuda, "current_stream", _constant(null_stream), "param_and_grad_buffer.py: 0.19 grad sync"
+        _redirect(
+            cuda,
+            "current_device",
+            _constant(_CPU),
+            "tensor_parallel/layers.py: ColumnParallelLinear.__init__",
         ),
-        Redirect(
-            cuda, "default_stream", _constant(null_stream), "param_and_grad_buffer.py: 0.16 grad sync"
+        _redirect(cuda, "synchronize", _constant(None), f"{files_py}: preload_tensors"),
+        _redirect(cuda, "current_stream", null_stream, f"0.19 {buffer_py}: start_grad_sync"),
+        _redirect(cuda, "default_stream", null_stream, f"0.16 {buffer_py}: start_grad_sync"),
+        _redirect(
+            cuda,
+            "Stream",
+            lambda _o: _NullStream,
+            "distributed/distributed_data_parallel.py: DistributedDataParallel.__init__",
         ),
-        Redirect(cuda, "Stream", lambda _o: _NullStream, "distributed_data_parallel.py: __init__"),
-        Redirect(cuda, "Event", lambda _o: _NullStream, "utils.py: straggler detector"),
-        Redirect(cuda, "stream", lambda _o: _null_context, "param_and_grad_buffer.py: grad sync"),
-        Redirect(cuda, "get_rng_state", _get_rng_state, "tensor_parallel/random.py: tracker.add"),
-        Redirect(
-            cuda.random, "get_rng_state", _get_rng_state, "tensor_parallel/random.py: tracker.fork"
+        _redirect(cuda, "stream", lambda _o: _null_context, f"{buffer_py}: start_grad_sync"),
+        _redirect(cuda, "get_rng_state", _get_rng_state, f"{random_py}: CudaRNGStatesTracker.add"),
+        _redirect(
+            cuda.random, "get_rng_state", _get_rng_state, f"{random_py}: _get_cuda_rng_state"
         ),
-        Redirect(cuda, "set_rng_state", _set_rng_state, "tensor_parallel/random.py: checkpoint"),
-        Redirect(cuda, "manual_seed", _manual_seed, "tensor_parallel/random.py: seeding"),
-        Redirect(
+        _redirect(cuda, "set_rng_state", _set_rng_state, f"{own_random_py}: _restore"),
+        _redirect(
+            cuda, "manual_seed", _manual_seed, f"{random_py}: model_parallel_cuda_manual_seed"
+        ),
+        _redirect(
             megatron_random,
             "_set_cuda_rng_state",
             _set_megatron_rng_state,
-            "tensor_parallel/random.py: tracker.fork",
+            f"{random_py}: CudaRNGStatesTracker.fork",
         ),
-        Redirect(cuda.nvtx, "range_push", _constant(None), "utils.py: nvtx_range_push"),
-        Redirect(cuda.nvtx, "range_pop", _constant(None), "utils.py: nvtx_range_pop"),
-        Redirect(torch, "tensor", _device_argument, "rope_utils.py: CP slice; clip_grads.py: norm"),
-        Redirect(torch, "zeros", _device_argument, "pipeline_parallel/schedules.py: token count"),
-        Redirect(torch, "ones", _device_argument, "transformer/utils.py: causal mask"),
-        Redirect(torch, "empty", _device_argument, "dist_checkpointing/exchange_utils.py: exchange"),
-        Redirect(
-            torch, "empty_like", _device_argument, "dist_checkpointing/exchange_utils.py: exchange"
+        _redirect(cuda.nvtx, "range_push", _constant(None), "utils.py: nvtx_range_push"),
+        _redirect(cuda.nvtx, "range_pop", _constant(None), "utils.py: nvtx_range_pop"),
+        _redirect(
+            torch,
+            "tensor",
+            to_cpu,
+            "models/common/embeddings/rope_utils.py: get_pos_emb_on_this_cp_rank",
         ),
-        Redirect(torch.Tensor, "to", _tensor_to, "transformer/transformer_layer.py: moe metadata"),
-        Redirect(torch.Tensor, "cuda", _stay, "models/common/embeddings/rope_utils.py: packed RoPE"),
-        Redirect(torch.nn.Module, "cuda", _stay, "callers that move a built model"),
-        Redirect(torch.Tensor, "type", _tensor_type, "optimizer/optimizer.py: parameter groups"),
-        Redirect(
+        _redirect(
+            torch, "zeros", to_cpu, "pipeline_parallel/schedules.py: forward_backward_no_pipelining"
+        ),
+        _redirect(torch, "ones", to_cpu, "transformer/utils.py: get_default_causal_mask"),
+        _redirect(torch, "empty", to_cpu, f"{exchange_py}: exchange_loaded_tensors_gather_rounds"),
+        _redirect(torch, "empty_like", to_cpu, f"{exchange_py}: _get_empty_tensor_for_exchange"),
+        _redirect(
+            torch.Tensor,
+            "to",
+            _tensor_to,
+            "optimizer/cpu_offloading/hybrid_optimizer.py: _move_new_state_to_right_device",
+        ),
+        _redirect(
+            torch.Tensor,
+            "cuda",
+            _stay,
+            "models/common/embeddings/rope_utils.py: get_pos_emb_on_this_cp_rank",
+        ),
+        _redirect(
+            torch.Tensor,
+            "type",
+            _tensor_type,
+            "optimizer/optimizer.py: Float16OptimizerWithFloat16Params.__init__",
+        ),
+        _redirect(
             filesystem_async,
             "mp",
             _writers_in_this_process,
-            "strategies/filesystem_async.py: prepare_write_data, write_preloaded_data_multiproc",
+            f"0.16 {files_py}: write_preloaded_data_multiproc",
+            f"0.16 {files_py}: _get_write_results_queue",
+            f"0.19 {files_py}: get_write_results_queue",
         ),
     ]
 

@@ -149,7 +149,7 @@ class MimoOptimizer(MegatronOptimizer):
         for index, name in enumerate(names):
             info = self.module_infos[name]
             if info.is_active and info.optimizer is not None:
-                count = int(info.optimizer.count_zeros())
+                count = _count_zeros(info.optimizer)
                 if self._speaks_for(name):
                     counts[index] = count
         dist.all_reduce(counts)
@@ -419,6 +419,16 @@ def _load(optimizer: MegatronOptimizer, state: Any) -> None:
         for adam_state, step in zip(states, steps, strict=True):
             if step is not None:
                 adam_state["step"] = step.clone()
+
+
+def _count_zeros(optimizer: MegatronOptimizer) -> int:
+    """Zero gradient elements of one module.
+
+    Each optimizer of a chain counts its own: it knows the module's TP group, which the chain of
+    0.16 looks up among the global groups.
+    """
+    chain = getattr(optimizer, "chained_optimizers", [optimizer])
+    return sum(int(inner.count_zeros()) for inner in chain)
 
 
 def _adopt_param_ids(state: dict, optimizer: MegatronOptimizer, name: str) -> None:
