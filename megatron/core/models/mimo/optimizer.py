@@ -14,23 +14,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
-from megatron.core.dist_checkpointing.mapping import (
-    LocalNonpersistentObject,
-    ShardedBase,
-    ShardedObject,
+from megatron.core.models.mimo.training.optimizer_state import (
+    load_inner_state,
+    sharded_inner_state,
 )
-from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 if TYPE_CHECKING:
     from megatron.core.hyper_comm_grid import HyperCommGrid
     from megatron.core.models.mimo.model.base import MimoModel
-
-_COMMON_KEY = "_mimo_common"
 
 
 @dataclass
@@ -182,48 +177,25 @@ class MimoOptimizer(MegatronOptimizer):
                 raise ValueError(
                     f"optimizer state has no module '{name}'; it holds {sorted(state_dict)}"
                 )
-            module_state = dict(state_dict[name])
-            common = module_state.pop(_COMMON_KEY, None)
-            if common is not None:
-                module_state = merge(common, module_state)
-            module_state = _listed(module_state, info.optimizer)
-            for part, inner in _parts(module_state, info.optimizer):
-                _adopt_param_ids(part, inner, name)
-            _load(info.optimizer, module_state)
+            load_inner_state(info.optimizer, state_dict[name], name)
 
     def sharded_state_dict(
         self, model_sharded_state_dict: dict, is_loading: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
-        """Sharded state of every module.
-
-        What is not a sharded tensor (parameter groups, step counts, the loss scaler) would land
-        in the file that rank 0 alone writes; rank 0 does not hold every module when modules sit
-        on different ranks, so it travels as one sharded object per module instead.
-        """
+        """Module name -> its optimizer's sharded state, empty for modules of other ranks."""
         state: dict[str, Any] = {}
         for name, info in self.module_infos.items():
             state[name] = {}
             if not (info.is_active and info.optimizer):
                 continue
-            if is_loading:
-                _give_adam_its_state(info.optimizer)
-            module_state = info.optimizer.sharded_state_dict(
-                model_sharded_state_dict, is_loading, **kwargs
+            state[name] = sharded_inner_state(
+                info.optimizer,
+                model_sharded_state_dict,
+                name,
+                self._replica_id(name),
+                is_loading=is_loading,
+                **kwargs,
             )
-            if isinstance(module_state, list):
-                module_state = dict(enumerate(module_state))
-            sharded, common = extract_matching_values(
-                module_state, lambda v: isinstance(v, ShardedBase)
-            )
-            add_prefix_for_sharding(sharded, f"mimo.{name}.")
-            sharded[_COMMON_KEY] = ShardedObject(
-                f"mimo.{name}.common",
-                _without_local(common),
-                (1,),
-                (0,),
-                replica_id=self._replica_id(name),
-            )
-            state[name] = sharded
         return state
 
     def reload_model_params(self, state_dict: dict | None = None) -> None:
@@ -314,9 +286,10 @@ def _module_info(
         module = mimo_model.language_model
     else:
         module = mimo_model.modality_submodules[name] if active else None
+    # Also on ranks outside the grid: making a group takes every rank of the world.
+    collection = _get_pg_collection_for_optimizer(grid)
     if not active or module is None:
         return ModuleOptimizerInfo(None, grid, None, active)
-    collection = _get_pg_collection_for_optimizer(grid)
     trained = any(p.requires_grad for p in module.parameters())
     optimizer = _inner_optimizer(name, module, config, collection) if trained else None
     return ModuleOptimizerInfo(optimizer, grid, collection, active)
@@ -353,74 +326,6 @@ def _current_device() -> torch.device:
     return torch.device(torch.accelerator.current_accelerator().type, torch.cuda.current_device())
 
 
-def _without_local(value: Any) -> Any:
-    """A copy without what belongs to this rank alone; loading puts this run's own there."""
-    if isinstance(value, LocalNonpersistentObject):
-        return None
-    if isinstance(value, dict):
-        return {key: _without_local(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_local(item) for item in value]
-    return value
-
-
-def _parts(state: Any, optimizer: MegatronOptimizer) -> list[tuple[dict, MegatronOptimizer]]:
-    """Pairs of (state, optimizer), one per inner optimizer of a chain."""
-    if isinstance(optimizer, ChainedOptimizer):
-        chain = optimizer.chained_optimizers
-        return list(zip(state, chain, strict=True)) if len(chain) > 1 else [(state, chain[0])]
-    return [(state, optimizer)]
-
-
-def _listed(state: dict, optimizer: MegatronOptimizer) -> Any:
-    """Undo the index-keyed dict that a chain's list was saved as."""
-    chained = isinstance(optimizer, ChainedOptimizer) and len(optimizer.chained_optimizers) > 1
-    return [state[i] for i in sorted(state, key=int)] if chained else state
-
-
-def _give_adam_its_state(optimizer: MegatronOptimizer) -> None:
-    """Zero state for parameters of PyTorch's Adam that have none yet, as before its first step.
-
-    Megatron's distributed optimizer reads the step count out of that state even to load into it.
-    """
-    chain = getattr(optimizer, "chained_optimizers", [optimizer])
-    for adam in (inner.optimizer for inner in chain):
-        if not isinstance(adam, (torch.optim.Adam, torch.optim.AdamW)):
-            continue
-        for param in (p for group in adam.param_groups for p in group["params"]):
-            if param not in adam.state or not adam.state[param]:
-                adam.state[param] = {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(param),
-                    "exp_avg_sq": torch.zeros_like(param),
-                }
-
-
-def _load(optimizer: MegatronOptimizer, state: Any) -> None:
-    """Load ``state``, tensors of the distributed optimizer in a step of their own.
-
-    PyTorch's Adam keeps its step count among its tensors, where Megatron's loader looks for a
-    saved tensor of every name and finds none for it; it is set aside meanwhile. It comes back as
-    a copy per parameter: the loader shares one tensor, which Adam would then advance once for
-    every parameter in each step.
-    """
-    tensors = [
-        (part.pop("param_state"), inner)
-        for part, inner in _parts(state, optimizer)
-        if isinstance(part, dict)
-        and part.get("param_state_sharding_type") == "fully_reshardable"
-        and "param_state" in part
-    ]
-    optimizer.load_state_dict(state)
-    for param_state, inner in tensors:
-        states = inner.optimizer.state.values()
-        steps = [adam_state.pop("step", None) for adam_state in states]
-        inner.load_parameter_state_from_fully_reshardable(param_state)
-        for adam_state, step in zip(states, steps, strict=True):
-            if step is not None:
-                adam_state["step"] = step.clone()
-
-
 def _count_zeros(optimizer: MegatronOptimizer) -> int:
     """Zero gradient elements of one module.
 
@@ -429,24 +334,3 @@ def _count_zeros(optimizer: MegatronOptimizer) -> int:
     """
     chain = getattr(optimizer, "chained_optimizers", [optimizer])
     return sum(int(inner.count_zeros()) for inner in chain)
-
-
-def _adopt_param_ids(state: dict, optimizer: MegatronOptimizer, name: str) -> None:
-    """Point loaded parameter groups at this run's parameters: their numbering is local.
-
-    Raises:
-        ValueError: if the numbers of groups differ.
-    """
-    # The fp32 optimizer's state is the torch optimizer's own; the others nest it.
-    inner_state = state.get("optimizer", state)
-    if not isinstance(inner_state, dict) or "param_groups" not in inner_state:
-        return
-    current = optimizer.optimizer.state_dict()["param_groups"]
-    loaded = inner_state["param_groups"]
-    if len(loaded) != len(current):
-        raise ValueError(
-            f"optimizer of module '{name}': the checkpoint has {len(loaded)} parameter groups, "
-            f"this run has {len(current)}; load it with the same weight-decay settings"
-        )
-    for loaded_group, current_group in zip(loaded, current, strict=True):
-        loaded_group["params"] = current_group["params"]

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State of one module's optimizer, to a checkpoint and back.
+
+The inner optimizers are stock's. What is here is what stock leaves to rank 0 (which need not hold
+the module) and what its loaders get wrong with PyTorch's Adam.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedBase,
+    ShardedObject,
+)
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+
+_COMMON_KEY = "_mimo_common"
+
+
+def sharded_inner_state(
+    optimizer: MegatronOptimizer,
+    model_sharded_state_dict: dict,
+    name: str,
+    replica_id: tuple[int, ...],
+    *,
+    is_loading: bool,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Sharded state of a module's optimizer; all ranks of the module call it together.
+
+    What is not a sharded tensor (parameter groups, step counts, the loss scaler) would land in
+    the file that rank 0 alone writes; rank 0 does not hold every module when modules sit on
+    different ranks, so it travels as one sharded object per module instead.
+
+    Args:
+        optimizer: the module's optimizer, or a chain.
+        model_sharded_state_dict: of the whole model.
+        name: the module's name; prefixes every key.
+        replica_id: zeros on exactly one rank of the module, which writes what is not sharded.
+        is_loading: the result is a request to load, not to save.
+        **kwargs: ``metadata`` as in stock.
+    """
+    if is_loading:
+        _give_adam_its_state(optimizer)
+    state = optimizer.sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
+    if isinstance(state, list):
+        state = dict(enumerate(state))
+    sharded, common = extract_matching_values(state, lambda v: isinstance(v, ShardedBase))
+    add_prefix_for_sharding(sharded, f"mimo.{name}.")
+    sharded[_COMMON_KEY] = ShardedObject(
+        f"mimo.{name}.common", _without_local(common), (1,), (0,), replica_id=replica_id
+    )
+    return sharded
+
+
+def load_inner_state(optimizer: MegatronOptimizer, state: dict[str, Any], name: str) -> None:
+    """Load what ``state_dict`` returned, or what a sharded state was loaded into.
+
+    Raises:
+        ValueError: the numbers of parameter groups differ.
+    """
+    state = dict(state)
+    common = state.pop(_COMMON_KEY, None)
+    if common is not None:
+        state = merge(common, state)
+    state = _listed(state, optimizer)
+    for part, inner in _parts(state, optimizer):
+        _adopt_param_ids(part, inner, name)
+    _load(optimizer, state)
+
+
+def _without_local(value: Any) -> Any:
+    """A copy without what belongs to this rank alone; loading puts this run's own there."""
+    if isinstance(value, LocalNonpersistentObject):
+        return None
+    if isinstance(value, dict):
+        return {key: _without_local(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_local(item) for item in value]
+    return value
+
+
+def _parts(state: Any, optimizer: MegatronOptimizer) -> list[tuple[dict, MegatronOptimizer]]:
+    """Pairs of (state, optimizer), one per inner optimizer of a chain."""
+    if isinstance(optimizer, ChainedOptimizer):
+        chain = optimizer.chained_optimizers
+        return list(zip(state, chain, strict=True)) if len(chain) > 1 else [(state, chain[0])]
+    return [(state, optimizer)]
+
+
+def _listed(state: dict, optimizer: MegatronOptimizer) -> Any:
+    """Undo the index-keyed dict that a chain's list was saved as."""
+    chained = isinstance(optimizer, ChainedOptimizer) and len(optimizer.chained_optimizers) > 1
+    return [state[i] for i in sorted(state, key=int)] if chained else state
+
+
+def _give_adam_its_state(optimizer: MegatronOptimizer) -> None:
+    """Zero state for parameters of PyTorch's Adam that have none yet, as before its first step.
+
+    Megatron's distributed optimizer reads the step count out of that state even to load into it.
+    """
+    chain = getattr(optimizer, "chained_optimizers", [optimizer])
+    for adam in (inner.optimizer for inner in chain):
+        if not isinstance(adam, (torch.optim.Adam, torch.optim.AdamW)):
+            continue
+        for param in (p for group in adam.param_groups for p in group["params"]):
+            if param not in adam.state or not adam.state[param]:
+                adam.state[param] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(param),
+                    "exp_avg_sq": torch.zeros_like(param),
+                }
+
+
+def _load(optimizer: MegatronOptimizer, state: Any) -> None:
+    """Load ``state``, tensors of the distributed optimizer in a step of their own.
+
+    PyTorch's Adam keeps its step count among its tensors, where Megatron's loader looks for a
+    saved tensor of every name and finds none for it; it is set aside meanwhile. It comes back as
+    a copy per parameter: the loader shares one tensor, which Adam would then advance once for
+    every parameter in each step.
+    """
+    tensors = [
+        (part.pop("param_state"), inner)
+        for part, inner in _parts(state, optimizer)
+        if isinstance(part, dict)
+        and part.get("param_state_sharding_type") == "fully_reshardable"
+        and "param_state" in part
+    ]
+    optimizer.load_state_dict(state)
+    for param_state, inner in tensors:
+        states = inner.optimizer.state.values()
+        steps = [adam_state.pop("step", None) for adam_state in states]
+        inner.load_parameter_state_from_fully_reshardable(param_state)
+        for adam_state, step in zip(states, steps, strict=True):
+            if step is not None:
+                adam_state["step"] = step.clone()
+
+
+def _adopt_param_ids(state: dict, optimizer: MegatronOptimizer, name: str) -> None:
+    """Point loaded parameter groups at this run's parameters: their numbering is local.
+
+    Raises:
+        ValueError: if the numbers of groups differ.
+    """
+    # The fp32 optimizer's state is the torch optimizer's own; the others nest it.
+    inner_state = state.get("optimizer", state)
+    if not isinstance(inner_state, dict) or "param_groups" not in inner_state:
+        return
+    current = optimizer.optimizer.state_dict()["param_groups"]
+    loaded = inner_state["param_groups"]
+    if len(loaded) != len(current):
+        raise ValueError(
+            f"optimizer of module '{name}': the checkpoint has {len(loaded)} parameter groups, "
+            f"this run has {len(current)}; load it with the same weight-decay settings"
+        )
+    for loaded_group, current_group in zip(loaded, current, strict=True):
+        loaded_group["params"] = current_group["params"]
