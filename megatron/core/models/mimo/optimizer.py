@@ -8,6 +8,8 @@ clipping scales every gradient by the same factor) and whether the step succeede
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from megatron.core.models.mimo.training.optimizer_state import (
     sharded_inner_state,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -71,9 +74,18 @@ class MimoOptimizer(MegatronOptimizer):
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
-        """Unscale and copy gradients; True if this rank saw an inf or nan."""
-        found = [opt.prepare_grads() for opt in self._active_optimizers]
-        return any(found)
+        """Unscale and copy gradients; True on every rank if any rank saw an inf or nan.
+
+        The modules' loss scalers all follow that one answer: the loss is scaled once, so scales
+        that drift apart would unscale a module's gradients by the wrong factor.
+        """
+        scalers = _dynamic_scalers(self._active_optimizers)
+        with _held_scales(scalers):
+            found = [opt.prepare_grads() for opt in self._active_optimizers]
+        found_inf = self._any_rank(any(found))
+        for scaler in scalers:
+            scaler.update(found_inf)
+        return found_inf
 
     @torch.no_grad()
     def get_grad_norm(self) -> float:
@@ -105,8 +117,7 @@ class MimoOptimizer(MegatronOptimizer):
             (success, gradient norm before clipping, number of zero gradients or ``None``);
             ``(False, None, None)`` on every rank if any rank found an inf or nan.
         """
-        found_inf = self.prepare_grads()
-        if self._any_rank(found_inf):
+        if self.prepare_grads():
             return False, None, None
         grad_norm = self.get_grad_norm()
         self._clip(grad_norm)
@@ -324,6 +335,25 @@ def _get_pg_collection_for_optimizer(grid: HyperCommGrid) -> ProcessGroupCollect
 
 def _current_device() -> torch.device:
     return torch.device(torch.accelerator.current_accelerator().type, torch.cuda.current_device())
+
+
+def _dynamic_scalers(optimizers: list[MegatronOptimizer]) -> list[DynamicGradScaler]:
+    """Loss scalers that follow found-inf; none unless training in fp16."""
+    inner = (o for opt in optimizers for o in getattr(opt, "chained_optimizers", [opt]))
+    scalers = (getattr(opt, "grad_scaler", None) for opt in inner)
+    return [scaler for scaler in scalers if isinstance(scaler, DynamicGradScaler)]
+
+
+@contextlib.contextmanager
+def _held_scales(scalers: list[DynamicGradScaler]) -> Iterator[None]:
+    """Inside, an inner optimizer's ``prepare_grads`` does not update its loss scale."""
+    for scaler in scalers:
+        scaler.update = lambda _found_inf: None
+    try:
+        yield
+    finally:
+        for scaler in scalers:
+            del scaler.update
 
 
 def _count_zeros(optimizer: MegatronOptimizer) -> int:

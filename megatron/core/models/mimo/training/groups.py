@@ -64,7 +64,8 @@ def create_process_groups(grid: HyperCommGrid) -> ProcessGroupCollection:
         the dense ones (EP 1, expert TP = TP).
     """
     ensure_global_memory_buffer()
-    singles = _singleton_group(grid) if any(d not in grid.dim_names for d in GRID_DIMS) else None
+    lacking = any(d not in grid.dim_names for d in GRID_DIMS)
+    singles = _singleton_group(grid) if lacking else None
     groups = {name: _group(grid, dims, singles) for name, dims in _FIELDS.items()}
     collection = ProcessGroupCollection(**groups)
     collection.intra_dp_cp = collection.dp_cp
@@ -103,8 +104,7 @@ def get_or_create_pg(
 def _singleton_group(grid: HyperCommGrid) -> dist.ProcessGroup | None:
     """Groups of one rank each, for the dims that a grid does not name."""
     ranks = [[r] for r in range(grid.rank_offset, grid.rank_offset + grid.size)]
-    group, _ = dist.new_subgroups_by_enumeration(ranks, backend=grid.backend)
-    return group
+    return _kept_group(grid, "single", ranks)
 
 
 def _embedding_groups(
@@ -117,16 +117,20 @@ def _embedding_groups(
     if grid.dim_size("pp") == 1:
         return pp_group, pp_group
     stages = grid.get_rank_enum("pp")
-    embd = _group_of_members([[s[0], s[-1]] for s in stages], grid.backend)
-    pos_embd = _group_of_members([[s[0]] for s in stages], grid.backend)
+    embd = _kept_group(grid, "embd", [[s[0], s[-1]] for s in stages])
+    pos_embd = _kept_group(grid, "pos_embd", [[s[0]] for s in stages])
     return embd, pos_embd
 
 
-def _group_of_members(
-    rank_lists: list[list[int]], backend: str | None
+def _kept_group(
+    grid: HyperCommGrid, name: str, rank_lists: list[list[int]]
 ) -> dist.ProcessGroup | None:
-    group, _ = dist.new_subgroups_by_enumeration(rank_lists, backend=backend)
-    return group
+    """A group that is no box of dims; the grid keeps it, to hand out again and to destroy."""
+    key = ("create_process_groups", (name,))
+    if key not in grid._pgs:
+        group, _ = dist.new_subgroups_by_enumeration(rank_lists, backend=grid.backend)
+        grid._pgs[key] = group
+    return grid._pgs[key]
 
 
 def _set_expert_groups(grid: HyperCommGrid, collection: ProcessGroupCollection) -> None:
