@@ -312,21 +312,26 @@ SAVING = f"{TWO_RANKS} --steps 3 --save-every 2 --no-evaluate"
         pytest.param(
             "import shutil, types\n"
             "shutil.disk_usage = lambda path: types.SimpleNamespace(free=1_000_000)\n",
-            r"rank 0 could not .* checkpoint .*: .* MB needed, 1\.0 MB free: make room .*",
+            r"rank 0 could not write checkpoint .*/step_00000002: .* MB needed, 1\.0 MB free: make "
+            r"room on that disk; training stopped after step 2",
             id="seen beforehand",
         ),
         pytest.param(
             _WATCH_OPEN.format(
                 rank=1, name=".distcp", folder="", action='return _open("/dev/full", "wb")'
             ),
-            r"rank 1 could not write checkpoint .*/step_00000002: .*No space left on device.*",
+            r"rank 1 could not write checkpoint .*/step_00000002: the disk is full "
+            r"\(No space left on device\); make room there and resume; training stopped after step "
+            r"2",
             id="while one rank writes",
         ),
         pytest.param(
             _WATCH_OPEN.format(
                 rank=0, name=".metadata.tmp", folder="", action='return _open("/dev/full", "wb")'
             ),
-            r"rank 0 could not write checkpoint .*/step_00000002: .*No space left on device.*",
+            r"rank 0 could not write checkpoint .*/step_00000002: the disk is full "
+            r"\(No space left on device\); make room there and resume; training stopped after step "
+            r"2",
             id="while the others wait in a collective",
         ),
     ],
@@ -356,6 +361,11 @@ def _with_a_corrupt_manifest(out: Path) -> None:
     path.write_text(path.read_text()[:100])
 
 
+def _with_a_truncated_file(out: Path) -> None:
+    path = out / "checkpoints" / f"step_{PARITY_STEPS:08d}" / "__0_0.distcp"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
 def _as_it_is(out: Path) -> None:
     pass
 
@@ -372,6 +382,11 @@ REFUSED = {
         "",
         r"checkpoint .*step_00000020 cannot be read \(.*\); remove that folder to use an earlier "
         r"one",
+    ),
+    "truncated file": (
+        _with_a_truncated_file,
+        "",
+        r"rank 0 could not read checkpoint .*step_00000020: .+",
     ),
     "other options": (
         _as_it_is,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import platform
 import shutil
@@ -27,6 +28,7 @@ from megatron.core.models.mimo.training.checkpoint import (
     CheckpointError,
     CheckpointStore,
     Manifest,
+    remove_partial,
 )
 
 # Changing one of these in mid-run would train on other data or another schedule than recorded.
@@ -73,6 +75,8 @@ class Run:
         """Resume from the last checkpoint or start anew, say which; returns the steps done."""
         if self.options.fresh:
             self._set_aside()
+        if self.rank == 0:
+            remove_partial(self.store.root)  # of a save that was interrupted
         steps = self.store.steps()
         if not steps:
             self.say(f"starting anew in {self.options.out}")
@@ -264,8 +268,9 @@ def _build(options: Options, backend: str) -> DigitsModel:
 
 
 def _move_results(out: Path, say: Any) -> None:
-    names = ("checkpoints", "metrics.jsonl", "summary.json", "loss.png", "predictions.png")
-    present = [out / name for name in names if (out / name).exists()]
+    names = ("checkpoints", "metrics.jsonl", "summary.json", "errors")
+    pictures = ("loss.png", "predictions.png", "layout.png")
+    present = [out / name for name in names + pictures if (out / name).exists()]
     if not present:
         return
     shelf = out / "previous"
@@ -293,6 +298,8 @@ def run_job(options: Options, backend: str) -> None:
     Raises:
         JobError: what the user has to know, the same sentence on every rank.
     """
+    # Its writers log what the error that follows says.
+    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)
     init_distributed(backend, options.timeout)
     try:
         Run(options, backend).run()

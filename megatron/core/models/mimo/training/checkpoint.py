@@ -14,6 +14,7 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.models.mimo.training.agreement import Failure, run_together
 from megatron.core.models.mimo.training.randomness import ModuleRandomness
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
@@ -110,6 +112,8 @@ class CheckpointStore:
         try:
             raw = json.loads(file.read_text())
             manifest = Manifest(**raw)
+            if manifest.step != step or not isinstance(manifest.shapes, dict):
+                raise ValueError(f"its {MANIFEST} is not that of step {step}")
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(
                 f"checkpoint {self.path(step)} cannot be read ({error}); "
@@ -153,11 +157,18 @@ class CheckpointStore:
             shapes=_global_shapes(state["model"]),
             extra=extra or {},
         )
-        self._on_rank_0(lambda: self._prepare(partial, state), "prepare", partial)
-        self._on_all_ranks(
-            lambda: dist_checkpointing.save(state, str(partial)), "write", partial
-        )
-        self._on_rank_0(lambda: self._publish(partial, final, manifest), "publish", partial)
+        try:
+            self._on_rank_0(lambda: self._prepare(partial, state), f"write checkpoint {final}")
+            self._on_all_ranks(
+                lambda: dist_checkpointing.save(state, str(partial)), f"write checkpoint {final}"
+            )
+            self._on_rank_0(
+                lambda: self._publish(partial, final, manifest), f"complete checkpoint {final}"
+            )
+        except CheckpointError:
+            # Each rank does: after some failures rank 0 still waits for ranks that are gone.
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         return final
 
     def _prepare(self, partial: Path, state: dict) -> None:
@@ -179,7 +190,10 @@ class CheckpointStore:
         os.rename(partial, final)
         _fsync(self.root)
         for step in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(step), ignore_errors=True)
+            # Hidden first: a run killed in between leaves no half of a checkpoint under its name.
+            old = self.root / f"{_PARTIAL_PREFIX}over_{step:08d}"
+            os.rename(self.path(step), old)
+            shutil.rmtree(old, ignore_errors=True)
 
     # ---- loading --------------------------------------------------------------------------
 
@@ -204,7 +218,8 @@ class CheckpointStore:
         path = self.path(step)
         loaded: dict[str, Any] = {}
         self._on_all_ranks(
-            lambda: loaded.update(dist_checkpointing.load(state, str(path))), "read", None, path
+            lambda: loaded.update(dist_checkpointing.load(state, str(path))),
+            f"read checkpoint {path}",
         )
         model.load_state_dict(loaded["model"])
         optimizer.load_state_dict(loaded["optimizer"])
@@ -266,29 +281,18 @@ class CheckpointStore:
 
     # ---- agreement ------------------------------------------------------------------------
 
-    def _on_rank_0(self, action: Any, verb: str, partial: Path) -> None:
-        self._on_all_ranks(action if dist.get_rank() == 0 else lambda: None, verb, partial)
+    def _on_rank_0(self, action: Callable[[], Any], doing: str) -> None:
+        mine = action if dist.get_rank() == 0 else lambda: None
+        self._agreed(run_together(mine, has_collectives=False), doing)
 
-    def _on_all_ranks(
-        self, action: Any, verb: str, partial: Path | None, path: Path | None = None
-    ) -> None:
+    def _on_all_ranks(self, action: Callable[[], Any], doing: str) -> None:
         """Run ``action``; if it fails on any rank, fail on all with that rank's reason."""
-        reason = None
-        try:
-            action()
-        except Exception as error:  # whatever it is, the peers must learn of it
-            reason = _short(error)
-        reasons: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(reasons, reason)
-        failed = next((r for r, text in enumerate(reasons) if text is not None), None)
-        if failed is None:
-            return
-        if partial is not None and dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        dist.barrier()
-        raise CheckpointError(
-            f"rank {failed} could not {verb} checkpoint {path or partial}: {reasons[failed]}"
-        )
+        self._agreed(run_together(action, has_collectives=True), doing)
+
+    @staticmethod
+    def _agreed(failure: Failure | None, doing: str) -> None:
+        if failure is not None:
+            raise CheckpointError(f"rank {failure.rank} could not {doing}: {failure.reason}")
 
 
 def remove_partial(root: Path) -> list[str]:
@@ -324,14 +328,6 @@ def _global_bytes(state: dict) -> int:
         t.key: int(np.prod(t.global_shape)) * t.dtype.itemsize for t in _sharded_tensors(state)
     }
     return sum(sizes.values())
-
-
-def _short(error: BaseException) -> str:
-    """Last line of the innermost cause, where the reason stands."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}".rstrip(": ")
 
 
 def _fsync(path: Path) -> None:

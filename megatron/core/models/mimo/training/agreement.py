@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One outcome on all ranks of something that all ranks do, even if it fails on only one of them.
+
+An action that has collectives inside can fail on one rank while its peers wait in one of them: the
+failing rank must not start another collective then. It leaves its reason in the job's key-value
+store instead and returns; once its process ends, the peers lose the connection and find the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
+
+# How long a rank that failed waits for the reasons of ranks that failed with it.
+_PATIENCE_S = 5.0
+_LOST_PEER = re.compile(r"gloo|NCCL|[Tt]imed out|Connection (closed|reset|refused)|Broken pipe")
+# Megatron-Core's writers pass on an error's text, not the error.
+_DISK_FULL = re.compile("|".join(re.escape(os.strerror(n)) for n in (errno.ENOSPC, errno.EDQUOT)))
+_calls = itertools.count()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an action failed.
+
+    Attributes:
+        rank: that failed.
+        reason: one line.
+        lost_peer: it only noticed that another rank failed or is gone.
+    """
+
+    rank: int
+    reason: str
+    lost_peer: bool = False
+
+
+def run_together(action: Callable[[], Any], *, has_collectives: bool) -> Failure | None:
+    """Run ``action`` on this rank and learn whether all ranks succeeded; all ranks call it.
+
+    Args:
+        action: what this rank does.
+        has_collectives: ``action`` waits for other ranks, who may wait in vain.
+
+    Returns:
+        None if all ranks succeeded, else the failure to name.
+
+    Raises:
+        RuntimeError: a rank is gone without a reason (killed).
+    """
+    call, failure = next(_calls), None
+    try:
+        action()
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
+        failure = _failure_of(error)
+        if has_collectives:
+            found = _tell(call, failure)
+            if found.lost_peer and not isinstance(error, CheckpointException):
+                raise
+            return found
+    failures: list[Failure | None] = [None] * dist.get_world_size()
+    try:
+        dist.all_gather_object(failures, failure)
+    except RuntimeError:
+        found = _first(_told(call))
+        if found is None:
+            raise
+        return found
+    return _first([each for each in failures if each])
+
+
+def _failure_of(error: BaseException) -> Failure:
+    rank = dist.get_rank()
+    if isinstance(error, CheckpointException):
+        if not error.failures:  # only the coordinating rank knows more
+            return Failure(rank, "another rank failed", lost_peer=True)
+        rank, (error, _) = min(error.failures.items(), key=lambda item: item[0])
+    lost = isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
+    return Failure(rank, _short(error), lost_peer=lost)
+
+
+def _short(error: BaseException) -> str:
+    """One line of the innermost cause, where the reason stands."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    full = _DISK_FULL.search(str(error))
+    if full:
+        return f"the disk is full ({full[0]}); make room there and resume"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, OSError) and error.errno is None and lines:
+        return lines[-1]  # our own words
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}".rstrip(": ")
+
+
+def _tell(call: int, failure: Failure) -> Failure:
+    """Publish ``failure``, wait a little for those of the peers, and return the one to name."""
+    with contextlib.suppress(RuntimeError):  # the store is gone with the rank that held it
+        store = dist.distributed_c10d._get_default_store()
+        number = store.add(_key(call), 1)
+        store.set(f"{_key(call)}/{number}", json.dumps(asdict(failure)))
+        deadline = time.monotonic() + _PATIENCE_S
+        while store.add(_key(call), 0) < dist.get_world_size() and time.monotonic() < deadline:
+            if _first(_told(call)) != failure:
+                break  # a peer knows better
+            time.sleep(0.05)
+    return _first(_told(call)) or failure
+
+
+def _told(call: int) -> list[Failure]:
+    """What was published, the earliest first."""
+    found = []
+    with contextlib.suppress(RuntimeError):
+        store = dist.distributed_c10d._get_default_store()
+        for number in range(1, store.add(_key(call), 0) + 1):
+            key = f"{_key(call)}/{number}"
+            store.wait([key], timedelta(seconds=_PATIENCE_S))
+            found.append(Failure(**json.loads(store.get(key))))
+    return found
+
+
+def _first(failures: list[Failure]) -> Failure | None:
+    """A failure that is its own reason, if there is one."""
+    return next(iter(sorted(failures, key=lambda failure: failure.lost_peer)), None)
+
+
+def _key(call: int) -> str:
+    return f"megatron_mimo_agreement/{call}"
