@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from megatron.core.models.mimo.model.base import MimoModel
 
 
+# Gathers over the world by which Megatron-Core constructs one optimizer.
+_KEY_GATHERS = 2
+
+
 @dataclass
 class ModuleOptimizerInfo:
     """The optimizer of one module on this rank.
@@ -299,11 +303,34 @@ def _module_info(
         module = mimo_model.modality_submodules[name] if active else None
     # Also on ranks outside the grid: making a group takes every rank of the world.
     collection = _get_pg_collection_for_optimizer(grid)
-    if not active or module is None:
-        return ModuleOptimizerInfo(None, grid, None, active)
-    trained = any(p.requires_grad for p in module.parameters())
-    optimizer = _inner_optimizer(name, module, config, collection) if trained else None
-    return ModuleOptimizerInfo(optimizer, grid, collection, active)
+    present = active and module is not None
+    trained = present and any(p.requires_grad for p in module.parameters())
+    trained_on: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(trained_on, trained)
+    optimizer = None
+    if trained:
+        optimizer = _inner_optimizer(name, module, config, collection)
+    elif any(trained_on):
+        _attend_optimizer_construction(config)
+    return ModuleOptimizerInfo(optimizer, grid, collection if present else None, active)
+
+
+def _attend_optimizer_construction(config: OptimizerConfig) -> None:
+    """Answer the gathers of a module's optimizer that other ranks construct.
+
+    ``get_megatron_optimizer`` compares the keys of parameter groups over the whole world, once for
+    dense and once for expert parameters. A rank without the module has none.
+
+    Raises:
+        ValueError: for an optimizer whose construction gathers otherwise.
+    """
+    if config.optimizer not in ("adam", "sgd"):
+        raise ValueError(
+            f"optimizer '{config.optimizer}' needs every module to be trained on every rank; "
+            "with modules on different ranks use 'adam' or 'sgd'"
+        )
+    for _ in range(_KEY_GATHERS):
+        dist.all_gather_object([None] * dist.get_world_size(), [])
 
 
 def _inner_optimizer(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import copy
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,9 @@ from megatron.core.distributed.distributed_data_parallel_config import (
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
+
+if TYPE_CHECKING:
+    from megatron.core.hyper_comm_grid import HyperCommGrid
 
 
 def iter_modules(mimo_model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -50,12 +54,14 @@ def wrap_modules_with_ddp(
     Raises:
         ValueError: if a config averages gradients instead of summing them.
     """
-    for name, module in list(iter_modules(mimo_model)):
+    modules = list(iter_modules(mimo_model))
+    for name, _ in modules:
         if not configs[name].calculate_per_token_loss:
             raise ValueError(
                 f"module '{name}' has calculate_per_token_loss=False: DDP would average its "
                 "gradients over its own DP size, which differs between modules; set it to True"
             )
+    for name, module in modules:
         wrapped = DistributedDataParallel(
             configs[name],
             copy(ddp_config),
@@ -77,15 +83,33 @@ class MimoGradFinalizer:
 
     Args:
         collections: module name -> the module's groups; must hold ``"language"``.
+        grids: module name -> its grid, needed where modules sit on different ranks: N_global then
+            has to reach ranks outside the language model's grid, and every rank must know so.
+
+    Raises:
+        ValueError: if the language model's groups are missing, or this rank is outside its grid
+            and no grids were given.
     """
 
-    def __init__(self, collections: dict[str, ProcessGroupCollection]) -> None:
+    def __init__(
+        self,
+        collections: dict[str, ProcessGroupCollection],
+        grids: dict[str, HyperCommGrid] | None = None,
+    ) -> None:
         if MIMO_LANGUAGE_MODULE_KEY not in collections:
             raise ValueError(
                 f"MimoGradFinalizer needs the groups of '{MIMO_LANGUAGE_MODULE_KEY}', "
                 f"got {sorted(collections)}"
             )
         self.collections = collections
+        spans = {(grid.rank_offset, grid.size) for grid in (grids or {}).values()}
+        self._colocated = len(spans) <= 1
+        if self._colocated and collections[MIMO_LANGUAGE_MODULE_KEY].dp_cp is None:
+            raise ValueError(
+                f"rank {dist.get_rank()} is outside the grid of '{MIMO_LANGUAGE_MODULE_KEY}' and "
+                "cannot count tokens with its groups: give MimoGradFinalizer the grids of all "
+                "modules"
+            )
 
     def __call__(
         self,
@@ -122,11 +146,25 @@ class MimoGradFinalizer:
 
         CP ranks hold disjoint parts of a sample's tokens and DP ranks disjoint samples, so the
         sum runs over dp x cp; TP ranks hold copies and are left out. Only the last pipeline
-        stage counts, so it tells the others first.
+        stage counts. Where some ranks are outside the language model's grid the sum runs over
+        the world, and whoever has nothing of its own to add adds zero.
         """
         groups = self.collections[MIMO_LANGUAGE_MODULE_KEY]
+        if not self._colocated:
+            if not _counts_tokens(groups):
+                num_tokens.zero_()
+            dist.all_reduce(num_tokens)
+            return num_tokens
         if groups.pp is not None and groups.pp.size() > 1:
             last = dist.get_global_rank(groups.pp, groups.pp.size() - 1)
             dist.broadcast(num_tokens, src=last, group=groups.pp)
         dist.all_reduce(num_tokens, group=groups.dp_cp)
         return num_tokens
+
+
+def _counts_tokens(groups: ProcessGroupCollection) -> bool:
+    """True on one rank of each (dp, cp): the first of its TP group, on the last stage."""
+    if groups.tp is None:
+        return False
+    last_stage = groups.pp is None or groups.pp.rank() == groups.pp.size() - 1
+    return groups.tp.rank() == 0 and last_stage
