@@ -75,6 +75,9 @@ class CheckpointStore:
         layouts: module name -> parallel sizes of this run.
         randomness: random states of the modules, saved and restored along.
         keep: how many of the newest checkpoints stay; older ones go after a save.
+
+    Raises:
+        ValueError: if ``keep`` is less than 1.
     """
 
     def __init__(
@@ -84,6 +87,8 @@ class CheckpointStore:
         randomness: ModuleRandomness | None = None,
         keep: int = 2,
     ) -> None:
+        if keep < 1:
+            raise ValueError(f"keep={keep} would remove the checkpoint just saved; give at least 1")
         self.root = Path(root)
         self.layouts = layouts
         self.randomness = randomness
