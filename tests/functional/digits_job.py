@@ -22,6 +22,8 @@ import psutil
 
 TRAIN = Path(__file__).parents[2] / "examples" / "mimo" / "digits" / "train.py"
 TIMEOUT_S = 300
+# On a busy machine ranks start minutes apart; a rank that dies is noticed at once all the same.
+_PATIENT = ("--timeout", "200")
 _LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 
 
@@ -40,7 +42,7 @@ class Job:
         # Into files: nobody has to read a pipe while the test waits for something else.
         with self._output.open("w") as output, self._errors.open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, str(TRAIN), *arguments.split(), "--out", str(out)],
+                [sys.executable, str(TRAIN), *_PATIENT, *arguments.split(), "--out", str(out)],
                 env=environment | variables,
                 cwd=out.parent,
                 stdout=output,
@@ -134,6 +136,12 @@ class Job:
 def metrics(out: Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl``, each of which must be whole."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_done(out: Path) -> int:
+    """Whole lines of ``metrics.jsonl`` so far."""
+    path = out / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
 
 
 def trained(steps: list[dict[str, Any]]) -> list[tuple[float, ...]]:
