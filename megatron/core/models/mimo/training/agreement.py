@@ -111,7 +111,8 @@ def _tell(call: int, failure: Failure) -> Failure:
         store.set(f"{_key(call)}/{number}", json.dumps(asdict(failure)))
         deadline = time.monotonic() + _PATIENCE_S
         while store.add(_key(call), 0) < dist.get_world_size() and time.monotonic() < deadline:
-            if _first(_told(call)) != failure:
+            known = _first(_told(call))
+            if known != failure and not known.lost_peer:
                 break  # a peer knows better
             time.sleep(0.05)
     return _first(_told(call)) or failure
