@@ -100,8 +100,10 @@ class Job:
         for process in running:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
-        psutil.wait_procs(running, timeout=30)
         self.process.wait(timeout=30)
+        deadline = time.monotonic() + 30
+        while any(map(is_alive, running)) and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     # ---- what it left --------------------------------------------------------------------
 
@@ -131,6 +133,14 @@ class Job:
     def summary(self) -> dict[str, Any]:
         """``summary.json``."""
         return json.loads((self.out / "summary.json").read_text())
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it still runs; one that only waits to be reaped does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
