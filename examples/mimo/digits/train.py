@@ -9,6 +9,7 @@ as one rank under torchrun. ``--help`` lists all options.
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -30,6 +31,9 @@ def job(options: Options, backend: str) -> None:
     """What one rank does."""
     # Megatron-Core warns of optional packages, once per rank; none is needed here.
     warnings.simplefilter("ignore")
+    # Nor are the libraries' notes to their developers; what a user has to know comes as an error.
+    for name in ("megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     from job import run_job
 
     run_job(options, backend)
