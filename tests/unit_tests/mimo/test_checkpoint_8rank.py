@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.metadata
 import json
 import random
 import re
@@ -138,6 +139,10 @@ def files(root: Path) -> list[str]:
     return found
 
 
+def is_016() -> bool:
+    return importlib.metadata.version("megatron-core").startswith("0.16.")
+
+
 def only_rank_0(action: object) -> None:
     if dist.get_rank() == 0:
         action()
@@ -249,7 +254,9 @@ def test_a_write_that_fails_on_one_rank_fails_on_all(
     if dist.get_rank() == rank:
         monkeypatch.setattr(filesystem_async, "_write_item", full)
     message = refused(trained, shared_tmp_path / "run")
-    assert re.search(rf"rank {rank} could not write checkpoint .*[Nn]o space left", message)
+    # 0.19's writers keep nothing of an error but its type.
+    reason = "[Nn]o space left" if is_016() else "[Nn]o space left|OSError"
+    assert re.search(rf"rank {rank} could not write checkpoint .*({reason})", message)
     monkeypatch.undo()
     store = trained.store(shared_tmp_path / "run")
     trained.save(store, 1)
