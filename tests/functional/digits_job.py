@@ -21,9 +21,9 @@ from typing import Any
 import psutil
 
 TRAIN = Path(__file__).parents[2] / "examples" / "mimo" / "digits" / "train.py"
-TIMEOUT_S = 300
+TIMEOUT_S = 500
 # On a busy machine ranks start minutes apart; a rank that dies is noticed at once all the same.
-_PATIENT = ("--timeout", "200")
+_PATIENT = ("--timeout", "400")
 _LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 
 

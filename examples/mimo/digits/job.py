@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import platform
 import shutil
@@ -298,8 +297,6 @@ def run_job(options: Options, backend: str) -> None:
     Raises:
         JobError: what the user has to know, the same sentence on every rank.
     """
-    # Its writers log what the error that follows says.
-    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)
     init_distributed(backend, options.timeout)
     try:
         Run(options, backend).run()

@@ -12,10 +12,11 @@ import contextlib
 import errno
 import itertools
 import json
+import logging
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -38,12 +39,13 @@ class Failure:
     Attributes:
         rank: that failed.
         reason: one line.
-        lost_peer: it only noticed that another rank failed or is gone.
+        distance: 0 for what the failing rank says itself, 1 for what another rank was told of it,
+            2 for a rank that only noticed that another one failed or is gone.
     """
 
     rank: int
     reason: str
-    lost_peer: bool = False
+    distance: int = 0
 
 
 def run_together(action: Callable[[], Any], *, has_collectives: bool) -> Failure | None:
@@ -61,12 +63,13 @@ def run_together(action: Callable[[], Any], *, has_collectives: bool) -> Failure
     """
     call, failure = next(_calls), None
     try:
-        action()
+        with _overheard() as overheard:
+            action()
     except (Exception, CheckpointException) as error:  # the latter is no Exception
-        failure = _failure_of(error)
+        failure = _failure_of(error, overheard)
         if has_collectives:
             found = _tell(call, failure)
-            if found.lost_peer and not isinstance(error, CheckpointException):
+            if found.distance == 2 and not isinstance(error, CheckpointException):
                 raise
             return found
     failures: list[Failure | None] = [None] * dist.get_world_size()
@@ -80,27 +83,55 @@ def run_together(action: Callable[[], Any], *, has_collectives: bool) -> Failure
     return _first([each for each in failures if each])
 
 
-def _failure_of(error: BaseException) -> Failure:
+@contextlib.contextmanager
+def _overheard() -> Iterator[list[str]]:
+    """Errors that Megatron-Core's checkpointing logs in the block, instead of on the console.
+
+    Its writers log why a file could not be written; what they raise then may not say it.
+    """
+    messages: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("megatron.core.dist_checkpointing")
+    before, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before
+
+
+def _failure_of(error: BaseException, overheard: list[str]) -> Failure:
     rank = dist.get_rank()
+    if overheard:
+        return Failure(rank, _reason(overheard[0].rpartition(" error: ")[2]))
     if isinstance(error, CheckpointException):
         if not error.failures:  # only the coordinating rank knows more
-            return Failure(rank, "another rank failed", lost_peer=True)
-        rank, (error, _) = min(error.failures.items(), key=lambda item: item[0])
+            return Failure(rank, "another rank failed", distance=2)
+        other, (error, _) = min(error.failures.items(), key=lambda item: item[0])
+        return Failure(other, _short(error), distance=int(other != rank))
     lost = isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
-    return Failure(rank, _short(error), lost_peer=lost)
+    return Failure(rank, _short(error), distance=2 if lost else 0)
 
 
 def _short(error: BaseException) -> str:
     """One line of the innermost cause, where the reason stands."""
     while error.__cause__ is not None:
         error = error.__cause__
-    full = _DISK_FULL.search(str(error))
+    text = str(error).strip()
+    if isinstance(error, OSError) and error.errno is None and text:
+        return _reason(text)  # our own words
+    return _reason(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+
+
+def _reason(text: str) -> str:
+    full = _DISK_FULL.search(text)
     if full:
         return f"the disk is full ({full[0]}); make room there and resume"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, OSError) and error.errno is None and lines:
-        return lines[-1]  # our own words
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}".rstrip(": ")
+    kind, colon, rest = text.partition(": ")
+    lines = [line.strip() for line in rest.splitlines() if line.strip()]
+    return f"{kind}{colon}{lines[-1] if lines else rest}"
 
 
 def _tell(call: int, failure: Failure) -> Failure:
@@ -112,8 +143,8 @@ def _tell(call: int, failure: Failure) -> Failure:
         deadline = time.monotonic() + _PATIENCE_S
         while store.add(_key(call), 0) < dist.get_world_size() and time.monotonic() < deadline:
             known = _first(_told(call))
-            if known != failure and not known.lost_peer:
-                break  # a peer knows better
+            if known.distance < failure.distance == 2:
+                break  # a peer knows the reason
             time.sleep(0.05)
     return _first(_told(call)) or failure
 
@@ -132,7 +163,7 @@ def _told(call: int) -> list[Failure]:
 
 def _first(failures: list[Failure]) -> Failure | None:
     """A failure that is its own reason, if there is one."""
-    return next(iter(sorted(failures, key=lambda failure: failure.lost_peer)), None)
+    return next(iter(sorted(failures, key=lambda failure: failure.distance)), None)
 
 
 def _key(call: int) -> str:
