@@ -9,7 +9,7 @@ directly above a block, invisible to readers, changes how:
                                      since the tests are themselves run by one of them
     <!-- test: covered-by PATH -->   PATH (a test file, or FILE::test) covers it: it must exist
     <!-- test: after -->             python: runs in one process with the block before it
-    <!-- test: timeout SECONDS -->   more than the usual 120 seconds
+    <!-- test: timeout SECONDS -->   more than the usual 300 seconds
 
 Blocks in other languages (```text, ```console, none) are not code.
 """

@@ -203,7 +203,9 @@ def job(options, backend):
             if rank == 1 and mode == "raise":
                 raise ValueError("no such thing")
         if mode == "waits":
-            Path(options.out / f"pid_{{rank}}").write_text(str(os.getpid()))
+            pid = Path(options.out / f"pid_{{rank}}")
+            if not pid.exists():  # once: the test must not meet it half-written
+                pid.write_text(str(os.getpid()))
             time.sleep(0.02)
 
 sys.exit(run(__file__, sys.argv[1:], parse_options, job))

@@ -39,7 +39,7 @@ def run(block: Block) -> subprocess.CompletedProcess[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=int(block.argument) if block.mark == "timeout" else 120,
+        timeout=int(block.argument) if block.mark == "timeout" else 300,
         check=False,
     )
 
