@@ -10,7 +10,7 @@ ARGS ?=
 PYTHON ?=
 export PYTHON
 
-.PHONY: help train test test-newest setup lint clean
+.PHONY: help train test test-newest mutants setup lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do \
@@ -37,6 +37,9 @@ test-newest: ## the same in .venv-newest: Python >= 3.12 with the newest megatro
 		sh tools/setup_venv.sh $(VENV_NEWEST) examples,test "$$python"
 	@$(VENV_NEWEST)/bin/python -m ruff check .
 	@$(VENV_NEWEST)/bin/python -m pytest $(ARGS)
+
+mutants: setup ## break the code in many small ways; every break must be noticed by a test
+	@$(VENV)/bin/python -m tests.mutants $(ARGS)
 
 clean: ## remove the environments and caches; runs/ stays, it is yours
 	rm -rf $(VENV) $(VENV_NEWEST) build dist .pytest_cache .ruff_cache .hypothesis

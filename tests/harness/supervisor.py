@@ -68,6 +68,8 @@ class Launch:
         command += [f"--rootdir={config.rootpath}"]
         if config.inipath is not None:
             command += ["-c", str(config.inipath)]
+        for override in config.getoption("override_ini") or ():
+            command += ["-o", override]
         return command + list(dict.fromkeys(str(i.path) for i in self.items))
 
     def _environment(self) -> dict[str, str]:

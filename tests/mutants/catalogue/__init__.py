@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mutants of this project, by area."""
+
+from tests.mutants.catalogue.bridge import BRIDGE, GRIDS
+from tests.mutants.catalogue.model import MODEL
+from tests.mutants.catalogue.sequence import ATTENTION, SHARDING
+from tests.mutants.catalogue.training import CHECKPOINTS, GRADIENTS, OPTIMIZER, WEIGHTS
+
+MUTANTS = (
+    *GRIDS,
+    *BRIDGE,
+    *SHARDING,
+    *ATTENTION,
+    *MODEL,
+    *WEIGHTS,
+    *GRADIENTS,
+    *OPTIMIZER,
+    *CHECKPOINTS,
+)

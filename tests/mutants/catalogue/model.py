@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mistakes in the model: row order, token places, row counts, what is handed on."""
+
+from tests.mutants.catalogue.places import MIMO, UNIT
+from tests.mutants.mutant import Mutant
+
+_BASE = MIMO + "model/base.py"
+_ENCODER = MIMO + "model/encoder_side.py"
+_LANGUAGE = MIMO + "model/language_side.py"
+_ROWS = MIMO + "model/token_rows.py"
+_DDP = MIMO + "model/ddp_methods.py"
+_SUBMODULES = MIMO + "submodules/base.py"
+_MODEL_TESTS = UNIT + "test_model.py::"
+_SUBMODULE_TESTS = UNIT + "test_submodules.py::"
+
+MODEL = (
+    Mutant(
+        name="sequence-major-rows",
+        file=_SUBMODULES,
+        old="batch_first = output.transpose(0, 1) if sequence_first else output",
+        new="batch_first = output",
+        tests=(_SUBMODULE_TESTS + "test_sequence_first_rows_become_sample_major",),
+        why="with more than one sample, embeddings go to another sample's tokens",
+    ),
+    Mutant(
+        name="projection-bias-dropped",
+        file=_SUBMODULES,
+        old="return value if bias is None else value + bias",
+        new="return value",
+        tests=(_SUBMODULE_TESTS + "test_projection_that_returns_megatron_s_output_and_bias",),
+        why="a trained bias never reaches the language model",
+    ),
+    Mutant(
+        name="fused-sequence-batch-first",
+        file=_ROWS,
+        old="target = flat % self.seq_len * self.batch + flat // self.seq_len",
+        new="target = flat",
+        tests=(_MODEL_TESTS + "TestForward::test_rows_stand_where_their_tokens_stand",),
+        why="samples are interleaved in the fused sequence",
+    ),
+    Mutant(
+        name="modalities-share-their-tokens",
+        file=_ROWS,
+        old="group.masked_fill_(flat == token_id, index)",
+        new="group.masked_fill_(flat == token_id, 1)",
+        tests=(_MODEL_TESTS + "TestForward::test_two_modalities",),
+        why="rows of one modality are put where the other one's tokens stand",
+    ),
+    Mutant(
+        name="text-rows-in-the-wrong-order",
+        file=_LANGUAGE,
+        old="input_ids=input_ids.reshape(-1)[text].unsqueeze(0)",
+        new="input_ids=input_ids.t().reshape(-1)[text].unsqueeze(0)",
+        tests=(_MODEL_TESTS + "TestTextEmbeddings::test_text_rows_in_reading_order",),
+        why="words of other samples stand where text should",
+    ),
+    Mutant(
+        name="positions-of-other-tokens",
+        file=_LANGUAGE,
+        old="channel.expand_as(input_ids).reshape(-1)[text].unsqueeze(0)",
+        new="channel.expand_as(input_ids).reshape(-1)[: text.numel()].unsqueeze(0)",
+        tests=(_MODEL_TESTS + "TestTextEmbeddings::test_positions_follow_their_tokens",),
+        why="text after an image is embedded at the image's positions",
+    ),
+    Mutant(
+        name="row-count-not-checked",
+        file=_LANGUAGE,
+        old="if rows.count(name) != embeddings.size(0):",
+        new="if rows.count(name) > embeddings.size(0):",
+        tests=(_MODEL_TESTS + "TestAlign::test_text_count",),
+        why="surplus rows are dropped or shift others, instead of one clear error",
+    ),
+    Mutant(
+        name="stale-token-positions",
+        file=_LANGUAGE,
+        old="memo[1:3] == (version, ids)",
+        new="memo[2] == ids",
+        tests=(_MODEL_TESTS + "TestForward::test_an_edited_batch_is_looked_at_again",),
+        why="a batch that is refilled in place is fused by the last batch's token positions",
+    ),
+    Mutant(
+        name="loss-mask-not-cut",
+        file=_BASE,
+        old="embeddings, labels, loss_mask, packed = self._shard_language_inputs(",
+        new="embeddings, labels, _, packed = self._shard_language_inputs(",
+        tests=(_MODEL_TESTS + "TestContextParallel::test_the_sequence_is_cut",),
+        why="CP ranks weigh their tokens with other positions' mask",
+    ),
+    Mutant(
+        name="fan-in-rows-counted-once",
+        file=_ENCODER,
+        old="arriving = rows * scale",
+        new="arriving = rows",
+        tests=(_MODEL_TESTS + "TestColocated::test_rows_pass_the_bridge",),
+        why="right batches are refused on fan-in, and wrong ones pass",
+    ),
+    Mutant(
+        name="row-count-not-checked-before-the-bridge",
+        file=_ENCODER,
+        old="if arriving != tokens:",
+        new="if arriving < 0:",
+        tests=(_MODEL_TESTS + "TestColocated::test_a_mismatch_is_found_before_the_bridge",),
+        why="ranks bring unequal shapes to an all-gather: a hang or garbage",
+    ),
+    Mutant(
+        name="bridge-entered-without-tokens",
+        file=_ENCODER,
+        old="moving = {name: row for name, row in rows.items() if tokens[name]}",
+        new="moving = dict(rows)",
+        tests=(_MODEL_TESTS + "TestColocated::test_without_tokens_no_rank_enters_the_bridge",),
+        why="some ranks of a group enter a collective and wait for those who do not",
+    ),
+    Mutant(
+        name="text-only-batch-leaves-ddp-waiting",
+        file=_ENCODER,
+        old="return empty + torch.stack(zeros).sum().to(empty.dtype) if zeros else empty",
+        new="return empty",
+        tests=(
+            _MODEL_TESTS + "TestDataParallelCalls::"
+            "test_a_text_only_batch_readies_every_parameter_of_an_overlapping_encoder",
+        ),
+        why="a rank without images never starts the reduction that its peers wait in",
+    ),
+    Mutant(
+        name="cp-group-not-handed-on",
+        file=_BASE,
+        old="cp_group=cp_group,\n                tp_group=tp_group,",
+        new="tp_group=tp_group,",
+        tests=(_MODEL_TESTS + "TestContextParallel::test_a_given_group_wins",),
+        why="the group is kept but not used: falls back to a global one that was never made",
+    ),
+    Mutant(
+        name="no-sync-for-nobody",
+        file=_DDP,
+        old="stack.enter_context(module.no_sync())",
+        new="stack.enter_context(ExitStack())",
+        tests=(_MODEL_TESTS + "TestDataParallelCalls::test_no_sync_of_overlapping_modules",),
+        why="gradients of earlier microbatches are summed over DP once per microbatch",
+    ),
+)

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mistakes in who owns which position, in cutting tensors, and in attention over the cut."""
+
+from tests.mutants.catalogue.places import MIMO, UNIT
+from tests.mutants.mutant import Mutant
+
+_ORDER = MIMO + "partition/sequence_order.py"
+_ADAPTER = MIMO + "partition/utils.py"
+_ATTENTION = MIMO + "transformer/context_parallel_attention.py"
+_ORDER_TESTS = UNIT + "test_sequence_order.py::"
+_ADAPTER_TESTS = UNIT + "test_partition.py::"
+_ATTENTION_TESTS = UNIT + "test_cp_attention.py::"
+_UNSHARDED = _ATTENTION_TESTS + "test_every_rank_together_is_the_unsharded_attention"
+
+SHARDING = (
+    Mutant(
+        name="contiguous-instead-of-zigzag",
+        file=_ORDER,
+        old="return cp_rank, 2 * cp_size - 1 - cp_rank",
+        new="return 2 * cp_rank, 2 * cp_rank + 1",
+        tests=(_ORDER_TESTS + "test_chunks_are_an_early_and_a_late_one",),
+        why="positions disagree with those of rotary embeddings and of Transformer Engine",
+    ),
+    Mutant(
+        name="late-chunk-off-by-one",
+        file=_ORDER,
+        old="return cp_rank, 2 * cp_size - 1 - cp_rank",
+        new="return cp_rank, (2 * cp_size - 2 - cp_rank) % (2 * cp_size)",
+        tests=(_ORDER_TESTS + "test_dense_positions_against_the_rule",),
+        why="some positions are owned twice and others by nobody",
+    ),
+    Mutant(
+        name="packed-cut-as-one-sequence",
+        file=_ORDER,
+        old="            spans += _spans(start, stop, cp_rank, cp_size)\n    return spans",
+        new="            pass\n    return _spans(0, cu_seqlens[-1], cp_rank, cp_size)",
+        tests=(_ORDER_TESTS + "test_packed_positions_are_each_sequence_s_dense_positions",),
+        why="tokens of packed sequences land on ranks that believe they hold others",
+    ),
+    Mutant(
+        name="dense-tensors-cut-contiguously",
+        file=_ADAPTER,
+        old="for c in cp_chunks(cp_rank, cp_size)]\n    return torch.cat(chunks, dim=1)",
+        new="for c in (2 * cp_rank, 2 * cp_rank + 1)]\n    return torch.cat(chunks, dim=1)",
+        tests=(_ADAPTER_TESTS + "test_dense_cut_and_its_gradient",),
+        why="embeddings are cut one way, positions and the causal mask another",
+    ),
+    Mutant(
+        name="cp-group-not-handed-to-the-cut",
+        file=_ADAPTER,
+        old="is_hybrid_cp=False, cp_group=self.cfg.cp_group)",
+        new="is_hybrid_cp=False)",
+        tests=(_ADAPTER_TESTS + "test_dense_cut_and_its_gradient",),
+        why="falls back to a global group that is another module's, or was never made",
+    ),
+    Mutant(
+        name="given-cp-group-ignored",
+        file=_ADAPTER,
+        old="if cp_group is None and mp.context_parallel_size > 1:",
+        new="if mp.context_parallel_size > 1:",
+        tests=(_ADAPTER_TESTS + "TestFromMpConfig::test_given_groups_are_used_as_they_are",),
+        why="the adapter cuts over Megatron's global group instead of the language grid's",
+    ),
+    Mutant(
+        name="padding-of-packed-sequences-ignored",
+        file=_ADAPTER,
+        old="lengths = padded if padded is not None else",
+        new="lengths = padded if padded is None else",
+        tests=(_ADAPTER_TESTS + "test_padded_lengths_win_and_plain_ones_do",),
+        why="padded batches are cut at the boundaries of the unpadded ones",
+    ),
+    Mutant(
+        name="embeddings-not-scattered",
+        file=_ADAPTER,
+        old="if self.cfg.seq_parallel and embeddings is not None:",
+        new="if self.cfg.seq_parallel and embeddings is None:",
+        tests=(_ADAPTER_TESTS + "test_sequence_parallel_pieces",),
+        why="with sequence parallelism every TP rank holds all positions: a wrong sequence length",
+    ),
+    Mutant(
+        name="stale-packed-index",
+        file=_ADAPTER,
+        old="if memo is not None and memo[0] is lengths and memo[1] == device:",
+        new="if memo is not None and memo[1] == device:",
+        tests=(_ADAPTER_TESTS + "test_the_packed_index_is_made_once_per_batch",),
+        why="every packed batch is cut as the first one was",
+    ),
+)
+
+ATTENTION = (
+    Mutant(
+        name="keys-and-values-swapped",
+        file=_ATTENTION,
+        old="return [k for k, _ in whole], [v for _, v in whole]",
+        new="return [v for _, v in whole], [k for k, _ in whole]",
+        tests=(_UNSHARDED,),
+        why="attends with values and returns keys; shapes are the same",
+    ),
+    Mutant(
+        name="keys-in-rank-order",
+        file=_ATTENTION,
+        old="place[chunk] = rank * 2 * num_sequences + half",
+        new="place[2 * rank + half] = rank * 2 * num_sequences + half",
+        tests=(_ATTENTION_TESTS + "test_natural_pieces_undo_the_gather",),
+        why="the causal mask hides other keys than it should: tokens see the future",
+    ),
+    Mutant(
+        name="key-gradient-without-the-sum",
+        file=_ATTENTION,
+        old="_reduce_scatter(out, grad.contiguous(), group=ctx.group)",
+        new="out.copy_(grad.chunk(ctx.group.size())[ctx.group.rank()])",
+        tests=(
+            UNIT + "test_cp_attention_ranks.py::"
+            "test_attention_and_its_gradients_are_the_unsharded_ones",
+        ),
+        why="keys and values lose what other ranks' queries ask of them",
+        ranks=8,
+    ),
+    Mutant(
+        name="causal-from-the-first-key",
+        file=_ATTENTION,
+        old="return causal_lower_right(q_len, k_len), False",
+        new="return None, True",
+        tests=(_UNSHARDED,),
+        why="a late chunk of queries sees only the first keys of the sequence",
+    ),
+    Mutant(
+        name="queries-see-the-whole-sequence",
+        file=_ATTENTION,
+        old="visible = start + count if causal else real",
+        new="visible = real",
+        tests=(_UNSHARDED,),
+        why="language-model tokens attend to tokens after them",
+    ),
+    Mutant(
+        name="padding-attended-to",
+        file=_ATTENTION,
+        old="count = min(max(real - start, 0), stop - start)",
+        new="count = stop - start",
+        tests=(_ATTENTION_TESTS + "test_padding_yields_zeros_and_takes_no_gradient",),
+        why="padding of packed sequences takes part in attention",
+    ),
+    Mutant(
+        name="rank-of-padding-leaves-the-graph",
+        file=_ATTENTION,
+        old="rows.append(_empty_rows(query, value))",
+        new="pass",
+        tests=(
+            _ATTENTION_TESTS + "test_rank_with_nothing_but_padding_keeps_the_gather_in_its_graph",
+        ),
+        why="a rank that holds only padding skips the backward collective, its peers hang",
+    ),
+    Mutant(
+        name="attention-asks-for-the-global-cp-group",
+        file=_ATTENTION,
+        old='group = getattr(pg_collection, "cp", None)',
+        new="group = None",
+        tests=(_UNSHARDED,),
+        why="the module's own group is dropped for a global one",
+    ),
+    Mutant(
+        name="softmax-scale-dropped",
+        file=_ATTENTION,
+        old="scale=self.softmax_scale",
+        new="scale=None",
+        tests=(_ATTENTION_TESTS + "test_softmax_scale_is_used",),
+        why="models with a scale of their own train another function",
+    ),
+    Mutant(
+        name="same-dropout-on-all-tp-ranks",
+        file=_ATTENTION,
+        old="return get_cuda_rng_tracker().fork()",
+        new="return nullcontext()",
+        tests=(_ATTENTION_TESTS + "test_dropout_draws_from_the_tracker",),
+        why="heads of different TP ranks are dropped alike",
+    ),
+    Mutant(
+        name="norm-gradients-not-marked-partial",
+        file=MIMO + "transformer/norms.py",
+        old="parameter.sequence_parallel = config.sequence_parallel",
+        new="parameter.sequence_parallel = False",
+        tests=(
+            UNIT + "test_norms.py::test_parameters_say_whether_their_gradients_are_partial",
+        ),
+        why="with sequence parallelism norms train on one TP rank's share of the positions",
+    ),
+)

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mistakes in initial weights, random states, gradient finalisation, optimizer, checkpoints."""
+
+from tests.mutants.catalogue.places import MIMO, UNIT
+from tests.mutants.mutant import Mutant
+
+_WEIGHTS = MIMO + "training/initial_weights.py"
+_RANDOM = MIMO + "training/randomness.py"
+_FINALIZE = MIMO + "training/grad_finalize.py"
+_OPTIMIZER = MIMO + "optimizer.py"
+_STATE = MIMO + "training/optimizer_state.py"
+_CHECKPOINT = MIMO + "training/checkpoint.py"
+_WEIGHT_TESTS = UNIT + "test_initial_weights.py::"
+_FINALIZE_TESTS = UNIT + "test_grad_finalize_8rank.py::"
+_OPTIMIZER_TESTS = UNIT + "test_mimo_optimizer_8rank.py::"
+_CHECKPOINT_TESTS = UNIT + "test_checkpoint_8rank.py::"
+_COUNT = _FINALIZE_TESTS + "test_tokens_are_counted_once_over_dp_and_cp"
+_NORM = _OPTIMIZER_TESTS + "test_the_norm_is_that_of_all_modules_on_every_rank"
+
+WEIGHTS = (
+    Mutant(
+        name="local-layer-index-in-init",
+        file=MIMO + "training/global_names.py",
+        old="return str(number - 1)",
+        new="return key",
+        tests=(_WEIGHT_TESTS + "test_pipeline_stages_hold_the_weights_of_one_model",),
+        why="pipeline stages start with equal layers, and PP changes the model",
+    ),
+    Mutant(
+        name="gated-layer-cut-in-one-piece",
+        file=_WEIGHTS,
+        old="2 if id(parameter) in self.survey.gated else 1",
+        new="1",
+        tests=(_WEIGHT_TESTS + "test_sharded_gated_mlp_is_the_same_function",),
+        why="gates and values of a gated MLP are mixed up over TP",
+    ),
+    Mutant(
+        name="shards-taken-in-a-row",
+        file=_WEIGHTS,
+        old="return torch.cat(pieces[rank::size], dim=dim)",
+        new="return torch.cat(pieces[rank * blocks : (rank + 1) * blocks], dim=dim)",
+        tests=(_WEIGHT_TESTS + "test_tp_shard_cuts_every_block",),
+        why="strided weights start as another model under TP",
+    ),
+    Mutant(
+        name="every-weight-from-one-seed",
+        file=_WEIGHTS,
+        old="self._draw(parameter, tuple(shape), derive_seed(self.seed, name), init_method, take)",
+        new="self._draw(parameter, tuple(shape), self.seed, init_method, take)",
+        tests=(_WEIGHT_TESTS + "test_seed_and_name_both_count",),
+        why="layers start as copies of one another",
+    ),
+    Mutant(
+        name="row-parallel-init-for-column-parallel",
+        file=_WEIGHTS,
+        old="parameter.partition_dim == 1",
+        new="parameter.partition_dim == 0",
+        tests=(_WEIGHT_TESTS + "test_distributions_are_stocks",),
+        why="output layers start too large by the square root of the depth",
+    ),
+    Mutant(
+        name="per-shard-seed-without-the-layer",
+        file=_WEIGHTS,
+        old="layer * 100 + module_id",
+        new="layer * 10 + module_id",
+        tests=(_WEIGHT_TESTS + "test_per_shard_seed_worked_values",),
+        why="weights differ from the documented seeds and collide over layers",
+    ),
+    Mutant(
+        name="dropout-differs-over-tp-copies",
+        file=_RANDOM,
+        old='derive_seed(seed, name, "default", dp, cp)',
+        new='derive_seed(seed, name, "default", dp, cp, tp)',
+        tests=(UNIT + "test_randomness.py::test_ranks_agree_exactly_where_the_table_says",),
+        why="TP ranks drop different elements of one replicated activation and drift apart",
+    ),
+    Mutant(
+        name="dropout-agrees-over-tp-shards",
+        file=_RANDOM,
+        old='derive_seed(seed, name, "tp", dp, cp, tp)',
+        new='derive_seed(seed, name, "tp", dp, cp)',
+        tests=(UNIT + "test_randomness.py::test_ranks_agree_exactly_where_the_table_says",),
+        why="heads of different TP ranks are dropped alike",
+    ),
+)
+
+GRADIENTS = (
+    Mutant(
+        name="dp-only-token-count",
+        file=_FINALIZE,
+        old="dist.all_reduce(num_tokens, group=groups.dp_cp)",
+        new="dist.all_reduce(num_tokens, group=groups.dp)",
+        tests=(_COUNT,),
+        why="gradients are too large by cp, which Adam and clipping hide",
+        ranks=8,
+    ),
+    Mutant(
+        name="tp-copies-counted-as-tokens",
+        file=_FINALIZE,
+        old="dist.all_reduce(num_tokens, group=groups.dp_cp)",
+        new="dist.all_reduce(num_tokens, group=groups.tp_dp_cp)",
+        tests=(_COUNT,),
+        why="gradients are too small by tp",
+        ranks=8,
+    ),
+    Mutant(
+        name="divisor-on-one-module-only",
+        file=_FINALIZE,
+        old="for _, module in modules:\n            module.scale_gradients(scaling)",
+        new="for _, module in modules[:1]:\n            module.scale_gradients(scaling)",
+        tests=(_FINALIZE_TESTS + "test_all_modules_are_divided_by_the_same_count",),
+        why="the encoder's gradient is thousands of times the language model's",
+        ranks=8,
+    ),
+    Mutant(
+        name="no-tokens-divide-by-zero",
+        file=_FINALIZE,
+        old="torch.clamp(num_tokens, min=1)",
+        new="num_tokens",
+        tests=(_FINALIZE_TESTS + "test_a_batch_without_tokens_leaves_zeros",),
+        why="a batch without a valid token turns every weight into nan",
+        ranks=8,
+    ),
+)
+
+OPTIMIZER = (
+    Mutant(
+        name="tp-replicas-counted-twice-in-the-norm",
+        file=_OPTIMIZER,
+        old="return create_process_groups(grid)",
+        new=(
+            "collection = create_process_groups(grid)\n"
+            "    collection.tp = collection.pp\n"
+            "    return collection"
+        ),
+        tests=(_NORM,),
+        why="each TP rank adds its copy of replicated weights: clipping depends on the layout",
+        ranks=8,
+    ),
+    Mutant(
+        name="every-rank-adds-the-norm",
+        file=_OPTIMIZER,
+        old="if norm is not None and self._speaks_for(name):",
+        new="if norm is not None:",
+        tests=(_NORM,),
+        why="the norm grows with the number of ranks, and clipping with it",
+        ranks=8,
+    ),
+    Mutant(
+        name="norms-added-not-squares",
+        file=_OPTIMIZER,
+        old="return sum(n * n for n in module_norms.values()) ** 0.5",
+        new="return sum(module_norms.values())",
+        tests=(_NORM,),
+        why="clipping sets in too early",
+        ranks=8,
+    ),
+    Mutant(
+        name="each-module-clipped-by-itself",
+        file=_OPTIMIZER,
+        old="total_norm=grad_norm,",
+        new="total_norm=opt.get_grad_norm(),",
+        tests=(_OPTIMIZER_TESTS + "test_clipping_scales_every_module_by_the_same_factor",),
+        why="the direction of the step depends on how the model is cut into modules",
+        ranks=8,
+    ),
+    Mutant(
+        name="found-inf-not-agreed",
+        file=_OPTIMIZER,
+        old="found_inf = self._any_rank(any(found))",
+        new="found_inf = any(found)",
+        tests=(_OPTIMIZER_TESTS + "test_an_inf_on_one_rank_stops_all",),
+        why="some ranks skip the step and wait for, or drift from, those that do not",
+        ranks=8,
+    ),
+    Mutant(
+        name="success-not-agreed",
+        file=_OPTIMIZER,
+        old="success = not self._any_rank(not self.step_with_ready_grads())",
+        new="success = self.step_with_ready_grads()",
+        tests=(_OPTIMIZER_TESTS + "test_a_step_that_fails_on_one_rank_has_failed_on_all",),
+        why="learning-rate schedules of the ranks drift apart",
+        ranks=8,
+    ),
+)
+
+CHECKPOINTS = (
+    Mutant(
+        name="adam-shares-one-step-count",
+        file=_STATE,
+        old='adam_state["step"] = step.clone()',
+        new='adam_state["step"] = step',
+        tests=(_CHECKPOINT_TESTS + "test_the_same_layout_continues_bit_for_bit",),
+        why="after a resume Adam counts one step per parameter: another bias correction",
+        ranks=8,
+    ),
+    Mutant(
+        name="checkpoint-of-another-model-accepted",
+        file=_CHECKPOINT,
+        old="if manifest.shapes == shapes:",
+        new="if manifest.shapes:",
+        tests=(_CHECKPOINT_TESTS + "test_a_checkpoint_of_another_model_is_refused",),
+        why="weights of another model are read as far as they fit",
+        ranks=8,
+    ),
+    Mutant(
+        name="published-before-it-is-whole",
+        file=_CHECKPOINT,
+        old='final, partial = self.path(step), self.root / f"{_PARTIAL_PREFIX}{step:08d}"',
+        new="final, partial = self.path(step), self.path(step)",
+        tests=(_CHECKPOINT_TESTS + "test_leftovers_of_a_killed_save_are_ignored_and_then_removed",),
+        why="a run killed while it saves leaves half a checkpoint that the next one picks up",
+        ranks=8,
+    ),
+)
