@@ -115,7 +115,8 @@ class BridgeLayout:
                 that must be 1 is not, ``dp`` is named before ``cp``, no DP size divides the
                 other, or the ranks of a coarser replica are not those of ``scale`` finer ones.
         """
-        _check_grids(src_grid, dest_grid)
+        check_grids(src_grid, dest_grid)
+        _check_dp_sizes(src_grid.dim_size("dp"), dest_grid.dim_size("dp"))
         ranks = range(src_grid.rank_offset, src_grid.rank_offset + src_grid.size)
         src_pos = {rank: _position(src_grid, rank)[:2] for rank in ranks}
         dest_coords = {rank: _position(dest_grid, rank) for rank in ranks}
@@ -262,7 +263,13 @@ def _gather_groups(
     return tuple(tuple(members[key]) for key in sorted(members))
 
 
-def _check_grids(src_grid: Grid, dest_grid: Grid) -> None:
+def check_grids(src_grid: Grid, dest_grid: Grid) -> None:
+    """Refuse grids that no bridge can lie between, whatever their DP sizes.
+
+    Raises:
+        ValueError: the grids do not cover the same ranks, one lacks ``tp`` or ``dp``, a size that
+            must be 1 is not, or ``dp`` is named before ``cp``.
+    """
     if src_grid.size != dest_grid.size:
         raise ValueError(
             f"Grids must span same number of ranks: src={src_grid.size} ({_dims(src_grid)}), "
@@ -276,7 +283,6 @@ def _check_grids(src_grid: Grid, dest_grid: Grid) -> None:
         )
     _check_dims("src", src_grid, bridged=("tp", "dp"))
     _check_dims("dest", dest_grid, bridged=("tp", "cp", "dp"))
-    _check_dp_sizes(src_grid.dim_size("dp"), dest_grid.dim_size("dp"))
 
 
 def _check_dims(side: str, grid: Grid, bridged: tuple[str, ...]) -> None:

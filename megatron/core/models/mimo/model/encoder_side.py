@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from megatron.core.models.mimo import compat
+from megatron.core.models.mimo.comm.token_runs import count_mismatch
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY, ModuleLayout
 from megatron.core.models.mimo.model.token_rows import TEXT
 
@@ -218,11 +219,6 @@ def refuse_unknown_modalities(
                 f"No special token ID defined for modality {name}; special_token_ids has "
                 f"{sorted(special_token_ids)}"
             )
-
-
-def count_mismatch(name: str, tokens: int, rows: int) -> str:
-    """The sentence for a modality whose rows do not match its tokens."""
-    return f"Number of {name} tokens ({tokens}) does not match number of {name} embeddings ({rows})"
 
 
 def _refuse_tokens_without_inputs(name: str, tokens: int | None) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from megatron.core.models.mimo import compat
-from megatron.core.models.mimo.model.encoder_side import count_mismatch, refuse_unknown_modalities
+from megatron.core.models.mimo.comm.token_runs import count_mismatch
+from megatron.core.models.mimo.model.encoder_side import refuse_unknown_modalities
 from megatron.core.models.mimo.model.token_rows import TEXT, TokenRows
 from megatron.core.models.mimo.partition.utils import Sharded
 from megatron.core.packed_seq_params import PackedSeqParams

@@ -62,7 +62,7 @@ def dense_spans(seq_len: int, cp_rank: int, cp_size: int) -> list[tuple[int, int
         SequenceShardError: ``seq_len`` does not divide by ``2 * cp_size``.
     """
     _check_coordinate("cp", cp_rank, cp_size)
-    _check_divides(seq_len, shard_factor(cp_size))
+    check_divides(seq_len, shard_factor(cp_size))
     return _spans(0, seq_len, cp_rank, cp_size)
 
 
@@ -82,7 +82,7 @@ def dense_positions(
         SequenceShardError: ``seq_len`` does not divide by ``2 * cp_size * tp_size``.
     """
     _check_coordinate("tp", tp_rank, tp_size)
-    _check_divides(seq_len, shard_factor(cp_size, tp_size))
+    check_divides(seq_len, shard_factor(cp_size, tp_size))
     local = _expand(dense_spans(seq_len, cp_rank, cp_size))
     share = len(local) // tp_size
     return local[tp_rank * share : (tp_rank + 1) * share]
@@ -160,7 +160,12 @@ def _expand(spans: Sequence[tuple[int, int]]) -> list[int]:
     return [position for start, stop in spans for position in range(start, stop)]
 
 
-def _check_divides(seq_len: int, factor: int) -> None:
+def check_divides(seq_len: int, factor: int) -> None:
+    """Refuse a sequence length that ``factor`` does not divide.
+
+    Raises:
+        SequenceShardError: it does not; the message has the next length that does.
+    """
     if seq_len % factor:
         raise SequenceShardError(
             f"Sequence length should be divisible by {factor} for Sequence/Context parallelism, "
