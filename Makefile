@@ -6,11 +6,14 @@ VENV := .venv
 VENV_NEWEST := .venv-newest
 # make train ARGS="--fresh", make test ARGS="-k bridge"
 ARGS ?=
+# make properties EXAMPLES=10000 SEED=7; the seed of the day is printed.
+EXAMPLES ?= 1000
+SEED ?= $(shell date +%Y%m%d)
 # The interpreter of .venv; empty: tools/find_python.sh looks for one.
 PYTHON ?=
 export PYTHON
 
-.PHONY: help train test test-newest mutants setup lint clean
+.PHONY: help train test test-newest mutants properties setup lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do \
@@ -40,6 +43,11 @@ test-newest: ## the same in .venv-newest: Python >= 3.12 with the newest megatro
 
 mutants: setup ## break the code in many small ways; every break must be noticed by a test
 	@$(VENV)/bin/python -m tests.mutants $(ARGS)
+
+properties: setup ## the property tests on EXAMPLES (1000) random layouts each, drawn from SEED
+	@echo "Examples $(EXAMPLES), seed $(SEED)"
+	@PROPERTY_EXAMPLES=$(EXAMPLES) $(VENV)/bin/python -m pytest --hypothesis-seed=$(SEED) \
+		tests/unit_tests/mimo/test_*_properties.py $(ARGS)
 
 clean: ## remove the environments and caches; runs/ stays, it is yours
 	rm -rf $(VENV) $(VENV_NEWEST) build dist .pytest_cache .ruff_cache .hypothesis

@@ -10,8 +10,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 
+# On a busy machine drawing an example takes as long as it takes; that is no failure.
+common = hypothesis.settings(
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 # Derandomised: every rank of a launch has to draw the same examples, and so has every CI run.
-hypothesis.settings.register_profile("repo", derandomize=True, deadline=None, database=None)
-hypothesis.settings.load_profile("repo")
+hypothesis.settings.register_profile("repo", common, derandomize=True, max_examples=25)
+# `make properties`: as many as asked for, drawn from --hypothesis-seed.
+examples = int(os.environ.get("PROPERTY_EXAMPLES", "0"))
+if examples:
+    hypothesis.settings.register_profile("many", common, max_examples=examples)
+hypothesis.settings.load_profile("many" if examples else "repo")
 
 pytest_plugins = ("tests.harness.plugin",)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The played ranks: they do what real ones do, and notice what real ones hang on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
+
+HALVES = [[6, 0, 2, 4], [1, 3, 5, 7]]
+
+
+def subgroup(enumeration: list[list[int]] = HALVES) -> Any:
+    return dist.new_subgroups_by_enumeration(enumeration)[0]
+
+
+def all_collectives(device: str | torch.device = "cpu") -> list[torch.Tensor]:
+    """Of one rank of eight: its place, and the result of each collective in its half of them."""
+    rank = dist.get_rank()
+    group = subgroup()
+    x = torch.tensor([[rank + 1.0, 10.0 * rank, 0.0, -rank]], device=device)
+    gathered, scattered = x.new_empty(4, 4), x.new_empty(1, 1)
+    dist.all_gather_into_tensor(gathered, x, group=group)
+    total = x.clone()
+    dist.all_reduce(total, group=group)
+    dist.reduce_scatter_tensor(scattered, x.view(4, 1).clone(), group=group)
+    place = torch.tensor([dist.get_rank(group), dist.get_world_size(group), dist.get_world_size()])
+    ranks = torch.tensor(dist.get_process_group_ranks(group))
+    dist.destroy_process_group(group)
+    return [x.cpu() for x in (place, ranks, gathered, total, scattered)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_results(seed: int) -> None:
+    world = InProcessWorld(8, seed)
+    place, ranks, gathered, total, scattered = world.run(lambda rank: all_collectives())[2]
+    assert place.tolist() == [1, 4, 8]
+    assert ranks.tolist() == [0, 2, 4, 6]
+    assert gathered.tolist() == [[r + 1, 10 * r, 0, -r] for r in (0, 2, 4, 6)]
+    assert total.tolist() == [[16, 120, 0, -12]]
+    assert scattered.tolist() == [[120]]
+    names = ("all_gather", "all_reduce", "reduce_scatter")
+    assert world.counts(3) == {(name, (1, 3, 5, 7)): 1 for name in names}
+
+
+@pytest.mark.ranks(8)
+def test_results_are_those_of_real_ranks(rank_device: torch.device) -> None:
+    real = all_collectives(rank_device)
+    dist.barrier()
+    played = InProcessWorld(8).run(lambda rank: all_collectives())[dist.get_rank()]
+    for mine, theirs in zip(played, real, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_torch_is_itself_again_afterwards() -> None:
+    before = dict(vars(dist))
+    InProcessWorld(8).run(lambda rank: all_collectives())
+    with pytest.raises(KeyError):
+        InProcessWorld(1).run(lambda rank: {}[rank])
+    assert dict(vars(dist)) == before
+
+
+def reduce_unless(absent: int, rank: int) -> None:
+    group = subgroup()
+    if rank != absent:
+        dist.all_reduce(torch.zeros(1), group=group)
+
+
+def test_a_rank_that_stays_away_is_a_failure_not_a_hang() -> None:
+    message = r"wait forever: rank 2 in all_reduce over \(0, 2, 4, 6\), rank 4"
+    with pytest.raises(AssertionError, match=message):
+        InProcessWorld(8).run(lambda rank: reduce_unless(0, rank))
+
+
+def test_the_error_of_a_rank_is_told_not_that_its_peers_wait() -> None:
+    def body(rank: int) -> None:
+        group = subgroup()
+        if rank == 3:
+            raise ValueError("the reason")
+        dist.all_reduce(torch.zeros(1), group=group)
+
+    with pytest.raises(ValueError, match="the reason"):
+        InProcessWorld(8).run(body)
+
+
+def different_shapes(rank: int) -> None:
+    dist.all_reduce(torch.zeros(1 + rank), group=subgroup([[0, 1]]))
+
+
+def different_functions(rank: int) -> None:
+    group, x = subgroup([[0, 1]]), torch.zeros(2)
+    if rank:
+        dist.all_reduce(x, group=group)
+    else:
+        dist.all_gather_into_tensor(x, x[:1].clone(), group=group)
+
+
+def different_groups(rank: int) -> None:
+    subgroup([[0, 1]] if rank else [[0], [1]])
+
+
+def groups_on_one_rank_only(rank: int) -> None:
+    if rank:
+        subgroup([[0, 1]])
+
+
+def strided(rank: int) -> None:
+    dist.all_reduce(torch.zeros(2, 2).t(), group=subgroup([[0, 1]]))
+
+
+def after_the_end(rank: int) -> None:
+    group = subgroup([[0, 1]])
+    dist.destroy_process_group(group)
+    dist.all_reduce(torch.zeros(1), group=group)
+
+
+def not_played(rank: int) -> None:
+    dist.barrier()
+
+
+def whole_world(rank: int) -> None:
+    dist.all_reduce(torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (different_shapes, r"do not fit together.*\(1,\).*\(2,\)"),
+        (different_functions, "do not fit together.*all_gather.*all_reduce"),
+        (different_groups, r"rank \d makes .* another rank made"),
+        (groups_on_one_rank_only, "different numbers of groups"),
+        (strided, "strided tensor"),
+        (after_the_end, "destroyed"),
+        (not_played, "torch.distributed.barrier is not played"),
+        (whole_world, "without a group"),
+    ],
+)
+def test_what_real_ranks_would_hang_on_or_get_wrong(body: Any, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        InProcessWorld(2).run(body)
