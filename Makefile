@@ -13,11 +13,11 @@ SEED ?= $(shell date +%Y%m%d)
 PYTHON ?=
 export PYTHON
 
-.PHONY: help train test test-newest mutants properties setup lint clean
+.PHONY: help train test test-newest parity parity-nightly mutants properties setup lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do \
-		printf '  make %-12s %s\n' "$$name" "$$text"; done
+		printf '  make %-14s %s\n' "$$name" "$$text"; done
 	@echo '  Options: ARGS="..." is passed on (train: to the job, test: to pytest);'
 	@echo '  PYTHON=/path/to/python3 chooses the interpreter.'
 
@@ -48,6 +48,12 @@ properties: setup ## the property tests on EXAMPLES (1000) random layouts each, 
 	@echo "Examples $(EXAMPLES), seed $(SEED)"
 	@PROPERTY_EXAMPLES=$(EXAMPLES) $(VENV)/bin/python -m pytest --hypothesis-seed=$(SEED) \
 		tests/unit_tests/mimo/test_*_properties.py $(ARGS)
+
+parity: setup ## compare parallel runs with one process: every gradient, weights, losses
+	@$(VENV)/bin/python -m tests.parity $(ARGS)
+
+parity-nightly: setup ## the same for every pair of 8-rank layouts; run again to resume
+	@$(VENV)/bin/python -m tests.parity --nightly $(ARGS)
 
 clean: ## remove the environments and caches; runs/ stays, it is yours
 	rm -rf $(VENV) $(VENV_NEWEST) build dist .pytest_cache .ruff_cache .hypothesis

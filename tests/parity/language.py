@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The digits job's language model alone, over pipeline stages, on Megatron-Core's own schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from data import SEQUENCE_LENGTH, VOCABULARY_SIZE, Batch, DigitsBatches
+from layouts import Layout
+from model import LANGUAGE, DigitsModel, ModelOptions, transformer_configs
+from trainer import Trainer
+
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.mimo.model.ddp_methods import DDPMethods
+from megatron.core.models.mimo.training.grad_finalize import (
+    MimoGradFinalizer,
+    wrap_modules_with_ddp,
+)
+from megatron.core.models.mimo.training.groups import create_process_groups, make_grid
+from megatron.core.models.mimo.training.initial_weights import initialize_weights
+from megatron.core.models.mimo.training.randomness import ModuleRandomness, seed_everything
+from megatron.core.models.mimo.transformer.layer_specs import language_layer_spec
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import (
+    forward_backward_no_pipelining,
+    forward_backward_pipelining_without_interleaving,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import unwrap_model
+
+
+class LanguageOnly(DDPMethods, MegatronModule):
+    """A pipeline stage of a GPT under the names that the finalizer and the optimizer look for."""
+
+    model_type = ModelType.encoder_or_decoder
+
+    def __init__(self, language_model: GPTModel, grids: dict) -> None:
+        super().__init__(language_model.config)
+        self.language_model = language_model
+        self.modality_submodules = torch.nn.ModuleDict()
+        self.mimo_config = SimpleNamespace(module_to_grid_map=grids)
+        self.share_embeddings_and_output_weights = False
+
+    def _active_submodules(self) -> Iterator[torch.nn.Module]:
+        yield self.language_model
+
+    def _active_ddp_modules(self) -> Iterator[Any]:
+        yield self.language_model
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Hand what came from the stage before to the stage."""
+        unwrap_model(self.language_model).set_input_tensor(input_tensor)
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The stage's output."""
+        return self.language_model(*args, **kwargs)
+
+    def destroy(self) -> None:
+        """There is nothing to release."""
+
+
+def build_language_model(
+    sizes: dict[str, int], options: ModelOptions, tied: bool, rank_offset: int = 0
+) -> DigitsModel:
+    """Build, initialise and wrap one rank's stage; every rank calls it together.
+
+    Args:
+        sizes: of the axes ``tp``, ``pp`` and ``dp``.
+        options: of the model; the vision side is not built.
+        tied: the word embeddings are the head, too.
+        rank_offset: the first of the ranks.
+    """
+    grids = {LANGUAGE: make_grid(**sizes, rank_offset=rank_offset)}
+    collections = {LANGUAGE: create_process_groups(grids[LANGUAGE])}
+    groups, pp = collections[LANGUAGE], sizes.get("pp", 1)
+    tp_layout = Layout(tp=sizes.get("tp", 1))
+    config = transformer_configs(Layout(), tp_layout, options)[LANGUAGE]
+    config = dataclasses.replace(config, pipeline_model_parallel_size=pp)
+    seed_everything(options.seed)
+    model = LanguageOnly(_stage(config, groups, tied), grids)
+    if torch.cuda.is_available():
+        model.to(torch.device(torch.cuda.current_device()))
+    initialize_weights(model.language_model, options.seed, name_prefix=LANGUAGE, tp_group=groups.tp)
+    randomness = ModuleRandomness({LANGUAGE: model.language_model}, collections, options.seed)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=options.overlap_grad_reduce,
+        use_distributed_optimizer=options.distributed_optimizer,
+        check_for_nan_in_grad=False,
+    )
+    configs = {LANGUAGE: config}
+    wrap_modules_with_ddp(model, configs, ddp_config, collections)
+    finalize = MimoGradFinalizer(collections)
+    return DigitsModel(model, grids, collections, configs, finalize, randomness)
+
+
+def _stage(config: TransformerConfig, groups: ProcessGroupCollection, tied: bool) -> GPTModel:
+    stage, stages = groups.pp.rank(), groups.pp.size()
+    return GPTModel(
+        config,
+        language_layer_spec(config, pp_rank=stage),
+        vocab_size=VOCABULARY_SIZE,
+        max_sequence_length=SEQUENCE_LENGTH,
+        pre_process=stage == 0,
+        post_process=stage == stages - 1,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=tied,
+        pg_collection=groups,
+    )
+
+
+class LanguageTrainer(Trainer):
+    """The digits job's trainer with the pipeline schedules and without an encoder."""
+
+    def gradients(self, batches: DigitsBatches, step: int) -> tuple[float, int]:
+        """As :meth:`Trainer.gradients`; the last stage tells the others the loss."""
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = self._schedule(self._microbatches(batches, step), self.options.micro_batches)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        if outputs:
+            sums = torch.stack(outputs).sum(dim=0)
+            dist.all_reduce(sums, group=self.groups.dp_cp)
+        dist.broadcast(sums, self._last_stage(), group=self.groups.pp)
+        loss_sum, tokens = sums.tolist()
+        return loss_sum / max(tokens, 1.0), int(tokens)
+
+    def logits(self, batches: DigitsBatches, step: int) -> torch.Tensor | None:
+        """``(b, S, V)`` of this rank's samples on the last stage, None on the others."""
+        batch = self._on_device(batches.local_batch(step, 0, 1, **self._dp_coordinates()))
+        unlabelled = dataclasses.replace(batch, labels=None)
+        with torch.no_grad():
+            outputs = self._schedule(iter([unlabelled]), 1, forward_only=True)
+        return self._whole_logits(outputs[0]) if outputs else None
+
+    def _schedule(
+        self, data: Iterator[Batch], micro_batches: int, *, forward_only: bool = False
+    ) -> list[torch.Tensor]:
+        samples = self._samples // (micro_batches * self.groups.dp.size())
+        keywords: dict[str, Any] = {}
+        schedule = forward_backward_no_pipelining
+        if self.groups.pp.size() > 1:
+            schedule = forward_backward_pipelining_without_interleaving
+            keywords["p2p_communicator"] = P2PCommunicator(self.groups.pp, self.model.config)
+        return schedule(
+            forward_step_func=self._forward_step,
+            data_iterator=data,
+            model=[self.model],
+            num_microbatches=micro_batches,
+            seq_length=SEQUENCE_LENGTH,
+            micro_batch_size=samples,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+            pg_collection=self.groups,
+            **keywords,
+        )
+
+    @property
+    def _samples(self) -> int:
+        return self.options.global_batch_size
+
+    def _last_stage(self) -> int:
+        return dist.get_global_rank(self.groups.pp, self.groups.pp.size() - 1)
+
+    def _dp_coordinates(self) -> dict[str, int]:
+        dp = self.groups.dp
+        return {"src_dp_rank": 0, "src_dp": 1, "dest_dp_rank": dp.rank(), "dest_dp": dp.size()}
+
+    def _forward_step(self, data_iterator: Iterator[Batch], model: torch.nn.Module) -> Any:
+        batch = next(data_iterator)
+        output = model(batch.input_ids, batch.position_ids, None, labels=batch.labels)
+
+        def loss_func(output: torch.Tensor, non_loss_data: bool = False) -> Any:
+            """The logits, or (sum of token losses, counted tokens, both to be reported)."""
+            if non_loss_data:
+                return output.detach()
+            mask = batch.loss_mask.to(output.dtype)
+            loss, tokens = (output * mask).sum(), mask.sum()
+            return loss, tokens.to(torch.int), torch.stack([loss.detach(), tokens]).double()
+
+        return output, loss_func
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return Batch(
+            **{k: None if v is None else v.to(self.device) for k, v in vars(batch).items()}
+        )

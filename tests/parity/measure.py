@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run, parallel or not, from its first weight to its last loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from data import DigitsBatches, even_slice
+from layouts import Layout
+from model import LANGUAGE, DigitsModel, ModelOptions, ModelSize, build_model
+from trainer import Trainer, TrainOptions
+
+from tests.parity.compare import Measurement
+from tests.parity.language import LanguageTrainer, build_language_model
+from tests.parity.rows import CHANGE_STEPS, Reference, Row
+from tests.parity.tasks import batches
+from tests.parity.tensors import (
+    complete_gradients,
+    local_gradients,
+    local_weights,
+    whole_tensors,
+)
+
+# 8 query groups of two heads: TP up to 8 divides them and attention is still grouped.
+SIZE = ModelSize(
+    vision_hidden=32,
+    vision_layers=1,
+    language_hidden=64,
+    language_layers=2,
+    language_heads=16,
+    language_query_groups=8,
+)
+# One layer for each of four stages.
+TEXT_SIZE = ModelSize(
+    language_hidden=64, language_layers=4, language_heads=8, language_query_groups=4
+)
+
+
+def measure(row: Row, reference: Reference, micro_batches: int, steps: int) -> Measurement:
+    """Run ``row`` on all ranks.
+
+    Args:
+        row: layouts and options.
+        reference: which data it shares.
+        micro_batches: the option's value, for rows that leave it open.
+        steps: how long to train, at least ``CHANGE_STEPS``.
+    """
+    with _built(row) as built:
+        kind = Trainer if row.vision else LanguageTrainer
+        options = TrainOptions(
+            steps=steps,
+            global_batch_size=reference.batch,
+            micro_batches=row.resolved_micro_batches(micro_batches),
+            warmup_steps=2,
+        )
+        trainer = kind(built, options, row.distributed_optimizer)
+        return _measure(trainer, batches(reference), steps)
+
+
+def _measure(trainer: Trainer, data: DigitsBatches, steps: int) -> Measurement:
+    model, collections = trainer.model, trainer.built.collections
+
+    def whole(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return whole_tensors(model, collections, values)
+
+    initial = whole(local_weights(model))
+    start, logits = _logits(trainer, data)
+    loss, tokens = trainer.gradients(data, 0)
+    complete_gradients(model)
+    gradients = whole(local_gradients(model))
+    results = [trainer.step(data, step) for step in range(CHANGE_STEPS)]
+    after = whole(local_weights(model))
+    change = {name: weight.float() - initial[name].float() for name, weight in after.items()}
+    results += [trainer.step(data, step) for step in range(CHANGE_STEPS, steps)]
+    return Measurement(
+        initial=initial,
+        logits=logits,
+        logits_start=start,
+        loss=loss,
+        tokens=tokens,
+        gradients=gradients,
+        grad_norm=results[0].grad_norm,
+        change=change,
+        curve=[result.loss for result in results],
+    )
+
+
+@torch.no_grad()
+def _logits(trainer: Trainer, data: DigitsBatches) -> tuple[int, torch.Tensor | None]:
+    """(first sample, logits) of this rank's share of the first step, in one microbatch."""
+    dp = trainer.groups.dp
+    start, _ = even_slice(data.global_batch_size, dp.rank(), dp.size(), "batch", "DP ranks")
+    if isinstance(trainer, LanguageTrainer):
+        return start, trainer.logits(data, 0)
+    batch = trainer._on_device(data.local_batch(0, 0, 1, **trainer._dp_coordinates()))
+    logits, _ = trainer._run(batch, batch.input_ids, None, None)
+    return start, trainer._whole_logits(logits)
+
+
+@contextmanager
+def _built(row: Row) -> Iterator[DigitsModel]:
+    options = ModelOptions(
+        size=SIZE if row.vision else TEXT_SIZE,
+        dtype=getattr(torch, row.dtype),
+        sequence_parallel=row.sequence_parallel,
+        distributed_optimizer=row.distributed_optimizer,
+        overlap_grad_reduce=row.overlap,
+        freeze_vision=row.freeze_vision,
+    )
+    if row.vision:
+        vision = Layout.parse(row.vision, "vision")
+        built = build_model(vision, Layout.parse(row.language, LANGUAGE), options)
+    else:
+        built = build_language_model(_sizes(row.language), options, row.tied)
+    try:
+        yield built
+    finally:
+        # gloo may still be connecting the groups of this row.
+        dist.barrier()
+        built.destroy()
+
+
+def _sizes(language: str) -> dict[str, int]:
+    pairs = (part.partition("=") for part in language.split(","))
+    return {axis: int(size) for axis, _, size in pairs}
+
+
+def one_process(reference: Reference) -> Row:
+    """The row of a reference: the same model and data, nothing sharded, one microbatch."""
+    images = reference.task == "images"
+    return Row(
+        reference.name,
+        "tp=1,dp=1" if images else "tp=1,pp=1,dp=1",
+        "tp=1,dp=1" if images else "",
+        masks=reference.masks,
+        tied=reference.tied,
+        freeze_vision=reference.freeze_vision,
+        dtype=reference.dtype,
+    )

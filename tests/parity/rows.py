@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of comparisons: what is run in parallel, and what it is compared with."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+# After these training steps the change of the weights is compared; no row trains fewer.
+CHANGE_STEPS = 3
+MASKS = ("uniform", "uneven", "one_sample", "none")
+
+
+class UnknownRowError(ValueError):
+    """A name that is no row's; the message lists those that are."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The run on one process that rows are compared with; rows share it where they can.
+
+    Attributes:
+        task: ``"images"`` (encoder and language model) or ``"text"`` (language model alone).
+        batch: samples per step.
+        masks: which answer tokens count, see ``tasks.py``.
+        tied: the language model's embedding is its head, too.
+        freeze_vision: the encoder and the projection do not train.
+        dtype: of weights and activations.
+    """
+
+    task: str
+    batch: int
+    masks: str = "uniform"
+    tied: bool = False
+    freeze_vision: bool = False
+    dtype: str = "float32"
+
+    @property
+    def name(self) -> str:
+        """Of its file and of its line in the output."""
+        parts = [self.task, f"{self.batch}samples", self.masks, self.dtype]
+        parts += ["tied"] if self.tied else []
+        parts += ["frozen"] if self.freeze_vision else []
+        return "reference-" + "-".join(parts)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parallel run.
+
+    Attributes:
+        name: unique; what ``LAYOUTS`` chooses by.
+        language: sizes of the language model's axes, such as ``"tp=2,cp=2,dp=2"``.
+        vision: sizes of the encoder's axes; empty for the language model alone.
+        micro_batches: per step; 0 stands for the option ``MICRO_BATCHES``.
+        masks, tied, freeze_vision, dtype: as in :class:`Reference`.
+        sequence_parallel, distributed_optimizer, overlap: as in the digits job.
+    """
+
+    name: str
+    language: str
+    vision: str = ""
+    micro_batches: int = 1
+    masks: str = "uniform"
+    tied: bool = False
+    freeze_vision: bool = False
+    dtype: str = "float32"
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+    overlap: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that the row needs."""
+        size = 1
+        for part in self.language.split(","):
+            size *= int(part.partition("=")[2])
+        return size
+
+    def resolved_micro_batches(self, option: int) -> int:
+        """Microbatches per step, with the option's value where the row leaves it open."""
+        return self.micro_batches or option
+
+    def reference(self, micro_batches: int) -> Reference:
+        """What the row is compared with.
+
+        Args:
+            micro_batches: the option's value; text rows have four samples per microbatch, one
+                for each DP rank of the widest layout.
+        """
+        text = not self.vision
+        return Reference(
+            task="text" if text else "images",
+            batch=4 * micro_batches if text else 32,
+            masks=self.masks,
+            tied=self.tied,
+            freeze_vision=self.freeze_vision,
+            dtype=self.dtype,
+        )
+
+
+def _text_rows() -> Iterator[Row]:
+    """The language model alone, over pipeline stages too."""
+    layouts = {
+        "dp4": "tp=1,pp=1,dp=4",
+        "tp4": "tp=4,pp=1,dp=1",
+        "pp4": "tp=1,pp=4,dp=1",
+        "dp2tp2": "tp=2,pp=1,dp=2",
+        "dp2pp2": "tp=1,pp=2,dp=2",
+        "tp2pp2": "tp=2,pp=2,dp=1",
+        "dp2tp2pp2": "tp=2,pp=2,dp=2",
+    }
+    for (name, layout), tied in itertools.product(layouts.items(), (False, True)):
+        yield Row(
+            f"text-{name}-{'tied' if tied else 'untied'}",
+            layout,
+            micro_batches=0,
+            tied=tied,
+            masks="uneven",
+            # Half of the rows each, so that every layout has both.
+            distributed_optimizer=tied,
+            sequence_parallel=not tied,
+        )
+
+
+FAN_IN = {"vision": "tp=2,dp=4", "language": "tp=2,cp=2,dp=2"}
+FAN_OUT = {"vision": "tp=4,dp=2", "language": "tp=1,cp=2,dp=4"}
+EQUAL = {"vision": "tp=2,dp=4", "language": "tp=2,dp=4"}
+_FULL = {"sequence_parallel": True, "distributed_optimizer": True, "overlap": True}
+
+_IMAGE_ROWS = (
+    Row("fan-in-cp2", **FAN_IN),
+    Row("fan-in-cp2-4mb-uneven", **FAN_IN, micro_batches=4, masks="uneven"),
+    Row("fan-in-cp2-sp-distopt", **FAN_IN, masks="uneven", **_FULL),
+    Row("fan-in-cp1", "tp=4,dp=2", "tp=1,dp=8", micro_batches=4, masks="uneven"),
+    Row("fan-in-cp4-sp", "tp=2,cp=4,dp=1", "tp=1,dp=8", masks="uneven", sequence_parallel=True),
+    Row("fan-out-cp2", **FAN_OUT),
+    Row("fan-out-cp2-4mb-distopt", **FAN_OUT, micro_batches=4, masks="uneven", **_FULL),
+    Row("fan-out-cp4", "tp=1,cp=4,dp=2", "tp=8,dp=1", masks="uneven"),
+    Row("fan-out-cp1", "tp=1,dp=8", "tp=4,dp=2", distributed_optimizer=True),
+    Row("equal-cp1", **EQUAL, masks="uneven"),
+    Row("equal-cp2-sp", "tp=2,cp=2,dp=2", "tp=4,dp=2", masks="uneven", sequence_parallel=True),
+    Row("equal-cp4-4mb-distopt", "tp=1,cp=4,dp=2", "tp=4,dp=2", micro_batches=4,
+        distributed_optimizer=True),
+    Row("empty-on-some-ranks", **FAN_IN, masks="one_sample"),
+    Row("empty-everywhere", **FAN_IN, masks="none"),
+    Row("frozen-encoder", **FAN_IN, masks="uneven", freeze_vision=True),
+    Row("bf16", **FAN_IN, masks="uneven", dtype="bfloat16"),
+)  # fmt: skip
+
+
+def _nightly_rows() -> Iterator[Row]:
+    """Every pair of 8-rank layouts, plain and with everything that may be on."""
+    powers = (1, 2, 4, 8)
+    visions = [(tp, 8 // tp) for tp in powers]
+    languages = [
+        (tp, cp, 8 // (tp * cp)) for tp, cp in itertools.product(powers, powers) if tp * cp <= 8
+    ]
+    for (v_tp, v_dp), (tp, cp, dp) in itertools.product(visions, languages):
+        name = f"pair-tp{v_tp}dp{v_dp}-tp{tp}cp{cp}dp{dp}"
+        layouts = {"vision": f"tp={v_tp},dp={v_dp}", "language": f"tp={tp},cp={cp},dp={dp}"}
+        yield Row(f"{name}-plain", **layouts)
+        yield Row(f"{name}-full", **layouts, micro_batches=4, masks="uneven", **_FULL)
+
+
+DEFAULT_ROWS = (*_text_rows(), *_IMAGE_ROWS)
+NIGHTLY_ROWS = (*DEFAULT_ROWS, *_nightly_rows())
+
+
+def choose(rows: Sequence[Row], patterns: Sequence[str]) -> tuple[Row, ...]:
+    """The rows that names or shell patterns name, in the table's order; all without any.
+
+    Raises:
+        UnknownRowError: a pattern fits no row.
+    """
+    for pattern in patterns:
+        if not fnmatch.filter([row.name for row in rows], pattern):
+            known = ", ".join(row.name for row in rows)
+            raise UnknownRowError(
+                f"LAYOUTS names {pattern!r}, which is no row and fits none; the rows are {known}"
+            )
+    if not patterns:
+        return tuple(rows)
+    return tuple(r for r in rows if any(fnmatch.fnmatchcase(r.name, p) for p in patterns))

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tables hold, and how rows and options are chosen. One process."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+from layouts import Layout, Limits, Pair, misfits
+
+from tests.parity.measure import SIZE, TEXT_SIZE
+from tests.parity.options import OptionError, parse
+from tests.parity.rows import DEFAULT_ROWS, NIGHTLY_ROWS, Row
+
+IMAGES = [row for row in DEFAULT_ROWS if row.vision]
+TEXT = [row for row in DEFAULT_ROWS if not row.vision]
+
+
+def layouts(row: Row) -> Pair:
+    return Pair(Layout.parse(row.vision, "vision"), Layout.parse(row.language, "language"))
+
+
+def test_names_are_unique() -> None:
+    assert len({row.name for row in NIGHTLY_ROWS}) == len(NIGHTLY_ROWS)
+
+
+def test_the_language_model_alone_has_every_layout_tied_and_untied() -> None:
+    wanted = {(1, 1, 4), (4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (2, 2, 1), (2, 2, 2)}
+    found = set()
+    for row in TEXT:
+        sizes = dict(part.split("=") for part in row.language.split(","))
+        found.add((int(sizes["tp"]), int(sizes["pp"]), int(sizes["dp"]), row.tied))
+    assert found == set(itertools.chain(*(((*w, False), (*w, True)) for w in wanted)))
+    assert {row.world_size for row in TEXT} == {4, 8}
+
+
+def test_the_default_rows_have_every_direction_at_every_cp() -> None:
+    def direction(pair: Pair) -> str:
+        vision, language = pair.vision.dp, pair.language.dp
+        return "in" if vision > language else "out" if vision < language else "equal"
+
+    found = {(direction(layouts(row)), layouts(row).language.cp) for row in IMAGES}
+    assert found == set(itertools.product(("in", "out", "equal"), (1, 2, 4)))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"sequence_parallel": {False, True}},
+        {"distributed_optimizer": {False, True}},
+        {"micro_batches": {1, 4}},
+        {"masks": {"uniform", "uneven", "one_sample", "none"}},
+        {"freeze_vision": {False, True}},
+        {"dtype": {"float32", "bfloat16"}},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_the_default_rows_have_every_option_both_ways(values) -> None:
+    ((field, wanted),) = values.items()
+    assert {getattr(row, field) for row in IMAGES} == wanted
+
+
+def test_every_row_fits_its_model_and_batch() -> None:
+    for row in NIGHTLY_ROWS:
+        if row.vision:
+            limits = Limits(
+                row.reference(8).batch,
+                row.micro_batches,
+                sequence_parallel=row.sequence_parallel,
+                world_size=8,
+                vision_heads=SIZE.vision_heads,
+                language_heads=SIZE.language_query_groups,
+            )
+            assert misfits(layouts(row), limits) == [], row.name
+        else:
+            sizes = dict(part.split("=") for part in row.language.split(","))
+            assert TEXT_SIZE.language_layers % int(sizes["pp"]) == 0
+            assert TEXT_SIZE.language_query_groups % int(sizes["tp"]) == 0
+
+
+def test_the_nightly_rows_have_every_pair_that_fits() -> None:
+    powers = (1, 2, 4, 8)
+    visions = [Layout(tp, 1, 8 // tp) for tp in powers]
+    languages = [
+        Layout(tp, cp, 8 // (tp * cp)) for tp in powers for cp in powers if tp * cp <= 8
+    ]
+    wanted = {
+        str(Pair(vision, language))
+        for vision, language in itertools.product(visions, languages)
+        if not misfits(Pair(vision, language), Limits(32))
+    }
+    assert len(wanted) == 40
+    assert wanted == {str(layouts(row)) for row in NIGHTLY_ROWS if row.name.startswith("pair-")}
+
+
+def test_options_come_from_the_command_line_then_the_environment_then_the_defaults() -> None:
+    environment = {"THRESH": "1e-3", "TRAIN_STEPS": "5", "LAYOUTS": "bf16, fan-*-cp4*"}
+    options = parse(["--thresh", "1e-2"], environment)
+    assert (options.thresh, options.steps, options.micro_batches) == (1e-2, 5, 8)
+    assert [row.name for row in options.rows] == ["fan-in-cp4-sp", "fan-out-cp4", "bf16"]
+    assert parse([], {}).rows == DEFAULT_ROWS
+    assert (parse([], {}).thresh, parse([], {}).steps) == (1e-4, 10)
+    assert parse([], {"LAYOUTS": "", "THRESH": ""}).rows == DEFAULT_ROWS
+    assert parse(["--nightly"], {}).rows == NIGHTLY_ROWS
+
+
+def test_only_nightly_resumes_and_has_a_folder_of_its_own() -> None:
+    assert not parse([], {}).resume
+    assert parse(["--nightly"], {}).resume
+    assert not parse(["--nightly", "--fresh"], {}).resume
+    assert parse([], {}).out == Path("runs/parity")
+    assert parse(["--nightly"], {}).out != Path("runs/parity")
+
+
+@pytest.mark.parametrize(
+    "argv, environment, message",
+    [
+        (["--layouts", "fan-on"], {}, r"^LAYOUTS names 'fan-on', .* rows are text-dp4-untied, "),
+        ([], {"LAYOUTS": "bf16,tp9"}, r"^LAYOUTS names 'tp9', .*, bf16$"),
+        ([], {"THRESH": "0"}, r"^THRESH must be a number above 0, got '0'$"),
+        (["--thresh", "nan"], {}, r"^THRESH must be a number above 0, got 'nan'$"),
+        ([], {"TRAIN_STEPS": "2"}, r"^TRAIN_STEPS must be a whole number from 3 to 10000, got '2'"),
+        ([], {"MICRO_BATCHES": "two"}, r"^MICRO_BATCHES must be a whole number from 1 .* 'two'$"),
+        (["--layout", "bf16"], {}, r"^unrecognized arguments: --layout bf16; --help lists"),
+    ],
+)
+def test_bad_options_are_one_sentence(argv, environment, message) -> None:
+    with pytest.raises(OptionError, match=message):
+        parse(argv, environment)

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The runner, the table and the exit code, with launches that are scripted. One process."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parity.__main__ import main
+from tests.parity.records import Plan, ProgressReader, ProgressWriter
+from tests.parity.runner import LaunchFailed, RanksLaunch
+
+ROWS = ["fan-in-cp2", "fan-out-cp2", "equal-cp1"]
+PASS = {
+    "passed": True,
+    "seconds": 1.5,
+    "checks": [{"kind": "gradients", "where": "a.weight", "error": 2e-7, "allowed": 1e-5}],
+}
+WRONG = {
+    "passed": False,
+    "seconds": 1.5,
+    "checks": [{"kind": "gradients", "where": "b.weight", "error": 1.0, "allowed": 1e-5}],
+}
+
+
+class Script:
+    """Launches that report what a table says of each item; what it does not name passes.
+
+    A text ends the launch while the item runs, None leaves the item out.
+    """
+
+    def __init__(self, **outcomes: Any) -> None:
+        self.outcomes = {name.replace("_", "-"): value for name, value in outcomes.items()}
+        self.plans: list[Plan] = []
+
+    def __call__(self, plan: Plan, _folder: Path, _timeout: float) -> Script:
+        self.plans.append(plan)
+        return self
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        for item in self.plans[-1].items:
+            outcome = self.outcomes.get(item, PASS)
+            if outcome is None:
+                continue
+            yield {"started": item}
+            if isinstance(outcome, str):
+                raise LaunchFailed(outcome)
+            yield {"finished": item, "result": outcome}
+
+
+@pytest.fixture
+def suite(tmp_path, capsys, monkeypatch):
+    """``suite(script, *arguments)`` -> (exit code, printed text, summary)."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(script: Script, *arguments: str) -> tuple[int, str, dict[str, Any]]:
+        argv = ["--layouts", ",".join(ROWS), "--out", str(tmp_path), *arguments]
+        code = main(argv, script)
+        return code, capsys.readouterr().out, json.loads((tmp_path / "summary.json").read_text())
+
+    return run
+
+
+def test_all_rows_pass(suite) -> None:
+    script = Script()
+    code, text, summary = suite(script)
+    assert code == 0
+    assert [plan.world_size for plan in script.plans] == [1, 8]
+    assert script.plans[0].items == (
+        "reference-images-32samples-uniform-float32",
+        "reference-images-32samples-uneven-float32",
+    )
+    assert script.plans[1].items == tuple(ROWS)
+    assert summary["passed"] is True
+    assert list(summary["rows"]) == ROWS
+    assert (summary["failed"], summary["missing"]) == ([], [])
+    assert "PASS: 3 of 3 rows" in text
+    for row in ROWS:  # as it finishes, and in the table
+        assert text.count(row) == 2
+    assert "2.0e-07 of 1e-05 in gradients: a.weight  (1.5 s)  [1/3, about 0:" in text
+
+
+def test_a_wrong_row_fails_and_names_the_tensor(suite) -> None:
+    code, text, summary = suite(Script(fan_out_cp2=WRONG))
+    assert code == 1
+    assert (summary["passed"], summary["failed"]) == (False, ["fan-out-cp2"])
+    assert "FAIL  fan-out-cp2  1.0e+00 of 1e-05 in gradients: b.weight" in text
+    assert "FAIL: 2 of 3 rows" in text
+
+
+def test_a_row_that_crashes_fails_and_the_rest_runs_in_a_fresh_launch(suite) -> None:
+    reason = "rank 3 was killed by SIGKILL; the other 7 ranks were ended"
+    script = Script(fan_in_cp2=reason)
+    code, text, summary = suite(script)
+    assert code == 1
+    assert [plan.items for plan in script.plans[1:]] == [tuple(ROWS), tuple(ROWS[1:])]
+    assert summary["rows"]["fan-in-cp2"]["reason"] == reason
+    assert [summary["rows"][row]["passed"] for row in ROWS] == [False, True, True]
+    assert f"FAIL  fan-in-cp2  {reason}" in text
+
+
+def test_a_row_that_is_left_out_is_a_failure(suite) -> None:
+    code, text, summary = suite(Script(equal_cp1=None))
+    assert code == 1
+    assert summary["failed"] == ["equal-cp1"]
+    assert "FAIL  equal-cp1  the launch ended without running it" in text
+
+
+def test_rows_whose_reference_failed_are_failures_without_a_launch(suite) -> None:
+    script = Script(**{"reference-images-32samples-uniform-float32": "out of memory"})
+    code, _, summary = suite(script)
+    assert code == 1
+    assert summary["failed"] == ["fan-in-cp2", "fan-out-cp2"]
+    assert summary["rows"]["fan-in-cp2"]["reason"] == "its reference failed: out of memory"
+    assert script.plans[-1].items == ("equal-cp1",)
+
+
+def test_a_launch_that_cannot_start_fails_all_its_rows_once(suite) -> None:
+    class Broken(Script):
+        def records(self) -> Iterator[dict[str, Any]]:
+            if self.plans[-1].world_size == 8:
+                raise LaunchFailed("no result within 300 s; all ranks were ended")
+            yield from super().records()
+
+    script = Broken()
+    code, _, summary = suite(script)
+    assert code == 1
+    assert summary["failed"] == ROWS
+    assert [plan.world_size for plan in script.plans] == [1, 8]
+
+
+def test_a_launch_that_ends_between_two_rows_costs_none(suite) -> None:
+    class Brittle(Script):
+        def records(self) -> Iterator[dict[str, Any]]:
+            for record in super().records():
+                yield record
+                if "finished" in record and len(self.plans) == 2:
+                    raise LaunchFailed("rank 0 ended too early")
+
+    script = Brittle()
+    code, text, _ = suite(script)
+    assert code == 0
+    assert [plan.items for plan in script.plans[1:]] == [tuple(ROWS), tuple(ROWS[1:])]
+    assert "the launch of 8 ended early: rank 0 ended too early" in text
+
+
+def test_a_row_without_a_result_is_missing_in_the_table(suite, monkeypatch) -> None:
+    monkeypatch.setattr("tests.parity.__main__.Runner.run", lambda self, rows: None)
+    code, text, summary = suite(Script())
+    assert code == 1
+    assert summary["missing"] == ROWS
+    assert text.count("missing: it has no result") == 3
+
+
+def test_nightly_keeps_passed_rows_and_runs_failed_ones_again(suite) -> None:
+    suite(Script(equal_cp1=WRONG), "--nightly")
+    script = Script()
+    code, text, summary = suite(script, "--nightly")
+    assert code == 0
+    assert [plan.items for plan in script.plans] == [
+        ("reference-images-32samples-uneven-float32",),
+        ("equal-cp1",),
+    ]
+    assert "2 rows kept from" in text
+    assert list(summary["rows"]) == ROWS
+    again = Script()
+    assert suite(again, "--nightly")[0] == 0
+    assert again.plans == []
+
+
+@pytest.mark.parametrize("change", ["--fresh", "--train-steps=4", "--thresh=1e-3"])
+def test_nightly_keeps_nothing_when_asked_or_of_other_options(suite, change) -> None:
+    suite(Script(), "--nightly")
+    script = Script()
+    suite(script, "--nightly", change)
+    assert script.plans[-1].items == tuple(ROWS)
+
+
+def test_nightly_keeps_nothing_of_other_code(suite, monkeypatch) -> None:
+    suite(Script(), "--nightly")
+    monkeypatch.setattr("tests.parity.__main__.fingerprint", lambda options: "other code")
+    script = Script()
+    suite(script, "--nightly")
+    assert script.plans[-1].items == tuple(ROWS)
+
+
+def test_a_torn_summary_is_not_believed(suite, tmp_path) -> None:
+    suite(Script(), "--nightly")
+    text = (tmp_path / "summary.json").read_text()
+    (tmp_path / "summary.json").write_text(text[: len(text) // 2])
+    script = Script()
+    assert suite(script, "--nightly")[0] == 0
+    assert script.plans[-1].items == tuple(ROWS)
+
+
+def test_the_default_set_always_runs_everything(suite) -> None:
+    suite(Script())
+    script = Script()
+    suite(script)
+    assert script.plans[-1].items == tuple(ROWS)
+
+
+def test_results_are_on_disk_while_the_run_goes_on(suite, tmp_path) -> None:
+    class Interrupted(Script):
+        def records(self) -> Iterator[dict[str, Any]]:
+            for record in super().records():
+                if record.get("started") == "fan-out-cp2":
+                    raise KeyboardInterrupt
+                yield record
+
+    code, _, summary = suite(Interrupted())
+    assert code == 130
+    assert (list(summary["rows"]), summary["missing"]) == (ROWS[:1], ROWS[1:])
+
+
+def test_a_bad_row_name_is_one_sentence_and_writes_nothing(tmp_path, capsys) -> None:
+    out = tmp_path / "new"
+    assert main(["--layouts", "tp3", "--out", str(out)], Script()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: LAYOUTS names 'tp3', which is no row")
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+# ---- the real launch, with a script in the ranks' place ---------------------------------------
+
+
+def launched(tmp_path: Path, body: str, timeout: float = 20.0) -> list[dict[str, Any]]:
+    """Records of a launch whose process runs ``body`` with ``say(record)``."""
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import json, sys, time
+            from pathlib import Path
+            folder = Path(sys.argv[1])
+            plan = json.loads((folder / "plan.json").read_text())
+            def say(text):
+                with (folder / "progress.jsonl").open("a") as file:
+                    file.write(text)
+            """
+        )
+        + textwrap.dedent(body)
+    )
+    plan = Plan(8, ("a", "b"), False, 8, 10, 1e-4, "gloo", str(tmp_path), 60)
+    launch = RanksLaunch(plan, tmp_path / "launch", timeout)
+    launch.script = script
+    return list(launch.records())
+
+
+def test_records_arrive_until_the_launch_ends(tmp_path) -> None:
+    body = """
+    for item in plan["items"]:
+        say(json.dumps({"started": item}) + "\\n")
+        say(json.dumps({"finished": item, "result": {}}) + "\\n")
+    """
+    records = launched(tmp_path, body)
+    assert [r.get("started") or r["finished"] for r in records] == ["a", "a", "b", "b"]
+
+
+def test_the_launchers_sentence_is_the_reason(tmp_path) -> None:
+    body = """
+    print("noise")
+    print("error: rank 3 was killed by SIGKILL; the other 7 ranks were ended", file=sys.stderr)
+    sys.exit(1)
+    """
+    with pytest.raises(LaunchFailed, match="^rank 3 was killed by SIGKILL; the other 7"):
+        launched(tmp_path, body)
+
+
+def test_a_silent_end_has_its_exit_code_and_log(tmp_path) -> None:
+    with pytest.raises(LaunchFailed, match=r"^the launch ended with exit code 7, see .*launch.log"):
+        launched(tmp_path, "sys.exit(7)")
+
+
+def test_a_hang_is_ended_and_said(tmp_path) -> None:
+    body = """
+    say('{"started": "a"}\\n')
+    time.sleep(60)
+    """
+    with pytest.raises(LaunchFailed, match=r"^no result within 0.5 s; all ranks were ended"):
+        launched(tmp_path, body, timeout=0.5)
+
+
+def test_half_a_line_is_not_read_and_none_is_read_twice(tmp_path) -> None:
+    path = tmp_path / "progress.jsonl"
+    reader, writer = ProgressReader(path), ProgressWriter(path)
+    assert reader.new() == []
+    writer.started("a")
+    with path.open("a") as file:
+        file.write('{"finished": ')
+    assert reader.new() == [{"started": "a"}]
+    assert reader.new() == []
+    with path.open("a") as file:
+        file.write('"a", "result": {}}\n')
+    assert reader.new() == [{"finished": "a", "result": {}}]
+
+
+def test_this_interpreter_runs_the_ranks() -> None:
+    assert RanksLaunch.script.exists()
+    assert sys.executable
