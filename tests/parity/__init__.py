@@ -13,7 +13,8 @@
     ranks.py      what the ranks of one launch do, row after row
     records.py    files by which the ranks tell the runner where they are
     runner.py     one launch per world size, followed row by row; a row that dies is a FAIL
-    summary.py    ``summary.json``, the table, docs/parity.md
+    summary.py    ``summary.json``, the line of a row, the table
+    docs.py       docs/parity.md
 """
 
 import sys

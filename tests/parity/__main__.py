@@ -10,6 +10,7 @@ from typing import Any
 
 from errors import JobError, require_packages
 
+from tests.parity import docs
 from tests.parity.options import OptionError, Options, parse
 from tests.parity.runner import RanksLaunch, Runner, Start
 from tests.parity.summary import Summary, fingerprint, line, table
@@ -92,6 +93,8 @@ def _run(options: Options, start: Start) -> int:
     finally:
         console.close()
     console.console.print(table(options.rows, summary.results))
+    if options.docs is not None:
+        docs.write(options.docs, options, summary)
     good = sum(r["passed"] for r in summary.results.values())
     verdict = "PASS" if summary.passed else "FAIL"
     print(f"{verdict}: {good} of {len(options.rows)} rows; results are in {summary.path}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``summary.json``, the lines and the table, and docs/parity.md."""
+"""``summary.json``, the line of a finished row, and the final table."""
 
 from __future__ import annotations
 

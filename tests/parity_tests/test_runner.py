@@ -305,3 +305,15 @@ def test_half_a_line_is_not_read_and_none_is_read_twice(tmp_path) -> None:
 def test_this_interpreter_runs_the_ranks() -> None:
     assert RanksLaunch.script.exists()
     assert sys.executable
+
+
+def test_the_page_has_the_table_and_the_bounds_of_this_run(suite, tmp_path) -> None:
+    path = tmp_path / "docs" / "parity.md"
+    suite(Script(fan_out_cp2=WRONG), "--docs", str(path), "--thresh", "2e-3")
+    page = path.read_text()
+    assert "2 of 3 rows pass." in page
+    passed = "| PASS | 2.0e-07 | 1e-05 | gradients: a.weight |"
+    assert f"| fan-in-cp2 | TP2 DP4 | TP2 CP2 DP2 | 1 mb, uniform {passed}" in page
+    assert "| FAIL | 1.0e+00 | 1e-05 | gradients: b.weight |" in page
+    assert "| logits | output of the first step's samples | 2e-03 | 3e-02 |" in page
+    assert "| initial weights | every weight before the first step | 0, bit-exact |" in page

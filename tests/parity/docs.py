@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/parity.md, written from the results: ``python -m tests.parity --docs docs/parity.md``."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.parity.compare import Tolerances, tolerances
+from tests.parity.options import Options
+from tests.parity.rows import Row
+from tests.parity.summary import Summary, cells, versions
+
+_INTRO = """\
+# Parity with one process
+
+Written by `make parity ARGS="--docs docs/parity.md"`; change `tests/parity/docs.py`, not this file.
+
+Every row trains a small model on several ranks and compares it with the same model on **one
+process, unsharded**, fed the same samples in one microbatch. Nothing is copied from one run to the
+other: initial weights are a function of the seed and of the weights' names, batches of the seed
+and of the step. Rows named `text-` are the language model alone, over pipeline stages too, on
+Megatron-Core's own schedules; all others are an encoder and a language model on the same ranks.
+The task is reading handwritten digits, which both learn in a few steps.
+"""
+
+_HOW = """\
+## How to read it
+
+*Worst error* is the largest of all checks of the row, on all ranks, each in units of what it is
+allowed; *in* says which check and which tensor that was. A relative error is the norm of the
+difference over the norm of what is expected, per tensor. Where zeros are expected, only zeros pass.
+
+| check | what is compared | allowed, fp32 | allowed, bf16 |
+|---|---|---|---|
+{checks}
+
+"""
+
+_WHY = """\
+Why these numbers:
+
+- Weights and token counts are moved and counted, not computed: **bit-exact**.
+- A gradient is the same sum in another order. In fp32 each rounding is 2^-24 = 6e-8 of an element,
+  and after the chain of sums through this model some 1e-7 to 1e-6 of a tensor: 1e-5 leaves room,
+  and is far below the error of order 1 that a lost, doubled or wrongly divided contribution makes.
+  Gradients are gathered to their full shape first: query groups of QKV weights stay together, the
+  halves of a gated MLP's first layer are put back in place, and what the distributed optimizer has
+  reduced on other ranks is fetched from there.
+- Logits, losses and curves follow from those through the layers; `THRESH` bounds them.
+- Of the weights the **change** over {change_steps} steps is compared. Changes are about 1e-3 of
+  weights of about 0.1: held against the weights, a change that is wrong altogether could pass a
+  bound of 1e-2. Adam divides each gradient by its own size, so the smallest elements, which are
+  mostly rounding, move as far as the largest: `THRESH`.
+- bf16 rounds to 2^-8 at each of about 60 operations on the way through this model and back; such
+  errors add up as sqrt(60) * 2^-8 = 3e-2. Adam's step has the sign of its gradient, and a share of
+  about r of gradients that are off by r has the wrong one: sqrt(4 r) of the change's norm. The
+  weights compared are the optimizer's fp32 ones.
+- The loss must fall, not only follow: two runs that both learn nothing would agree.
+
+What the errors stand for: of order 1 is a lost or doubled contribution (no sum over CP, a replica
+counted twice); a simple fraction, such as 0.5 or 0.75, a wrong divisor; 1e-3 to 1e-2 in a few
+tensors a wrong position, mask or rounding step; just above the bound in many tensors arithmetic in
+another precision.
+
+## Choose and repeat
+
+```bash
+make parity                                      # the rows below
+make parity LAYOUTS="bf16,fan-in-*"              # some, by name or pattern
+make parity THRESH=1e-3 TRAIN_STEPS=20 MICRO_BATCHES=4
+make parity-nightly                              # and every pair of 8-rank layouts; resumes
+make parity-nightly ARGS=--fresh                 # from the start
+.venv/bin/python -m tests.parity --help
+```
+
+`MICRO_BATCHES` is for the `text-` rows; the others say theirs in their names. Results are in
+`runs/parity/summary.json` and `runs/parity-nightly/summary.json`; the exit code is 1 if a row
+fails or is missing. A row that crashes or hangs fails with its reason, and the rest still runs.
+"""
+
+_KINDS = {
+    "initial weights": ("every weight before the first step", "initial"),
+    "tokens": ("tokens counted over all ranks and microbatches", "initial"),
+    "logits": ("output of the first step's samples", "logits"),
+    "loss": ("mean over the counted tokens of the first step", "loss"),
+    "gradients": ("every parameter's, before the optimizer", "gradients"),
+    "grad norm": ("as the optimizer computes it, over both modules", "grad_norm"),
+    "change of weights": ("every weight's, over {change_steps} optimizer steps", "change"),
+    "curve": ("the loss of every training step", "curve"),
+}
+
+
+def write(path: Path, options: Options, summary: Summary) -> None:
+    """Replace ``path`` by the page of these results, all of it or nothing."""
+    from errors import write_atomically
+
+    write_atomically(path, page(options, summary).encode(), "the page")
+
+
+def page(options: Options, summary: Summary) -> str:
+    """The page as Markdown."""
+    from tests.parity.rows import CHANGE_STEPS
+
+    checks = "\n".join(_checks(options.thresh)).format(change_steps=CHANGE_STEPS)
+    return "\n".join(
+        [
+            _INTRO,
+            "## The table as last run\n",
+            _circumstances(options, summary),
+            *_table(options.rows, summary),
+            "",
+            _HOW.format(checks=checks),
+            _WHY.format(change_steps=CHANGE_STEPS),
+        ]
+    )
+
+
+def _circumstances(options: Options, summary: Summary) -> str:
+    results = summary.results.values()
+    known = versions()
+    backends = sorted({r["backend"] for r in results if "backend" in r})
+    good = sum(r["passed"] for r in results)
+    return (
+        f"{good} of {len(options.rows)} rows pass. {platform.system()} {platform.machine()}, "
+        f"{' and '.join(backends)}, Python {known['python']}, torch {known['torch']}, "
+        f"megatron-core {known['megatron-core']}; THRESH {options.thresh:g}, "
+        f"TRAIN_STEPS {options.steps}, MICRO_BATCHES {options.micro_batches}.\n"
+    )
+
+
+def _table(rows: tuple[Row, ...], summary: Summary) -> Iterator[str]:
+    yield "| row | encoder | language model | with | | worst error | allowed | in |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for row in rows:
+        name, verdict, error, allowed, where = cells(row, summary.results.get(row.name))
+        parts = (name, _sizes(row.vision), _sizes(row.language), _options(row, summary))
+        yield f"| {' | '.join(parts)} | {verdict} | {error} | {allowed} | {where} |"
+
+
+def _sizes(layout: str) -> str:
+    """``"tp=2,pp=1,dp=4"`` -> ``"TP2 DP4"``; axes of one rank say nothing."""
+    pairs = (part.partition("=") for part in layout.split(",") if part)
+    return " ".join(f"{axis.upper()}{size}" for axis, _, size in pairs if size != "1")
+
+
+def _options(row: Row, summary: Summary) -> str:
+    said = [f"{row.resolved_micro_batches(summary.options.micro_batches)} mb", row.masks]
+    said += ["tied"] if row.tied else []
+    said += ["SP"] if row.sequence_parallel else []
+    said += ["distributed optimizer"] if row.distributed_optimizer else []
+    said += ["overlap"] if row.overlap else []
+    said += ["frozen encoder"] if row.freeze_vision else []
+    said += [row.dtype] if row.dtype != "float32" else []
+    return ", ".join(said)
+
+
+def _checks(thresh: float) -> Iterator[str]:
+    fp32, bf16 = tolerances("float32", thresh), tolerances("bfloat16", thresh)
+    for kind, (what, field) in _KINDS.items():
+        yield f"| {kind} | {what} | {_bound(fp32, field)} | {_bound(bf16, field)} |"
+    yield "| loss falls | last loss over first | below 1 | below 1 |"
+
+
+def _bound(bounds: Tolerances, field: str) -> str:
+    value = getattr(bounds, field)
+    return f"{value:.0e}" if value else "0, bit-exact"
