@@ -138,6 +138,15 @@ def test_rank_with_nothing_but_padding_keeps_the_gather_in_its_graph(
         assert torch.count_nonzero(tensor.grad) == 0  # there, and zero
 
 
+def test_packed_in_inference_mode() -> None:
+    """Its tensors count no versions, so their lengths are read each time."""
+    case = Case((5, 16, 1), (8, 16, 8), packed=True)
+    with torch.inference_mode():
+        q, k, v, _ = case.tensors()
+        out = run_rank(build(), case, [q, k, v])
+    torch.testing.assert_close(out.clone(), reference_with_gradients(case)[0], **EXACT)
+
+
 def test_keys_and_values_are_gathered_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig
 from megatron.core.models.mimo.transformer.context_parallel_attention import (
     ContextParallelAttention,
+    _GatherSequence,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
@@ -173,3 +175,17 @@ def check_rotary_attention(case: RotaryCase) -> None:
 @given(case=rotary_cases())
 def test_rotary_attention_over_cp_is_the_unsharded_one(case: RotaryCase) -> None:
     check_rotary_attention(case)
+
+
+def test_second_derivative_is_refused_not_wrong() -> None:
+    """The gather's backward communicates outside autograd's sight."""
+
+    def body(rank: int) -> None:
+        x = torch.ones(2, 1, 2, dtype=torch.float64, device=DEVICE, requires_grad=True)
+        group = InProcessGroup(0, (0, 1), rank)
+        y = _GatherSequence.apply(x, group)
+        (first,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            first.sum().backward()
+
+    InProcessWorld(2).run(body)

@@ -153,6 +153,18 @@ def test_packed_in_inference_mode():
     assert torch.equal(cut, embeddings[[1, 2, 5, 6]])
 
 
+def test_lengths_that_change_in_place_are_read_again():
+    """Also in inference mode, whose tensors count no versions."""
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            embeddings, *_ = batch_of(16, batch=1)
+            cut, params = adapter(2, 1), packed([0, 4, 16])
+            cut.shard(embeddings, None, None, params)
+            params.cu_seqlens_q_padded[1] = 12
+            again = cut.shard(embeddings, None, None, params)[0]
+        assert torch.equal(again, embeddings[packed_positions([0, 12, 16], 1, 2)])
+
+
 def test_transformer_engine_s_kernel_is_used_where_it_applies(monkeypatch):
     calls = []
 

@@ -141,7 +141,7 @@ class PartitionAdapter:
 
     def __init__(self, cfg: PartitionConfig) -> None:
         self.cfg = cfg
-        self._checked_lengths: tuple[torch.Tensor, int, list[int]] | None = None
+        self._checked_lengths: tuple[torch.Tensor, int | None, list[int]] | None = None
         self._index: tuple[list[int], torch.device, torch.Tensor] | None = None
 
     def shard(
@@ -224,10 +224,11 @@ class PartitionAdapter:
         if cp == 1:
             return None
         cu_seqlens = _padded_lengths(params)
-        # Tensors of inference mode count no versions.
-        version = -1 if cu_seqlens.is_inference() else cu_seqlens._version
+        # Tensors of inference mode count no versions, so a change would not be seen: no memo.
+        version = None if cu_seqlens.is_inference() else cu_seqlens._version
         memo = self._checked_lengths
-        if memo is not None and memo[0] is cu_seqlens and memo[1] == version:
+        known = version is not None and memo is not None
+        if known and memo[0] is cu_seqlens and memo[1] == version:
             lengths = memo[2]
         else:
             lengths = cu_seqlens.flatten().tolist()

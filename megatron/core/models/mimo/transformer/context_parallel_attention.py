@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron.core import parallel_state
@@ -259,6 +260,7 @@ class _GatherSequence(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """Sum over the group, keep this rank's rows."""
         out = grad.new_empty((grad.size(0) // ctx.group.size(), *grad.shape[1:]))

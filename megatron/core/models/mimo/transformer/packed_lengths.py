@@ -37,6 +37,8 @@ def _host_ints(params: PackedSeqParams, name: str) -> list[int] | None:
     field = getattr(params, name)
     if field is None:
         return None
+    if field.is_inference():
+        return field.tolist()  # counts no versions, so a change would not be seen
     cache: dict[str, tuple[Tensor, int, list[int]]] = params.__dict__.setdefault("_host_ints", {})
     seen = cache.get(name)
     if seen is None or seen[0] is not field or seen[1] != field._version:
