@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 logger = logging.getLogger(__name__)
@@ -183,6 +184,8 @@ class HyperCommGrid:
         self.backend = backend
         self._views: dict[str, _RankView] = {_BASE_VIEW_NAME: _RankView(_BASE_VIEW_NAME, box, [])}
         self._pgs: dict[_GroupKey, dist.ProcessGroup | None] = {}
+        # Who is in the groups that were made here, to share them instead of making twins.
+        self._members: dict[_GroupKey, frozenset[frozenset[int]]] = {}
 
     def coords(self, rank: int) -> dict[str, int]:
         """Coordinate of a global rank along each dim of the base view.
@@ -257,11 +260,42 @@ class HyperCommGrid:
                 "cannot be compared with the ones given now, so it is not handed out again: "
                 "use get_pg."
             )
-        rank_enum = box.enumerate_groups(ordered)
-        pg, _ = dist.new_subgroups_by_enumeration(rank_enum, backend=self.backend, **kwargs)
-        logger.debug("Created process groups %s with ranks %s", key, rank_enum)
-        self._pgs[key] = pg
-        return pg
+        self._make(key, box.enumerate_groups(ordered), **kwargs)
+        return self._pgs[key]
+
+    def get_or_create_pg(
+        self, dims: str | list[str], *, view: str | None = None
+    ) -> dist.ProcessGroup | None:
+        """This rank's group over ``dims``: the one made before, else a new one (a collective).
+
+        Dims of size 1 change no group, so one over the others serves, too: "tp-pp" with PP 1 is
+        "tp". A group costs memory and connections on every rank.
+
+        Raises:
+            KeyError: there is no such view.
+            ValueError: the view has no such dim.
+        """
+        key, box, ordered = self._locate(dims, view)
+        return self.keep_pg(key, box.enumerate_groups(ordered))
+
+    def keep_pg(self, key: _GroupKey, rank_enum: list[list[int]]) -> dist.ProcessGroup | None:
+        """This rank's of any groups inside the grid, which the grid keeps under ``key``.
+
+        For groups that are no box of dims (first and last pipeline stage). Groups that the grid
+        already has over the same ranks are used again; else all ranks of the world make them.
+        """
+        if key not in self._pgs:
+            members = frozenset(frozenset(ranks) for ranks in rank_enum)
+            twin = next((k for k, m in self._members.items() if m == members), None)
+            if twin is None:
+                self._make(key, rank_enum)
+            else:
+                self._pgs[key] = self._pgs[twin]
+        return self._pgs[key]
+
+    def _make(self, key: _GroupKey, rank_enum: list[list[int]], **kwargs: Any) -> None:
+        self._pgs[key] = make_groups(rank_enum, self.backend, **kwargs)
+        self._members[key] = frozenset(frozenset(ranks) for ranks in rank_enum)
 
     def get_pg(self, dims: str | list[str], *, view: str | None = None) -> dist.ProcessGroup:
         """This rank's group over ``dims``, which ``create_pg`` has made before.
@@ -290,6 +324,7 @@ class HyperCommGrid:
         """Destroy each process group that this grid made and this rank is in; idempotent."""
         groups = {id(pg): pg for pg in self._pgs.values()}
         self._pgs.clear()
+        self._members.clear()
         for pg in groups.values():
             release_group(pg)
 
@@ -369,6 +404,28 @@ class HyperCommGrid:
                     f"Shared dim {dim!r} has different membership across views: base enumeration "
                     f"{base} != view {name!r} enumeration {other}"
                 )
+
+
+def make_groups(
+    rank_enum: list[list[int]], backend: str | None = None, **kwargs: Any
+) -> dist.ProcessGroup | None:
+    """Make the groups and return this rank's; all ranks of the world call it.
+
+    Args:
+        rank_enum: ranks of each group, none in two of them.
+        backend: their backend; ``None`` is the default group's.
+        kwargs: handed to ``torch.distributed.new_subgroups_by_enumeration``.
+
+    Returns:
+        This rank's group, ``None`` if it is in none of them.
+    """
+    pg, _ = dist.new_subgroups_by_enumeration(rank_enum, backend=backend, **kwargs)
+    logger.debug("Created process groups with ranks %s", rank_enum)
+    if isinstance(pg, dist.ProcessGroup) and torch.device("cpu") in pg._device_types:
+        # On CPU, members connect to one another while the group is made. One that has returned
+        # and then destroys the group breaks the connecting of a slower one, so wait for all.
+        dist.all_reduce(torch.zeros(1), group=pg)
+    return pg
 
 
 def release_group(pg: dist.ProcessGroup | None) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import faulthandler
+import gc
 import hashlib
 import io
 import os
@@ -34,6 +35,8 @@ from tests.harness.records import SUPERVISOR_VARIABLE, RecordWriter, read_plan, 
 
 _EXIT_GAVE_UP = 17
 _EXIT_ORPHAN = 18
+# Process groups made between two collections of garbage.
+_GROUPS_KEPT = 40
 _START_TIMEOUT = datetime.timedelta(seconds=300)
 
 
@@ -54,6 +57,7 @@ class RankPlugin:
         self._store: dist.Store | None = None
         self._rebuild = False
         self._epoch = 0
+        self._collected_at = 0
         self._index = 0
         self._failed = False
         self._texts: list[str] = []
@@ -147,6 +151,7 @@ class RankPlugin:
         if self.writer is not None:
             self.writer.write("finish", test=item.nodeid)
         self._meet(item.nodeid, timeout)
+        self._end_threads_of_groups()
         return result
 
     @pytest.hookimpl(tryfirst=True)
@@ -167,6 +172,17 @@ class RankPlugin:
         if self.writer is not None:
             data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
             self.writer.write("report", test=report.nodeid, report=data)
+
+    def _end_threads_of_groups(self) -> None:
+        """Collect garbage once enough process groups were made.
+
+        A gloo group's thread ends with its last reference, and models refer to groups in cycles.
+        Some thousand of such threads take all cores. Collecting after each test would, too.
+        """
+        made = dist.distributed_c10d._world.group_count
+        if not 0 <= made - self._collected_at < _GROUPS_KEPT:
+            self._collected_at = made
+            gc.collect()
 
     # --- the world ------------------------------------------------------------------------
 

@@ -15,7 +15,6 @@ from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.training.groups import (
     EXPERT_VIEW,
     create_process_groups,
-    get_or_create_pg,
     make_grid,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -52,6 +51,8 @@ EXPERT = {
     "expt_dp": {"expt_dp"},
     "intra_expt_dp": {"expt_dp"},
 }
+# One is enough to fail in about one of ten runs where nobody waits.
+REPEATS = 20
 LAYOUTS = [
     ([2, 1, 4, 1], ["tp", "cp", "dp", "pp"], 0),
     ([2, 2, 2, 1], ["tp", "cp", "dp", "pp"], 0),
@@ -134,6 +135,22 @@ def test_a_second_call_returns_the_same_groups(grid: HyperCommGrid) -> None:
         assert getattr(first, field) is getattr(second, field), field
 
 
+def test_dims_of_size_1_make_no_groups_of_their_own(grid: HyperCommGrid) -> None:
+    """A group costs memory and connections: one per set of ranks, under all its names."""
+    collection = create_process_groups(grid)
+    groups = {id(g): g for f in DENSE if (g := getattr(collection, f)) is not None}
+    members = [tuple(ranks_of(group)) for group in groups.values()]
+    assert len(set(members)) == len(members)
+
+
+def test_groups_may_be_destroyed_as_soon_as_they_are_made() -> None:
+    """A member that has gone on must not break the connecting of a slower one."""
+    for _ in range(REPEATS):
+        grid = make_grid(tp=2, dp=4)
+        create_process_groups(grid)
+        grid.destroy()
+
+
 def test_the_grid_destroys_every_group(layout: tuple[list[int], list[str], int]) -> None:
     shape, names, offset = layout
     known = set(dist.distributed_c10d._world.pg_map)
@@ -199,7 +216,7 @@ def test_groups_that_exist_already_are_taken() -> None:
     grid = make_grid(tp=2, cp=2, dp=2)
     try:
         made = grid.create_pg(["dp", "cp"])
-        assert get_or_create_pg(grid, ["cp", "dp"]) is made
+        assert grid.get_or_create_pg(["cp", "dp"]) is made
         assert create_process_groups(grid).dp_cp is made
     finally:
         dist.barrier()

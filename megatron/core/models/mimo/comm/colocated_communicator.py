@@ -19,7 +19,7 @@ import logging
 import torch
 import torch.distributed as dist
 
-from megatron.core.hyper_comm_grid import HyperCommGrid, release_group
+from megatron.core.hyper_comm_grid import HyperCommGrid, make_groups, release_group
 from megatron.core.models.mimo.comm.bridge_layout import (
     BridgeDirection,
     BridgeLayout,
@@ -90,7 +90,7 @@ class ColocatedBridgeCommunicator:
         self._repeat_layout()
         self.current_rank = dist.get_rank()
         self._destroyed = False
-        self.dest_cp_pg = _group_of(dest_grid, "cp") if self.dest_cp_size > 1 else None
+        self.dest_cp_pg = dest_grid.get_or_create_pg("cp") if self.dest_cp_size > 1 else None
         self.gather_pg = self._make_gather_pg(backend)
         logger.debug("Bridge %s on rank %d", self._describe(), self.current_rank)
 
@@ -158,7 +158,7 @@ class ColocatedBridgeCommunicator:
     def _make_gather_pg(self, backend: str | None) -> dist.ProcessGroup | None:
         if self.scale == 1:
             return None
-        group, _ = dist.new_subgroups_by_enumeration(self.gather_group_ranks, backend=backend)
+        group = make_groups(self.gather_group_ranks, backend)
         if self.current_rank in self.layout.ranks:
             # torch numbers a group's members by global rank; our blocks lie in slot order.
             assert dist.get_rank(group) == self.layout.slot(self.current_rank)
@@ -189,14 +189,6 @@ class ColocatedBridgeCommunicator:
             f"{self.dest_module_name} (TP{self.dest_tp_size} CP{self.dest_cp_size} "
             f"DP{self.dest_dp_size}, {self.direction.value} by {self.scale})"
         )
-
-
-def _group_of(grid: HyperCommGrid, dim: str) -> dist.ProcessGroup:
-    """The grid's own group over one dim; made on the grid, which also ends it, if it is missing."""
-    try:
-        return grid.get_pg(dim)
-    except KeyError:
-        return grid.create_pg(dim)
 
 
 def _common_backend(src_grid: HyperCommGrid, dest_grid: HyperCommGrid) -> str | None:

@@ -29,6 +29,8 @@ _FIELDS: dict[str, list[str]] = {
 }
 
 EXPERT_VIEW = "expert"
+# Under which the grid keeps groups that are no box of its dims.
+_OWN = "create_process_groups"
 
 
 def make_grid(
@@ -88,23 +90,13 @@ def _group(
     present = [d for d in dims if d in grid.dim_names]
     if not present:
         return single
-    return get_or_create_pg(grid, present)
-
-
-def get_or_create_pg(
-    grid: HyperCommGrid, dims: list[str], view: str | None = None
-) -> dist.ProcessGroup:
-    """The grid's group over ``dims``: the one already made, else a new one (a collective)."""
-    try:
-        return grid.get_pg(dims, view=view)
-    except KeyError:
-        return grid.create_pg(dims, view=view)
+    return grid.get_or_create_pg(present)
 
 
 def _singleton_group(grid: HyperCommGrid) -> dist.ProcessGroup | None:
     """Groups of one rank each, for the dims that a grid does not name."""
     ranks = [[r] for r in range(grid.rank_offset, grid.rank_offset + grid.size)]
-    return _kept_group(grid, "single", ranks)
+    return grid.keep_pg((_OWN, ("single",)), ranks)
 
 
 def _embedding_groups(
@@ -117,20 +109,9 @@ def _embedding_groups(
     if grid.dim_size("pp") == 1:
         return pp_group, pp_group
     stages = grid.get_rank_enum("pp")
-    embd = _kept_group(grid, "embd", [[s[0], s[-1]] for s in stages])
-    pos_embd = _kept_group(grid, "pos_embd", [[s[0]] for s in stages])
+    embd = grid.keep_pg((_OWN, ("embd",)), [[s[0], s[-1]] for s in stages])
+    pos_embd = grid.keep_pg((_OWN, ("pos_embd",)), [[s[0]] for s in stages])
     return embd, pos_embd
-
-
-def _kept_group(
-    grid: HyperCommGrid, name: str, rank_lists: list[list[int]]
-) -> dist.ProcessGroup | None:
-    """A group that is no box of dims; the grid keeps it, to hand out again and to destroy."""
-    key = ("create_process_groups", (name,))
-    if key not in grid._pgs:
-        group, _ = dist.new_subgroups_by_enumeration(rank_lists, backend=grid.backend)
-        grid._pgs[key] = group
-    return grid._pgs[key]
 
 
 def _set_expert_groups(grid: HyperCommGrid, collection: ProcessGroupCollection) -> None:
@@ -142,9 +123,9 @@ def _set_expert_groups(grid: HyperCommGrid, collection: ProcessGroupCollection) 
         collection.tp_ep_pp = collection.mp
         collection.expt_dp = collection.intra_expt_dp = collection.dp_cp
         return
-    collection.ep = get_or_create_pg(grid, ["ep"], EXPERT_VIEW)
-    collection.expt_tp = get_or_create_pg(grid, ["expt_tp"], EXPERT_VIEW)
-    collection.tp_ep = get_or_create_pg(grid, ["expt_tp", "ep"], EXPERT_VIEW)
-    collection.tp_ep_pp = get_or_create_pg(grid, ["expt_tp", "ep", "pp"], EXPERT_VIEW)
-    collection.expt_dp = get_or_create_pg(grid, ["expt_dp"], EXPERT_VIEW)
+    collection.ep = grid.get_or_create_pg(["ep"], view=EXPERT_VIEW)
+    collection.expt_tp = grid.get_or_create_pg(["expt_tp"], view=EXPERT_VIEW)
+    collection.tp_ep = grid.get_or_create_pg(["expt_tp", "ep"], view=EXPERT_VIEW)
+    collection.tp_ep_pp = grid.get_or_create_pg(["expt_tp", "ep", "pp"], view=EXPERT_VIEW)
+    collection.expt_dp = grid.get_or_create_pg(["expt_dp"], view=EXPERT_VIEW)
     collection.intra_expt_dp = collection.expt_dp
