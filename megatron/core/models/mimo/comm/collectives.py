@@ -81,10 +81,11 @@ def sum_gradients(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def check_same_shape(x: torch.Tensor, group: dist.ProcessGroup, what: str) -> None:
-    """Compare shape and dtype over a group: one small all-gather, and a wait for its result.
+    """Compare tensors over a group: one small all-gather, and a wait for its result.
 
-    For debugging: unequal shapes in a collective hang, abort or give garbage, depending on the
-    backend. Every rank of the group must call it.
+    Compared are shape, dtype and whether a gradient is wanted. For debugging: unequal shapes in
+    a collective hang, abort or give garbage, depending on the backend, and a rank that wants no
+    gradient leaves the others waiting in backward. Every rank of the group must call it.
 
     Args:
         x: this rank's tensor.
@@ -103,8 +104,9 @@ def check_same_shape(x: torch.Tensor, group: dist.ProcessGroup, what: str) -> No
         for rank, row in zip(dist.get_process_group_ranks(group), table, strict=True)
     )
     raise ValueError(
-        f"{what} must have one shape and dtype on all ranks of a group, got {found}. Give each of "
-        "these ranks the same number of samples (and tokens per sample)."
+        f"{what} must have one shape and dtype on all ranks of a group, and a gradient on all or "
+        f"none, got {found}. Give each of these ranks the same number of samples (and tokens per "
+        "sample), and freeze an encoder on all ranks alike."
     )
 
 
@@ -178,7 +180,7 @@ def _required(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     return group
 
 
-# Enough for any activation; a signature is [dtype, ndim, dims..., zeros].
+# Enough for any activation; a signature is [wants gradient, dtype, ndim, dims..., zeros].
 _MAX_NDIM = 8
 _DTYPES = sorted(
     {value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str
@@ -187,9 +189,10 @@ _DTYPES = sorted(
 
 def _signature(x: torch.Tensor) -> list[int]:
     dims = list(x.shape)
-    return [_DTYPES.index(x.dtype), len(dims), *dims, *[0] * (_MAX_NDIM - len(dims))]
+    wanted = int(x.requires_grad and torch.is_grad_enabled())
+    return [wanted, _DTYPES.index(x.dtype), len(dims), *dims, *[0] * (_MAX_NDIM - len(dims))]
 
 
 def _read_signature(row: list[int]) -> str:
-    dtype, ndim, *dims = row
-    return f"{tuple(dims[:ndim])} {_DTYPES[dtype]}"
+    wanted, dtype, ndim, *dims = row
+    return f"{tuple(dims[:ndim])} {_DTYPES[dtype]} {'with' if wanted else 'without'} gradient"
