@@ -44,6 +44,7 @@ megatron-core==$megatron_core
 einops==$PIN_EINOPS
 pytest==$PIN_PYTEST
 hypothesis==$PIN_HYPOTHESIS
+spmd_types==$PIN_SPMD_TYPES
 ruff==$PIN_RUFF
 hatchling==$PIN_HATCHLING
 EOF
