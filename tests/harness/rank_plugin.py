@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import faulthandler
-import gc
 import hashlib
 import io
 import os
@@ -30,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from tests.harness import backend
+from tests.harness.garbage import end_threads_of_groups
 from tests.harness.plugin import ranks_of, timeout_of
 from tests.harness.records import SUPERVISOR_VARIABLE, RecordWriter, read_plan, stacks_path
 
@@ -174,15 +174,11 @@ class RankPlugin:
             self.writer.write("report", test=report.nodeid, report=data)
 
     def _end_threads_of_groups(self) -> None:
-        """Collect garbage once enough process groups were made.
-
-        A gloo group's thread ends with its last reference, and models refer to groups in cycles.
-        Some thousand of such threads take all cores. Collecting after each test would, too.
-        """
+        """Now and then: doing so after each test would cost more than it saves."""
         made = dist.distributed_c10d._world.group_count
         if not 0 <= made - self._collected_at < _GROUPS_KEPT:
             self._collected_at = made
-            gc.collect()
+            end_threads_of_groups()
 
     # --- the world ------------------------------------------------------------------------
 
