@@ -48,18 +48,23 @@ class Launch:
         self.stopped = ""
         self.started_at = self.progress_at = time.monotonic()
         records.write_plan(self.directory, [i.nodeid for i in items])
+        self.process = self.start_ranks(config, size)
+
+    def start_ranks(self, config: pytest.Config, size: int) -> subprocess.Popen:
+        """Start torchrun; ``tests.mutants`` exchanges this for something quicker."""
         with (self.directory / "agent.log").open("wb") as output:
-            self.process = subprocess.Popen(
-                self._command(config, size),
+            return subprocess.Popen(
+                self.command(config, size),
                 cwd=config.invocation_params.dir,
-                env=self._environment(),
+                env=self.environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
 
-    def _command(self, config: pytest.Config, size: int) -> list[str]:
+    def command(self, config: pytest.Config, size: int) -> list[str]:
+        """The command line of a launch."""
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--local-addr=127.0.0.1", f"--nproc-per-node={size}", "--redirects=3"]
         command += [f"--log-dir={self.directory / 'logs'}", "-m", "pytest"]
@@ -72,7 +77,8 @@ class Launch:
             command += ["-o", override]
         return command + list(dict.fromkeys(str(i.path) for i in self.items))
 
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
+        """The environment of torchrun and its ranks."""
         env = {k: v for k, v in os.environ.items() if not _LAUNCH_VARIABLES.fullmatch(k)}
         env[records.DIRECTORY_VARIABLE] = str(self.directory)
         env[records.SUPERVISOR_VARIABLE] = str(os.getpid())

@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -30,6 +30,7 @@ TREE = Tree(
     parts=("megatron", "mimo_colocated", "examples", "tests", "pyproject.toml"),
     # A rank that waits in vain: a minute is many times what any of these tests takes.
     options=("-o", "ranks_timeout=60"),
+    warm=True,
 )
 _NOTHING_TRIED = 2
 
@@ -43,6 +44,7 @@ class Options:
     list: bool
     fresh: bool
     jobs: int
+    cold: bool
     output: Path
     write_docs: bool
 
@@ -60,6 +62,9 @@ class Options:
         parser.add_argument("--fresh", action="store_true", help="forget results of earlier runs")
         parser.add_argument(
             "--jobs", type=int, default=0, help="one-process mutants at a time (default: cores)"
+        )
+        parser.add_argument(
+            "--cold", action="store_true", help="every process imports everything anew: slower"
         )
         parser.add_argument(
             "--output", type=Path, default=ROOT / "runs" / "mutants", help="folder of summary.json"
@@ -99,7 +104,8 @@ def main(
     record = Record(options.output / "summary.json", digest(tree), fresh=options.fresh)
     if options.write_docs:
         return _write_docs(record, mutants, tree)
-    return _run(options, record, mutants, chosen, Trials(tree))
+    with Trials(replace(tree, warm=tree.warm and not options.cold)) as trials:
+        return _run(options, record, mutants, chosen, trials)
 
 
 def _run(

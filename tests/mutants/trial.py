@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.mutants.fork_server import ADDRESS_VARIABLE, Forked, ForkServer, Start
 from tests.mutants.mutant import Mutant
 
 KILLED, TIMED_OUT, SURVIVED, BROKEN = "killed", "killed by a deadline", "SURVIVED", "BROKEN"
@@ -48,12 +49,14 @@ class Tree:
         parts: files and folders below it that the tests need.
         options: further pytest options.
         timeout: seconds after which a mutant's pytest is ended.
+        warm: fork every process from one that has imported the libraries.
     """
 
     root: Path
     parts: tuple[str, ...]
     options: tuple[str, ...] = ()
     timeout: float = 300.0
+    warm: bool = False
 
     def files(self) -> Iterator[Path]:
         """Every file that is copied, in a fixed order."""
@@ -109,12 +112,28 @@ class Verdict:
 
 
 class Trials:
-    """Runs pytest on copies of a tree; ``stop`` ends what is running, from any thread."""
+    """Runs pytest on copies of a tree; a context manager.
+
+    ``stop`` ends what is running, from any thread.
+    """
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
-        self._running: set[subprocess.Popen] = set()
+        self._server: ForkServer | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="mutants-")
+        self._running: set[subprocess.Popen | Forked] = set()
         self._stopped = False
+
+    def __enter__(self) -> Trials:
+        if self.tree.warm:
+            self._server = ForkServer(Path(self._folder.name), _environment(self.tree.root))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+        if self._server is not None:
+            self._server.close()
+        self._folder.cleanup()
 
     def baseline(self, tests: Sequence[str], timeout: float) -> Finished:
         """All tests on a copy without any mutant."""
@@ -136,28 +155,39 @@ class Trials:
     def _pytest(
         self, folder: Path, tests: Sequence[str], timeout: float, *options: str
     ) -> Finished:
-        report, log = folder / "report.xml", folder / "output.log"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
-        command += [f"--junitxml={report}", *self.tree.options, *tests]
-        started = time.monotonic()
         if self._stopped:
             raise KeyboardInterrupt
+        report, log = folder / "report.xml", folder / "output.log"
+        arguments = ["-q", "-p", "no:cacheprovider", *options, f"--junitxml={report}"]
+        arguments += [*self.tree.options, *tests]
+        started = time.monotonic()
+        process = self._start(arguments, folder, log)
+        self._running.add(process)
+        code = self._wait(process, timeout)
+        seconds = time.monotonic() - started
+        output = log.read_text(errors="replace") if log.is_file() else ""
+        return _read(report, code, seconds, output[-4000:])
+
+    def _start(self, arguments: list[str], folder: Path, log: Path) -> subprocess.Popen | Forked:
+        environment = _environment(folder)
+        if self._server is not None:
+            environment[ADDRESS_VARIABLE] = self._server.address
+            arguments = ["-p", "tests.mutants.forked_ranks", *arguments]
+            return Forked(
+                self._server.address, Start(arguments, str(folder), environment, str(log))
+            )
         with log.open("wb") as output:
-            process = subprocess.Popen(
-                command,
+            return subprocess.Popen(
+                [sys.executable, "-m", "pytest", *arguments],
                 cwd=folder,
-                env=_environment(folder),
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            self._running.add(process)
-            code = self._wait(process, timeout)
-        seconds = time.monotonic() - started
-        return _read(report, code, seconds, log.read_text(errors="replace")[-4000:])
 
-    def _wait(self, process: subprocess.Popen, timeout: float) -> int | None:
+    def _wait(self, process: subprocess.Popen | Forked, timeout: float) -> int | None:
         try:
             return process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -203,7 +233,7 @@ def _environment(folder: Path) -> dict[str, str]:
     return env
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen | Forked) -> None:
     """Interrupt pytest, which then ends its ranks; kill it if it does not listen."""
     if process.poll() is not None:
         return

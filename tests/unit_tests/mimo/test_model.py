@@ -276,9 +276,11 @@ class TestAlign:
         with pytest.raises(ValueError, match="No modality embeddings provided"):
             self.align(model, {}, tokens(0))
 
-    def test_text_count(self, model):
-        with pytest.raises(ValueError, match=r"text tokens \(6\) .* text embeddings \(5\)"):
-            self.align(model, {"text": torch.zeros(5, HIDDEN)}, tokens(2))
+    @pytest.mark.parametrize("rows", [5, 7])
+    def test_text_count(self, model, rows):
+        message = rf"text tokens \(6\) .* text embeddings \({rows}\)"
+        with pytest.raises(ValueError, match=message):
+            self.align(model, {"text": torch.zeros(rows, HIDDEN)}, tokens(2))
 
     def test_modality_without_a_token(self, model):
         message = "No special token ID defined for modality sounds"
