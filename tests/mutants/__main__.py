@@ -19,6 +19,7 @@ from tqdm import tqdm
 from tests.mutants import report
 from tests.mutants.campaign import BaselineError, run_baseline, run_mutants, tests_of
 from tests.mutants.catalogue import MUTANTS
+from tests.mutants.fork_server import LIBRARIES
 from tests.mutants.mutant import Mutant, check
 from tests.mutants.record import Record, digest
 from tests.mutants.trial import KILLS, Tree, Trials
@@ -29,8 +30,8 @@ TREE = Tree(
     root=ROOT,
     parts=("megatron", "mimo_colocated", "examples", "tests", "pyproject.toml"),
     # A rank that waits in vain: a minute is many times what any of these tests takes.
-    options=("-o", "ranks_timeout=60"),
-    warm=True,
+    options=("-p", "tests.mutants.forked_ranks", "-o", "ranks_timeout=60"),
+    libraries=LIBRARIES,
 )
 _NOTHING_TRIED = 2
 
@@ -104,7 +105,7 @@ def main(
     record = Record(options.output / "summary.json", digest(tree), fresh=options.fresh)
     if options.write_docs:
         return _write_docs(record, mutants, tree)
-    with Trials(replace(tree, warm=tree.warm and not options.cold)) as trials:
+    with Trials(replace(tree, libraries=()) if options.cold else tree) as trials:
         return _run(options, record, mutants, chosen, trials)
 
 

@@ -5,7 +5,7 @@ Importing PyTorch and Megatron-Core takes seconds of CPU time in each process, m
 than one. The server imports the libraries once, and nothing of this project: what a fork imports
 of it comes from the folder that it is told to work in. On its own::
 
-    python -m tests.mutants.fork_server SOCKET      ends when its standard input does
+    python -m tests.mutants.fork_server SOCKET MODULE ...      ends when its standard input does
 
 One connection is one start. The client sends a line of JSON (see :class:`Start`), gets a line
 with the process group's id and, at the end, a line with the exit code. When the client goes away
@@ -26,13 +26,18 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
 ADDRESS_VARIABLE = "MUTANTS_FORK_SERVER"
-_LIBRARIES = ("numpy", "pytest", "hypothesis", "sklearn.datasets", "torch.distributed.checkpoint")
-_STOCK = (
+LIBRARIES = (
+    "numpy",
+    "pytest",
+    "hypothesis",
+    "sklearn.datasets",
+    "torch.distributed.checkpoint",
     "megatron.core.models.gpt",
     "megatron.core.distributed",
     "megatron.core.dist_checkpointing",
@@ -80,9 +85,13 @@ class Forked:
         if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
             # No line at all: the process that should have sent it was killed.
             self.returncode = int(self._lines.readline() or -signal.SIGKILL)
-            self._lines.close()
-            self._connection.close()
+            self.close()
         return self.returncode
+
+    def close(self) -> None:
+        """Go away; the server then kills what still runs."""
+        self._lines.close()
+        self._connection.close()
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the exit code.
@@ -98,12 +107,23 @@ class Forked:
 
 
 class ForkServer:
-    """A running server; it ends with :meth:`close`, or with this process."""
+    """A running server; it ends with :meth:`close`, or with this process.
 
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+    Args:
+        folder: where its socket goes.
+        environment: its environment variables.
+        libraries: modules that it imports, as far as they are there.
+
+    Raises:
+        RuntimeError: it did not start.
+    """
+
+    def __init__(
+        self, folder: Path, environment: dict[str, str], libraries: Sequence[str] = LIBRARIES
+    ) -> None:
         self.address = str(folder / "fork-server")
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", __name__, self.address],
+            [sys.executable, "-W", "ignore", "-m", __name__, self.address, *libraries],
             cwd=Path(__file__).resolve().parents[2],
             env=environment,
             stdin=subprocess.PIPE,
@@ -116,16 +136,19 @@ class ForkServer:
     def close(self) -> None:
         """End the server; what it has started goes on."""
         self._process.communicate()
+        self.returncode = self._process.returncode
 
 
-def main(address: str, *libraries_only: str) -> None:
+def main(address: str, *libraries: str) -> None:
     """Import, then serve until standard input ends."""
-    for name in (*_LIBRARIES, *(() if libraries_only else _STOCK)):
+    for name in libraries:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     if any(name in sys.modules for name in _OURS[2:]):
-        # Megatron-Core 0.19 imports one of our names itself: its modules would keep the wrong one.
-        os.execv(sys.executable, [*sys.orig_argv, "libraries-only"])
+        # Megatron-Core 0.19 imports our names itself: its modules would keep the wrong ones.
+        others = [name for name in libraries if not name.startswith("megatron.")]
+        command = [sys.executable, "-W", "ignore", "-m", "tests.mutants.fork_server", address]
+        os.execv(sys.executable, [*command, *others])
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as server:

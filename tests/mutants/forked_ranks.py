@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pytest plugin: the ranks of multi-rank tests are forked instead of launched by torchrun."""
+"""A pytest plugin: the ranks of multi-rank tests are forked instead of launched by torchrun.
+
+Without the address of a fork server in the environment it does nothing.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from tests.mutants.fork_server import ADDRESS_VARIABLE, Forked, Start
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Exchange how a launch starts its ranks."""
-    Launch.start_ranks = _fork_ranks
+    if ADDRESS_VARIABLE in os.environ:
+        Launch.start_ranks = _fork_ranks
 
 
 def _fork_ranks(launch: Launch, config: pytest.Config, size: int) -> subprocess.Popen | Forked:

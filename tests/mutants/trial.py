@@ -49,14 +49,15 @@ class Tree:
         parts: files and folders below it that the tests need.
         options: further pytest options.
         timeout: seconds after which a mutant's pytest is ended.
-        warm: fork every process from one that has imported the libraries.
+        libraries: fork every process from one that has imported these; with none of them every
+            process starts by itself.
     """
 
     root: Path
     parts: tuple[str, ...]
     options: tuple[str, ...] = ()
     timeout: float = 300.0
-    warm: bool = False
+    libraries: tuple[str, ...] = ()
 
     def files(self) -> Iterator[Path]:
         """Every file that is copied, in a fixed order."""
@@ -125,8 +126,10 @@ class Trials:
         self._stopped = False
 
     def __enter__(self) -> Trials:
-        if self.tree.warm:
-            self._server = ForkServer(Path(self._folder.name), _environment(self.tree.root))
+        if self.tree.libraries:
+            environment = _environment(self.tree.root)
+            folder = Path(self._folder.name)
+            self._server = ForkServer(folder, environment, self.tree.libraries)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -172,7 +175,6 @@ class Trials:
         environment = _environment(folder)
         if self._server is not None:
             environment[ADDRESS_VARIABLE] = self._server.address
-            arguments = ["-p", "tests.mutants.forked_ranks", *arguments]
             return Forked(
                 self._server.address, Start(arguments, str(folder), environment, str(log))
             )

@@ -74,7 +74,8 @@ def make_tree(root: Path, timeout: float = 60.0) -> Tree:
     }.items():
         (root / file).parent.mkdir(exist_ok=True)
         (root / file).write_text(text)
-    return Tree(root, ("toy", "tests", "pytest.ini"), ("-p", "no:hypothesispytest"), timeout)
+    parts = ("toy", "tests", "pytest.ini")
+    return Tree(root, parts, ("-p", "no:hypothesispytest"), timeout, libraries=("pytest",))
 
 
 class Command:
@@ -130,9 +131,10 @@ def test_every_kind_of_outcome_then_resumed(command: Command) -> None:
     assert command("--only", "seen")[0] == 0
 
 
-def test_a_hang_is_a_kill_and_leaves_no_process(command: Command) -> None:
+@pytest.mark.parametrize("arguments", [[], ["--cold"]])
+def test_a_hang_is_a_kill_and_leaves_no_process(arguments: list[str], command: Command) -> None:
     command.tree = replace(command.tree, timeout=2.0)
-    code, output = command(mutants=(HANGS,))
+    code, output = command(*arguments, mutants=(HANGS,))
     assert code == 0
     assert command.statuses() == {"hangs": TIMED_OUT}
     assert "1 killed, 1 of them by a deadline" in output
