@@ -54,8 +54,8 @@ BRIDGE = (
     Mutant(
         name="cp-sum-over-dp-cp",
         file=_COMM,
-        old='_group_of(dest_grid, "cp") if self.dest_cp_size > 1',
-        new='_group_of(dest_grid, ["cp", "dp"]) if self.dest_cp_size > 1',
+        old='("cp") if self.dest_cp_size > 1',
+        new='(["cp", "dp"]) if self.dest_cp_size > 1',
         tests=(_PICTURE,),
         why="an image's gradient gets those of other replicas' images added",
         ranks=8,
