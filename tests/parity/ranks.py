@@ -16,6 +16,7 @@ from typing import Any
 # The modules of this script's own folder are the package's, not top-level ones.
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from tests.harness.garbage import end_threads_of_groups  # noqa: E402
 from tests.parity.records import Plan, ProgressWriter  # noqa: E402
 from tests.parity.rows import NIGHTLY_ROWS, Reference, Row  # noqa: E402
 
@@ -53,6 +54,7 @@ def job(options: LaunchOptions, backend: str) -> None:
         result |= {"seconds": round(time.perf_counter() - started, 2), "backend": backend}
         if leads:
             writer.finished(item, result)
+        end_threads_of_groups()
     dist.barrier()
 
 
