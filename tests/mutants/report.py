@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from tests.mutants.mutant import Mutant
 from tests.mutants.trial import BROKEN, KILLED, KILLS, SURVIVED, TIMED_OUT
 
 _STYLES = {KILLED: "green", TIMED_OUT: "yellow", SURVIVED: "bold red", BROKEN: "bold magenta"}
+_MESSAGE_CHARACTERS = 120
+# Where there is no terminal whose width could be asked for.
+_LOG_COLUMNS = 140
 DOC_START = "<!-- the table below is written by: python -m tests.mutants --write-docs -->"
 DOC_END = "<!-- end of the table -->"
 
@@ -23,21 +27,21 @@ def line(done: Done) -> str:
     """One line for a mutant that is done."""
     verdict = done.verdict
     by = f" by {verdict.test}" if verdict.test else ""
-    head = f"{verdict.status:21s} {done.mutant.name:34s} {verdict.seconds:6.1f} s"
-    return f"{head}{by}: {verdict.message}"
+    head = f"{verdict.status:21s} {done.mutant.name:42s} {verdict.seconds:6.1f} s"
+    return f"{head}{by}: {verdict.message[:_MESSAGE_CHARACTERS]}"
 
 
 def show_catalogue(mutants: Sequence[Mutant]) -> None:
     """What there is to run."""
-    table = Table("mutant", "file", "ranks", "what it would do", title=f"{len(mutants)} mutants")
+    table = _table(f"{len(mutants)} mutants", "ranks", "what it would do")
     for mutant in mutants:
         table.add_row(mutant.name, _short(mutant.file), str(mutant.ranks), mutant.why)
-    Console().print(table)
+    _print(table)
 
 
 def show_results(mutants: Sequence[Mutant], results: dict[str, dict[str, Any]]) -> None:
     """The final table."""
-    table = Table("mutant", "file", "status", "seconds", "noticed by", title="Mutants")
+    table = _table("Mutants", "status", "seconds", "noticed by")
     for mutant in mutants:
         entry = results[mutant.name]
         status = entry["status"]
@@ -46,9 +50,9 @@ def show_results(mutants: Sequence[Mutant], results: dict[str, dict[str, Any]]) 
             _short(mutant.file),
             f"[{_STYLES[status]}]{status}[/]",
             f"{entry['seconds']:.1f}",
-            _plain(entry["test"] or entry["message"]),
+            _plain(entry["test"].partition("[")[0] or entry["message"]),
         )
-    Console().print(table)
+    _print(table)
 
 
 def closing_lines(
@@ -114,6 +118,18 @@ def _markdown(
         cells += [f"{entry['seconds']:.0f}", noticed]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return lines
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title)
+    table.add_column("mutant", no_wrap=True)
+    for column in ("file", *columns):
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _print(table: Table) -> None:
+    Console(width=None if sys.stdout.isatty() else _LOG_COLUMNS).print(table)
 
 
 def _short(file: str) -> str:

@@ -3,12 +3,14 @@
 
 from tests.mutants.catalogue.bridge import BRIDGE, GRIDS
 from tests.mutants.catalogue.model import MODEL
+from tests.mutants.catalogue.routing import ROUTING
 from tests.mutants.catalogue.sequence import ATTENTION, SHARDING
 from tests.mutants.catalogue.training import CHECKPOINTS, GRADIENTS, OPTIMIZER, WEIGHTS
 
 MUTANTS = (
     *GRIDS,
     *BRIDGE,
+    *ROUTING,
     *SHARDING,
     *ATTENTION,
     *MODEL,
