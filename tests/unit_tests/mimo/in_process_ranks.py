@@ -40,7 +40,7 @@ _here = threading.local()
 class InProcessGroup:
     """A process group as one rank holds it; ``number`` tells groups of the same ranks apart."""
 
-    number: int
+    number: Any
     ranks: tuple[int, ...]
     own_rank: int
 
@@ -70,12 +70,13 @@ class InProcessWorld:
         self._random = random.Random(seed)
         self._made: list[list[list[int]]] = []
         self._made_by: Counter[int] = Counter()
-        self._destroyed: set[tuple[int, int]] = set()
+        self._own_groups: Counter[tuple[int, tuple[int, ...]]] = Counter()
+        self._destroyed: set[tuple[int, Any]] = set()
         self._turns = [threading.Semaphore(0) for _ in range(size)]
         self._handed_back = threading.Semaphore(0)
         self._ready: list[int] = []
         self._waiting: dict[int, str] = {}
-        self._open: dict[int, dict[int, tuple[Any, ...]]] = {}
+        self._open: dict[Any, dict[int, tuple[Any, ...]]] = {}
         self._errors: dict[int, BaseException] = {}
         self._over = False
 
@@ -122,8 +123,14 @@ class InProcessWorld:
             f"rank {rank} makes {wanted} as its {index + 1}. set of process groups, another rank "
             f"made {self._made[index]}"
         )
-        first = sum(len(made) for made in self._made[:index])
-        return [InProcessGroup(first + i, tuple(r), rank) for i, r in enumerate(wanted)]
+        return [InProcessGroup((index, i), tuple(r), rank) for i, r in enumerate(wanted)]
+
+    def make_own_group(self, ranks: Sequence[int]) -> InProcessGroup:
+        """A group that its members alone make, each as its so-and-so-manieth over these ranks."""
+        rank, members = _here.rank, tuple(sorted(ranks))
+        assert rank in members, f"rank {rank} makes a group of {members} by itself"
+        self._own_groups[rank, members] += 1
+        return InProcessGroup((members, self._own_groups[rank, members]), members, rank)
 
     def destroy_group(self, group: InProcessGroup) -> None:
         """This rank will not use the group again."""
@@ -135,14 +142,18 @@ class InProcessWorld:
         group: InProcessGroup,
         tensors: tuple[torch.Tensor, ...],
         work: Callable[[list[tuple[torch.Tensor, ...]]], None],
+        same: bool = True,
     ) -> None:
-        """Wait for the group's other ranks; the last to come does the work on all tensors."""
+        """Wait for the group's other ranks; the last to come does the work on all tensors.
+
+        ``same``: their shapes must be equal over the group; dtypes always.
+        """
         rank = _here.rank
         assert isinstance(group, InProcessGroup), f"{name} on rank {rank} without a group: {group}"
         assert rank in group.ranks, f"{name} on rank {rank}, which is not in {group.ranks}"
         assert (rank, group.number) not in self._destroyed, f"{name} on a destroyed {group}"
         assert all(t.is_contiguous() for t in tensors), f"{name} on rank {rank} of a strided tensor"
-        signature = (name, *((tuple(t.shape), t.dtype) for t in tensors))
+        signature = (name, *((tuple(t.shape) if same else "any", t.dtype) for t in tensors))
         arrived = self._open.setdefault(group.number, {})
         arrived[rank] = (signature, tensors)
         if len(arrived) < group.size():
@@ -193,18 +204,18 @@ class InProcessWorld:
 
 def _all_gather(
     output: torch.Tensor, block: torch.Tensor, group: Any = None, async_op: bool = False
-) -> None:
+) -> _Done | None:
     def work(tensors: list[tuple[torch.Tensor, ...]]) -> None:
         whole = torch.cat([block for _, block in tensors])
         for out, _ in tensors:
             out.view(whole.shape).copy_(whole)
 
-    _collective("all_gather", group, (output, block), work, async_op)
+    return _collective("all_gather", group, (output, block), work, async_op)
 
 
 def _all_reduce(
     tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
-) -> None:
+) -> _Done | None:
     assert op == dist.ReduceOp.SUM, f"all_reduce with {op} is not played here"
 
     def work(tensors: list[tuple[torch.Tensor, ...]]) -> None:
@@ -212,7 +223,7 @@ def _all_reduce(
         for (x,) in tensors:
             x.copy_(total)
 
-    _collective("all_reduce", group, (tensor,), work, async_op)
+    return _collective("all_reduce", group, (tensor,), work, async_op)
 
 
 def _reduce_scatter(
@@ -221,7 +232,7 @@ def _reduce_scatter(
     op: Any = dist.ReduceOp.SUM,
     group: Any = None,
     async_op: bool = False,
-) -> None:
+) -> _Done | None:
     assert op == dist.ReduceOp.SUM, f"reduce_scatter with {op} is not played here"
 
     def work(tensors: list[tuple[torch.Tensor, ...]]) -> None:
@@ -229,7 +240,41 @@ def _reduce_scatter(
         for (out, _), part in zip(tensors, total.chunk(len(tensors)), strict=True):
             out.copy_(part)
 
-    _collective("reduce_scatter", group, (output, whole), work, async_op)
+    return _collective("reduce_scatter", group, (output, whole), work, async_op)
+
+
+def _all_to_all(
+    output: torch.Tensor,
+    rows: torch.Tensor,
+    output_split_sizes: list[int] | None = None,
+    input_split_sizes: list[int] | None = None,
+    group: Any = None,
+    async_op: bool = False,
+) -> _Done | None:
+    count, place = group.size(), group.rank()
+    sent = input_split_sizes or [len(rows) // count] * count
+    wanted = output_split_sizes or [len(output) // count] * count
+
+    def work(tensors: list[tuple[torch.Tensor, ...]]) -> None:
+        blocks = [rows.split(splits.tolist()) for _, rows, splits, _ in tensors]
+        for receiver, (out, _, _, splits) in enumerate(tensors):
+            parts = [from_rank[receiver] for from_rank in blocks]
+            assert [len(part) for part in parts] == splits.tolist(), (
+                f"all_to_all: rank {group.ranks[receiver]} waits for {splits.tolist()} rows and "
+                f"is sent {[len(part) for part in parts]}"
+            )
+            out.copy_(torch.cat(parts))
+
+    assert (len(sent), len(wanted)) == (count, count), f"splits of place {place}: {sent}, {wanted}"
+    tensors = (output, rows, torch.tensor(sent), torch.tensor(wanted))
+    return _collective("all_to_all", group, tensors, work, async_op, same=False)
+
+
+class _Done:
+    """The handle of an asynchronous call, which was played before it returned."""
+
+    def wait(self) -> None:
+        """Nothing is left to do."""
 
 
 def _collective(
@@ -238,10 +283,11 @@ def _collective(
     tensors: tuple[torch.Tensor, ...],
     work: Callable[[list[tuple[torch.Tensor, ...]]], None],
     async_op: bool,
-) -> None:
-    assert not async_op, f"asynchronous {name} is not played here"
+    same: bool = True,
+) -> _Done | None:
     detached = tuple(tensor.detach() for tensor in tensors)
-    _here.world.collective(name, group, detached, work)
+    _here.world.collective(name, group, detached, work, same)
+    return _Done() if async_op else None
 
 
 def _new_subgroups(
@@ -251,6 +297,13 @@ def _new_subgroups(
     own = [group for group in groups if _here.rank in group.ranks]
     assert len(own) <= 1, f"rank {_here.rank} is in several subgroups: {own}"
     return own[0] if own else None, groups
+
+
+def _new_group(
+    ranks: Sequence[int], use_local_synchronization: bool = False, **options: Any
+) -> InProcessGroup:
+    assert use_local_synchronization, "new_group of the whole world is not played here"
+    return _here.world.make_own_group(ranks)
 
 
 def _rank_of(group: InProcessGroup | None = None) -> int:
@@ -266,6 +319,8 @@ _PLAYED: dict[str, Callable[..., Any]] = {
     "get_rank": _rank_of,
     "get_world_size": _size_of,
     "get_process_group_ranks": lambda group: list(group.ranks),
+    "get_backend_config": lambda group: "cpu:played",
+    "new_group": _new_group,
     "new_subgroups_by_enumeration": _new_subgroups,
     "destroy_process_group": lambda group: _here.world.destroy_group(group),
     "all_gather_into_tensor": _all_gather,
@@ -273,11 +328,12 @@ _PLAYED: dict[str, Callable[..., Any]] = {
     "all_reduce": _all_reduce,
     "reduce_scatter_tensor": _reduce_scatter,
     "reduce_scatter_single": _reduce_scatter,
+    "all_to_all_single": _all_to_all,
 }
 _NOT_PLAYED = [
     *("all_gather", "all_gather_coalesced", "all_gather_object", "all_reduce_coalesced"),
-    *("all_to_all", "all_to_all_single", "barrier", "batch_isend_irecv", "broadcast"),
-    *("broadcast_object_list", "gather", "gather_object", "irecv", "isend", "new_group"),
+    *("all_to_all", "barrier", "batch_isend_irecv", "broadcast"),
+    *("broadcast_object_list", "gather", "gather_object", "irecv", "isend"),
     *("monitored_barrier", "new_subgroups", "recv", "recv_object_list", "reduce"),
     *("reduce_scatter", "scatter", "scatter_object_list", "send", "send_object_list"),
 ]

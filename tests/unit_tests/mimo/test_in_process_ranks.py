@@ -30,27 +30,37 @@ def all_collectives(device: str | torch.device = "cpu") -> list[torch.Tensor]:
     dist.reduce_scatter_tensor(scattered, x.view(4, 1).clone(), group=group)
     place = torch.tensor([dist.get_rank(group), dist.get_world_size(group), dist.get_world_size()])
     ranks = torch.tensor(dist.get_process_group_ranks(group))
-    dist.destroy_process_group(group)
-    return [x.cpu() for x in (place, ranks, gathered, total, scattered)]
+    # Everybody sends the j-th of them j rows.
+    own = dist.new_group(ranks.tolist(), use_local_synchronization=True)
+    exchanged = x.new_empty(4 * int(place[0]), 1)
+    splits = [int(place[0])] * 4, [0, 1, 2, 3]
+    sent = x.new_full((6, 1), rank)
+    dist.all_to_all_single(exchanged, sent, *splits, group=own, async_op=True).wait()
+    if isinstance(own, dist.ProcessGroup):
+        dist.barrier()
+    for made in (own, group):
+        dist.destroy_process_group(made)
+    return [x.cpu() for x in (place, ranks, gathered, total, scattered, exchanged)]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_results(seed: int) -> None:
     world = InProcessWorld(8, seed)
-    place, ranks, gathered, total, scattered = world.run(lambda rank: all_collectives())[2]
+    results = world.run(lambda rank: all_collectives())
+    place, ranks, gathered, total, scattered, exchanged = results[2]
     assert place.tolist() == [1, 4, 8]
     assert ranks.tolist() == [0, 2, 4, 6]
     assert gathered.tolist() == [[r + 1, 10 * r, 0, -r] for r in (0, 2, 4, 6)]
     assert total.tolist() == [[16, 120, 0, -12]]
     assert scattered.tolist() == [[120]]
-    names = ("all_gather", "all_reduce", "reduce_scatter")
+    assert exchanged.tolist() == [[0], [2], [4], [6]]
+    names = ("all_gather", "all_reduce", "reduce_scatter", "all_to_all")
     assert world.counts(3) == {(name, (1, 3, 5, 7)): 1 for name in names}
 
 
 @pytest.mark.ranks(8)
 def test_results_are_those_of_real_ranks(rank_device: torch.device) -> None:
     real = all_collectives(rank_device)
-    dist.barrier()
     played = InProcessWorld(8).run(lambda rank: all_collectives())[dist.get_rank()]
     for mine, theirs in zip(played, real, strict=True):
         assert torch.equal(mine, theirs)
@@ -108,6 +118,12 @@ def groups_on_one_rank_only(rank: int) -> None:
         subgroup([[0, 1]])
 
 
+def rows_nobody_waits_for(rank: int) -> None:
+    group = dist.new_group([0, 1], use_local_synchronization=True)
+    x = torch.zeros(2, 1)
+    dist.all_to_all_single(x.clone(), x, [1, 1], [2 - rank, rank], group=group)
+
+
 def strided(rank: int) -> None:
     dist.all_reduce(torch.zeros(2, 2).t(), group=subgroup([[0, 1]]))
 
@@ -133,6 +149,7 @@ def whole_world(rank: int) -> None:
         (different_functions, "do not fit together.*all_gather.*all_reduce"),
         (different_groups, r"rank \d makes .* another rank made"),
         (groups_on_one_rank_only, "different numbers of groups"),
+        (rows_nobody_waits_for, r"rank 0 waits for \[1, 1\] rows and is sent \[2, 1\]"),
         (strided, "strided tensor"),
         (after_the_end, "destroyed"),
         (not_played, "torch.distributed.barrier is not played"),
