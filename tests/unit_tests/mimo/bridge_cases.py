@@ -16,12 +16,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
+from tests.harness.backend import choose
 
 MAX_RANKS = 64
+DIRECTIONS = ("in", "out", "equal")
+# One test per direction, else few examples would leave one out; they share the profile's number.
+EACH_DIRECTION = settings(max_examples=-(-settings().max_examples // len(DIRECTIONS)))
+DEVICE = torch.device(choose(1)[1])
 Dims = tuple[tuple[str, int], ...]
 
 # How the global (B, S, H) lies in a tensor, and what the bridge calls the dims.
@@ -89,7 +95,7 @@ class BridgeCase:
         blocks = max(self.size("src", "dp"), self.size("dest", "dp"))
         shape = (blocks * self.samples, 2 * self.size("dest", "cp") * self.tokens, self.hidden)
         generator = torch.Generator().manual_seed(1000 * self.seed + salt)
-        return torch.randint(-9, 10, shape, generator=generator).double()
+        return torch.randint(-9, 10, shape, generator=generator).double().to(DEVICE)
 
     def block(self, side: str, rank: int, whole: torch.Tensor) -> torch.Tensor:
         """What a rank holds of ``whole`` on one side, in this case's view."""
@@ -103,7 +109,7 @@ class BridgeCase:
         cp, at = self.size("dest", "cp"), self.places[rank]["dest cp"]
         chunk = torch.arange(whole.shape[1]) // self.tokens
         mine = (chunk == at) | (chunk == 2 * cp - 1 - at)
-        return whole * mine.double()[None, :, None]
+        return whole * mine.to(whole)[None, :, None]
 
     def bridge(self, reverse: bool = False) -> ColocatedBridgeCommunicator:
         """The bridge between two fresh grids; ``reverse`` needs a dest without CP."""
@@ -128,8 +134,11 @@ def coordinates(dims: Dims, place: int) -> dict[str, int]:
 
 
 @functools.cache
-def allowed_pairs(ranks: int) -> Sequence[tuple[Dims, Dims]]:
-    """All (source, destination) over so many ranks whose replicas nest, in every allowed order."""
+def allowed_pairs(ranks: int) -> dict[str, list[tuple[Dims, Dims]]]:
+    """All (source, destination) over so many ranks whose replicas nest, in every allowed order.
+
+    By direction and use of CP: ``"in"``, ``"in with cp"``, ``"out"`` …
+    """
     sources = [
         order for dims in factorised(ranks, ("tp", "dp")) for order in itertools.permutations(dims)
     ]
@@ -139,7 +148,14 @@ def allowed_pairs(ranks: int) -> Sequence[tuple[Dims, Dims]]:
         for order in itertools.permutations(dims)
         if order.index(dims[1]) < order.index(dims[2])
     ]
-    return [pair for pair in itertools.product(sources, destinations) if nests(*pair, ranks)]
+    kinds: dict[str, list[tuple[Dims, Dims]]] = {}
+    for src, dest in itertools.product(sources, destinations):
+        if nests(src, dest, ranks):
+            src_dp, dest_dp = dict(src)["dp"], dict(dest)["dp"]
+            direction = "in" if src_dp > dest_dp else "out" if src_dp < dest_dp else "equal"
+            cp = " with cp" if dict(dest)["cp"] > 1 else ""
+            kinds.setdefault(direction + cp, []).append((src, dest))
+    return kinds
 
 
 def factorised(number: int, names: Sequence[str]) -> list[Dims]:
@@ -174,11 +190,15 @@ def _with_unused(draw: Callable[..., Any], dims: Dims, names: Sequence[str]) -> 
 
 
 @st.composite
-def bridge_cases(draw: Callable[..., Any], max_ranks: int = MAX_RANKS) -> BridgeCase:
-    """Any bridge that is allowed. Numbers with many divisors come more often."""
-    rich = [n for n in (4, 6, 8, 12, 16, 24, 36, 48, 60, 64) if n <= max_ranks]
-    ranks = draw(st.sampled_from(rich) | st.integers(1, max_ranks))
-    src, dest = draw(st.sampled_from(allowed_pairs(ranks)))
+def bridge_cases(
+    draw: Callable[..., Any], direction: str, use_cp: bool | None = None
+) -> BridgeCase:
+    """Any bridge of a direction. Numbers of ranks with many divisors come more often."""
+    rich = st.sampled_from([4, 6, 8, 12, 16, 24, 36, 48, 60, 64])
+    kinds = allowed_pairs(draw(rich | st.integers(1 if direction == "equal" else 2, MAX_RANKS)))
+    with_cp = f"{direction} with cp"
+    wanted = draw(st.booleans()) if use_cp is None else use_cp
+    src, dest = draw(st.sampled_from(kinds[with_cp if wanted and with_cp in kinds else direction]))
     return BridgeCase(
         src=_with_unused(draw, src, ("pp", "cp")),
         dest=_with_unused(draw, dest, ("pp",)),

@@ -78,6 +78,8 @@ class InProcessWorld:
         self._waiting: dict[int, str] = {}
         self._open: dict[Any, dict[int, tuple[Any, ...]]] = {}
         self._errors: dict[int, BaseException] = {}
+        # A new thread starts on the first GPU, whatever its maker's is.
+        self._gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._over = False
 
     def run(self, body: Callable[[int], T]) -> list[T]:
@@ -172,6 +174,8 @@ class InProcessWorld:
 
     def _rank_main(self, rank: int, body: Callable[[int], Any], results: list[Any]) -> None:
         _here.rank, _here.world = rank, self
+        if self._gpu is not None:
+            torch.cuda.set_device(self._gpu)
         self._turns[rank].acquire()
         try:
             with torch.autograd.set_multithreading_enabled(False):

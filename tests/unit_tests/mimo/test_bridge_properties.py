@@ -14,9 +14,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron.core.models.mimo.comm import colocated_communicator as bridge_module
-from tests.unit_tests.mimo.bridge_cases import BridgeCase, bridge_cases
+from tests.unit_tests.mimo.bridge_cases import (
+    DIRECTIONS,
+    EACH_DIRECTION,
+    BridgeCase,
+    bridge_cases,
+)
 from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
 
 Counts = dict[tuple[str, tuple[int, ...]], int]
@@ -143,9 +149,13 @@ PROPERTIES = [check_forward, check_adjoint, check_round_trip, check_collectives]
 
 
 @pytest.mark.parametrize("check", PROPERTIES, ids=lambda check: check.__name__)
-@given(case=bridge_cases())
-def test_every_bridge(check: Callable[[BridgeCase], None], case: BridgeCase) -> None:
-    check(case)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@EACH_DIRECTION
+@given(data=st.data())
+def test_every_bridge(
+    check: Callable[[BridgeCase], None], direction: str, data: st.DataObject
+) -> None:
+    check(data.draw(bridge_cases(direction), label="case"))
 
 
 def without_sum(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -208,6 +218,8 @@ def test_which_properties_see_a_wrong_bridge(
     assert failed == seen_by
 
 
-@given(case=bridge_cases().filter(lambda case: case.size("dest", "cp") == 1))
-def test_there_and_back(case: BridgeCase) -> None:
-    check_way_back(case)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@EACH_DIRECTION
+@given(data=st.data())
+def test_there_and_back(direction: str, data: st.DataObject) -> None:
+    check_way_back(data.draw(bridge_cases(direction, use_cp=False), label="case"))

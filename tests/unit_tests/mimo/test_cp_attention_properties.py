@@ -13,7 +13,7 @@ rotated by a neighbour's position changes results by more than 1e-3.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -28,14 +28,14 @@ from megatron.core.models.mimo.transformer.context_parallel_attention import (
     ContextParallelAttention,
     _GatherSequence,
 )
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
-from tests.harness.backend import choose
 from tests.unit_tests.mimo.attention_oracle import Case, reference, tiny_config
+from tests.unit_tests.mimo.bridge_cases import DEVICE
 from tests.unit_tests.mimo.in_process_ranks import InProcessGroup, InProcessWorld
 
 BOUND = {"rtol": 0.0, "atol": 1e-11}
-DEVICE = torch.device(choose(1)[1])
 ROTARY_BASE = 10000
 HIDDEN = 5
 
@@ -127,9 +127,17 @@ def rotary_table(case: RotaryCase, group: InProcessGroup) -> torch.Tensor:
     return table(max(case.problem.padded), packed_seq=case.problem.packed)
 
 
+def packed_params(case: RotaryCase) -> PackedSeqParams | None:
+    params = case.problem.packed_params()
+    if params is not None:
+        lengths = {k: v.to(DEVICE) for k, v in vars(params).items() if torch.is_tensor(v)}
+        params = replace(params, **lengths)
+    return params
+
+
 def on_rank(case: RotaryCase, group: InProcessGroup) -> list[torch.Tensor]:
     """What ``unsharded`` returns, as far as this rank knows: its rows, its partial gradients."""
-    params = case.problem.packed_params()
+    params = packed_params(case)
     cut = PartitionConfig(False, case.cp > 1, False, case.problem.total, cp_group=group)
     adapter = PartitionAdapter(cut)
     hidden, weights, gradient = case.drawn()

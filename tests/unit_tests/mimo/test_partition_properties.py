@@ -23,6 +23,9 @@ from megatron.core.models.mimo.partition.utils import PartitionAdapter, Partitio
 from megatron.core.packed_seq_params import PackedSeqParams
 from tests.unit_tests.mimo.attention_oracle import cumulative
 from tests.unit_tests.mimo.bridge_cases import (
+    DEVICE,
+    DIRECTIONS,
+    EACH_DIRECTION,
     BridgeCase,
     Dims,
     bridge_cases,
@@ -68,7 +71,7 @@ class CutCase:
         seed = sum(salt * 100**i for i, salt in enumerate((self.seed, *salts)))
         generator = torch.Generator().manual_seed(seed)
         shape = (sum(self.lengths), self.batch, self.hidden)
-        return torch.randint(-9, 10, shape, generator=generator).double()
+        return torch.randint(-9, 10, shape, generator=generator).double().to(DEVICE)
 
     def owned(self, at: dict[str, int]) -> list[int]:
         """Positions a CP rank owns, one by one: its chunk or the mirrored one."""
@@ -91,7 +94,7 @@ class CutCase:
     def packed_params(self) -> PackedSeqParams | None:
         if not self.packed:
             return None
-        cu_seqlens = torch.tensor(cumulative(self.lengths), dtype=torch.int32)
+        cu_seqlens = torch.tensor(cumulative(self.lengths), dtype=torch.int32, device=DEVICE)
         return PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens)
 
 
@@ -172,7 +175,7 @@ def check_positions(case: CutCase) -> None:
         adapter = adapter_on(grid(case.dims), case.sequence_parallel)
         at = coordinates(case.dims, rank)
         x = case.drawn(1, at["dp"])
-        labels = torch.arange(x[..., 0].numel()).view(case.batch, -1)
+        labels = torch.arange(x[..., 0].numel(), device=DEVICE).view(case.batch, -1)
         cut = adapter.shard(x, labels, labels * 0.5, case.packed_params())
         assert torch.equal(cut[0], x[case.scattered(at)]), at
         assert torch.equal(cut[1], labels[:, case.owned(at)]), at
@@ -207,7 +210,7 @@ def check_adjoint(case: CutCase) -> None:
     for cut in cuts:
         first = next(c for c in cuts if c.at == {**cut.at, "tp": 0})
         assert torch.equal(cut.x_grad, first.x_grad), cut.at
-        others = torch.ones(len(cut.x), dtype=torch.bool)
+        others = torch.ones(len(cut.x), dtype=torch.bool, device=DEVICE)
         others[case.owned(cut.at)] = False
         assert not cut.x_grad[others].any(), cut.at
 
@@ -255,9 +258,9 @@ def check_bridge_and_cut(case: BridgeCase, sequence_parallel: bool) -> None:
 
 
 @st.composite
-def bridge_and_cut_cases(draw: Callable[..., Any]) -> tuple[BridgeCase, bool]:
+def bridge_and_cut_cases(draw: Callable[..., Any], direction: str) -> tuple[BridgeCase, bool]:
     """Sequence-first bridges; with SP, chunks long enough for each TP rank to have a part."""
-    case = draw(bridge_cases())
+    case = draw(bridge_cases(direction))
     tp = case.size("dest", "tp")
     sequence_parallel = tp > 1 and draw(st.booleans())
     tokens = case.tokens * (tp if sequence_parallel else 1)
@@ -265,6 +268,8 @@ def bridge_and_cut_cases(draw: Callable[..., Any]) -> tuple[BridgeCase, bool]:
     return case, sequence_parallel
 
 
-@given(drawn=bridge_and_cut_cases())
-def test_bridge_and_cut_together(drawn: tuple[BridgeCase, bool]) -> None:
-    check_bridge_and_cut(*drawn)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@EACH_DIRECTION
+@given(data=st.data())
+def test_bridge_and_cut_together(direction: str, data: st.DataObject) -> None:
+    check_bridge_and_cut(*data.draw(bridge_and_cut_cases(direction), label="case, SP"))
