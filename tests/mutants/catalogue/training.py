@@ -14,6 +14,7 @@ _WEIGHT_TESTS = UNIT + "test_initial_weights.py::"
 _FINALIZE_TESTS = UNIT + "test_grad_finalize_8rank.py::"
 _OPTIMIZER_TESTS = UNIT + "test_mimo_optimizer_8rank.py::"
 _CHECKPOINT_TESTS = UNIT + "test_checkpoint_8rank.py::"
+_REFUSED_TESTS = UNIT + "test_checkpoint_refused_8rank.py::"
 _COUNT = _FINALIZE_TESTS + "test_tokens_are_counted_once_over_dp_and_cp"
 _NORM = _OPTIMIZER_TESTS + "test_the_norm_is_that_of_all_modules_on_every_rank"
 
@@ -207,7 +208,7 @@ CHECKPOINTS = (
         file=_CHECKPOINT,
         old="if manifest.shapes == shapes:",
         new="if manifest.shapes:",
-        tests=(_CHECKPOINT_TESTS + "test_a_checkpoint_of_another_model_is_refused",),
+        tests=(_REFUSED_TESTS + "test_a_checkpoint_of_another_model_is_refused",),
         why="weights of another model are read as far as they fit",
         ranks=8,
     ),

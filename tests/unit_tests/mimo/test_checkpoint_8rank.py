@@ -1,22 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of the digits model on 8 ranks: exact, layout-free, and whole or absent.
+"""Saving and loading checkpoints on 8 ranks: exact, layout-free, and whole or absent.
 
-Failures are injected into what rank 0 does alone (make room, publish) and into one rank's writer.
+``test_checkpoint_refused_8rank.py`` has what cannot be loaded. Failures are injected into what
+rank 0 does alone (make room, publish) and into one rank's writer.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import importlib.metadata
-import json
 import random
 import re
 import shutil
-import sys
 from collections import namedtuple
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,91 +22,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
-EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "mimo" / "digits"
-sys.path.insert(0, str(EXAMPLE))
-
-from data import DigitsBatches  # noqa: E402
-from layouts import Layout  # noqa: E402
-from model import DigitsModel, ModelOptions, ModelSize, build_model  # noqa: E402
-from trainer import Trainer, TrainOptions  # noqa: E402
-
-from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
-from megatron.core.models.mimo.training import checkpoint  # noqa: E402
-from megatron.core.models.mimo.training.checkpoint import (  # noqa: E402
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.models.mimo.training import checkpoint
+from megatron.core.models.mimo.training.checkpoint import (
     FORMAT,
-    MANIFEST,
     CheckpointError,
     CheckpointStore,
     remove_partial,
 )
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker  # noqa: E402
-from tests.unit_tests.mimo.tiny_modules import on_all_ranks  # noqa: E402
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from tests.unit_tests.mimo.digits_runs import FAN_IN, FAN_OUT, SIZE, Run, only_rank_0, run, same
+from tests.unit_tests.mimo.tiny_modules import on_all_ranks
 
 pytestmark = pytest.mark.ranks(8)
 
-BATCH = 16
-SIZE = ModelSize(
-    vision_hidden=32,
-    vision_layers=1,
-    language_hidden=64,
-    language_layers=1,
-    language_query_groups=4,
-)
-FAN_IN = ("tp=2,dp=4", "tp=2,cp=2,dp=2")
-FAN_OUT = ("tp=4,dp=2", "tp=1,cp=2,dp=4")
 SHARDING = pytest.mark.parametrize("distributed", [False, True], ids=["whole", "sharded"])
-
-
-@dataclass
-class Run:
-    """A run that trains, saves and loads."""
-
-    built: DigitsModel
-    trainer: Trainer
-
-    def store(self, root: Path, **options: int) -> CheckpointStore:
-        return CheckpointStore(root, self.built.layouts(), self.built.randomness, **options)
-
-    def save(self, store: CheckpointStore, step: int) -> Path:
-        return store.save(step, self.built.model, self.trainer.optimizer)
-
-    def load(self, store: CheckpointStore, step: int) -> None:
-        store.load(step, self.built.model, self.trainer.optimizer)
-        self.trainer.resume_schedule(step)
-
-    def train(self, start: int, stop: int) -> list[float]:
-        """Losses of the steps; each must have moved the weights."""
-        batches = DigitsBatches(7, "train", BATCH)
-        results = [self.trainer.step(batches, step) for step in range(start, stop)]
-        assert all(result.success for result in results)
-        return [result.loss for result in results]
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        return {n: p.detach().clone() for n, p in self.built.model.named_parameters()}
-
-    def optimizer_state(self) -> list[torch.Tensor]:
-        """What Adam remembers on this rank, its step counts included."""
-        found = []
-        for module in self.trainer.optimizer._active_optimizers:
-            for inner in getattr(module, "chained_optimizers", [module]):
-                for state in inner.optimizer.state.values():
-                    found += [torch.as_tensor(state[key]).clone() for key in sorted(state)]
-        return found
-
-
-@contextlib.contextmanager
-def run(pair: tuple[str, str], distributed: bool = True, seed: int = 5) -> Iterator[Run]:
-    built = build_model(
-        Layout.parse(pair[0], "vision"),
-        Layout.parse(pair[1], "language"),
-        ModelOptions(size=SIZE, seed=seed, distributed_optimizer=distributed),
-    )
-    options = TrainOptions(steps=10, global_batch_size=BATCH, warmup_steps=1)
-    try:
-        yield Run(built, Trainer(built, options, distributed))
-    finally:
-        dist.barrier()
-        built.destroy()
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +45,6 @@ def trained() -> Iterator[Run]:
     with run(FAN_IN) as one:
         one.train(0, 1)
         yield one
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return sorted(one) == sorted(other) and all(torch.equal(one[k], other[k]) for k in one)
 
 
 def draws() -> list:
@@ -141,12 +64,6 @@ def files(root: Path) -> list[str]:
 
 def is_016() -> bool:
     return importlib.metadata.version("megatron-core").startswith("0.16.")
-
-
-def only_rank_0(action: object) -> None:
-    if dist.get_rank() == 0:
-        action()
-    dist.barrier()
 
 
 # ---- what comes back --------------------------------------------------------------------------
@@ -339,84 +256,3 @@ def test_a_checkpoint_is_never_written_over(trained: Run, shared_tmp_path: Path)
     assert trained.save(store, 1) == path
     dist.barrier()
     assert {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in path.iterdir()} == before
-
-
-# ---- what cannot be loaded --------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def checkpoint_of_step_1(trained: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Root of a store with the checkpoint of step 1, rank 0's on all ranks."""
-    root = on_all_ranks(tmp_path_factory.mktemp("one"))[0]
-    trained.save(trained.store(root), 1)
-    return root
-
-
-@pytest.fixture
-def saved(trained: Run, checkpoint_of_step_1: Path, shared_tmp_path: Path) -> CheckpointStore:
-    """A store with a copy of it, to be spoilt."""
-    only_rank_0(lambda: shutil.copytree(checkpoint_of_step_1, shared_tmp_path, dirs_exist_ok=True))
-    return trained.store(shared_tmp_path)
-
-
-def edit(store: CheckpointStore, **changes: object) -> None:
-    """Change entries of the manifest; ``None`` takes one away."""
-
-    def change() -> None:
-        file = store.path(1) / MANIFEST
-        entries = {**json.loads(file.read_text()), **changes}
-        file.write_text(json.dumps({k: v for k, v in entries.items() if v is not None}))
-
-    only_rank_0(change)
-
-
-def test_a_checkpoint_without_a_manifest_is_refused(saved: CheckpointStore, trained: Run) -> None:
-    only_rank_0((saved.path(1) / MANIFEST).unlink)
-    with pytest.raises(CheckpointError, match="step_00000001 cannot be read.*remove that folder"):
-        trained.load(saved, 1)
-
-
-def test_a_broken_manifest_is_refused(saved: CheckpointStore, trained: Run) -> None:
-    only_rank_0(lambda: (saved.path(1) / MANIFEST).write_text('{"step": 1, '))
-    with pytest.raises(CheckpointError, match="step_00000001 cannot be read.*remove that folder"):
-        trained.load(saved, 1)
-
-
-@pytest.mark.parametrize("change", [{"shapes": None}, {"unknown": 1}])
-def test_a_manifest_with_other_entries_is_refused(
-    change: dict, saved: CheckpointStore, trained: Run
-) -> None:
-    edit(saved, **change)
-    with pytest.raises(CheckpointError, match="step_00000001 cannot be read"):
-        trained.load(saved, 1)
-
-
-def test_another_format_is_refused(saved: CheckpointStore, trained: Run) -> None:
-    edit(saved, format=FORMAT + 1)
-    with pytest.raises(
-        CheckpointError, match=f"has format {FORMAT + 1}, this version reads format {FORMAT}"
-    ):
-        trained.load(saved, 1)
-
-
-def test_a_checkpoint_of_another_model_is_refused(saved: CheckpointStore, trained: Run) -> None:
-    before = trained.weights()
-    shapes = saved.manifest(1).shapes
-    name = sorted(shapes)[0]
-    other = [size + 1 for size in shapes[name]]
-    dist.barrier()
-    edit(saved, shapes={**shapes, name: other})
-    text = f"is of another model: '{name}' is {other} there and {shapes[name]} here"
-    with pytest.raises(CheckpointError, match=re.escape(text)):
-        trained.load(saved, 1)
-    dist.barrier()
-    edit(saved, shapes={k: v for k, v in shapes.items() if k != name})
-    text = f"'{name}' is absent there and {shapes[name]} here"
-    with pytest.raises(CheckpointError, match=re.escape(text)):
-        trained.load(saved, 1)
-    assert same(trained.weights(), before)
-
-
-def test_a_step_that_was_never_saved_is_refused(saved: CheckpointStore, trained: Run) -> None:
-    with pytest.raises(CheckpointError, match="step_00000077 cannot be read"):
-        trained.load(saved, 77)

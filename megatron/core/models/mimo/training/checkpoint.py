@@ -9,13 +9,13 @@ complete checkpoint or a hidden folder that the next run removes.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
 import shutil
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,12 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.models.mimo.training import integrity, safe_pickles
 from megatron.core.models.mimo.training.agreement import Failure, run_together
+from megatron.core.models.mimo.training.manifest import FORMAT, MANIFEST, Manifest
 from megatron.core.models.mimo.training.randomness import ModuleRandomness
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-FORMAT = 1
-MANIFEST = "mimo.json"
 _NAME = re.compile(r"step_(\d{8})")
 _PARTIAL_PREFIX = ".saving_"
 # Room for file headers and metadata on top of the tensors' bytes.
@@ -45,26 +45,6 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read; the message is one sentence for the user."""
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What ``mimo.json`` in a checkpoint says, readable without loading a tensor.
-
-    Attributes:
-        step: training steps done; also the position in the data.
-        layouts: module name -> {"tp": …, "cp": …, "pp": …, "dp": …}.
-        world_size: ranks that wrote the checkpoint.
-        shapes: parameter name -> its global shape; identifies the model.
-        extra: whatever the job adds (JSON values).
-    """
-
-    step: int
-    layouts: dict[str, dict[str, int]]
-    world_size: int
-    shapes: dict[str, list[int]]
-    extra: dict[str, Any]
-    format: int = FORMAT
-
-
 class CheckpointStore:
     """Checkpoints of one run below ``root``.
 
@@ -75,6 +55,8 @@ class CheckpointStore:
         layouts: module name -> parallel sizes of this run.
         randomness: random states of the modules, saved and restored along.
         keep: how many of the newest checkpoints stay; older ones go after a save.
+        digests: take a digest of every file when saving and compare it when loading; without,
+            only the files' sizes (``integrity.py`` says what that costs).
 
     Raises:
         ValueError: if ``keep`` is less than 1.
@@ -86,6 +68,7 @@ class CheckpointStore:
         layouts: dict[str, dict[str, int]],
         randomness: ModuleRandomness | None = None,
         keep: int = 2,
+        digests: bool = True,
     ) -> None:
         if keep < 1:
             raise ValueError(f"keep={keep} would remove the checkpoint just saved; give at least 1")
@@ -93,6 +76,7 @@ class CheckpointStore:
         self.layouts = layouts
         self.randomness = randomness
         self.keep = keep
+        self.digests = digests
 
     # ---- look-ups -------------------------------------------------------------------------
 
@@ -115,9 +99,8 @@ class CheckpointStore:
         """
         file = self.path(step) / MANIFEST
         try:
-            raw = json.loads(file.read_text())
-            manifest = Manifest(**raw)
-            if manifest.step != step or not isinstance(manifest.shapes, dict):
+            manifest = Manifest.from_json(file.read_text())
+            if manifest.step != step:
                 raise ValueError(f"its {MANIFEST} is not that of step {step}")
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(
@@ -167,6 +150,7 @@ class CheckpointStore:
             self._on_all_ranks(
                 lambda: dist_checkpointing.save(state, str(partial)), f"write checkpoint {final}"
             )
+            manifest = replace(manifest, files=self._describe(partial, final))
             self._on_rank_0(
                 lambda: self._publish(partial, final, manifest), f"complete checkpoint {final}"
             )
@@ -187,8 +171,29 @@ class CheckpointStore:
             )
         partial.mkdir()
 
+    def _describe(self, partial: Path, final: Path) -> dict[str, dict[str, Any]]:
+        """Sizes and digests of the files; each rank reads what it wrote."""
+        found: list[list[str]] = [[]]
+        self._on_rank_0(
+            lambda: found[0].extend(sorted(p.name for p in partial.iterdir())),
+            f"write checkpoint {final}",
+        )
+        dist.broadcast_object_list(found, src=0)
+        own = integrity.written_by(dist.get_rank(), dist.get_world_size(), found[0])
+        mine: dict[str, dict[str, Any]] = {}
+        self._agreed(
+            run_together(
+                lambda: mine.update(integrity.describe(partial, own, digests=self.digests)),
+                has_collectives=False,
+            ),
+            f"write checkpoint {final}",
+        )
+        parts: list = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, mine)
+        return {name: part[name] for part in parts for name in sorted(part)}
+
     def _publish(self, partial: Path, final: Path, manifest: Manifest) -> None:
-        (partial / MANIFEST).write_text(json.dumps(manifest.__dict__))
+        (partial / MANIFEST).write_text(manifest.to_json())
         for file in partial.iterdir():
             _fsync(file)
         _fsync(partial)
@@ -213,7 +218,7 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: on every rank; before any tensor is read if the checkpoint is of
-                another model.
+                another model, or a file of it is missing, damaged or would execute code.
         """
         manifest = self.manifest(step)
         state = self._sharded_state(model, optimizer, is_loading=True)
@@ -221,6 +226,8 @@ class CheckpointStore:
         if not self.same_layout(manifest):
             state.pop("rng")
         path = self.path(step)
+        self._check_files(path, manifest)
+        self._check_pickles(path)
         loaded: dict[str, Any] = {}
         self._on_all_ranks(
             lambda: loaded.update(dist_checkpointing.load(state, str(path))),
@@ -232,11 +239,38 @@ class CheckpointStore:
             self._set_rng_state(loaded["rng"])
         return manifest
 
+    def _check_files(self, path: Path, manifest: Manifest) -> None:
+        """Compare all files with the manifest, each rank its share."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        if manifest.files is None:
+            if rank == 0:
+                warnings.warn(
+                    f"checkpoint {path} was saved without digests; damage to its files would not "
+                    "be seen",
+                    stacklevel=3,
+                )
+            return
+        sizes = {name: saved["bytes"] for name, saved in manifest.files.items()}
+        mine = {name: manifest.files[name] for name in integrity.share(rank, world, sizes)}
+        self._agreed(
+            run_together(
+                lambda: integrity.check(path, mine, digests=self.digests), has_collectives=False
+            ),
+            f"read checkpoint {path}",
+            "remove that folder to use an earlier one",
+        )
+
+    def _check_pickles(self, path: Path) -> None:
+        """Make sure that loading executes nothing, each rank its share."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        self._agreed(
+            run_together(lambda: safe_pickles.check(path, rank, world), has_collectives=False),
+            f"read checkpoint {path}",
+        )
+
     def same_layout(self, manifest: Manifest) -> bool:
         """Whether this run has the layout and world size that wrote the checkpoint."""
-        return (
-            manifest.layouts == self.layouts and manifest.world_size == dist.get_world_size()
-        )
+        return manifest.layouts == self.layouts and manifest.world_size == dist.get_world_size()
 
     def _check_same_model(self, manifest: Manifest, shapes: dict[str, list[int]]) -> None:
         if manifest.shapes == shapes:
@@ -295,9 +329,10 @@ class CheckpointStore:
         self._agreed(run_together(action, has_collectives=True), doing)
 
     @staticmethod
-    def _agreed(failure: Failure | None, doing: str) -> None:
+    def _agreed(failure: Failure | None, doing: str, advice: str = "") -> None:
         if failure is not None:
-            raise CheckpointError(f"rank {failure.rank} could not {doing}: {failure.reason}")
+            text = f"rank {failure.rank} could not {doing}: {failure.reason}"
+            raise CheckpointError(f"{text}; {advice}" if advice else text)
 
 
 def remove_partial(root: Path) -> list[str]:

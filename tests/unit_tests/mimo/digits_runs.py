@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small runs of the digits model that train, save and load, for tests of checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "mimo" / "digits"
+if str(EXAMPLE) not in sys.path:
+    sys.path.insert(0, str(EXAMPLE))
+
+from data import DigitsBatches  # noqa: E402
+from layouts import Layout  # noqa: E402
+from model import DigitsModel, ModelOptions, ModelSize, build_model  # noqa: E402
+from trainer import Trainer, TrainOptions  # noqa: E402
+
+from megatron.core.models.mimo.training.checkpoint import CheckpointStore  # noqa: E402
+
+BATCH = 16
+SIZE = ModelSize(
+    vision_hidden=32,
+    vision_layers=1,
+    language_hidden=64,
+    language_layers=1,
+    language_query_groups=4,
+)
+FAN_IN = ("tp=2,dp=4", "tp=2,cp=2,dp=2")
+FAN_OUT = ("tp=4,dp=2", "tp=1,cp=2,dp=4")
+
+
+@dataclass
+class Run:
+    """A run that trains, saves and loads."""
+
+    built: DigitsModel
+    trainer: Trainer
+
+    def store(self, root: Path, **options: Any) -> CheckpointStore:
+        return CheckpointStore(root, self.built.layouts(), self.built.randomness, **options)
+
+    def save(self, store: CheckpointStore, step: int) -> Path:
+        return store.save(step, self.built.model, self.trainer.optimizer)
+
+    def load(self, store: CheckpointStore, step: int) -> None:
+        store.load(step, self.built.model, self.trainer.optimizer)
+        self.trainer.resume_schedule(step)
+
+    def train(self, start: int, stop: int) -> list[float]:
+        """Losses of the steps; each must have moved the weights."""
+        batches = DigitsBatches(7, "train", BATCH)
+        results = [self.trainer.step(batches, step) for step in range(start, stop)]
+        assert all(result.success for result in results)
+        return [result.loss for result in results]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {n: p.detach().clone() for n, p in self.built.model.named_parameters()}
+
+    def optimizer_state(self) -> list[torch.Tensor]:
+        """What Adam remembers on this rank, its step counts included."""
+        found = []
+        for module in self.trainer.optimizer._active_optimizers:
+            for inner in getattr(module, "chained_optimizers", [module]):
+                for state in inner.optimizer.state.values():
+                    found += [torch.as_tensor(state[key]).clone() for key in sorted(state)]
+        return found
+
+
+@contextlib.contextmanager
+def run(pair: tuple[str, str], distributed: bool = True, seed: int = 5) -> Iterator[Run]:
+    built = build_model(
+        Layout.parse(pair[0], "vision"),
+        Layout.parse(pair[1], "language"),
+        ModelOptions(size=SIZE, seed=seed, distributed_optimizer=distributed),
+    )
+    options = TrainOptions(steps=10, global_batch_size=BATCH, warmup_steps=1)
+    try:
+        yield Run(built, Trainer(built, options, distributed))
+    finally:
+        dist.barrier()
+        built.destroy()
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether both have the same names with the same values."""
+    return sorted(one) == sorted(other) and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def only_rank_0(action: Callable[[], Any]) -> None:
+    """Call it on rank 0; the others wait until it is done."""
+    if dist.get_rank() == 0:
+        action()
+    dist.barrier()
