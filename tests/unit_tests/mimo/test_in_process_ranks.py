@@ -63,9 +63,10 @@ def test_results(seed: int) -> None:
 
 @pytest.mark.ranks(8)
 def test_results_are_those_of_real_ranks(rank_device: torch.device) -> None:
-    real = all_collectives(rank_device)
+    real = [*all_collectives(rank_device), uneven_exchange(rank_device)]
     dist.barrier()
-    played = InProcessWorld(8).run(lambda rank: all_collectives())[dist.get_rank()]
+    world = InProcessWorld(8)
+    played = world.run(lambda rank: [*all_collectives(), uneven_exchange()])[dist.get_rank()]
     for mine, theirs in zip(played, real, strict=True):
         assert torch.equal(mine, theirs)
 
