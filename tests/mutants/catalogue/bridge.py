@@ -11,8 +11,10 @@ _COLLECTIVES = MIMO + "comm/collectives.py"
 _GRID_TESTS = UNIT + "test_hyper_comm_grid.py::"
 _PAIRS = UNIT + "test_bridge_layout.py::test_every_pair_against_a_direct_computation"
 _GRID_ERRORS = UNIT + "test_bridge_layout.py::TestErrors::test_grids"
-_BRIDGE = UNIT + "test_bridge_8rank.py::"
-_PICTURE = _BRIDGE + "test_lower_precision_is_exact_too"
+# All ranks in one process, over random layouts; the 8-rank tests notice these as well.
+_EVERY_BRIDGE = UNIT + "test_bridge_properties.py::test_every_bridge"
+_ADJOINT = _EVERY_BRIDGE + "[check_adjoint]"
+_ROUND_TRIP = _EVERY_BRIDGE + "[check_round_trip]"
 
 GRIDS = (
     Mutant(
@@ -47,36 +49,32 @@ BRIDGE = (
         file=_COMM,
         old="return output if self.dest_cp_pg is None else sum_gradients(output, self.dest_cp_pg)",
         new="return output",
-        tests=(_PICTURE,),
+        tests=(_ADJOINT,),
         why="the encoder trains on 1/cp of its gradient, and nothing crashes",
-        ranks=8,
     ),
     Mutant(
         name="cp-sum-over-dp-cp",
         file=_COMM,
         old='("cp") if self.dest_cp_size > 1',
         new='(["cp", "dp"]) if self.dest_cp_size > 1',
-        tests=(_PICTURE,),
+        tests=(_ROUND_TRIP,),
         why="an image's gradient gets those of other replicas' images added",
-        ranks=8,
     ),
     Mutant(
         name="cp-mean-instead-of-sum",
         file=_COLLECTIVES,
         old="dist.all_reduce(total, group=ctx.group)",
         new="dist.all_reduce(total, group=ctx.group)\n        total /= ctx.group.size()",
-        tests=(UNIT + "test_collectives.py::test_sum_gradients",),
+        tests=(_ADJOINT,),
         why="encoder gradients are too small by cp, which Adam and clipping hide",
-        ranks=8,
     ),
     Mutant(
         name="gradient-mutated-in-place",
         file=_COLLECTIVES,
         old="total = dy.clone(memory_format=torch.contiguous_format)",
         new="total = dy.contiguous()",
-        tests=(_BRIDGE + "test_gradient_that_comes_in_is_never_modified",),
+        tests=(_ADJOINT,),
         why="autograd may still hand that gradient to someone else, who sees it summed",
-        ranks=8,
     ),
     Mutant(
         name="zero-pad-instead-of-gather",
@@ -87,18 +85,16 @@ BRIDGE = (
             "        parts = [dy if j == i else torch.zeros_like(dy) for j in range(n)]\n"
             "        return torch.cat(parts, dim=ctx.dim), None, None"
         ),
-        tests=(UNIT + "test_collectives.py::test_take_block",),
+        tests=(_ADJOINT,),
         why="fan-out: an encoder replica loses the gradient of what its siblings consumed",
-        ranks=8,
     ),
     Mutant(
         name="fan-in-backward-takes-the-first-block",
         file=_COLLECTIVES,
         old="_own_block(dy, ctx.index, ctx.count, ctx.dim), None, None",
         new="_own_block(dy, 0, ctx.count, ctx.dim), None, None",
-        tests=(UNIT + "test_collectives.py::test_gather_blocks",),
+        tests=(_ADJOINT,),
         why="every encoder replica trains on the gradient of the first one's images",
-        ranks=8,
     ),
     Mutant(
         name="pooled-fan-out-groups",
