@@ -15,6 +15,7 @@ _FINALIZE_TESTS = UNIT + "test_grad_finalize_8rank.py::"
 _OPTIMIZER_TESTS = UNIT + "test_mimo_optimizer_8rank.py::"
 _CHECKPOINT_TESTS = UNIT + "test_checkpoint_8rank.py::"
 _REFUSED_TESTS = UNIT + "test_checkpoint_refused_8rank.py::"
+_REFUSED_TESTS = UNIT + "test_checkpoint_refused_8rank.py::"
 _COUNT = _FINALIZE_TESTS + "test_tokens_are_counted_once_over_dp_and_cp"
 _NORM = _OPTIMIZER_TESTS + "test_the_norm_is_that_of_all_modules_on_every_rank"
 
@@ -210,15 +211,6 @@ CHECKPOINTS = (
         new="if manifest.shapes:",
         tests=(_REFUSED_TESTS + "test_a_checkpoint_of_another_model_is_refused",),
         why="weights of another model are read as far as they fit",
-        ranks=8,
-    ),
-    Mutant(
-        name="published-before-it-is-whole",
-        file=_CHECKPOINT,
-        old='final, partial = self.path(step), self.root / f"{_PARTIAL_PREFIX}{step:08d}"',
-        new="final, partial = self.path(step), self.path(step)",
-        tests=(_CHECKPOINT_TESTS + "test_leftovers_of_a_killed_save_are_ignored_and_then_removed",),
-        why="a run killed while it saves leaves half a checkpoint that the next one picks up",
         ranks=8,
     ),
 )
