@@ -34,6 +34,7 @@ TREE = Tree(
     libraries=LIBRARIES,
 )
 _NOTHING_TRIED = 2
+_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,12 @@ def main(
     record = Record(options.output / "summary.json", digest(tree), fresh=options.fresh)
     if options.write_docs:
         return _write_docs(record, mutants, tree)
-    with Trials(replace(tree, libraries=()) if options.cold else tree) as trials:
-        return _run(options, record, mutants, chosen, trials)
+    try:
+        with Trials(replace(tree, libraries=()) if options.cold else tree) as trials:
+            return _run(options, record, mutants, chosen, trials)
+    except KeyboardInterrupt:
+        print("\ninterrupted; run it again to continue", file=sys.stderr)
+        return _INTERRUPTED
 
 
 def _run(
@@ -134,6 +139,7 @@ def _run(
             record.add(done.mutant, done.verdict)
             record.write(list(mutants))
             bar.write(report.line(done))
+            sys.stdout.flush()
             bar.update()
     report.show_results(chosen, record.results)
     lines = report.closing_lines(chosen, record.results, reused, len(mutants))

@@ -44,7 +44,7 @@ def test_the_known_mistakes_are_there() -> None:
 
 def mutant(**changes: object) -> Mutant:
     fields = {"name": "a", "file": "code.py", "old": "x + 1", "new": "x - 1", "why": "wrong"}
-    return Mutant(**{**fields, "tests": ("test_code.py::test_it",), **changes})
+    return Mutant(**{**fields, "tests": ("test_code.py::TestIt::test_it",), **changes})
 
 
 @pytest.fixture
@@ -70,7 +70,9 @@ def test_a_mutant_changes_its_text_and_nothing_else(tree: Path) -> None:
         ({"file": "other.py"}, "other.py does not exist"),
         ({"tests": ()}, "none given"),
         ({"tests": ("test_other.py",)}, "test_other.py"),
-        ({"tests": ("test_code.py::TestIt::test_that[1]",)}, "test_that[1]"),
+        ({"tests": ("test_code.py::TestIt::test_that",)}, "TestIt::test_that"),
+        ({"tests": ("test_code.py::test_it",)}, "code.py::test_it"),
+        ({"tests": ("test_code.py::TestIt::test_it[1]",)}, "test_it[1]"),
     ],
 )
 def test_what_does_not_fit_is_named(changes: dict, message: str, tree: Path) -> None:

@@ -13,8 +13,6 @@ _PAIRS = UNIT + "test_bridge_layout.py::test_every_pair_against_a_direct_computa
 _GRID_ERRORS = UNIT + "test_bridge_layout.py::TestErrors::test_grids"
 # All ranks in one process, over random layouts; the 8-rank tests notice these as well.
 _EVERY_BRIDGE = UNIT + "test_bridge_properties.py::test_every_bridge"
-_ADJOINT = _EVERY_BRIDGE + "[check_adjoint]"
-_ROUND_TRIP = _EVERY_BRIDGE + "[check_round_trip]"
 
 GRIDS = (
     Mutant(
@@ -49,7 +47,7 @@ BRIDGE = (
         file=_COMM,
         old="return output if self.dest_cp_pg is None else sum_gradients(output, self.dest_cp_pg)",
         new="return output",
-        tests=(_ADJOINT,),
+        tests=(_EVERY_BRIDGE,),
         why="the encoder trains on 1/cp of its gradient, and nothing crashes",
     ),
     Mutant(
@@ -57,7 +55,7 @@ BRIDGE = (
         file=_COMM,
         old='("cp") if self.dest_cp_size > 1',
         new='(["cp", "dp"]) if self.dest_cp_size > 1',
-        tests=(_ROUND_TRIP,),
+        tests=(_EVERY_BRIDGE,),
         why="an image's gradient gets those of other replicas' images added",
     ),
     Mutant(
@@ -65,7 +63,7 @@ BRIDGE = (
         file=_COLLECTIVES,
         old="dist.all_reduce(total, group=ctx.group)",
         new="dist.all_reduce(total, group=ctx.group)\n        total /= ctx.group.size()",
-        tests=(_ADJOINT,),
+        tests=(_EVERY_BRIDGE,),
         why="encoder gradients are too small by cp, which Adam and clipping hide",
     ),
     Mutant(
@@ -73,7 +71,7 @@ BRIDGE = (
         file=_COLLECTIVES,
         old="total = dy.clone(memory_format=torch.contiguous_format)",
         new="total = dy.contiguous()",
-        tests=(_ADJOINT,),
+        tests=(_EVERY_BRIDGE,),
         why="autograd may still hand that gradient to someone else, who sees it summed",
     ),
     Mutant(
@@ -85,7 +83,7 @@ BRIDGE = (
             "        parts = [dy if j == i else torch.zeros_like(dy) for j in range(n)]\n"
             "        return torch.cat(parts, dim=ctx.dim), None, None"
         ),
-        tests=(_ADJOINT,),
+        tests=(_EVERY_BRIDGE,),
         why="fan-out: an encoder replica loses the gradient of what its siblings consumed",
     ),
     Mutant(
@@ -93,7 +91,7 @@ BRIDGE = (
         file=_COLLECTIVES,
         old="_own_block(dy, ctx.index, ctx.count, ctx.dim), None, None",
         new="_own_block(dy, 0, ctx.count, ctx.dim), None, None",
-        tests=(_ADJOINT,),
+        tests=(_EVERY_BRIDGE,),
         why="every encoder replica trains on the gradient of the first one's images",
     ),
     Mutant(
