@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from errors import JobError, require_packages
@@ -71,13 +72,29 @@ def main(argv: Sequence[str] | None = None, start: Start = RanksLaunch) -> int:
         if options is None:
             return 0
         require_packages()
-        return _run(options, start)
+        return _run(one_backend(options), start)
     except (OptionError, JobError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: stopped by SIGINT; finished rows are in the summary", file=sys.stderr)
         return 130
+
+
+def one_backend(options: Options) -> Options:
+    """The same backend, and so the same kind of device, for the references and all rows.
+
+    Generators of a GPU and of the CPU give different numbers: initial weights would differ.
+
+    Raises:
+        JobError: NCCL is asked for and the widest row has more ranks than there are GPUs.
+    """
+    import torch
+    from launch import choose_backend
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    ranks = max(row.world_size for row in options.rows)
+    return replace(options, backend=choose_backend(options.backend, ranks, gpus))
 
 
 def _run(options: Options, start: Start) -> int:

@@ -132,12 +132,13 @@ def _scalar(kind: str, actual: float, expected: float, allowed: float, where: st
     return Check(kind, where or kind, error, allowed)
 
 
-def _tensors(
+def tensor_checks(
     kind: str,
     actual: dict[str, torch.Tensor],
     expected: dict[str, torch.Tensor],
     allowed: float,
 ) -> Iterator[Check]:
+    """One check per tensor of ``actual``; one that is not expected fails."""
     for name, tensor in actual.items():
         if name in expected:
             yield Check(kind, name, relative_error(tensor, expected[name]), allowed)
@@ -152,11 +153,11 @@ def compare(run: Measurement, reference: Measurement, bounds: Tolerances) -> lis
     """
     checks = [
         Check("tokens", "counted tokens", float(abs(run.tokens - reference.tokens)), 0.0),
-        *_tensors("initial weights", run.initial, reference.initial, bounds.initial),
+        *tensor_checks("initial weights", run.initial, reference.initial, bounds.initial),
         _scalar("loss", run.loss, reference.loss, bounds.loss),
-        *_tensors("gradients", run.gradients, reference.gradients, bounds.gradients),
+        *tensor_checks("gradients", run.gradients, reference.gradients, bounds.gradients),
         _scalar("grad norm", run.grad_norm, reference.grad_norm, bounds.grad_norm),
-        *_tensors("change of weights", run.change, reference.change, bounds.change),
+        *tensor_checks("change of weights", run.change, reference.change, bounds.change),
         *_curve(run.curve, reference.curve, bounds.curve),
     ]
     if run.logits is not None:

@@ -64,7 +64,8 @@ def _measure(trainer: Trainer, data: DigitsBatches, steps: int) -> Measurement:
     model, collections = trainer.model, trainer.built.collections
 
     def whole(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return whole_tensors(model, collections, values)
+        tensors = whole_tensors(model, collections, values)
+        return {name: tensor.cpu() for name, tensor in tensors.items()}
 
     initial = whole(local_weights(model))
     start, logits = _logits(trainer, data)
@@ -77,7 +78,7 @@ def _measure(trainer: Trainer, data: DigitsBatches, steps: int) -> Measurement:
     results += [trainer.step(data, step) for step in range(CHANGE_STEPS, steps)]
     return Measurement(
         initial=initial,
-        logits=logits,
+        logits=None if logits is None else logits.cpu(),
         logits_start=start,
         loss=loss,
         tokens=tokens,

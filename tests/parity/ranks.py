@@ -6,6 +6,7 @@ The digits job's launcher starts the ranks, ends them together and says which on
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections.abc import Sequence

@@ -86,6 +86,22 @@ def test_all_rows_pass(suite) -> None:
     assert "2.0e-07 of 1e-05 in gradients: a.weight  (1.5 s)  [1/3, about 0:" in text
 
 
+@pytest.mark.parametrize(
+    "gpus, rows, backend", [(0, "bf16", "gloo"), (4, "bf16", "gloo"), (4, "text-pp4-tied", "nccl")]
+)
+def test_references_and_rows_share_a_backend(suite, monkeypatch, gpus, rows, backend) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    script = Script()
+    suite(script, "--layouts", rows)
+    assert [plan.backend for plan in script.plans] == [backend, backend]
+
+
+def test_nccl_without_enough_gpus_is_refused(tmp_path, capsys) -> None:
+    assert main(["--backend", "nccl", "--out", str(tmp_path)], Script()) == 2
+    assert "--backend nccl needs a GPU per rank" in capsys.readouterr().err
+
+
 def test_a_wrong_row_fails_and_names_the_tensor(suite) -> None:
     code, text, summary = suite(Script(fan_out_cp2=WRONG))
     assert code == 1
