@@ -26,7 +26,8 @@ _POLL_S = 0.1
 _START_S = 300.0
 # The launcher ends ranks that do not listen after 30 s.
 _STOP_S = 60.0
-_COLLECTIVE_S = 60
+# Below the deadline of a row: the rank that waits in vain then says so itself.
+_COLLECTIVE_S = 120
 
 Result = dict[str, Any]
 
