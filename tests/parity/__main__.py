@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +16,9 @@ from tests.parity import docs
 from tests.parity.options import OptionError, Options, parse
 from tests.parity.runner import RanksLaunch, Runner, Start
 from tests.parity.summary import Summary, fingerprint, line, table
+
+# Columns of the table in a log file: a name of a tensor on one line.
+_LOG_WIDTH = 160
 
 
 class Console:
@@ -31,6 +35,8 @@ class Console:
         )
 
         self.console = RichConsole(highlight=False, soft_wrap=True)
+        if not self.console.is_terminal:
+            self.console.width = _LOG_WIDTH
         self._rows = {row.name: row for row in options.rows}
         self._started, self._done, self._total = time.monotonic(), 0, total
         self._bar = Progress(
@@ -67,6 +73,15 @@ class Console:
 
 def main(argv: Sequence[str] | None = None, start: Start = RanksLaunch) -> int:
     """Run the suite; returns the exit code."""
+    # As Ctrl-C does, so that the ranks are ended and the summary is whole.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return _main(argv, start)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _main(argv: Sequence[str] | None, start: Start) -> int:
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
         if options is None:
@@ -77,7 +92,7 @@ def main(argv: Sequence[str] | None = None, start: Start = RanksLaunch) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("error: stopped by SIGINT; finished rows are in the summary", file=sys.stderr)
+        print("error: stopped; finished rows are in the summary", file=sys.stderr)
         return 130
 
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -222,16 +224,24 @@ def test_the_default_set_always_runs_everything(suite) -> None:
     assert script.plans[-1].items == tuple(ROWS)
 
 
-def test_results_are_on_disk_while_the_run_goes_on(suite, tmp_path) -> None:
-    class Interrupted(Script):
-        def records(self) -> Iterator[dict[str, Any]]:
-            for record in super().records():
-                if record.get("started") == "fan-out-cp2":
-                    raise KeyboardInterrupt
-                yield record
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_a_stopped_run_leaves_its_results_and_no_ranks(suite, stop) -> None:
+    class Stopped(Script):
+        ended = False
 
-    code, _, summary = suite(Interrupted())
+        def records(self) -> Iterator[dict[str, Any]]:
+            try:
+                for record in super().records():
+                    if record.get("started") == "fan-out-cp2":
+                        os.kill(os.getpid(), stop)
+                    yield record
+            finally:
+                self.ended = True
+
+    script = Stopped()
+    code, _, summary = suite(script)
     assert code == 130
+    assert script.ended
     assert (list(summary["rows"]), summary["missing"]) == (ROWS[:1], ROWS[1:])
 
 
