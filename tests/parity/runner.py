@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,7 +39,7 @@ class LaunchFailed(Exception):
 class Launch(Protocol):
     """One start of the ranks."""
 
-    def records(self) -> Iterator[dict[str, Any]]:
+    def records(self) -> Generator[dict[str, Any], None, None]:
         """What the ranks report, as it happens; raises :class:`LaunchFailed` at an early end."""
         ...
 
@@ -56,7 +56,7 @@ class RanksLaunch:
         plan.write(folder / "plan.json")
         self._log = folder / "launch.log"
 
-    def records(self) -> Iterator[dict[str, Any]]:
+    def records(self) -> Generator[dict[str, Any], None, None]:
         """As :class:`Launch`."""
         reader = ProgressReader(self._folder / "progress.jsonl")
         with self._process() as process:
@@ -201,14 +201,17 @@ class Runner:
         done: set[str] = set()
         current: str | None = None
         began = time.monotonic()
+        launch = self._start(plan, folder, options.row_timeout)
         try:
-            for record in self._start(plan, folder, options.row_timeout).records():
-                if "started" in record:
-                    current, began = record["started"], time.monotonic()
-                    continue
-                current = None
-                done.add(record["finished"])
-                tell(record["finished"], record["result"])
+            # Closed also when this loop is left by Ctrl-C: the ranks end before we do.
+            with contextlib.closing(launch.records()) as records:
+                for record in records:
+                    if "started" in record:
+                        current, began = record["started"], time.monotonic()
+                        continue
+                    current = None
+                    done.add(record["finished"])
+                    tell(record["finished"], record["result"])
         except LaunchFailed as error:
             self._note(f"the launch of {world} ended early: {error}")
             lost = [current] if current else []
