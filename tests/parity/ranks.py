@@ -6,7 +6,6 @@ The digits job's launcher starts the ranks, ends them together and says which on
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import sys
