@@ -128,3 +128,10 @@ def test_only_nightly_resumes_and_has_a_folder_of_its_own() -> None:
 def test_bad_options_are_one_sentence(argv, environment, message) -> None:
     with pytest.raises(OptionError, match=message):
         parse(argv, environment)
+
+
+def test_the_page_in_docs_has_the_rows_of_the_table() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "parity.md").read_text()
+    names = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ")]
+    rows = names[names.index("row") + 1 : names.index("check")]
+    assert rows == [row.name for row in DEFAULT_ROWS]
