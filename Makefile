@@ -13,7 +13,7 @@ SEED ?= $(shell date +%Y%m%d)
 PYTHON ?=
 export PYTHON
 
-.PHONY: help train test test-newest parity parity-nightly mutants properties setup lint clean
+.PHONY: help train test test-newest parity parity-nightly mutants properties reshape setup lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do \
@@ -54,6 +54,10 @@ parity: setup ## compare parallel runs with one process: every gradient, weights
 
 parity-nightly: setup ## the same for every pair of 8-rank layouts; run again to resume
 	@$(VENV)/bin/python -m tests.parity --nightly $(ARGS)
+
+reshape: setup ## checkpoints from one layout to another, then killed saves; ARGS=--all: every pair
+	@$(VENV)/bin/python -m tests.reshape $(ARGS)
+	@MIMO_KILLS=20 $(VENV)/bin/python -m pytest -q -s tests/functional/test_killed_saves.py
 
 clean: ## remove the environments and caches; runs/ stays, it is yours
 	rm -rf $(VENV) $(VENV_NEWEST) build dist .pytest_cache .ruff_cache .hypothesis

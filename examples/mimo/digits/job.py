@@ -59,7 +59,11 @@ class Run:
             options.distributed_optimizer,
         )
         self.store = CheckpointStore(
-            options.out / "checkpoints", self.built.layouts(), self.built.randomness
+            options.out / "checkpoints",
+            self.built.layouts(),
+            self.built.randomness,
+            self.built.collections[LANGUAGE].dp_cp,
+            digests=options.checkpoint_digests,
         )
         self.train = DigitsBatches(
             options.seed,

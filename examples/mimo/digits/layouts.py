@@ -227,14 +227,15 @@ def _nearest(pair: Pair, limits: Limits) -> Pair | None:
     if limits.world_size is None:
         worlds += [[size] for size in range(min(asked[0] - 1, 256), 0, -1)]
     for sizes in worlds:
-        every = (other for size in sizes if size <= MAX_RANKS for other in _pairs(size))
+        every = (other for size in sizes if size <= MAX_RANKS for other in every_pair(size))
         fits = [other for other in every if not misfits(other, limits)]
         if fits:
             return min(fits, key=lambda other: _distance(pair, other))
     return None
 
 
-def _pairs(world: int) -> Iterator[Pair]:
+def every_pair(world: int) -> Iterator[Pair]:
+    """All layouts of ``world`` ranks, whether or not anything else fits."""
     sizes = [size for size in range(1, world + 1) if world % size == 0]
     languages = [
         Layout(tp, cp, world // (tp * cp)) for tp in sizes for cp in sizes if world % (tp * cp) == 0

@@ -44,7 +44,8 @@ class Run:
     trainer: Trainer
 
     def store(self, root: Path, **options: Any) -> CheckpointStore:
-        return CheckpointStore(root, self.built.layouts(), self.built.randomness, **options)
+        group = self.built.collections["language"].dp_cp
+        return CheckpointStore(root, self.built.layouts(), self.built.randomness, group, **options)
 
     def save(self, store: CheckpointStore, step: int) -> Path:
         return store.save(step, self.built.model, self.trainer.optimizer)

@@ -108,9 +108,11 @@ def test_another_layout_loads_the_same_weights_and_continues(
         weights, state = first.weights(), first.optimizer_state()
         losses = first.train(2, 4)
         with run(pairs[1], distributed, seed=6) as second:
-            torch.manual_seed(8)
             second.load(second.store(here), 2)
-            own_generator = torch.rand(2)
+            numbers = draws()
+            # No rank's random state has a counterpart here: it is one of the step instead.
+            second.built.randomness.reseed(2)
+            assert draws() == numbers
             second.save(second.store(there), 2)
             # fp32 sums in another order.
             assert second.train(2, 4) == pytest.approx(losses, rel=1e-6)
@@ -118,9 +120,6 @@ def test_another_layout_loads_the_same_weights_and_continues(
         first.load(first.store(there), 2)
         assert same(first.weights(), weights)
         assert all(torch.equal(a, b) for a, b in zip(first.optimizer_state(), state, strict=True))
-    # A rank's random state has no counterpart in another layout.
-    torch.manual_seed(8)
-    assert torch.equal(torch.rand(2), own_generator)
 
 
 def test_the_manifest_says_what_was_saved(trained: Run, shared_tmp_path: Path) -> None:

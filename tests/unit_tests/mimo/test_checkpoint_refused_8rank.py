@@ -119,6 +119,16 @@ def test_a_checkpoint_of_another_model_is_refused(saved: CheckpointStore, traine
     assert same(trained.weights(), before)
 
 
+def test_a_checkpoint_of_another_kind_of_optimizer_is_refused(
+    saved: CheckpointStore, trained: Run
+) -> None:
+    assert saved.manifest(1).distributed_optimizer is True
+    dist.barrier()
+    edit(saved, distributed_optimizer=False)
+    words = "was saved with the plain optimizer, this run has the distributed optimizer; go on with"
+    assert words in refused(saved, trained)
+
+
 def test_a_step_that_was_never_saved_is_refused(saved: CheckpointStore, trained: Run) -> None:
     with pytest.raises(CheckpointError, match="step_00000077 cannot be read"):
         trained.load(saved, 77)

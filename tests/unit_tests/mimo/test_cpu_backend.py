@@ -23,6 +23,7 @@ import pytest
 import torch
 
 import megatron.core.models.mimo  # noqa: F401 - its import switches the backend on
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer import optimizer as stock_optimizer
 from megatron.core.tensor_parallel.random import (
     CudaRNGStatesTracker,
@@ -87,8 +88,8 @@ def uses(function: ast.AST, key: str) -> bool:
     calls = [n for n in nodes if isinstance(n, ast.Call)]
     methods = [c for c in calls if isinstance(c.func, ast.Attribute)]
     owner, _, name = key.rpartition(".")
-    if owner == "Tensor" and name == "to":
-        return any(c.func.attr == "to" and any(map(says_cuda, c.args)) for c in methods)
+    if key in ("Tensor.to", "ShardedTensor.init_data"):
+        return any(c.func.attr == name and any(map(says_cuda, c.args)) for c in methods)
     if owner == "Tensor" and name == "cuda":
         return any(c.func.attr == "cuda" for c in methods)
     if owner == "Tensor" and name == "type":
@@ -170,6 +171,18 @@ def entries(*names: str) -> pytest.MarkDecorator:
 def test_current_device_serves_as_a_device(key: str) -> None:
     assert torch.zeros(1, device=torch.cuda.current_device()).device == CPU
     assert torch.zeros(1).to(torch.cuda.current_device()).device == CPU
+
+
+@entries("ShardedTensor.init_data")
+def test_sharded_tensors_get_their_data_on_the_cpu(key: str) -> None:
+    for device in (*CUDA_NAMES, CPU):
+        tensor = ShardedTensor.from_rank_offsets("key", torch.zeros(2, 3)).without_data()
+        tensor.init_data(device)
+        assert tensor.data.device == CPU
+        assert tensor.data.shape == (2, 3)
+        keyword = ShardedTensor.from_rank_offsets("key", torch.zeros(2)).without_data()
+        keyword.init_data(device=device, init_fn=torch.ones)
+        assert keyword.data.tolist() == [1.0, 1.0]
 
 
 @entries(*(f"torch.{name}" for name in FACTORIES))

@@ -7,9 +7,11 @@ One process: states depend on coordinates only, and stand-ins for process groups
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -213,3 +215,38 @@ def test_seeding_the_process_is_repeatable_and_depends_on_the_seed() -> None:
         draws.append(torch.cat([torch.rand(3), forked]))
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
+
+
+# ---- going on in another layout ---------------------------------------------------------------
+
+
+def drawn_after(step: int, **ranks: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """What a module, and the process outside of it, draw after ``step`` steps elsewhere."""
+    module = Drawing()
+    randomness = ModuleRandomness({"images": module}, {"images": groups(**ranks)}, SEED)
+    torch.rand(7)  # whatever happened before
+    module()
+    randomness.reseed(step)
+    process = torch.cat([torch.rand(2), torch.tensor([random.random(), np.random.rand()])])
+    return module(), process
+
+
+def test_reseeding_depends_on_step_and_coordinates_alone() -> None:
+    drawn, process = drawn_after(5, dp=1)
+    again, process_again = drawn_after(5, dp=1)
+    assert equal(drawn, again)
+    assert torch.equal(process, process_again)
+    for other in ({"dp": 0}, {"dp": 1, "tp": 1}):
+        elsewhere, process_elsewhere = drawn_after(5, **other)
+        differing = {"dp"} if other == {"dp": 0} else {"tp"}
+        for name, axes in DEPENDS_ON.items():
+            assert torch.equal(drawn[name], elsewhere[name]) is not bool(axes & differing), name
+        assert torch.equal(process, process_elsewhere)
+
+
+def test_reseeding_repeats_no_numbers_of_another_step() -> None:
+    first = module_at(dp=1)()  # of the run's start
+    later = [drawn_after(step, dp=1)[0] for step in (5, 6)]
+    for one, other in itertools.combinations([first, *later], 2):
+        assert not any(torch.equal(one[name], other[name]) for name in DEPENDS_ON)
+    assert not torch.equal(drawn_after(5)[1], drawn_after(6)[1])

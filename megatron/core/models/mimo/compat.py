@@ -14,6 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    TorchDistLoadShardedStrategy,
+    TorchDistSaveShardedStrategy,
+)
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import Float16Module, MegatronModule
@@ -140,3 +148,19 @@ def packed_seq_params(packing_kwargs: Mapping[str, Any]) -> PackedSeqParams:
         for name, value in packing_kwargs.items()
     }
     return PackedSeqParams(**{**values, "qkv_format": "thd"})
+
+
+def fully_parallel_save() -> FullyParallelSaveStrategyWrapper:
+    """Saving in which all ranks write about as many bytes of what they have in common.
+
+    Without it the first holder of a replicated tensor writes it, which is mostly rank 0. Ranks
+    tell each other what they hold, not the data. A new one for every save: it keeps state.
+    """
+    return FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy("torch_dist", 1))
+
+
+def fully_parallel_load(
+    group: torch.distributed.ProcessGroup | None,
+) -> FullyParallelLoadStrategyWrapper:
+    """Loading in which the ranks of ``group`` (None: all) read each byte once and share it."""
+    return FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), group)

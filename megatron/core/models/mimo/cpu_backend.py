@@ -110,15 +110,17 @@ def _device_argument(original: Callable[..., Any]) -> Callable[..., Any]:
     return factory
 
 
-def _tensor_to(original: Callable[..., Any]) -> Callable[..., Any]:
+def _method_device_argument(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a method that takes a device at any place: CUDA becomes the CPU."""
+
     @functools.wraps(original)
-    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         args = tuple(_CPU if _is_cuda(a) else a for a in args)
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _CPU
         return original(self, *args, **kwargs)
 
-    return to
+    return method
 
 
 def _stay(_original: Any) -> Callable[..., Any]:
@@ -200,6 +202,7 @@ def _redirect(owner: Any, name: str, make: Callable[[Any], Any], *call_sites: st
 
 
 def _redirects() -> list[Redirect]:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import random as megatron_random
 
@@ -256,9 +259,15 @@ def _redirects() -> list[Redirect]:
         _redirect(torch, "empty", to_cpu, f"{exchange_py}: exchange_loaded_tensors_gather_rounds"),
         _redirect(torch, "empty_like", to_cpu, f"{exchange_py}: _get_empty_tensor_for_exchange"),
         _redirect(
+            ShardedTensor,  # which keeps the torch.empty of before, as a default
+            "init_data",
+            _method_device_argument,
+            f"{exchange_py}: _get_empty_tensor_for_exchange",
+        ),
+        _redirect(
             torch.Tensor,
             "to",
-            _tensor_to,
+            _method_device_argument,
             "optimizer/cpu_offloading/hybrid_optimizer.py: _move_new_state_to_right_device",
         ),
         _redirect(

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.models.mimo.compat import fully_parallel_load, fully_parallel_save
 from megatron.core.models.mimo.training import integrity, safe_pickles
 from megatron.core.models.mimo.training.agreement import Failure, run_together
 from megatron.core.models.mimo.training.manifest import FORMAT, MANIFEST, Manifest
@@ -54,6 +55,8 @@ class CheckpointStore:
         root: folder; made on first save.
         layouts: module name -> parallel sizes of this run.
         randomness: random states of the modules, saved and restored along.
+        group: ranks that share the reading of what they all need, in place of all ranks; the
+            language model's data and context parallel ranks are a good choice on large clusters.
         keep: how many of the newest checkpoints stay; older ones go after a save.
         digests: take a digest of every file when saving and compare it when loading; without,
             only the files' sizes (``integrity.py`` says what that costs).
@@ -67,6 +70,7 @@ class CheckpointStore:
         root: str | Path,
         layouts: dict[str, dict[str, int]],
         randomness: ModuleRandomness | None = None,
+        group: dist.ProcessGroup | None = None,
         keep: int = 2,
         digests: bool = True,
     ) -> None:
@@ -75,6 +79,7 @@ class CheckpointStore:
         self.root = Path(root)
         self.layouts = layouts
         self.randomness = randomness
+        self.group = group
         self.keep = keep
         self.digests = digests
 
@@ -144,11 +149,13 @@ class CheckpointStore:
             world_size=dist.get_world_size(),
             shapes=_global_shapes(state["model"]),
             extra=extra or {},
+            distributed_optimizer=optimizer.config.use_distributed_optimizer,
         )
         try:
             self._on_rank_0(lambda: self._prepare(partial, state), f"write checkpoint {final}")
             self._on_all_ranks(
-                lambda: dist_checkpointing.save(state, str(partial)), f"write checkpoint {final}"
+                lambda: dist_checkpointing.save(state, str(partial), fully_parallel_save()),
+                f"write checkpoint {final}",
             )
             manifest = replace(manifest, files=self._describe(partial, final))
             self._on_rank_0(
@@ -210,17 +217,20 @@ class CheckpointStore:
     def load(self, step: int, model: torch.nn.Module, optimizer: Any) -> Manifest:
         """Load the checkpoint of ``step`` into model, optimizer and random generators.
 
-        Random generators are restored only where the layout is the one that saved; in another
-        layout a rank's state has no counterpart and the run's own seeding stays.
+        Random generators are restored where the layout is the one that saved. In another layout a
+        rank's state has no counterpart: they are seeded from the run's seed, ``step`` and the
+        rank's coordinates (``ModuleRandomness.reseed``).
 
         Returns:
             The checkpoint's manifest.
 
         Raises:
             CheckpointError: on every rank; before any tensor is read if the checkpoint is of
-                another model, or a file of it is missing, damaged or would execute code.
+                another model or kind of optimizer, or a file of it is missing, damaged or would
+                execute code.
         """
         manifest = self.manifest(step)
+        self._check_same_optimizer(manifest, optimizer.config.use_distributed_optimizer)
         state = self._sharded_state(model, optimizer, is_loading=True)
         self._check_same_model(manifest, _global_shapes(state["model"]))
         if not self.same_layout(manifest):
@@ -230,13 +240,17 @@ class CheckpointStore:
         self._check_pickles(path)
         loaded: dict[str, Any] = {}
         self._on_all_ranks(
-            lambda: loaded.update(dist_checkpointing.load(state, str(path))),
+            lambda: loaded.update(
+                dist_checkpointing.load(state, str(path), fully_parallel_load(self.group))
+            ),
             f"read checkpoint {path}",
         )
         model.load_state_dict(loaded["model"])
         optimizer.load_state_dict(loaded["optimizer"])
         if "rng" in loaded:
             self._set_rng_state(loaded["rng"])
+        elif self.randomness:
+            self.randomness.reseed(step)
         return manifest
 
     def _check_files(self, path: Path, manifest: Manifest) -> None:
@@ -271,6 +285,16 @@ class CheckpointStore:
     def same_layout(self, manifest: Manifest) -> bool:
         """Whether this run has the layout and world size that wrote the checkpoint."""
         return manifest.layouts == self.layouts and manifest.world_size == dist.get_world_size()
+
+    def _check_same_optimizer(self, manifest: Manifest, distributed: bool) -> None:
+        """The distributed optimizer's state has a form of its own."""
+        if manifest.distributed_optimizer in (None, distributed):
+            return
+        kinds = {True: "the distributed optimizer", False: "the plain optimizer"}
+        raise CheckpointError(
+            f"checkpoint {self.path(manifest.step)} was saved with {kinds[not distributed]}, this "
+            f"run has {kinds[distributed]}; go on with {kinds[not distributed]}"
+        )
 
     def _check_same_model(self, manifest: Manifest, shapes: dict[str, list[int]]) -> None:
         if manifest.shapes == shapes:

@@ -25,6 +25,8 @@ class Manifest:
         extra: whatever the job adds (JSON values).
         files: name of every other file -> {"bytes": …, "sha256": …}, the digest None where it was
             not wanted; None in checkpoints that are older than digests.
+        distributed_optimizer: whether the optimizer's state is that of the distributed one; None
+            in older checkpoints.
     """
 
     step: int
@@ -33,6 +35,7 @@ class Manifest:
     shapes: dict[str, list[int]]
     extra: dict[str, Any]
     files: dict[str, dict[str, Any]] | None = None
+    distributed_optimizer: bool | None = None
     format: int = FORMAT
 
     def to_json(self) -> str:

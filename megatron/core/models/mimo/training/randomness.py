@@ -16,14 +16,20 @@ default                   module, dp, cp                activations replicated o
 ``data-parallel-rng``     module                        what must agree everywhere
 ``expert-parallel-rng``   module, dp, cp, tp, ep        expert layers
 ========================  ============================  =====================================
+
+A run that goes on in the layout that saved gets its states back. In another layout they have no
+owner: the states are derived anew, from the same and the number of steps done, so that the run
+neither repeats the numbers of its first steps nor depends on who loads when.
 """
 
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -67,6 +73,8 @@ class ModuleRandomness:
         collections: dict[str, ProcessGroupCollection],
         seed: int,
     ) -> None:
+        self.seed = seed
+        self._collections = {name: collections[name] for name in modules}
         self._states: dict[str, dict[str, Any]] = {}
         self._outside: dict[str, list[dict[str, Any]]] = {}
         for name, module in modules.items():
@@ -92,6 +100,19 @@ class ModuleRandomness:
                 f"this run has {sorted(self._states)}"
             )
         self._states = {name: _clone(state) for name, state in states.items()}
+
+    def reseed(self, step: int) -> None:
+        """States for going on after ``step`` steps in another layout than that of those steps.
+
+        The process's own generators (Python, NumPy, PyTorch, Megatron's tracker) are seeded too,
+        the same on every rank, as they are at the start of a run.
+        """
+        seed = derive_seed(self.seed, "after step", step)
+        seed_everything(derive_seed(seed, "process"))
+        random.seed(derive_seed(seed, "python"))
+        np.random.seed(derive_seed(seed, "numpy") % 2**32)
+        for name, groups in self._collections.items():
+            self._states[name] = _initial_state(name, groups, seed)
 
     def _entering(self, name: str) -> Callable[..., None]:
         def hook(_module: torch.nn.Module, _args: Any) -> None:
