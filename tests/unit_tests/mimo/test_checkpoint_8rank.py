@@ -198,6 +198,34 @@ def test_a_checkpoint_that_cannot_be_published_is_absent(
     assert re.search(r"rank 0 could not complete checkpoint .*Input/output error", message)
 
 
+def test_a_checkpoint_is_not_there_before_it_is_whole(
+    trained: Run, shared_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run finds that starts after this one was killed while it wrote."""
+    store = trained.store(shared_tmp_path)
+    seen: list[list[int]] = []
+    flushed: set[str] = set()
+    write, publish = checkpoint.dist_checkpointing.save, checkpoint._fsync
+
+    def watched_write(*args: object) -> None:
+        write(*args)
+        seen.append(store.steps())
+
+    def watched_publish(path: Path) -> None:
+        publish(path)
+        if path != shared_tmp_path:
+            seen.append(store.steps())
+            flushed.add(path.name)
+
+    monkeypatch.setattr(checkpoint.dist_checkpointing, "save", watched_write)
+    monkeypatch.setattr(checkpoint, "_fsync", watched_publish)
+    trained.save(store, 1)
+    assert seen
+    assert not any(seen)
+    assert store.steps() == [1]
+    assert dist.get_rank() > 0 or {p.name for p in store.path(1).iterdir()} <= flushed
+
+
 def test_a_folder_that_cannot_be_made_is_named(trained: Run, shared_tmp_path: Path) -> None:
     (shared_tmp_path / "file").touch()
     dist.barrier()
