@@ -69,6 +69,7 @@ class ModelOptions:
     seed: int = 1234
     dtype: torch.dtype = torch.float32
     sequence_parallel: bool = False
+    bridge: str = "gather"
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = True
     freeze_vision: bool = False
@@ -259,6 +260,7 @@ def build_model(
         modality_submodules_spec={VISION: _vision_spec(configs, collections[VISION])},
         special_token_ids={VISION: int(Token.IMAGE)},
         module_to_grid_map=grids,
+        bridge=options.bridge,
     )
     model = MimoModel(
         mimo_config, cp_group=collections[LANGUAGE].cp, tp_group=collections[LANGUAGE].tp

@@ -89,6 +89,10 @@ class Options:
         1.0, "largest gradient norm, 0 for none", _real(0.0, low_included=True)
     )
     sequence_parallel: bool = _switch(False, "also cut the language sequence over TP")
+    bridge: str = _option(
+        "gather", "how image rows reach the language model: each to the ranks that own its "
+        "position (routed), or all to every rank of a replica (gather)", str, "gather", "routed",
+    )  # fmt: skip
     distributed_optimizer: bool = _switch(True, "shard the optimizer's state over DP")
     overlap_grad_reduce: bool = _switch(True, "reduce gradients while backward still runs")
     uneven_loss_mask: bool = _switch(False, "count only some of each sample's answer digits")

@@ -33,8 +33,8 @@ MODEL = (
     Mutant(
         name="fused-sequence-batch-first",
         file=_ROWS,
-        old="target = flat % self.seq_len * self.batch + flat // self.seq_len",
-        new="target = flat",
+        old="places[name] = flat % self.seq_len * self.batch + flat // self.seq_len",
+        new="places[name] = flat",
         tests=(_MODEL_TESTS + "TestForward::test_rows_stand_where_their_tokens_stand",),
         why="samples are interleaved in the fused sequence",
     ),

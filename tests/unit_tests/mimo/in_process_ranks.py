@@ -67,6 +67,7 @@ class InProcessWorld:
     def __init__(self, size: int, seed: int = 0) -> None:
         self.size = size
         self.calls: Counter[tuple[int, str, tuple[int, ...]]] = Counter()
+        self.objects: dict[int, Any] = {}
         self._random = random.Random(seed)
         self._made: list[list[list[int]]] = []
         self._made_by: Counter[int] = Counter()
@@ -274,6 +275,15 @@ def _all_to_all(
     return _collective("all_to_all", group, tensors, work, async_op, same=False)
 
 
+def _all_gather_object(objects: list[Any], mine: Any, group: Any = None) -> None:
+    stated = _here.world.objects
+    stated[_here.rank] = mine
+    _collective("all_gather_object", group, (), lambda tensors: None, False)
+    objects[:] = [stated[rank] for rank in group.ranks]
+    # Nobody states the next object before all have read this one.
+    _collective("all_gather_object", group, (), lambda tensors: None, False)
+
+
 class _Done:
     """The handle of an asynchronous call, which was played before it returned."""
 
@@ -323,7 +333,7 @@ _PLAYED: dict[str, Callable[..., Any]] = {
     "get_rank": _rank_of,
     "get_world_size": _size_of,
     "get_process_group_ranks": lambda group: list(group.ranks),
-    "get_backend_config": lambda group: "cpu:played",
+    "get_backend_config": lambda group=None: "cpu:played",
     "new_group": _new_group,
     "new_subgroups_by_enumeration": _new_subgroups,
     "destroy_process_group": lambda group: _here.world.destroy_group(group),
@@ -332,10 +342,11 @@ _PLAYED: dict[str, Callable[..., Any]] = {
     "all_reduce": _all_reduce,
     "reduce_scatter_tensor": _reduce_scatter,
     "reduce_scatter_single": _reduce_scatter,
+    "all_gather_object": _all_gather_object,
     "all_to_all_single": _all_to_all,
 }
 _NOT_PLAYED = [
-    *("all_gather", "all_gather_coalesced", "all_gather_object", "all_reduce_coalesced"),
+    *("all_gather", "all_gather_coalesced", "all_reduce_coalesced"),
     *("all_to_all", "barrier", "batch_isend_irecv", "broadcast"),
     *("broadcast_object_list", "gather", "gather_object", "irecv", "isend"),
     *("monitored_barrier", "new_subgroups", "recv", "recv_object_list", "reduce"),

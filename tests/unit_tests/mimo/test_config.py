@@ -69,6 +69,19 @@ def test_defaults():
     assert config.special_token_ids == {}
     assert config.module_to_grid_map is None
     assert config.kv_format == "sbhd"
+    assert (config.bridge, config.bridge_guard) == ("gather", "always")
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"bridge": "ring"}, r"bridge must be one of \('gather', 'routed'\), got 'ring'"),
+        ({"bridge_guard": "never"}, r"\('always', 'first', 'off'\), got 'never'"),
+    ],
+)
+def test_unknown_bridges_and_guards_are_refused(field, message):
+    with pytest.raises(ValueError, match=message):
+        mimo_config(**field)
 
 
 @pytest.mark.parametrize(

@@ -556,7 +556,9 @@ class TestColocated:
         grids = {
             name: StubGrid(0, 1, [1, 1], ["tp", "dp"]) for name in ("language", "sounds", "images")
         }
-        model = MimoModel(mimo_config(modalities=specs, module_to_grid_map=grids))
+        model = MimoModel(
+            mimo_config(modalities=specs, module_to_grid_map=grids, bridge="gather")
+        )
         # Of all orders the spec's: process groups are made in it on every rank.
         assert list(model.colocated_comms) == [("images", "language"), ("sounds", "language")]
         assert made[0] == {

@@ -83,7 +83,7 @@ class ColocatedBridgeCommunicator:
         )
         self.dim_mapping = dict(dim_mapping or _BATCH_FIRST)
         _check_dim_mapping(self.dim_mapping)
-        backend = _common_backend(src_grid, dest_grid)
+        backend = common_backend(src_grid, dest_grid)
         self.src_grid, self.dest_grid = src_grid, dest_grid
         self.src_module_name, self.dest_module_name = src_module_name, dest_module_name
         self.check_shapes = check_shapes
@@ -191,7 +191,12 @@ class ColocatedBridgeCommunicator:
         )
 
 
-def _common_backend(src_grid: HyperCommGrid, dest_grid: HyperCommGrid) -> str | None:
+def common_backend(src_grid: HyperCommGrid, dest_grid: HyperCommGrid) -> str | None:
+    """The backend of both grids, ``None`` for the default one.
+
+    Raises:
+        ValueError: the grids name different ones.
+    """
     if src_grid.backend and dest_grid.backend and src_grid.backend != dest_grid.backend:
         raise ValueError(
             f"Grids must have the same backend: src={src_grid.backend!r}, "

@@ -174,7 +174,7 @@ class ExchangeGroup:
         """
         place = int(np.searchsorted(self.ranks, rank))
         if place == self.size or self.ranks[place] != rank:
-            raise ValueError(f"Rank {rank} is not in the exchange group {_brief(self.ranks)}")
+            raise ValueError(f"Rank {rank} is not in the exchange group {brief(self.ranks)}")
         return place
 
     @cached_property
@@ -287,10 +287,10 @@ def _root(root: np.ndarray, block: int) -> int:
     return block
 
 
-def _brief(ranks: np.ndarray) -> str:
+def brief(ranks: np.ndarray) -> str:
     """Ranks for a message, as stretches.
 
-    >>> _brief(np.array([0, 1, 2, 5]))
+    >>> brief(np.array([0, 1, 2, 5]))
     '0-2, 5'
     """
     cuts = np.flatnonzero(np.diff(ranks) != 1) + 1

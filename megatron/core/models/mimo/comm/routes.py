@@ -38,6 +38,18 @@ from megatron.core.models.mimo.comm.token_runs import (
 from megatron.core.models.mimo.partition.position_owners import position_owners
 
 
+class RowCountError(ValueError):
+    """The encoders of an exchange group bring another number of rows than there are tokens.
+
+    Attributes:
+        tokens, rows: of the whole group.
+    """
+
+    def __init__(self, message: str, tokens: int, rows: int) -> None:
+        super().__init__(message)
+        self.tokens, self.rows = tokens, rows
+
+
 @dataclass(frozen=True)
 class PlanDigest:
     """What all ranks of an exchange group must have planned from, as one number per field.
@@ -148,8 +160,9 @@ def plan_routes(
             replicas hold consecutive rows, or their runs (:func:`.token_runs.rows_of_items`).
 
     Raises:
-        ValueError: numbers of replicas, of rows or of tokens that do not match; rows that are
-            held twice or not at all; a sequence that cannot be cut.
+        RowCountError: the replicas hold another number of rows than there are tokens.
+        ValueError: an entry per replica is missing; rows that are held twice or not at all; a
+            sequence that cannot be cut.
     """
     return GroupRoutes(layout.group_of(rank), tokens, held).plan(rank)
 
@@ -280,12 +293,15 @@ class GroupRoutes:
                     f"replicas, got {got}; give one entry per replica, in DP order"
                 )
         if self.total != sum(self.held_counts):
-            raise ValueError(
-                count_mismatch(layout.src_name, self.total, sum(self.held_counts))
+            rows = sum(self.held_counts)
+            raise RowCountError(
+                count_mismatch(layout.src_name, self.total, rows)
                 + f" in the exchange group of {group.size} ranks that starts at rank "
                 f"{group.ranks[0]}: tokens per {layout.dest_name} replica "
                 f"{[each.count for each in self.tokens]}, rows per {layout.src_name} replica "
-                f"{self.held_counts}; the sums must be equal"
+                f"{self.held_counts}; the sums must be equal",
+                self.total,
+                rows,
             )
 
     def _lay_out_rows(self) -> None:

@@ -10,6 +10,8 @@ from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 KV_FORMATS = ("sbhd", "thd")
+BRIDGES = ("gather", "routed")
+BRIDGE_GUARDS = ("always", "first", "off")
 
 
 @dataclass
@@ -26,10 +28,17 @@ class MimoModelConfig:
             encoders or the language model. ``None``: everything on every rank, with Megatron's
             global ``parallel_state``.
         kv_format: ``"sbhd"`` (dense) or ``"thd"`` (packed sequences).
+        bridge: how rows of colocated encoders reach the language model. ``"routed"``: each row
+            goes to the ranks that own its position; any DP sizes, any number of rows.
+            ``"gather"``, the reference: every rank of a language replica gets all of them and
+            cuts the fused sequence; DP sizes that divide, equally many rows per replica.
+        bridge_guard: for ``"routed"``: when the ranks of an exchange group compare their plans,
+            ``"always"``, before the ``"first"`` exchange only, or ``"off"``.
 
     Raises:
         ValueError: the grid map's keys are not the modality names plus ``"language"``, a modality
-            is called ``"language"`` or ``"text"``, or ``kv_format`` is unknown.
+            is called ``"language"`` or ``"text"``, or ``kv_format``,
+            ``bridge`` or ``bridge_guard`` is unknown.
     """
 
     language_model_spec: ModuleSpec
@@ -37,11 +46,19 @@ class MimoModelConfig:
     special_token_ids: dict[str, int] = field(default_factory=dict)
     module_to_grid_map: dict[str, HyperCommGrid] | None = None
     kv_format: str = "sbhd"
+    bridge: str = "gather"
+    bridge_guard: str = "always"
 
     def __post_init__(self) -> None:
         self._check_names()
         if self.kv_format not in KV_FORMATS:
             raise ValueError(f"kv_format must be one of {KV_FORMATS}, got {self.kv_format!r}")
+        if self.bridge not in BRIDGES:
+            raise ValueError(f"bridge must be one of {BRIDGES}, got {self.bridge!r}")
+        if self.bridge_guard not in BRIDGE_GUARDS:
+            raise ValueError(
+                f"bridge_guard must be one of {BRIDGE_GUARDS}, got {self.bridge_guard!r}"
+            )
         if self.module_to_grid_map:
             self._check_grid_keys(set(self.module_to_grid_map))
 

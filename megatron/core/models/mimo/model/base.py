@@ -12,8 +12,9 @@ from torch.distributed import ProcessGroup
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.enums import ModelType
-from megatron.core.models.mimo import compat
 from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
+from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
+from megatron.core.models.mimo.comm.routes import RoutePlan
 from megatron.core.models.mimo.config.base_configs import MimoModelConfig
 from megatron.core.models.mimo.config.role import (
     MIMO_LANGUAGE_MODULE_KEY,
@@ -24,16 +25,19 @@ from megatron.core.models.mimo.model.ddp_methods import DDPMethods
 from megatron.core.models.mimo.model.encoder_side import EncoderSide
 from megatron.core.models.mimo.model.language_groups import language_group, refuse_other_cp_size
 from megatron.core.models.mimo.model.language_side import LanguageSide
+from megatron.core.models.mimo.model.routed_side import RoutedSide
+from megatron.core.models.mimo.model.state_dicts import StateDicts
 from megatron.core.models.mimo.model.token_rows import TEXT
 from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig
-from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.utils import unwrap_model
 
 _DEFAULT_MAX_SEQ_LEN = 4096
 
 
-class MimoModel(EncoderSide, LanguageSide, DDPMethods, MegatronModule):
+class MimoModel(EncoderSide, LanguageSide, RoutedSide, StateDicts, DDPMethods, MegatronModule):
     """Encoders and a language model that reads their rows among its text tokens.
 
     Colocated, one forward pass on every rank is::
@@ -44,6 +48,9 @@ class MimoModel(EncoderSide, LanguageSide, DDPMethods, MegatronModule):
         both            --placed by token position--> (S, B, H)
                         --PartitionAdapter--> (S/(cp*tp), B, H)    language model's CP, SP
                         --language model--> output
+
+    With ``bridge="routed"`` the bridge ends at the last line: rows go straight to their places in
+    the cut sequence, and only the text tokens of this rank's part are embedded.
 
     Non-colocated, an encoder rank stops after the rows and returns them by module name; a
     language rank gets them through :meth:`set_input_tensor` and starts at the placing.
@@ -85,7 +92,7 @@ class MimoModel(EncoderSide, LanguageSide, DDPMethods, MegatronModule):
         self.role = RankRole.build(list(mimo_config.modality_submodules_spec), grid_map)
         self.special_token_ids = dict(mimo_config.special_token_ids or {})
         self.partition_adapter = self._build_partition_adapter(cp_group, tp_group)
-        self.colocated_comms: dict[tuple[str, str], ColocatedBridgeCommunicator] = {}
+        self.colocated_comms: dict[tuple[str, str], ColocatedBridgeCommunicator | RoutedBridge] = {}
         if grid_map and self.role.mode is ModuleLayout.COLOCATED:
             self._build_colocated_communicators()
         self.modality_submodules = nn.ModuleDict()
@@ -125,15 +132,26 @@ class MimoModel(EncoderSide, LanguageSide, DDPMethods, MegatronModule):
         grid_map = self.mimo_config.module_to_grid_map
         if any(not {"tp", "dp"} <= set(grid.dim_names) for grid in grid_map.values()):
             return
+        routed = self.mimo_config.bridge == "routed"
+        make = self._routed_bridge if routed else self._gather_bridge
         # The spec's order, the same on all ranks: bridges create process groups.
         for name in self.mimo_config.modality_submodules_spec:
-            self.colocated_comms[(name, MIMO_LANGUAGE_MODULE_KEY)] = ColocatedBridgeCommunicator(
+            self.colocated_comms[(name, MIMO_LANGUAGE_MODULE_KEY)] = make(
                 src_grid=grid_map[name],
                 dest_grid=grid_map[MIMO_LANGUAGE_MODULE_KEY],
                 src_module_name=name,
                 dest_module_name=MIMO_LANGUAGE_MODULE_KEY,
-                dim_mapping={"b": 0, "h": 1},
             )
+
+    def _gather_bridge(self, **ends: Any) -> ColocatedBridgeCommunicator:
+        return ColocatedBridgeCommunicator(**ends, dim_mapping={"b": 0, "h": 1})
+
+    def _routed_bridge(self, **ends: Any) -> RoutedBridge:
+        return RoutedBridge(
+            **ends,
+            sequence_parallel=self.config.sequence_parallel,
+            guard=self.mimo_config.bridge_guard,
+        )
 
     def _initialize_submodules(self) -> None:
         """Build the modalities of this rank."""
@@ -190,62 +208,6 @@ class MimoModel(EncoderSide, LanguageSide, DDPMethods, MegatronModule):
         if hasattr(language_model, "set_input_tensor"):
             language_model.set_input_tensor(tensors)
 
-    # -- checkpoints -----------------------------------------------------------------------
-
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: compat.ShardedOffsets = (),
-        metadata: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """The distributed-checkpoint view of all modules of this rank.
-
-        Each module's replicas are those of its own ``pg_collection``. A wrapper adds ``module.``
-        to the keys, so that they are the keys that :meth:`load_state_dict` takes.
-
-        Raises:
-            ValueError: a module's ``pg_collection`` has no ``dp_cp`` group.
-        """
-        wrappers = (DistributedDataParallel, Float16Module)
-        state: dict[str, Any] = {}
-        for path, module in self._named_modules_of_rank():
-            inner, _ = compat.peel(module, "", wrappers)
-            groups = getattr(inner, "pg_collection", None)
-            child = (f"{prefix}{path}.", module)
-            state.update(
-                compat.sharded_state_dict_of_children(
-                    [child], sharded_offsets, metadata, groups, path, wrappers
-                )
-            )
-        return state
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Load a state, whether its keys name the wrappers or not.
-
-        ``state_dict()`` of a wrapped module has no ``module.`` level, its sharded state has.
-        """
-        named = {}
-        levels = [
-            (f"{path}.", compat.peel(module, f"{path}.")[1])
-            for path, module in self._named_modules_of_rank()
-        ]
-        for key, value in state_dict.items():
-            for bare, wrapped in levels:
-                if key.startswith(bare) and not key.startswith(wrapped):
-                    key = wrapped + key[len(bare) :]
-            named[key] = value
-        return super().load_state_dict(named, strict=strict, assign=assign)
-
-    def _named_modules_of_rank(self) -> Iterator[tuple[str, nn.Module]]:
-        """(path, module) of the modalities and of every other child, in child order."""
-        for name, child in self.named_children():
-            if name == "modality_submodules":
-                yield from ((f"{name}.{modality}", module) for modality, module in child.items())
-            else:
-                yield name, child
-
     # -- forward ---------------------------------------------------------------------------
 
     def forward(
@@ -257,6 +219,7 @@ class MimoModel(EncoderSide, LanguageSide, DDPMethods, MegatronModule):
         labels: torch.Tensor | None = None,
         modality_inputs: Mapping[str, Mapping[str, Mapping[str, Any]] | None] | None = None,
         packing_kwargs: Mapping[str, Any] | None = None,
+        route_plan: Mapping[str, RoutePlan] | None = None,
     ) -> tuple[Any, torch.Tensor | None]:
         """One microbatch through the modules of this rank.
 
@@ -270,19 +233,26 @@ class MimoModel(EncoderSide, LanguageSide, DDPMethods, MegatronModule):
             modality_inputs: modality -> encoder name -> keyword arguments, of the rank's
                 *encoder* replica. ``None`` for a modality without inputs in this microbatch.
             packing_kwargs: fields of ``PackedSeqParams``; their presence means ``thd``.
+            route_plan: for the routed bridge, modality -> this rank's plan, made ahead by
+                ``comm.routes.plan_routes``. A modality without one is planned here, which reads
+                ``input_ids`` on the host.
 
         Returns:
             (output, loss mask). The output of an encoder rank is its rows by module name; the
             loss mask of a language rank is cut for CP.
 
         Raises:
-            ValueError: rows and tokens do not match; a sequence that cannot be cut.
+            ValueError: rows and tokens do not match; a sequence that cannot be cut; a route plan
+                without a routed bridge.
             RuntimeError: an attention mask under CP; special tokens without inputs.
         """
+        self._refuse_plan_without_routes(route_plan)
         language_inputs = (input_ids, position_ids, attention_mask, loss_mask, labels)
         try:
             if self.role.mode is ModuleLayout.COLOCATED:
-                return self._forward_all_modules(*language_inputs, modality_inputs, packing_kwargs)
+                return self._forward_all_modules(
+                    *language_inputs, modality_inputs, packing_kwargs, route_plan
+                )
             if self.role.has_modality_modules:
                 rows = self._forward_encoders(input_ids, modality_inputs, self.input_tensors)
                 return rows, loss_mask
@@ -303,9 +273,18 @@ class MimoModel(EncoderSide, LanguageSide, DDPMethods, MegatronModule):
         labels: torch.Tensor | None,
         modality_inputs: Mapping[str, Any] | None,
         packing_kwargs: Mapping[str, Any] | None = None,
+        route_plan: Mapping[str, RoutePlan] | None = None,
     ) -> tuple[Any, torch.Tensor | None]:
         """Colocated: encoders, bridges, placing, cutting, language model."""
         self._refuse_mask_under_cp(attention_mask)
+        if self._routed_bridges():
+            fused, packed = self._fuse_routed(
+                input_ids, position_ids, modality_inputs, packing_kwargs, route_plan
+            )
+            _, labels, loss_mask, packed = self._shard_language_inputs(
+                None, labels, loss_mask, packed
+            )
+            return self._call_language_model(fused, position_ids, None, labels, packed), loss_mask
         rows = self._encode_for_language(input_ids, modality_inputs)
         return self._run_first_stage(
             rows, input_ids, position_ids, None, loss_mask, labels, packing_kwargs
@@ -382,7 +361,19 @@ class MimoModel(EncoderSide, LanguageSide, DDPMethods, MegatronModule):
             loss_mask=loss_mask,
             packed_seq_params=self._build_packed_seq_params(packing_kwargs),
         )
-        output = self.language_model(
+        output = self._call_language_model(embeddings, position_ids, attention_mask, labels, packed)
+        return output, loss_mask
+
+    def _call_language_model(
+        self,
+        embeddings: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        packed: PackedSeqParams | None,
+    ) -> Any:
+        """The language model on inputs that are cut."""
+        return self.language_model(
             input_ids=None,
             # Not cut: multimodal rotary embeddings read them whole and cut by themselves.
             position_ids=position_ids,
@@ -391,7 +382,6 @@ class MimoModel(EncoderSide, LanguageSide, DDPMethods, MegatronModule):
             attention_mask=attention_mask,
             packed_seq_params=packed,
         )
-        return output, loss_mask
 
 
 def _only(value: Any) -> Any:

@@ -70,7 +70,7 @@ class EncoderSide:
             moving = self._apply_colocated_comms(moving)
         moved = {**rows, **moving}
         for name, submodule in self.modality_submodules.items():
-            if name not in moved and tokens.get(name) == 0 and _waits_for_gradients(submodule):
+            if name not in moved and tokens.get(name) == 0 and waits_for_gradients(submodule):
                 moved[name] = _tied_to_parameters(self._empty_encoder_output(name), submodule)
         return moved
 
@@ -83,6 +83,25 @@ class EncoderSide:
             if communicator is not None:
                 modality_embeddings[name] = communicator.communicate(modality_embeddings[name])
         return modality_embeddings
+
+    def _rows_to_bring(
+        self, modality_inputs: Mapping[str, Any] | None, dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
+        """Rows of every modality for its routed bridge: ``(n, H)``, ``(0, H)`` without inputs.
+
+        All ranks of an exchange group enter it, so their rows must need a gradient alike: empty
+        ones do if a parameter of the encoder does.
+        """
+        rows: dict[str, torch.Tensor] = {}
+        for name, submodule in self.modality_submodules.items():
+            inputs = (modality_inputs or {}).get(name)
+            encoded = None if inputs is None else _call(submodule, encoder_inputs=inputs)
+            if encoded is None:
+                encoded = self._empty_encoder_output(name).detach()
+                if torch.is_grad_enabled() and any(p.requires_grad for p in submodule.parameters()):
+                    encoded = _tied_to_parameters(encoded, submodule)
+            rows[name] = encoded.to(dtype)
+        return rows
 
     def _check_row_count(self, name: str, rows: int, tokens: int) -> None:
         """Compare this encoder replica's rows with this language replica's tokens.
@@ -135,7 +154,7 @@ class EncoderSide:
                 if self._has_encoder_tokens(input_ids, name):
                     _refuse_tokens_without_inputs(name, None)
                 output = self._empty_encoder_output(name)
-                if _waits_for_gradients(submodule):
+                if waits_for_gradients(submodule):
                     output = _tied_to_parameters(output, submodule)
             if output is not None:
                 self._attach_modality_split_sizes(output, input_ids, name)
@@ -221,14 +240,18 @@ def refuse_unknown_modalities(
             )
 
 
-def _refuse_tokens_without_inputs(name: str, tokens: int | None) -> None:
-    if tokens == 0:
-        return
+def missing_inputs(name: str, tokens: int | None = None) -> str:
+    """The sentence for special tokens of a modality without inputs."""
     count = "" if tokens is None else f" ({tokens} of them)"
-    raise RuntimeError(
+    return (
         f"{name} inputs are missing, but matching special tokens exist{count}; pass "
         f"modality_inputs['{name}'] or take the tokens out of input_ids"
     )
+
+
+def _refuse_tokens_without_inputs(name: str, tokens: int | None) -> None:
+    if tokens != 0:
+        raise RuntimeError(missing_inputs(name, tokens))
 
 
 def _call(submodule: Any, **inputs: Any) -> torch.Tensor | None:
@@ -236,7 +259,7 @@ def _call(submodule: Any, **inputs: Any) -> torch.Tensor | None:
     return submodule(**inputs) if isinstance(submodule, nn.Module) else submodule.forward(**inputs)
 
 
-def _waits_for_gradients(submodule: nn.Module) -> bool:
+def waits_for_gradients(submodule: nn.Module) -> bool:
     """Whether a DDP wrapper reduces during backward, so that it waits for every parameter."""
     config = getattr(submodule, "ddp_config", None)
     return torch.is_grad_enabled() and getattr(config, "overlap_grad_reduce", False) is True

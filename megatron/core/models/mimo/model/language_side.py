@@ -42,6 +42,12 @@ class LanguageSide:
         """
         self._refuse_embedding_scatter()
         text = self._token_rows(input_ids, special_token_ids).positions[TEXT]
+        return self._embed_tokens(input_ids, position_ids, text)
+
+    def _embed_tokens(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, text: torch.Tensor
+    ) -> torch.Tensor:
+        """Embed the tokens at places ``text`` of the flattened ``(B * S)`` batch: ``(T, H)``."""
         positions = None
         if position_ids is not None:
             channel = position_ids[0] if position_ids.dim() == 3 else position_ids
@@ -94,6 +100,14 @@ class LanguageSide:
         rows = TokenRows.find(input_ids, ids)
         self._rows_memo = (input_ids, version, ids, rows)
         return rows
+
+    def _embedding_dtype(self) -> torch.dtype:
+        """What the embedding layer returns; the same on all ranks, known before it runs."""
+        config = self.mimo_config.language_model_spec.params["config"]
+        if getattr(config, "fp32_residual_connection", False):
+            return torch.float32
+        weight = next(unwrap_model(self.language_model).embedding.parameters())
+        return weight.dtype
 
     def _build_packed_seq_params(
         self, packing_kwargs: Mapping[str, Any] | None

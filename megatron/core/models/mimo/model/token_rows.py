@@ -61,18 +61,35 @@ class TokenRows:
         Raises:
             ValueError: rows of different widths.
         """
-        reference = rows[TEXT] if TEXT in rows else next(iter(rows.values()))
-        widths = {name: row.size(-1) for name, row in rows.items()}
-        if len(set(widths.values())) != 1:
-            raise ValueError(
-                f"Embeddings of all modalities must have the same hidden size, got {widths}; "
-                "give each modality an input projection to the language model's hidden size"
-            )
-        width = widths[next(iter(widths))]
-        values = torch.cat([row.to(reference.dtype) for row in rows.values()])
-        flat = torch.cat([self.positions[name] for name in rows])
-        # Row b * S + s of the flattened batch is row s * B + b of the sequence-first result.
-        target = flat % self.seq_len * self.batch + flat // self.seq_len
-        fused = values.new_zeros(self.seq_len * self.batch, width)
-        fused.index_copy_(0, target, values)
-        return fused.view(self.seq_len, self.batch, width)
+        places = {}
+        for name in rows:
+            flat = self.positions[name]
+            # Row b * S + s of the flattened batch is row s * B + b of the sequence-first result.
+            places[name] = flat % self.seq_len * self.batch + flat // self.seq_len
+        fused = fill_places(rows, places, self.seq_len * self.batch)
+        return fused.view(self.seq_len, self.batch, -1)
+
+
+def fill_places(
+    rows: Mapping[str, torch.Tensor], places: Mapping[str, torch.Tensor], size: int
+) -> torch.Tensor:
+    """Rows put into their places of ``(size, H)``, zeros elsewhere; see :meth:`TokenRows.place`.
+
+    Args:
+        rows: name -> ``(n, H)``.
+        places: name -> int64 ``(n,)``; no place twice.
+        size: how many places there are.
+
+    Raises:
+        ValueError: rows of different widths.
+    """
+    reference = rows[TEXT] if TEXT in rows else next(iter(rows.values()))
+    widths = {name: row.size(-1) for name, row in rows.items()}
+    if len(set(widths.values())) != 1:
+        raise ValueError(
+            f"Embeddings of all modalities must have the same hidden size, got {widths}; "
+            "give each modality an input projection to the language model's hidden size"
+        )
+    values = torch.cat([row.to(reference.dtype) for row in rows.values()])
+    filled = values.new_zeros(size, values.size(-1))
+    return filled.index_copy_(0, torch.cat([places[name] for name in rows]), values)

@@ -195,11 +195,32 @@ class PartitionAdapter:
         loss_mask: torch.Tensor | None,
         packed_seq_params: PackedSeqParams | None,
     ) -> list[int] | None:
-        """Refuse what cannot be cut; returns the cumulative lengths of a packed batch under CP."""
         batch, seq_len = _batch_and_length(embeddings, labels, loss_mask)
+        return self.check(batch, seq_len, packed_seq_params, embeddings is not None)
+
+    def check(
+        self,
+        batch: int,
+        seq_len: int,
+        packed_seq_params: PackedSeqParams | None = None,
+        with_embeddings: bool = True,
+    ) -> list[int] | None:
+        """Refuse a batch that cannot be cut.
+
+        Args:
+            batch, seq_len: ``(B, S)``.
+            packed_seq_params: of a packed batch.
+            with_embeddings: embeddings are cut too, not labels and loss mask alone.
+
+        Returns:
+            The cumulative lengths of a packed batch under CP, else ``None``.
+
+        Raises:
+            SequenceShardError: a length or a shape that cannot be cut.
+        """
         cp = get_pg_size(self.cfg.cp_group) if self.cfg.use_cp else 1
         # Only embeddings are scattered over TP; a stage without them does not need the factor.
-        scattered = self.cfg.seq_parallel and embeddings is not None
+        scattered = self.cfg.seq_parallel and with_embeddings
         tp = get_pg_size(self.cfg.tp_group) if scattered else 1
         packed = _is_packed(packed_seq_params)
         factor = cp * tp if packed else shard_factor(cp, tp)

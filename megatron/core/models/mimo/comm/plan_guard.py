@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the ranks of an exchange group tell each other on the host before any row moves.
+
+A rank that exchanges by another plan, or brings rows of another width or dtype, or needs no
+gradient where others do, would leave its peers waiting or with garbage. So each rank states what
+it brings, in one fixed-size message over a host-side group, and all of them compare all messages:
+what differs is one error, the same on every rank.
+
+Cost: one all-gather of :data:`MESSAGE` integers (512 bytes) per rank, on the host. It does not
+touch the device; what the device is still computing goes on. Token places that do not fit the
+message (more than about 20 stretches of tokens per replica) cost a second all-gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron.core.models.mimo.comm.route_layout import ExchangeGroup, brief
+from megatron.core.models.mimo.comm.routes import PlanDigest
+from megatron.core.models.mimo.comm.token_runs import TokenRuns
+
+MESSAGE = 64
+_HEADER = (
+    "problem",
+    "plan given",
+    "layout",
+    "tokens",
+    "held",
+    "dtype",
+    "width",
+    "requires_grad",
+    "rows",
+    "planned rows",
+    "batch",
+    "seq_len",
+    "cu_seqlens",
+    "runs",
+)
+_INLINE = MESSAGE - len(_HEADER)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_AT = {name: column for column, name in enumerate(_HEADER)}
+
+
+@dataclass(frozen=True)
+class _Field:
+    """A column that must be equal in the whole group: its name in words, and what to do."""
+
+    column: str
+    words: str
+    advice: str
+    show: Callable[[int], str] = str
+
+
+def _number(value: int) -> str:
+    return f"{value & 0xFFFF_FFFF_FFFF_FFFF:016x}"
+
+
+_FIELDS = (
+    _Field(
+        "plan given",
+        "whether a route plan was made ahead",
+        "Give one on every rank of the group or on none.",
+        lambda value: "yes" if value else "no",
+    ),
+    _Field(
+        "dtype",
+        "the rows' dtype",
+        "Cast the encoder output to one dtype.",
+        lambda value: str(_DTYPES[value]) if value >= 0 else "another dtype",
+    ),
+    _Field("width", "the rows' width", "Project to the language model's hidden size everywhere."),
+    _Field(
+        "requires_grad",
+        "whether the rows need a gradient",
+        "Freeze or train the encoder on all ranks alike; a rank without rows brings an empty "
+        "tensor that is tied to the encoder's parameters.",
+        lambda value: str(bool(value)),
+    ),
+    _Field(
+        "layout",
+        "the plan's layout",
+        "Make the bridge from the same grids on every rank.",
+        _number,
+    ),
+    _Field(
+        "tokens",
+        "the plan's token positions",
+        "Plan from the same global batch on every rank of the group.",
+        _number,
+    ),
+    _Field(
+        "held",
+        "the plan's rows per encoder replica",
+        "Assign the rows to the encoder replicas by the same rule on every rank.",
+        _number,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What one rank brings to an exchange.
+
+    Attributes:
+        rows: the encoder output ``(n, H)``.
+        tokens: where the tokens of its language replica stand.
+        digest: of the plan that it was given; ``None`` if it has none.
+        planned_rows: rows that this plan expects of it.
+        problem: why this rank cannot go on, in one sentence.
+    """
+
+    rows: torch.Tensor
+    tokens: TokenRuns
+    digest: PlanDigest | None = None
+    planned_rows: int = 0
+    problem: str | None = None
+
+    def header(self) -> list[int]:
+        """The fixed part of the message."""
+        digest, tokens = self.digest or PlanDigest(0, 0, 0), self.tokens
+        dtype = self.rows.dtype
+        return [
+            self.problem is not None,
+            self.digest is not None,
+            digest.layout,
+            digest.tokens,
+            digest.held,
+            _DTYPES.index(dtype) if dtype in _DTYPES else -1,
+            self.rows.size(-1),
+            self.rows.requires_grad,
+            self.rows.size(0),
+            self.planned_rows,
+            tokens.batch,
+            tokens.seq_len,
+            -1 if tokens.cu_seqlens is None else len(tokens.cu_seqlens),
+            len(tokens.runs),
+        ]
+
+    def places(self) -> np.ndarray:
+        """The token places as integers: cumulative lengths, then runs; none beside a plan."""
+        if self.digest is not None:
+            return np.empty(0, dtype=np.int64)
+        packed = np.array(self.tokens.cu_seqlens or (), dtype=np.int64)
+        return np.concatenate([packed, self.tokens.runs.reshape(-1)])
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What the group found: equal headers, and everybody's rows and token places.
+
+    Attributes:
+        rows: rows of each encoder replica of the group.
+        tokens: token places of each language replica; empty if a plan was given.
+        key: all of it as bytes, to recognise a batch like an earlier one.
+    """
+
+    rows: list[int]
+    tokens: list[TokenRuns]
+    key: bytes
+
+
+def agree(
+    name: str, group: ExchangeGroup, control: dist.ProcessGroup | None, mine: Statement
+) -> Agreed:
+    """Compare what the ranks of an exchange group bring; every rank of it calls this.
+
+    Args:
+        name: of the bridge, for messages.
+        group: the exchange group.
+        control: a process group over its ranks that takes host tensors; ``None`` if this rank is
+            alone in it.
+        mine: this rank's statement.
+
+    Raises:
+        ValueError: the same on every rank: a rank has a problem, or two statements differ.
+    """
+    places = mine.places()
+    message = np.zeros(MESSAGE, dtype=np.int64)
+    message[: len(_HEADER)] = mine.header()
+    message[len(_HEADER) :][: places.size] = places[:_INLINE]
+    table = _all_gather(message, control)
+    header, inline = np.split(table, [len(_HEADER)], axis=1)
+    where = f"Bridge {name}, exchange group of ranks {brief(group.ranks)}"
+    _refuse_problems(where, group, control, header, mine.problem)
+    for field in _FIELDS:
+        _refuse_differences(where, group, header[:, _AT[field.column]], field)
+    given = mine.digest is not None
+    if given:
+        _refuse_other_rows(where, group, header)
+    rows = _per_replica(where, group.src_of, group, header[:, [_AT["rows"]]], "rows")
+    if given:
+        return Agreed(rows[:, 0].tolist(), [], b"")
+    lengths = np.maximum(header[:, _AT["cu_seqlens"]], 0) + 2 * header[:, _AT["runs"]]
+    if lengths.max() > _INLINE:
+        padded = np.zeros(lengths.max(), dtype=np.int64)
+        padded[: places.size] = places
+        inline = _all_gather(padded, control)
+    first = _AT["batch"]
+    stated = np.concatenate([header[:, first:], inline], axis=1)
+    stated = _per_replica(where, group.dest_of, group, stated, "token positions")
+    tokens = [
+        _tokens(each[: len(_HEADER) - first], each[len(_HEADER) - first :]) for each in stated
+    ]
+    return Agreed(rows[:, 0].tolist(), tokens, rows.tobytes() + stated.tobytes())
+
+
+def _all_gather(message: np.ndarray, control: dist.ProcessGroup | None) -> np.ndarray:
+    """Everybody's integers: ``(n,)`` -> ``(ranks, n)``."""
+    if control is None:
+        return message[None]
+    mine = torch.from_numpy(message)
+    table = torch.empty((dist.get_world_size(control), mine.numel()), dtype=mine.dtype)
+    dist.all_gather_into_tensor(table.view(-1), mine, group=control)
+    return table.numpy()
+
+
+def _tokens(header: np.ndarray, places: np.ndarray) -> TokenRuns:
+    batch, seq_len, packed, runs = header.tolist()
+    used = max(packed, 0)
+    lengths = None if packed < 0 else tuple(places[:used].tolist())
+    return TokenRuns(batch, seq_len, places[used : used + 2 * runs].reshape(-1, 2).copy(), lengths)
+
+
+def _refuse_problems(
+    where: str,
+    group: ExchangeGroup,
+    control: dist.ProcessGroup | None,
+    header: np.ndarray,
+    problem: str | None,
+) -> None:
+    if not header[:, _AT["problem"]].any():
+        return
+    problems = [problem] * group.size
+    if control is not None:
+        dist.all_gather_object(problems, problem, group=control)
+    ranks: dict[str, list[int]] = {}
+    for rank, text in zip(group.ranks.tolist(), problems, strict=True):
+        if text is not None:
+            ranks.setdefault(text, []).append(rank)
+    said = "; ".join(f"{_ranks(np.array(found))}: {text}" for text, found in ranks.items())
+    raise ValueError(f"{where}: nothing was moved. {said}")
+
+
+def _refuse_differences(
+    where: str, group: ExchangeGroup, column: np.ndarray, field: _Field
+) -> None:
+    if (column == column[0]).all():
+        return
+    # The most frequent value first: the odd ones out are what one looks for.
+    values, counts = np.unique(column, return_counts=True)
+    said = "; ".join(
+        f"{field.show(int(value))} on {_ranks(group.ranks[column == value])}"
+        for value in values[np.argsort(-counts, kind="stable")]
+    )
+    raise ValueError(f"{where}: {field.words} must be the same on all of them, got {said}. "
+                     f"{field.advice}")  # fmt: skip
+
+
+def _refuse_other_rows(where: str, group: ExchangeGroup, header: np.ndarray) -> None:
+    rows, planned = header[:, _AT["rows"]], header[:, _AT["planned rows"]]
+    wrong = np.flatnonzero(rows != planned)
+    if wrong.size:
+        said = "; ".join(
+            f"rank {group.ranks[i]} brings {rows[i]}, the plan expects {planned[i]}" for i in wrong
+        )
+        raise ValueError(
+            f"{where}: rows of the encoders do not match the plan: {said}. Give modality_inputs "
+            "of the same batch that the plan was made from."
+        )
+
+
+def _per_replica(
+    where: str, replica: np.ndarray, group: ExchangeGroup, values: np.ndarray, words: str
+) -> np.ndarray:
+    """One row of ``values`` per replica, which all its ranks must state alike."""
+    _, first = np.unique(replica, return_index=True)
+    other = np.flatnonzero((values != values[first[replica]]).any(axis=1))
+    if other.size:
+        one = int(other[0])
+        same = group.ranks[replica == replica[one]]
+        reference = group.ranks[first[replica[one]]]
+        raise ValueError(
+            f"{where}: {_ranks(same)} are copies of one replica and must have the same {words}, "
+            f"but those of {_ranks(group.ranks[other])} differ from those of rank {reference}"
+            + (
+                f" ({values[one, 0]} and {values[first[replica[one]], 0]})"
+                if words == "rows"
+                else ""
+            )
+            + ". Give these ranks the same batch."
+        )
+    return values[first]
+
+
+def _ranks(ranks: np.ndarray | Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {brief(np.asarray(ranks))}"

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The routed bridge: each embedding row goes once, to the ranks that own its sequence position.
+
+``RoutedBridge`` owns the process group of this rank's exchange group and executes ``RoutePlan``
+with ``exchange``. A plan is made ahead, from integers (``plan_routes``), or by the bridge itself,
+which then asks the other ranks for their token places (:meth:`RoutedBridge.plan`).
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import OrderedDict
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import BackendConfig
+
+from megatron.core.hyper_comm_grid import HyperCommGrid, release_group
+from megatron.core.models.mimo.comm.bridge_layout import BridgeDirection
+from megatron.core.models.mimo.comm.colocated_communicator import common_backend
+from megatron.core.models.mimo.comm.exchange import Flight, PlanTensors, issue_exchange
+from megatron.core.models.mimo.comm.plan_guard import Agreed, Statement, agree
+from megatron.core.models.mimo.comm.route_layout import ExchangeGroup, RouteLayout
+from megatron.core.models.mimo.comm.routes import GroupRoutes, RoutePlan
+from megatron.core.models.mimo.comm.token_runs import TokenRuns
+
+logger = logging.getLogger(__name__)
+
+GUARDS = ("always", "first", "off")
+# Batches of other shapes than these are planned anew; that takes milliseconds.
+_PLANS_KEPT = 8
+
+
+class RoutedBridge:
+    """Moves rows from the ranks that encode them to the ranks that own their places, and back.
+
+    Every rank of the world makes the same bridges in the same order (process groups are made);
+    after that the ranks of an exchange group are among themselves. With sequence parallelism an
+    owner is one TP rank, else all TP ranks of a CP rank get the row.
+
+    Args:
+        src_grid: the encoder's grid: tp and dp, any other dim of size 1.
+        dest_grid: the language model's grid: tp, cp before dp, pp of size 1.
+        src_module_name, dest_module_name: for messages.
+        sequence_parallel: the language model cuts its sequence over TP too.
+        guard: compare plan, dtype, width and ``requires_grad`` in the exchange group before rows
+            move: ``"always"``, before the ``"first"`` exchange only, or ``"off"``. Costs one
+            all-gather of 512 bytes per rank on the host. A plan that the bridge makes itself is
+            compared always, since its ranks talk anyway.
+        one_group: all ranks of the grids in one exchange group, see ``RouteLayout``.
+
+    Attributes:
+        layout: the ``RouteLayout``.
+        exchange: this rank's ``ExchangeGroup``; ``None`` on a rank outside the grids.
+        group: its process group; ``None`` if the rank is alone in it, and after ``destroy``.
+        control: the process group for host tensors over the same ranks; often the same one.
+
+    Raises:
+        ValueError: as ``RouteLayout.from_grids``; the grids' backends differ; unknown ``guard``.
+    """
+
+    def __init__(
+        self,
+        src_grid: HyperCommGrid,
+        dest_grid: HyperCommGrid,
+        src_module_name: str = "src",
+        dest_module_name: str = "dest",
+        *,
+        sequence_parallel: bool = False,
+        guard: str = "always",
+        one_group: bool = False,
+    ) -> None:
+        if guard not in GUARDS:
+            raise ValueError(f"guard must be one of {GUARDS}, got {guard!r}")
+        self.layout = RouteLayout.from_grids(
+            src_grid,
+            dest_grid,
+            src_module_name,
+            dest_module_name,
+            sequence_parallel=sequence_parallel,
+            one_group=one_group,
+        )
+        backend = common_backend(src_grid, dest_grid)
+        self.guard, self.name = guard, f"{src_module_name} -> {dest_module_name}"
+        self.current_rank = dist.get_rank()
+        self.exchange: ExchangeGroup | None = None
+        self.group = self.control = None
+        self._make_groups(backend)
+        if self.current_rank in self.layout.ranks:
+            self.exchange = self.layout.group_of(self.current_rank)
+            logger.debug("Bridge %s: rank %d in %s", self.name, self.current_rank, self.exchange)
+        self._confirmed = 0
+        self._plans: OrderedDict[bytes, RoutePlan] = OrderedDict()
+        self._tensors: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self._destroyed = False
+
+    # -- what colocated communicators tell about themselves ---------------------------------
+
+    @property
+    def direction(self) -> BridgeDirection:
+        """Which side has more DP replicas."""
+        src, dest = self.layout.src_dp_size, self.layout.dest_dp_size
+        if src == dest:
+            return BridgeDirection.EQUAL
+        return BridgeDirection.FAN_IN if src > dest else BridgeDirection.FAN_OUT
+
+    def is_fan_in(self) -> bool:
+        """Whether the encoder has more DP replicas."""
+        return self.direction is BridgeDirection.FAN_IN
+
+    def is_fan_out(self) -> bool:
+        """Whether the language model has more DP replicas."""
+        return self.direction is BridgeDirection.FAN_OUT
+
+    @property
+    def guard_due(self) -> bool:
+        """Whether :meth:`confirm` is going to compare."""
+        return self.guard == "always" or (self.guard == "first" and not self._confirmed)
+
+    @property
+    def never_confirmed(self) -> bool:
+        """Whether no plan was given to :meth:`confirm` yet."""
+        return not self._confirmed
+
+    # -- one microbatch ----------------------------------------------------------------------
+
+    def plan(self, tokens: TokenRuns, rows: torch.Tensor, problem: str | None = None) -> RoutePlan:
+        """Plan a microbatch from what each rank knows by itself; all ranks of the group call it.
+
+        The encoder replicas' rows are taken as consecutive: replica by replica, in DP order, as
+        the language replicas' tokens are. Batches alike in places and row counts are planned once.
+
+        Args:
+            tokens: where the tokens of this rank's language replica stand.
+            rows: this rank's encoder output ``(n, H)``; only its shape, dtype and
+                ``requires_grad`` are read.
+            problem: why this rank cannot take part, if it cannot: it becomes everybody's error.
+
+        Raises:
+            ValueError: the same on every rank of the group: a rank has a problem; dtypes, widths,
+                ``requires_grad``, or batches of one replica differ; numbers of tokens and rows do
+                not match; a sequence cannot be cut.
+        """
+        agreed = self._agree(Statement(rows, tokens, problem=problem))
+        plan = self._plans.get(agreed.key)
+        if plan is None:
+            routes = GroupRoutes(self.exchange, agreed.tokens, agreed.rows)
+            plan = self._plans[agreed.key] = routes.plan(self.current_rank)
+        self._plans.move_to_end(agreed.key)
+        if len(self._plans) > _PLANS_KEPT:
+            self._plans.popitem(last=False)
+        return plan
+
+    def confirm(self, plan: RoutePlan, rows: torch.Tensor, problem: str | None = None) -> None:
+        """Compare a plan that was made ahead, if ``guard`` says so; all ranks call it.
+
+        Args:
+            plan: this rank's.
+            rows, problem: as for :meth:`plan`.
+
+        Raises:
+            ValueError: the same on every rank of the group: a rank has a problem, brings another
+                number of rows than planned, or what must be equal differs. Without a comparison a
+                rank with a problem raises alone.
+        """
+        if plan.rank != self.current_rank:
+            problem = f"the plan is for rank {plan.rank}; plan each rank's own routes"
+        due, self._confirmed = self.guard_due, self._confirmed + 1
+        if due:
+            self._agree(Statement(rows, plan.tokens, plan.digest(), plan.held, problem))
+        elif problem is not None:
+            raise ValueError(f"Bridge {self.name}: {problem}")
+
+    def issue(self, rows: torch.Tensor, plan: RoutePlan) -> Flight:
+        """Start moving rows; ``arrive`` of what comes back waits for them. Differentiable.
+
+        Args:
+            rows: this rank's encoder output ``(held, H)``.
+            plan: this rank's; of its ranks all call this, those without rows too.
+
+        Raises:
+            ValueError: another number of rows than planned.
+            RuntimeError: the bridge was destroyed.
+        """
+        self._check_alive()
+        return issue_exchange(rows, self.tensors(plan, rows.device), self.group)
+
+    def move(self, rows: torch.Tensor, plan: RoutePlan) -> torch.Tensor:
+        """:meth:`issue` and ``arrive`` in one: rows ``(held, H)`` -> own rows ``(own, H)``."""
+        return self.issue(rows, plan).arrive()
+
+    def tensors(self, plan: RoutePlan, device: torch.device) -> PlanTensors:
+        """A plan's indices on a device, uploaded once per plan."""
+        known = self._tensors.get(plan)
+        if known is None or known[0] != device:
+            known = self._tensors[plan] = (device, PlanTensors.of(plan, device))
+        return known[1]
+
+    def destroy(self) -> None:
+        """Release the process groups; idempotent."""
+        self._destroyed = True
+        group, control, self.group, self.control = self.group, self.control, None, None
+        release_group(group)
+        if control is not group:
+            release_group(control)
+
+    # -- parts -------------------------------------------------------------------------------
+
+    def _make_groups(self, backend: str | None) -> None:
+        """This rank's groups; every rank of the world makes all of them, as torch wants it.
+
+        Groups that only their members make are named by torch after how many groups a rank has
+        at the moment, so ranks with more groups than others would wait for one another, and a
+        name that is used again finds the addresses of the group before it.
+        """
+        ranks = [group.ranks.tolist() for group in self.layout.groups() if group.size > 1]
+        if not ranks:
+            return
+        self.group, _ = dist.new_subgroups_by_enumeration(ranks, backend=backend)
+        self.control = self.group
+        if not takes_host_tensors(backend):
+            self.control, _ = dist.new_subgroups_by_enumeration(ranks, backend=dist.Backend.GLOO)
+
+    def _agree(self, mine: Statement) -> Agreed:
+        self._check_alive()
+        return agree(self.name, self.exchange, self.control, mine)
+
+    def _check_alive(self) -> None:
+        if self._destroyed:
+            raise RuntimeError(f"Bridge {self.name} was destroyed; make a new one.")
+        # Refuses a rank outside the grids in the layout's words.
+        self.exchange = self.exchange or self.layout.group_of(self.current_rank)
+
+
+def takes_host_tensors(backend: str | None) -> bool:
+    """Whether groups of a backend (``None``: the default one) move tensors of the host's memory.
+
+    Ranks that are in none of the groups answer too, so it is asked of the backend's name.
+    """
+    if backend is None:
+        return "cpu:" in dist.get_backend_config()
+    return "cpu:" in str(BackendConfig(dist.Backend(backend)))

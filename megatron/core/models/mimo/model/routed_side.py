@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The routed bridge in the model: the fused sequence is built in its cut form only.
+
+Token places are looked for on the host before the encoders run; a route plan that is given says
+them without looking. Then the rows are sent off, the text tokens of this rank's part are embedded
+meanwhile, and the rows are put among them as they arrive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron.core.models.mimo.comm.collectives import sum_gradients
+from megatron.core.models.mimo.comm.exchange import Flight, to_device
+from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
+from megatron.core.models.mimo.comm.routes import RoutePlan, RowCountError
+from megatron.core.models.mimo.comm.token_runs import TokenRuns
+from megatron.core.models.mimo.model.encoder_side import (
+    missing_inputs,
+    refuse_unknown_modalities,
+    waits_for_gradients,
+)
+from megatron.core.models.mimo.model.local_text import LocalText
+from megatron.core.models.mimo.model.token_rows import TEXT, fill_places
+from megatron.core.packed_seq_params import PackedSeqParams
+
+
+class RoutedSide:
+    """Mixin of :class:`MimoModel`: from encoder inputs and token ids to the cut fused sequence."""
+
+    def _routed_bridges(self) -> dict[str, RoutedBridge]:
+        """Modality -> its bridge; empty with another kind of bridge and without any."""
+        return {
+            modality: bridge
+            for (modality, _), bridge in self.colocated_comms.items()
+            if isinstance(bridge, RoutedBridge)
+        }
+
+    def _refuse_plan_without_routes(self, route_plan: Mapping[str, RoutePlan] | None) -> None:
+        if route_plan is not None and not self._routed_bridges():
+            raise ValueError(
+                "route_plan was given, but this model has no routed bridge (bridge="
+                f"{self.mimo_config.bridge!r}); build it with bridge='routed' and grids over the "
+                "same ranks, or leave route_plan out"
+            )
+
+    def _fuse_routed(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        modality_inputs: Mapping[str, Any] | None,
+        packing_kwargs: Mapping[str, Any] | None,
+        route_plan: Mapping[str, RoutePlan] | None,
+    ) -> tuple[torch.Tensor, PackedSeqParams | None]:
+        """This rank's part of the fused sequence, ``(S/(cp*tp), B, H)``; tp with SP only.
+
+        Raises:
+            ValueError: on every rank of an exchange group, if one of them cannot go on or their
+                rows, tokens or plans do not match.
+            RuntimeError: special tokens of a modality of which no rank of the group has inputs.
+        """
+        packed = self._build_packed_seq_params(packing_kwargs)
+        plans = dict(route_plan or {})
+        lengths, problem = self._try_to_cut(input_ids, packed)
+        tokens = self._places_on_host(input_ids, lengths, plans)
+        rows = self._rows_to_bring(modality_inputs, self._embedding_dtype())
+        flights: dict[str, Flight] = {}
+        for name, bridge in self._routed_bridges().items():
+            own_problem = (
+                problem
+                or self._inputs_problem(name, modality_inputs)
+                or self._plan_problem(name, plans.get(name), input_ids, lengths)
+            )
+            plan = self._agree_on_plan(name, bridge, rows[name], tokens, plans, own_problem)
+            tokens[name] = plan.tokens
+            if plan.group_rows or self._encoder_takes_part(name, modality_inputs):
+                flights[name] = bridge.issue(rows[name], plan)
+        del rows
+        return self._place_local(input_ids, position_ids, tokens, flights), packed
+
+    def _try_to_cut(
+        self, input_ids: torch.Tensor, packed: PackedSeqParams | None
+    ) -> tuple[list[int] | None, str | None]:
+        """(cumulative lengths of a packed batch under CP, why the batch cannot be cut)."""
+        if self.partition_adapter is None:
+            return None, None
+        try:
+            return self.partition_adapter.check(*input_ids.shape, packed), None
+        except ValueError as error:
+            # The replicas that share an exchange group with this one hear of it.
+            return None, str(error)
+
+    def _places_on_host(
+        self,
+        input_ids: torch.Tensor,
+        lengths: list[int] | None,
+        plans: Mapping[str, RoutePlan],
+    ) -> dict[str, TokenRuns]:
+        """Token places of every special token; those of plans without looking at ``input_ids``.
+
+        Looking is one copy from the device, and a wait for it.
+        """
+        if plans and all(name in plans for name in self.special_token_ids):
+            return {name: plans[name].tokens for name in self.special_token_ids}
+        codes = torch.zeros_like(input_ids, dtype=torch.int16)
+        ids = list(dict.fromkeys(self.special_token_ids.values()))
+        for code, token_id in enumerate(ids, start=1):
+            codes.masked_fill_(input_ids == token_id, code)
+        host = codes.numpy(force=True)
+        names = {**dict.fromkeys(self._routed_bridges(), None), **self.special_token_ids}
+        return {
+            name: TokenRuns.from_mask(
+                host == (ids.index(token_id) + 1 if token_id is not None else -1), lengths
+            )
+            for name, token_id in names.items()
+        }
+
+    def _inputs_problem(self, name: str, modality_inputs: Mapping[str, Any] | None) -> str | None:
+        """Why this rank has no place for the rows of a modality."""
+        if (modality_inputs or {}).get(name) is not None:
+            try:
+                refuse_unknown_modalities([name], self.special_token_ids)
+            except ValueError as error:
+                return str(error)
+        return None
+
+    def _plan_problem(
+        self,
+        name: str,
+        plan: RoutePlan | None,
+        input_ids: torch.Tensor,
+        lengths: list[int] | None,
+    ) -> str | None:
+        """Why a plan that was given is not one for this batch."""
+        if plan is None:
+            return None
+        bridge, planned = self._routed_bridges()[name], plan.tokens
+        advice, shape = "give the plan of this batch", tuple(input_ids.shape)
+        if (planned.batch, planned.seq_len) != shape:
+            return (
+                f"the route plan of {name} is for a batch {(planned.batch, planned.seq_len)}, "
+                f"input_ids is {shape}; {advice}"
+            )
+        packed = None if lengths is None else tuple(lengths)
+        if bridge.layout.dest_cp_size > 1 and planned.cu_seqlens != packed:
+            return (
+                f"the route plan of {name} is for cumulative lengths {planned.cu_seqlens}, the "
+                f"batch has {packed}; {advice}"
+            )
+        # Compared once, and always where no device has to be waited for.
+        if bridge.guard != "off" and (bridge.never_confirmed or input_ids.is_cpu):
+            found = np.flatnonzero((input_ids == self.special_token_ids[name]).numpy(force=True))
+            if not np.array_equal(found, planned.positions()):
+                return (
+                    f"the route plan of {name} has {planned.count} tokens in other places than "
+                    f"input_ids ({found.size} tokens); {advice}"
+                )
+        return None
+
+    def _agree_on_plan(
+        self,
+        name: str,
+        bridge: RoutedBridge,
+        rows: torch.Tensor,
+        tokens: Mapping[str, TokenRuns],
+        plans: Mapping[str, RoutePlan],
+        problem: str | None,
+    ) -> RoutePlan:
+        """The plan that was given, compared with the group's; else one made with the group."""
+        if name in plans:
+            bridge.confirm(plans[name], rows, problem)
+            return plans[name]
+        try:
+            return bridge.plan(tokens[name], rows, problem)
+        except RowCountError as error:
+            if error.rows == 0:
+                raise RuntimeError(missing_inputs(name, error.tokens)) from error
+            raise
+
+    def _encoder_takes_part(self, name: str, modality_inputs: Mapping[str, Any] | None) -> bool:
+        """Whether an encoder without rows has a backward pass: it ran, or is waited for."""
+        ran = (modality_inputs or {}).get(name) is not None
+        return ran or waits_for_gradients(self.modality_submodules[name])
+
+    def _place_local(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        tokens: Mapping[str, TokenRuns],
+        flights: Mapping[str, Flight],
+    ) -> torch.Tensor:
+        """Text of this rank's part, and among it the rows that arrive: ``(S_local, B, H)``."""
+        self._refuse_embedding_scatter()
+        layout = next(iter(self._routed_bridges().values())).layout
+        rank = next(iter(self._routed_bridges().values())).current_rank - layout.rank_offset
+        cp = int(layout.dest_cp[rank]), layout.dest_cp_size
+        scattered = layout.sequence_parallel
+        tp = (int(layout.dest_tp[rank]), layout.dest_tp_size) if scattered else None
+        batch = next(iter(tokens.values()))
+        text = LocalText.find(batch, tokens.values(), cp, tp)
+        kept = np.empty(0, dtype=np.int64) if text.kept is None else text.kept
+        index, kept, place = to_device([text.index, kept, text.place], input_ids.device)
+        embedded = self._embed_tokens(input_ids, position_ids, index)
+        if text.kept is not None:
+            # Each TP rank keeps other tokens, so each has another part of the gradient.
+            if layout.dest_tp_size > 1:
+                embedded = sum_gradients(embedded, self.partition_adapter.cfg.tp_group)
+            embedded = embedded.index_select(0, kept)
+        rows, places = {TEXT: embedded}, {TEXT: place}
+        for name, flight in flights.items():
+            rows[name], places[name] = flight.arrive(), flight.plan.place
+        length = batch.seq_len // (cp[1] * (tp[1] if tp else 1))
+        return fill_places(rows, places, length * batch.batch).view(length, batch.batch, -1)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model saves and loads: the states of the modules of this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.mimo import compat
+from megatron.core.transformer.module import Float16Module
+
+
+class StateDicts:
+    """Mixin of :class:`MimoModel`: states, with and without the wrappers of its modules."""
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: compat.ShardedOffsets = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The distributed-checkpoint view of all modules of this rank.
+
+        Each module's replicas are those of its own ``pg_collection``. A wrapper adds ``module.``
+        to the keys, so that they are the keys that :meth:`load_state_dict` takes.
+
+        Raises:
+            ValueError: a module's ``pg_collection`` has no ``dp_cp`` group.
+        """
+        wrappers = (DistributedDataParallel, Float16Module)
+        state: dict[str, Any] = {}
+        for path, module in self._named_modules_of_rank():
+            inner, _ = compat.peel(module, "", wrappers)
+            groups = getattr(inner, "pg_collection", None)
+            child = (f"{prefix}{path}.", module)
+            state.update(
+                compat.sharded_state_dict_of_children(
+                    [child], sharded_offsets, metadata, groups, path, wrappers
+                )
+            )
+        return state
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load a state, whether its keys name the wrappers or not.
+
+        ``state_dict()`` of a wrapped module has no ``module.`` level, its sharded state has.
+        """
+        named = {}
+        levels = [
+            (f"{path}.", compat.peel(module, f"{path}.")[1])
+            for path, module in self._named_modules_of_rank()
+        ]
+        for key, value in state_dict.items():
+            for bare, wrapped in levels:
+                if key.startswith(bare) and not key.startswith(wrapped):
+                    key = wrapped + key[len(bare) :]
+            named[key] = value
+        return super().load_state_dict(named, strict=strict, assign=assign)
+
+    def _named_modules_of_rank(self) -> Iterator[tuple[str, nn.Module]]:
+        """(path, module) of the modalities and of every other child, in child order."""
+        for name, child in self.named_children():
+            if name == "modality_submodules":
+                yield from ((f"{name}.{modality}", module) for modality, module in child.items())
+            else:
+                yield name, child

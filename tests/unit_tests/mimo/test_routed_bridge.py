@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The routed bridge with all ranks as threads of one process: every layout, every empty rank,
+every error.
+
+``InProcessWorld`` compares the calls of a group's members and names who would wait forever, so a
+rank that does not enter, or enters with other splits, fails here at once. ``routed_cases`` has the
+oracle; the same bridge on real process groups is in ``test_routed_bridge_8rank``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge, takes_host_tensors
+from megatron.core.models.mimo.comm.routes import plan_routes
+from megatron.core.models.mimo.comm.token_runs import TokenRuns, expand, rows_of_items, runs_of
+from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
+from tests.unit_tests.mimo.routed_cases import (
+    EQUAL,
+    FAN_IN,
+    FAN_OUT,
+    HIDDEN,
+    POWERS,
+    Picture,
+    bridge,
+    random_masks,
+)
+
+FULL = [np.ones((2, 16), dtype=bool)] * 2
+
+
+def on_ranks(size: int) -> Callable[[Callable[[int], Any]], list[Any]]:
+    """Runs a function of the rank on so many ranks."""
+    return InProcessWorld(size).run
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tp_copies", "sp"])
+@pytest.mark.parametrize("src_tp", POWERS)
+def test_every_pair_of_8_rank_layouts(src_tp, sequence_parallel):
+    """Uneven tokens, samples and replicas without any; planned by the bridge and ahead."""
+    for tp, cp in itertools.product(POWERS, POWERS):
+        if 8 % (tp * cp):
+            continue
+        dest = (tp, cp, 8 // (tp * cp))
+
+        @on_ranks(8)
+        def _(rank: int, dest=dest, tp=tp, cp=cp) -> None:
+            with bridge((src_tp, 8 // src_tp), dest, sequence_parallel=sequence_parallel) as made:
+                picture = Picture(made, random_masks(dest[2], 2 * cp * tp))
+                picture.check(made)
+                plan = picture.plan(made)
+                made.confirm(plan, picture.rows[picture.mine])
+                picture.check(made, plan)
+
+
+@pytest.mark.parametrize(
+    ("src", "dest"),
+    [
+        pytest.param((2, 3), (1, 3, 2), id="3_to_2"),
+        pytest.param((3, 2), (2, 1, 3), id="2_to_3"),
+        pytest.param((3, 4), (1, 2, 6), id="4_to_6"),
+        pytest.param((2, 6), (1, 3, 4), id="6_to_4"),
+        pytest.param((1, 8), (2, 4, 1), id="8_to_1"),
+    ],
+)
+def test_dp_sizes_that_do_not_divide(src, dest):
+    """Batches of one sample: the images of a sample are split over several encoder replicas."""
+
+    @on_ranks(src[0] * src[1])
+    def _(rank: int) -> None:
+        with bridge(src, dest) as made:
+            generator = np.random.default_rng(4)
+            seq_len = 24 * dest[1]
+            masks = [generator.random((1, seq_len)) < 0.6 for _ in range(dest[2])]
+            Picture(made, masks).check(made)
+
+
+@pytest.mark.parametrize(
+    ("src", "dest"),
+    [((1, 8), (2, 2, 2)), ((2, 4), (1, 2, 4)), ((4, 2), (1, 1, 8)), ((2, 3), (1, 3, 2))],
+    ids=["fan_in_of_4", "equal", "fan_out_of_4", "3_to_2"],
+)
+def test_every_combination_of_empty_and_non_empty_ranks(src, dest):
+    """Forward and backward; a rank that waits for one without rows is named at once."""
+
+    @on_ranks(src[0] * src[1])
+    def _(rank: int) -> None:
+        with bridge(src, dest) as made:
+            group = made.layout.group_of(rank)
+            encoders, languages = group.src_dps.size, group.dest_dps.size
+            for has_rows in itertools.product([0, 1], repeat=encoders):
+                for has_tokens in itertools.product([0, 1], repeat=languages):
+                    if any(has_rows) != any(has_tokens):
+                        continue
+                    masks = [np.full((1, 12), bool(has_tokens[dp % languages]))
+                             for dp in range(dest[2])]  # fmt: skip
+                    total = 12 * sum(has_tokens)
+                    cuts = np.cumsum(has_rows) * total // max(sum(has_rows), 1)
+                    picture = Picture(made, masks, cuts=cuts[:-1].tolist())
+                    assert [bool(n) for n in picture.held] == [bool(on) for on in has_rows]
+                    picture.check(made)
+
+
+def test_assigned_items_return_to_their_places():
+    """Images in an order and on encoders that a balancer might choose, across all replicas."""
+    runs = rows_of_items([2, 7, 3, 52], [[3, 0], [], [1], [2]])
+
+    @on_ranks(8)
+    def _(rank: int) -> None:
+        with bridge(*FAN_IN, one_group=True) as made:
+            picture = Picture(made, FULL)
+            plan = plan_routes(made.layout, rank, picture.tokens, runs)
+            rows = torch.from_numpy(expand(runs[made.layout.src_dp[rank]]))
+            held = picture.rows[rows].requires_grad_()
+            made.confirm(plan, held)
+            own, place = made.move(held, plan), made.tensors(plan, held.device).place
+            assert torch.equal(own, picture.local(picture.rows)[place])
+            own.backward(picture.local(picture.gradient)[place])
+            assert torch.equal(held.grad, picture.gradient[rows])
+
+
+@pytest.mark.parametrize(
+    ("src", "dest", "forward", "backward"),
+    [
+        pytest.param(*FAN_IN, 1, 1, id="fan_in"),
+        pytest.param(*FAN_OUT, 0, 1, id="fan_out"),
+        pytest.param(*EQUAL, 0, 1, id="equal"),
+        pytest.param((4, 2), (4, 1, 2), 0, 0, id="nothing_to_move"),
+    ],
+)
+def test_kind_and_number_of_collectives(src, dest, forward, backward):
+    world = InProcessWorld(8)
+
+    def counts(rank: int) -> dict[str, int]:
+        found = {name: n for (name, ranks), n in world.counts(rank).items()}
+        for key in [key for key in world.calls if key[0] == rank]:
+            del world.calls[key]
+        return found
+
+    def moved(number: int) -> dict[str, int]:
+        return {"all_to_all": 1} if number else {}
+
+    @world.run
+    def _(rank: int) -> None:
+        with bridge(src, dest, guard="first") as made:
+            picture = Picture(made, [np.ones((2, 16), dtype=bool)] * dest[2])
+            plan, held = picture.plan(made), picture.rows[picture.mine]
+            for expected in ({"all_gather": 1}, {}):
+                made.confirm(plan, held)
+                assert counts(rank) == expected
+            y = made.move(held.clone().requires_grad_(), plan)
+            assert counts(rank) == moved(forward)
+            y.sum().backward()
+            assert counts(rank) == moved(backward)
+            # Frozen encoder and projector: nobody needs the gradient, so nobody sends it.
+            y = made.move(held, plan) * torch.ones(1, requires_grad=True)
+            assert counts(rank) == moved(forward)
+            y.sum().backward()
+            assert counts(rank) == {}
+            # Positions that only the rank itself knows cost one message.
+            made.plan(picture.own_tokens, held)
+            assert counts(rank) == {"all_gather": 1}
+            # A microbatch without any row: agreed on, and then nobody enters.
+            nothing = held[:0].clone().requires_grad_()
+            empty = TokenRuns.from_mask(np.zeros((2, 16), dtype=bool))
+            plan = made.plan(empty, nothing)
+            assert plan.group_rows == 0
+            assert counts(rank) == {"all_gather": 1}
+            made.move(nothing, plan).sum().backward()
+            assert counts(rank) == {}
+            assert nothing.grad.shape == (0, HIDDEN)
+
+
+def test_a_graph_that_is_walked_twice():
+    @on_ranks(8)
+    def _(rank: int) -> None:
+        with bridge(*FAN_IN) as made:
+            picture = Picture(made, random_masks(2, 16))
+            held = picture.rows[picture.mine].clone().requires_grad_()
+            plan = picture.plan(made)
+            y = made.move(held, plan)
+            weights = picture.local(picture.gradient)[made.tensors(plan, held.device).place]
+            for factor in (1, 2):
+                (found,) = torch.autograd.grad(
+                    (factor * weights * y).sum(), held, retain_graph=True
+                )
+                assert torch.equal(found, factor * picture.gradient[picture.mine])
+
+
+def errors(size: int, body: Callable[[int], Any]) -> list[str]:
+    """The error of every rank."""
+
+    def caught(rank: int) -> str:
+        with pytest.raises(ValueError) as error:
+            body(rank)
+        return str(error.value)
+
+    return on_ranks(size)(caught)
+
+
+def other_plan(made: RoutedBridge, picture: Picture) -> dict[str, Any]:
+    shifted = [TokenRuns.from_positions(np.arange(32) + 2, 2, 32)] * len(picture.tokens)
+    return {"plan": plan_routes(made.layout, dist.get_rank(), shifted, [16, 16])}
+
+
+def other_assignment(made: RoutedBridge, picture: Picture) -> dict[str, Any]:
+    swapped = [runs_of(np.arange(16, 32)), runs_of(np.arange(16))]
+    return {"plan": plan_routes(made.layout, dist.get_rank(), picture.tokens, swapped)}
+
+
+def foreign_plan(made: RoutedBridge, picture: Picture) -> dict[str, Any]:
+    return {"plan": plan_routes(made.layout, 3, picture.tokens, [16, 16])}
+
+
+def changed_rows(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., dict[str, Any]]:
+    return lambda made, picture: {"rows": change(picture.rows[picture.mine].clone())}
+
+
+@pytest.mark.parametrize("guard", ["always", "first"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            changed_rows(lambda x: x.requires_grad_()),
+            r"the rows need a gradient must be .* False on ranks 0-1, 3; True on rank 2\. Freeze",
+        ),
+        (
+            changed_rows(lambda x: x.float()),
+            r"dtype must be the same on all of them, got torch.float64 on ranks 0-1, 3; "
+            r"torch.float32 on rank 2\. Cast",
+        ),
+        (
+            changed_rows(lambda x: x[:, :2]),
+            r"width must be .* got 3 on ranks 0-1, 3; 2 on rank 2\. Project",
+        ),
+        (changed_rows(lambda x: x[1:]), r"rank 2 brings 15, the plan expects 16\. Give"),
+        (other_plan, r"token positions .*, got \w{16} on ranks 0-1, 3; \w{16} on rank 2\. Plan"),
+        (other_assignment, r"rows per encoder replica .* on ranks 0-1, 3; \w{16} on rank 2\. As"),
+        (foreign_plan, r"nothing was moved\. rank 2: the plan is for rank 3; plan each rank's"),
+        (lambda *_: {"problem": "no images today"}, r"moved\. rank 2: no images today$"),
+    ],
+)  # fmt: skip
+def test_a_mismatch_is_one_error_on_every_rank(change, message, guard):
+    """Rank 2 is the odd one, in the first of two exchange groups of 4."""
+
+    def body(rank: int) -> None:
+        with bridge(*FAN_IN, guard=guard) as made:
+            picture = Picture(made, FULL)
+            stated = {"plan": picture.plan(made), "rows": picture.rows[picture.mine]}
+            made.confirm(**stated | (change(made, picture) if rank == 2 else {}))
+            # The other group is not concerned: it says so by another error.
+            assert rank >= 4
+            raise ValueError("fine")
+
+    found = errors(8, body)
+    assert found[4:] == ["fine"] * 4
+    assert len(set(found[:4])) == 1
+    assert found[0].startswith("Bridge images -> language, exchange group of ranks 0-3: ")
+    assert re.search(message, found[0]), found[0]
+
+
+def test_without_the_guard_a_rank_with_a_problem_raises_alone():
+    def body(rank: int) -> None:
+        with bridge(*FAN_IN, guard="off") as made:
+            picture = Picture(made, FULL)
+            problem = "no" if rank == 5 else None
+            made.confirm(picture.plan(made), picture.rows[picture.mine], problem)
+            raise ValueError("fine")
+
+    assert errors(8, body) == ["fine"] * 5 + ["Bridge images -> language: no"] + ["fine"] * 2
+
+
+def test_a_plan_on_some_ranks_only():
+    def body(rank: int) -> None:
+        with bridge(*FAN_IN) as made:
+            picture = Picture(made, FULL)
+            rows = picture.rows[picture.mine]
+            if rank in (3, 7):
+                made.confirm(picture.plan(made), rows)
+            made.plan(picture.own_tokens, rows)
+
+    found = errors(8, body)
+    assert len(set(found[:4])) == 1
+    assert (
+        "plan was made ahead must be the same on all of them, got no on ranks 0-2; yes on"
+        in found[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        (
+            (2, 3),
+            r"Number of images tokens \(32\) does not match number of images embeddings \(31\) in "
+            r"the exchange group of 4 ranks that starts at rank 0: tokens per language replica "
+            r"\[32\], rows per images replica \[16, 15\]; the sums",
+        ),
+        (
+            (3,),
+            r"ranks 2-3 are copies of one replica and must have the same rows, but those of rank "
+            r"3 differ from those of rank 2 \(15 and 16\)",
+        ),
+    ],
+)
+def test_rows_that_do_not_match_the_tokens(odd, message):
+    def body(rank: int) -> None:
+        with bridge(*FAN_IN) as made:
+            picture = Picture(made, FULL)
+            made.plan(picture.own_tokens, picture.rows[picture.mine][int(rank in odd) :])
+            raise ValueError("fine")
+
+    found = errors(8, body)
+    assert len(set(found[:4])) == 1
+    assert re.search(message, found[0]), found[0]
+    assert found[4:] == ["fine"] * 4
+
+
+def test_copies_of_a_replica_with_other_tokens():
+    def body(rank: int) -> None:
+        with bridge(*FAN_IN) as made:
+            picture = Picture(made, FULL)
+            other = TokenRuns.from_mask(np.ones((1, 32), dtype=bool))
+            tokens = other if rank in (3, 7) else picture.own_tokens
+            made.plan(tokens, picture.rows[picture.mine])
+
+    found = errors(8, body)
+    assert len(set(found[:4])) == 1
+    assert (
+        "ranks 0-3 are copies of one replica and must have the same token positions, but"
+        in found[0]
+    )
+
+
+def test_scattered_tokens_take_a_second_message():
+    """More stretches of tokens than fit the first message; batches seen before are remembered."""
+    mask = np.zeros((2, 160), dtype=bool)
+    mask[:, ::2] = True
+    world = InProcessWorld(8)
+
+    @world.run
+    def _(rank: int) -> None:
+        with bridge(*FAN_IN) as made:
+            picture = Picture(made, [mask] * 2)
+            rows = picture.rows[picture.mine]
+            plan = made.plan(picture.own_tokens, rows)
+            assert sum(world.counts(rank).values()) == 2
+            assert made.plan(picture.own_tokens, rows) is plan
+            picture.check(made, plan)
+
+
+def test_plans_of_other_rows_and_dead_bridges_are_refused():
+    @on_ranks(8)
+    def _(rank: int) -> None:
+        with bridge(*FAN_IN) as made:
+            picture = Picture(made, FULL)
+            plan = picture.plan(made)
+            with pytest.raises(ValueError, match=r"for 16 rows of this rank, got .* \(15, 3\)"):
+                made.move(picture.rows[picture.mine][1:], plan)
+            made.destroy()
+            made.destroy()
+            with pytest.raises(RuntimeError, match="was destroyed"):
+                made.move(picture.rows[picture.mine], plan)
+
+
+@pytest.mark.parametrize(
+    ("backend", "takes"), [("gloo", True), ("nccl", False), ("cpu:gloo,cuda:nccl", True)]
+)
+def test_which_backends_need_another_group_for_the_comparison(backend, takes):
+    assert takes_host_tensors(backend) == takes
+
+
+def test_an_unknown_guard_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    grids = HyperCommGrid([8, 1], ["tp", "dp"]), HyperCommGrid([8, 1, 1], ["tp", "cp", "dp"])
+    with pytest.raises(ValueError, match=r"\('always', 'first', 'off'\), got 'sometimes'"):
+        RoutedBridge(*grids, guard="sometimes")

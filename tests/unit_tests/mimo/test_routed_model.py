@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``MimoModel`` over the routed bridge, all ranks as threads of one process.
+
+The oracle is the gather bridge on the same ranks where it can run (the same number of rows on
+every encoder replica), and one rank with the whole batch where it cannot. What the language model
+gets is compared bit for bit; gradients to the last digits, since the sums run in another order.
+"""
+
+from __future__ import annotations
+
+import doctest
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.models.mimo import MimoModel
+from megatron.core.models.mimo.comm.routes import RoutePlan, plan_routes
+from megatron.core.models.mimo.comm.token_runs import TokenRuns
+from megatron.core.models.mimo.model import local_text
+from megatron.core.models.mimo.model.local_text import LocalText
+from megatron.core.models.mimo.partition.sequence_order import dense_positions, packed_positions
+from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
+from tests.unit_tests.mimo.model_stubs import HIDDEN, IMAGE, language_config, mimo_config
+
+LENGTH = 16
+FAN_IN, FAN_OUT, EQUAL = ((2, 4), (2, 2, 2)), ((4, 2), (1, 2, 4)), ((4, 2), (2, 2, 2))
+RATIO = ((2, 3), (1, 3, 2))
+
+
+@dataclass
+class Result:
+    """What one rank of a forward and backward pass leaves."""
+
+    fused: torch.Tensor
+    labels: torch.Tensor | None
+    gradients: dict[str, torch.Tensor]
+    missing: list[str]
+
+
+@dataclass
+class Case:
+    """Two layouts and a global batch.
+
+    ``images``: images of each sample, two tokens each. ``encoded``: how many of all images each
+    encoder replica encodes.
+    """
+
+    src: tuple[int, int]
+    dest: tuple[int, int, int]
+    images: list[int]
+    encoded: list[int]
+    sequence_parallel: bool = False
+    bridge: str = "routed"
+    packed: list[int] | None = None
+    frozen: bool = False
+    ahead: bool = False
+    overlap: bool = False
+    change: Callable[[int, dict[str, Any]], None] = lambda rank, inputs: None
+
+    @property
+    def size(self) -> int:
+        return self.src[0] * self.src[1]
+
+    def length(self) -> int:
+        return LENGTH * 3 if self.dest[1] == 3 else LENGTH
+
+    def input_ids(self) -> torch.Tensor:
+        """(samples, S): text, with the sample's image tokens from its second position on."""
+        ids = torch.arange(len(self.images) * self.length()).view(len(self.images), -1) % 40
+        for sample, count in enumerate(self.images):
+            ids[sample, 1 : 1 + 2 * count] = IMAGE
+        return ids
+
+    def pixels(self) -> torch.Tensor:
+        """(images, 2, 4), every value another one."""
+        total = sum(self.images)
+        return torch.linspace(-1, 1, total * 8).view(total, 2, 4)
+
+    def run(self) -> list[Result]:
+        return InProcessWorld(self.size).run(self._on_rank)
+
+    def build(self) -> tuple[MimoModel, dict[str, HyperCommGrid]]:
+        grids = {
+            "images": HyperCommGrid(list(self.src), ["tp", "dp"]),
+            "language": HyperCommGrid(list(self.dest), ["tp", "cp", "dp"]),
+        }
+        for dim in ("tp", "cp"):
+            grids["language"].create_pg(dim)
+        tp, cp, _ = self.dest
+        config = language_config(
+            tensor_model_parallel_size=tp,
+            context_parallel_size=cp,
+            sequence_parallel=self.sequence_parallel,
+        )
+        torch.manual_seed(3)
+        kv_format = "thd" if self.packed else "sbhd"
+        model = MimoModel(
+            mimo_config(config, module_to_grid_map=grids, bridge=self.bridge, kv_format=kv_format)
+        )
+        model.modality_submodules["images"].requires_grad_(not self.frozen)
+        if self.overlap:
+            model.modality_submodules["images"].ddp_config = type(
+                "Config", (), {"overlap_grad_reduce": True}
+            )()
+        return model, grids
+
+    def _inputs(self, rank: int, model: MimoModel, grids: Mapping) -> dict[str, Any]:
+        mine = grids["language"].coords(rank)["dp"]
+        ids = self.input_ids().chunk(self.dest[2])[mine]
+        bounds = np.cumsum([0, *self.encoded])
+        src = grids["images"].coords(rank)["dp"]
+        pixels = self.pixels()[bounds[src] : bounds[src + 1]]
+        inputs: dict[str, Any] = {
+            "input_ids": ids,
+            "position_ids": torch.arange(ids.size(1)).expand_as(ids),
+            "labels": ids,
+            "loss_mask": torch.ones(ids.shape),
+            "modality_inputs": {"images": {"linear": {"x": pixels}} if len(pixels) else None},
+        }
+        if self.packed:
+            lengths = torch.tensor(self.packed, dtype=torch.int32)
+            inputs["packing_kwargs"] = {
+                "cu_seqlens_q": lengths,
+                "cu_seqlens_kv": lengths,
+                "max_seqlen_q": 16,
+                "max_seqlen_kv": 16,
+            }
+        if self.ahead:
+            inputs["route_plan"] = {"images": self._plan(rank, model)}
+        return inputs
+
+    def _plan(self, rank: int, model: MimoModel) -> RoutePlan:
+        layout = model.colocated_comms[("images", "language")].layout
+        group = layout.group_of(rank)
+        batches = self.input_ids().chunk(self.dest[2])
+        tokens = [
+            TokenRuns.from_mask(batches[dp].numpy() == IMAGE, self.packed) for dp in group.dest_dps
+        ]
+        return plan_routes(layout, rank, tokens, [2 * self.encoded[dp] for dp in group.src_dps])
+
+    def _on_rank(self, rank: int) -> Result:
+        model, grids = self.build()
+        inputs = self._inputs(rank, model, grids)
+        self.change(rank, inputs)
+        output, _ = model(**inputs)
+        seen = model.language_model.called_with
+        fused = seen["decoder_input"]
+        # A function of the values at a place, so the same in every layout; no two are alike.
+        weight = torch.cos(fused.detach() * 7) + torch.sin(output.detach())
+        (output * weight).sum().backward()
+        gradients = {
+            name: torch.zeros_like(p) if p.grad is None else p.grad
+            for name, p in model.named_parameters()
+        }
+        missing = [name for name, p in model.named_parameters() if p.grad is None]
+        model.destroy()
+        for grid in grids.values():
+            grid.destroy()
+        return Result(fused.detach(), seen["labels"], gradients, missing)
+
+
+def assert_equal(case: Case, one: list[Result], other: list[Result]) -> None:
+    for rank in range(case.size):
+        assert torch.equal(one[rank].fused, other[rank].fused)
+        assert torch.equal(one[rank].labels, other[rank].labels)
+        for name, gradient in one[rank].gradients.items():
+            # The same addends in another order: the embedding's duplicates are summed by place.
+            torch.testing.assert_close(gradient, other[rank].gradients[name], rtol=1e-5, atol=1e-6)
+
+
+def coords(dest: tuple[int, int, int], rank: int) -> dict[str, int]:
+    """Coordinates of a rank of (tp, cp, dp)."""
+    tp, cp, _ = dest
+    return {"tp": rank % tp, "cp": rank // tp % cp, "dp": rank // (tp * cp)}
+
+
+def uniform(pair: tuple, **options: Any) -> Case:
+    """Two images in each of 8 samples, shared out equally."""
+    src, dest = pair
+    return Case(src, dest, [2] * 8, [16 // src[1]] * src[1], **options)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tp_copies", "sp"])
+@pytest.mark.parametrize("pair", [FAN_IN, FAN_OUT, EQUAL], ids=["fan_in", "fan_out", "equal"])
+def test_equal_to_the_gather_bridge(pair, sequence_parallel):
+    options = {"sequence_parallel": sequence_parallel and pair[1][0] > 1}
+    gathered = uniform(pair, bridge="gather", **options).run()
+    for ahead in (False, True):
+        case = uniform(pair, ahead=ahead, **options)
+        assert_equal(case, case.run(), gathered)
+
+
+UNEVEN = {
+    "uneven_images": (FAN_IN, [0, 3, 1, 2, 5, 0, 0, 4], [1, 5, 5, 4]),
+    "empty_encoders": (FAN_IN, [2, 2, 1, 1, 1, 1, 2, 2], [6, 0, 0, 6]),
+    "empty_language_replica": (FAN_OUT, [2, 1, 0, 0, 3, 0, 1, 1], [3, 5]),
+    "one_group_without": (FAN_IN, [0, 0, 0, 0, 1, 2, 3, 1], [0, 0, 3, 4]),
+    "within_one_sample": (((1, 8), (2, 4, 1)), [7], [1, 1, 0, 1, 1, 1, 2, 0]),
+    "3_to_2": (RATIO, [3, 1, 0, 4], [3, 2, 3]),
+    "nothing": (FAN_IN, [0] * 4, [0] * 4),
+}
+
+
+def whole(case: Case) -> Result:
+    """The same batch on one rank."""
+    single = Case((1, 1), (1, 1, 1), case.images, [sum(case.images)])
+    single.length = case.length
+    return single.run()[0]
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tp_copies", "sp"])
+@pytest.mark.parametrize("name", list(UNEVEN))
+def test_any_number_of_tokens_against_one_rank(name, sequence_parallel):
+    """Each rank's part of the fused sequence, and the sums of gradients over all ranks."""
+    (src, dest), images, encoded = UNEVEN[name]
+    tp, cp, dp = dest
+    sequence_parallel = sequence_parallel and tp > 1
+    case = Case(src, dest, images, encoded, sequence_parallel, ahead=name == "uneven_images")
+    found, expected = case.run(), whole(case)
+    samples = len(images) // dp
+    totals: dict[str, torch.Tensor] = {}
+    for rank, result in enumerate(found):
+        at = coords(dest, rank)
+        kept = dense_positions(case.length(), at["cp"], cp, at["tp"] * sequence_parallel,
+                               tp if sequence_parallel else 1)  # fmt: skip
+        mine = slice(at["dp"] * samples, (at["dp"] + 1) * samples)
+        assert torch.equal(result.fused, expected.fused[kept][:, mine])
+        for name, gradient in result.gradients.items():
+            # Copies of a gradient: the encoder's TP ranks, and the language model's, whose text
+            # gradient is whole on each. With SP each TP rank's head sees another part.
+            if name.startswith("modality"):
+                copies = src[0]
+            else:
+                copies = 1 if sequence_parallel and ".head." in name else tp
+            totals[name] = totals.get(name, 0) + gradient / copies
+    for name, gradient in expected.gradients.items():
+        torch.testing.assert_close(totals[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_packed_sequences(ahead):
+    """One row of packed samples per replica, cut sample by sample."""
+    lengths = [0, 4, 4, 12, 16]
+    case = Case(*FAN_IN, [3, 6], [1, 2, 4, 2], packed=lengths, ahead=ahead)
+    found = case.run()
+    for rank, result in enumerate(found):
+        at = coords(case.dest, rank)
+        kept = packed_positions(lengths, at["cp"], 2)
+        assert torch.equal(result.labels, case.input_ids()[at["dp"] : at["dp"] + 1, kept])
+        expected = whole(case).fused[kept][:, at["dp"] : at["dp"] + 1]
+        assert torch.equal(result.fused, expected)
+
+
+def test_a_frozen_encoder_gets_no_gradient_and_sends_none():
+    case = uniform(FAN_IN, frozen=True)
+    for result in case.run():
+        assert [name.partition(".")[0] for name in result.missing] == ["modality_submodules"] * 4
+    case.encoded = [8, 0, 0, 8]
+    case.run()
+
+
+def test_a_group_without_rows_gives_zero_gradients_where_they_are_waited_for():
+    for overlap in (False, True):
+        case = Case(*FAN_IN, [0] * 4, [0] * 4, overlap=overlap)
+        for result in case.run():
+            assert len(result.missing) == (0 if overlap else 4)
+
+
+def drop_images(rank: int, inputs: dict[str, Any]) -> None:
+    inputs["modality_inputs"] = None
+
+
+def shift_tokens(rank: int, inputs: dict[str, Any]) -> None:
+    if rank in (0, 1, 2, 3):
+        inputs["input_ids"] = inputs["input_ids"].roll(1, dims=1)
+
+
+def longer_batch(rank: int, inputs: dict[str, Any]) -> None:
+    if rank in (0, 1, 2, 3):
+        inputs["input_ids"] = inputs["input_ids"].repeat(1, 2)
+
+
+def pack(rank: int, inputs: dict[str, Any]) -> None:
+    if rank < 4:
+        lengths = torch.tensor([0, 8, 16], dtype=torch.int32)
+        inputs["packing_kwargs"] = {"cu_seqlens_q": lengths, "cu_seqlens_kv": lengths}
+
+
+def odd_length(rank: int, inputs: dict[str, Any]) -> None:
+    inputs["input_ids"] = inputs["input_ids"][:, :15]
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "error", "message"),
+    [
+        ({}, drop_images, RuntimeError, r"images inputs are missing, .* \(16 of them\)"),
+        ({"encoded": [3, 4, 4, 4]}, None, ValueError, r"images tokens \(16\) .* \(14\)"),
+        ({"ahead": True}, shift_tokens, ValueError, r"in other places than input_ids \(16 tok"),
+        ({"ahead": True}, longer_batch, ValueError, r"batch \(4, 16\), input_ids is \(4, 32\)"),
+        (
+            {"ahead": True, "images": [2, 2], "encoded": [1] * 4},
+            pack,
+            ValueError,
+            r"lengths None, the batch has \(0, 8, 16\)",
+        ),
+        ({}, odd_length, ValueError, r"divisible by 4 .* got 15"),
+    ],
+)
+def test_what_does_not_fit_is_one_error_in_an_exchange_group(options, change, error, message):
+    case = uniform(FAN_IN)
+    for name, value in options.items():
+        setattr(case, name, value)
+    if change is not None:
+        case.change = change
+    # The other exchange group is not concerned where only the first one's batch is changed.
+    concerned = range(4 if change in (shift_tokens, longer_batch) or options.get("encoded") else 8)
+
+    def body(rank: int) -> str:
+        if rank not in concerned:
+            case._on_rank(rank)
+            return "fine"
+        with pytest.raises(error) as caught:
+            case._on_rank(rank)
+        return str(caught.value)
+
+    found = InProcessWorld(case.size).run(body)
+    assert len(set(found[:4])) == 1
+    assert re.search(message, found[0]), found[0]
+    assert set(found[len(concerned) :]) <= {"fine"}
+
+
+def empty_plan(rank: int, inputs: dict[str, Any]) -> None:
+    inputs["route_plan"] = {}
+
+
+def test_a_plan_needs_a_routed_bridge():
+    case = uniform(FAN_IN, bridge="gather", change=empty_plan)
+    with pytest.raises(ValueError, match=r"route_plan was given, but .* \(bridge='gather'\)"):
+        case.run()
+
+
+def test_local_text_examples():
+    outcome = doctest.testmod(local_text)
+    assert outcome.attempted >= 2
+    assert outcome.failed == 0
+    nothing = TokenRuns.from_mask(np.ones((2, 8), dtype=bool))
+    text = LocalText.find(nothing, [nothing], (1, 2), None)
+    assert text.index.size == text.place.size == 0
+
+
+def test_no_full_sequence_is_allocated(monkeypatch):
+    """The largest tensor of width H on a rank has the rows of its part, not of the sequence."""
+    largest: dict[int, int] = {}
+    make = torch.Tensor.new_zeros
+
+    def recorded(self: torch.Tensor, *size: Any, **options: Any) -> torch.Tensor:
+        made = make(self, *size, **options)
+        if made.dim() == 2 and made.size(1) == HIDDEN:
+            rank = dist.get_rank()
+            largest[rank] = max(largest.get(rank, 0), made.size(0))
+        return made
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", recorded)
+    uniform(FAN_IN, sequence_parallel=True).run()
+    assert largest == dict.fromkeys(range(8), 4 * LENGTH // 4)
