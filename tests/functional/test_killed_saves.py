@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.models.mimo.training.checkpoint import CheckpointStore
-from tests.functional.saving_loop import read_journal, save_in_a_loop
+from tests.functional.saving_loop import read_journal
 from tests.reshape.ranks import Ranks
 
 PAIR = ("tp=1,dp=2", "tp=2,dp=1")
 KILLS = int(os.environ.get("MIMO_KILLS", "6"))
 SEED = int(os.environ.get("MIMO_SEED", "1"))
 DEADLINE_S = 120
+_LOOP = "tests.functional.saving_loop:save_in_a_loop"
 
 
 class Victim:
@@ -36,16 +37,15 @@ class Victim:
 
     def start(self, saves: int = 1000) -> Ranks:
         """Two ranks that save ``saves`` times."""
-        return Ranks(2, save_in_a_loop, str(self.root), str(self.journal), PAIR, saves)
+        return Ranks(2, _LOOP, str(self.root), str(self.journal), PAIR, saves)
 
     def events(self, name: str) -> list[dict[str, Any]]:
         return [event for event in read_journal(self.journal) if event["event"] == name]
 
     def seconds(self) -> float:
-        """How long a save took, in the middle of all so far."""
+        """How long the quickest save took so far; a busy machine makes others longer."""
         begun = {event["step"]: event["time"] for event in self.events("begin")}
-        took = sorted(e["time"] - begun[e["step"]] for e in self.events("end"))
-        return took[len(took) // 2]
+        return min(e["time"] - begun[e["step"]] for e in self.events("end"))
 
     def wait_for_saves(self, ranks: Ranks, count: int) -> None:
         """Until ``count`` more saves have begun."""
@@ -58,8 +58,8 @@ class Victim:
     def wait_for_a_folder(self, ranks: Ranks) -> None:
         """Until a save has somewhere to write."""
         deadline = time.monotonic() + DEADLINE_S
-        while not any(self.root.glob(".saving_*")):
-            assert not ranks.wait(0), "it ended by itself"
+        while not any(self.root.glob(".saving_0*")):
+            assert not ranks.wait(0.001), "it ended by itself"
             assert time.monotonic() < deadline, "no save goes on"
 
     def newest(self) -> int:
@@ -73,7 +73,7 @@ def finish(ranks: Ranks) -> None:
 
 
 def test_every_restart_finds_the_last_complete_checkpoint(tmp_path: Path) -> None:
-    print(f"MIMO_SEED={SEED} MIMO_KILLS={KILLS}")
+    print(f"MIMO_SEED={SEED} MIMO_KILLS={KILLS}")  # shown with -s, and when it fails
     chance, victim = random.Random(SEED), Victim(tmp_path)
     with victim.start(saves=3) as ranks:
         finish(ranks)
@@ -84,7 +84,7 @@ def test_every_restart_finds_the_last_complete_checkpoint(tmp_path: Path) -> Non
             victim.wait_for_saves(ranks, chance.choice([1, 1, 2]))
             if number % 2:  # there is a folder for half of a save only
                 victim.wait_for_a_folder(ranks)
-                time.sleep(chance.uniform(0, 0.5 * victim.seconds()))
+                time.sleep(chance.choice([0, chance.uniform(0, 0.5 * victim.seconds())]))
             else:
                 time.sleep(chance.uniform(0, 1.1 * victim.seconds()))
             ranks.kill()
@@ -94,12 +94,13 @@ def test_every_restart_finds_the_last_complete_checkpoint(tmp_path: Path) -> Non
         assert victim.events("found")[-1]["step"] == before
         # Nothing complete is lost, nothing incomplete is found.
         assert victim.events("end")[-1]["step"] <= newest <= victim.events("begin")[-1]["step"]
-        left_partial += any(victim.root.glob(".saving_*"))
+        left_partial += any(victim.root.glob(".saving_0*"))
     # Some did fall into the part of a save that leaves something behind.
     assert left_partial
     newest = victim.newest()
     with victim.start(saves=2) as ranks:
         finish(ranks)
     assert victim.events("found")[-1]["step"] == newest
+    print(f"{KILLS} kills, {left_partial} left a checkpoint half written; none was picked up")
     names = sorted(path.name for path in victim.root.iterdir())
     assert names == [f"step_{step:08d}" for step in (newest + 1, newest + 2)]

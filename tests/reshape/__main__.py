@@ -21,6 +21,7 @@ from tests.reshape.ranks import LaunchFailed, Ranks
 from tests.reshape.results import Results, Verdict
 
 CHECKPOINTS = "checkpoints"
+_WORK = "tests.reshape.worker:work"
 _POLL_S = 0.2
 # Between two versions of the summary; the results themselves are kept at once.
 _WRITE_S = 2.0
@@ -72,13 +73,11 @@ class Command:
 
     def _launch(self, tasks: list[Task]) -> list[Task]:
         """One launch; returns what it left undone, without the task that brought it down."""
-        from tests.reshape.worker import work
-
         for task in tasks:  # what a killed run left half done
             if task.save is not None:
                 shutil.rmtree(self.out / CHECKPOINTS / task.save, ignore_errors=True)
         plain = [task.as_dict() for task in tasks]
-        with Ranks(tasks[0].place.world, work, str(self.out), plain) as ranks:
+        with Ranks(tasks[0].place.world, _WORK, str(self.out), plain) as ranks:
             try:
                 while not ranks.wait(_POLL_S):
                     self._take_in()

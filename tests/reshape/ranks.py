@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib
 import multiprocessing
 import os
 import shutil
@@ -16,7 +17,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -38,11 +39,12 @@ class Ranks:
 
     Args:
         world: number of ranks.
-        function: what each does, called in the process group; importable by its name.
+        function: what each does, called in the process group, as "module:name"; the process that
+            starts ranks need not import what they import.
         arguments: of the function.
     """
 
-    def __init__(self, world: int, function: Callable[..., None], *arguments: Any) -> None:
+    def __init__(self, world: int, function: str, *arguments: Any) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOAD)
         with _unheard_errors():
@@ -111,15 +113,14 @@ def _unheard_errors() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _rank(
-    rank: int, world: int, folder: str, function: Callable[..., None], arguments: tuple
-) -> None:
+def _rank(rank: int, world: int, folder: str, function: str, arguments: tuple) -> None:
     log = os.open(Path(folder, f"log-{rank}"), os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
     try:
         with _process_group(rank, world, folder):
-            function(*arguments)
+            module, _, name = function.partition(":")
+            getattr(importlib.import_module(module), name)(*arguments)
     except BaseException as error:
         text = str(error).strip().splitlines()
         first = f"rank {rank}: {type(error).__name__}: {text[0] if text else ''}"
