@@ -59,11 +59,10 @@ Why these numbers:
   weights compared are the optimizer's fp32 ones.
 - The loss must fall, not only follow: two runs that both learn nothing would agree.
 
-Megatron-Core's fused native cross entropy rounds the gradient of the logits to bf16, in fp32 runs
-too. Both runs round, so they agree, except where a softmax that differs in its last bit falls on
-the other side of a rounding boundary: that one element is then off by 2^-8, and what lies below it
-by about 1e-5. A row just above the bound of the gradients in many tensors at once, with logits at
-1e-7, is that.
+The models' token losses are this project's own (`transformer/exact_loss.py`): Megatron-Core's fused
+native cross entropy rounds the gradient of the logits to bf16, in fp32 runs too. That is an error
+of about 1e-3 in every gradient, and because both runs round alike, the comparison would only see
+the single elements that fall on the other side of a rounding boundary, at about 1e-5.
 
 What the errors stand for: of order 1 is a lost or doubled contribution (no sum over CP, a replica
 counted twice); a simple fraction, such as 0.5 or 0.75, a wrong divisor; 1e-3 to 1e-2 in a few

@@ -17,7 +17,6 @@ from trainer import Trainer
 
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.enums import ModelType
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mimo.model.ddp_methods import DDPMethods
 from megatron.core.models.mimo.training.grad_finalize import (
     MimoGradFinalizer,
@@ -26,6 +25,7 @@ from megatron.core.models.mimo.training.grad_finalize import (
 from megatron.core.models.mimo.training.groups import create_process_groups, make_grid
 from megatron.core.models.mimo.training.initial_weights import initialize_weights
 from megatron.core.models.mimo.training.randomness import ModuleRandomness, seed_everything
+from megatron.core.models.mimo.transformer.exact_loss import ExactLossGPTModel
 from megatron.core.models.mimo.transformer.layer_specs import language_layer_spec
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import (
@@ -43,7 +43,7 @@ class LanguageOnly(DDPMethods, MegatronModule):
 
     model_type = ModelType.encoder_or_decoder
 
-    def __init__(self, language_model: GPTModel, grids: dict) -> None:
+    def __init__(self, language_model: ExactLossGPTModel, grids: dict) -> None:
         super().__init__(language_model.config)
         self.language_model = language_model
         self.modality_submodules = torch.nn.ModuleDict()
@@ -103,9 +103,11 @@ def build_language_model(
     return DigitsModel(model, grids, collections, configs, finalize, randomness)
 
 
-def _stage(config: TransformerConfig, groups: ProcessGroupCollection, tied: bool) -> GPTModel:
+def _stage(
+    config: TransformerConfig, groups: ProcessGroupCollection, tied: bool
+) -> ExactLossGPTModel:
     stage, stages = groups.pp.rank(), groups.pp.size()
-    return GPTModel(
+    return ExactLossGPTModel(
         config,
         language_layer_spec(config, pp_rank=stage),
         vocab_size=VOCABULARY_SIZE,

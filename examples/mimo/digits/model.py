@@ -21,7 +21,6 @@ from data import (
 from layouts import Layout
 
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mimo import MimoModel, MimoModelConfig, VisionModalitySubmodules
 from megatron.core.models.mimo.training.grad_finalize import (
     MimoGradFinalizer,
@@ -31,6 +30,7 @@ from megatron.core.models.mimo.training.grad_finalize import (
 from megatron.core.models.mimo.training.groups import create_process_groups, make_grid
 from megatron.core.models.mimo.training.initial_weights import initialize_weights
 from megatron.core.models.mimo.training.randomness import ModuleRandomness, seed_everything
+from megatron.core.models.mimo.transformer.exact_loss import ExactLossGPTModel
 from megatron.core.models.mimo.transformer.layer_specs import (
     encoder_layer_spec,
     language_layer_spec,
@@ -181,9 +181,6 @@ def transformer_configs(
         tensor_model_parallel_size=language.tp,
         context_parallel_size=language.cp,
         sequence_parallel=options.sequence_parallel and language.tp > 1,
-        # The fused loss takes the model's own TP group; the plain one reads a global.
-        cross_entropy_loss_fusion=True,
-        cross_entropy_fusion_impl="native",
         **common,
     )
     return {VISION: encoder, "projector": projector, LANGUAGE: decoder}
@@ -216,7 +213,7 @@ def _vision_spec(
 
 def _language_spec(config: TransformerConfig, groups: ProcessGroupCollection) -> ModuleSpec:
     return ModuleSpec(
-        module=GPTModel,
+        module=ExactLossGPTModel,
         params={
             "config": config,
             "transformer_layer_spec": language_layer_spec(config),
