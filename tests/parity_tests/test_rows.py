@@ -7,11 +7,11 @@ import itertools
 from pathlib import Path
 
 import pytest
-from layouts import Layout, Limits, Pair, misfits
-
 from tests.parity.measure import SIZE, TEXT_SIZE
 from tests.parity.options import OptionError, parse
 from tests.parity.rows import DEFAULT_ROWS, NIGHTLY_ROWS, Row
+
+from layouts import Layout, Limits, Pair, misfits  # isort: skip
 
 IMAGES = [row for row in DEFAULT_ROWS if row.vision]
 TEXT = [row for row in DEFAULT_ROWS if not row.vision]
