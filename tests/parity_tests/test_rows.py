@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 
 import pytest
+
 from tests.parity.measure import SIZE, TEXT_SIZE
 from tests.parity.options import OptionError, parse
 from tests.parity.rows import DEFAULT_ROWS, NIGHTLY_ROWS, Row
