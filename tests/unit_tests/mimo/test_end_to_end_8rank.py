@@ -52,6 +52,7 @@ class Case:
     sequence_parallel: bool = False
     overlap: bool = False
     freeze_vision: bool = False
+    bridge: str = "routed"
 
 
 CASES = [
@@ -68,6 +69,13 @@ CASES = [
     Case("empty_everywhere", **FAN_IN, masks="none"),
     Case("frozen_vision", **FAN_IN, masks="uneven", freeze_vision=True),
 ]
+# One of each kind over the other bridge.
+CASES += [
+    replace(case, name=f"gather_{case.name}", bridge="gather")
+    for case in CASES
+    if case.name
+    in {"fan_in_cp2_sp_overlap", "fan_in_cp4", "fan_out_cp2_uneven_4mb", "frozen_vision"}
+]
 
 
 def data(masks: str):
@@ -82,6 +90,7 @@ def options(case: Case) -> ModelOptions:
         distributed_optimizer=False,
         overlap_grad_reduce=case.overlap,
         sequence_parallel=case.sequence_parallel,
+        bridge=case.bridge,
         freeze_vision=case.freeze_vision,
     )
 

@@ -70,7 +70,9 @@ def build(rank_device):
     """
     made: list[Built] = []
 
-    def make(layouts: tuple[dict, dict] = FAN_IN, seed: int = 1) -> Built:
+    def make(
+        layouts: tuple[dict, dict] = FAN_IN, seed: int = 1, bridge: str = "routed"
+    ) -> Built:
         grids = {
             name: make_grid(**sizes)
             for name, sizes in zip(("images", "language"), layouts, strict=True)
@@ -89,6 +91,7 @@ def build(rank_device):
                 modalities={"images": spec},
                 language_model_spec=gpt_spec(config, groups["language"]),
                 module_to_grid_map=grids,
+                bridge=bridge,
             )
         ).to(rank_device)
         made.append(Built(model, grids, groups, config))
@@ -198,14 +201,17 @@ def test_cutting_and_its_gradient_over_real_groups(tp, rank_device):
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("layouts", [FAN_IN, FAN_OUT], ids=["fan_in", "fan_out"])
-def test_a_replica_without_images_keeps_nobody_waiting(layouts, overlap, build, rank_device):
+@pytest.mark.parametrize("bridge", ["gather", "routed"])
+def test_a_replica_without_images_keeps_nobody_waiting(
+    bridge, layouts, overlap, build, rank_device
+):
     """Some language replicas have text only in the first and the last of three batches.
 
     The last one matters: Megatron's wrapper reduces from its hooks from the second batch on, and
     then waits for every parameter. On fan-out two language replicas share an encoder replica, so
     both have images or neither has.
     """
-    built = build(layouts)
+    built = build(layouts, bridge=bridge)
     wrap(built, overlap_grad_reduce=overlap)
     with_images = built.coords("language")["dp"] < (2 if layouts is FAN_OUT else 1)
     gradients = [
@@ -226,8 +232,8 @@ def test_a_replica_without_images_keeps_nobody_waiting(layouts, overlap, build, 
 def encoder_gradients(built: Built, per_sample: int, device: torch.device) -> list[torch.Tensor]:
     """Reduced encoder gradients of one batch with so many images in this replica's samples."""
     model, samples = built.model, 2
-    scale = model.colocated_comms[("images", "language")].scale
-    encoded = samples * scale if model.colocated_comms[("images", "language")].is_fan_out() else 1
+    # Fan-out: an encoder replica encodes the samples of two language replicas; fan-in: half of one.
+    encoded = 2 * samples if model.colocated_comms[("images", "language")].is_fan_out() else 1
     model.zero_grad_buffer()
     ids = token_batch(samples, per_sample, device)
     losses, _ = model(
@@ -243,10 +249,17 @@ def encoder_gradients(built: Built, per_sample: int, device: torch.device) -> li
     return [parameter.main_grad.clone() for parameter in encoder.parameters()]
 
 
-def test_rows_that_do_not_match_stop_every_rank_before_the_bridge(build, rank_device):
-    built = build()
+@pytest.mark.parametrize(
+    ("bridge", "how"),
+    [
+        ("gather", r": 3 on this rank, times the 2 encoder replicas"),
+        ("routed", r" in the exchange group of 4 ranks .* per images replica \[3, 3\]"),
+    ],
+)
+def test_rows_that_do_not_match_stop_every_rank_before_the_bridge(bridge, how, build, rank_device):
+    built = build(bridge=bridge)
     ids = token_batch(2, 4, rank_device)
-    message = r"images tokens \(8\) .* \(6\): 3 on this rank, times the 2 encoder replicas"
+    message = r"images tokens \(8\) .* \(6\)" + how
     with pytest.raises(ValueError, match=message):
         built.model(ids, modality_inputs=pictures(1, 3, rank_device))
     # Nobody is left in a collective: the next batch goes through.
