@@ -19,7 +19,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.hyper_comm_grid import GridShape, HyperCommGrid
+from megatron.core.models.mimo.comm.exchange import PlanTensors, issue_exchange
+from megatron.core.models.mimo.comm.route_layout import RouteLayout
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge, takes_host_tensors
 from megatron.core.models.mimo.comm.routes import plan_routes
 from megatron.core.models.mimo.comm.token_runs import TokenRuns, expand, rows_of_items, runs_of
@@ -178,6 +180,22 @@ def test_kind_and_number_of_collectives(src, dest, forward, backward):
             made.move(nothing, plan).sum().backward()
             assert counts(rank) == {}
             assert nothing.grad.shape == (0, HIDDEN)
+
+
+def test_rows_that_stay_are_not_copied():
+    grid = GridShape((1, 1), ("tp", "dp"))
+    layout = RouteLayout.from_grids(grid, grid)
+    tokens = TokenRuns.from_positions(np.array([1, 2, 5]), batch=1, seq_len=8)
+    rows = torch.randn(3, HIDDEN, requires_grad=True)
+    for held, stays in (([3], True), ([np.array([[1, 2], [0, 1]])], False)):
+        plan = plan_routes(layout, 0, [tokens], held)
+        own = issue_exchange(rows, PlanTensors.of(plan, rows.device), None).arrive()
+        assert (own.data_ptr() == rows.data_ptr()) == stays
+        rows.grad = None
+        own.backward(gradient := torch.randn(3, HIDDEN))
+        order = [0, 1, 2] if stays else [2, 0, 1]
+        assert torch.equal(own[plan.place.argsort()], rows[order])
+        assert torch.equal(rows.grad[order], gradient[plan.place.argsort()])
 
 
 def test_a_graph_that_is_walked_twice():

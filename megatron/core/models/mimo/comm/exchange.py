@@ -46,6 +46,7 @@ class PlanTensors:
     Attributes:
         held, own, local: numbers of rows.
         forward, backward: ``(send splits, receive splits)``; ``None`` if nobody sends.
+        stays: nobody sends, and own rows are the held rows in their order: nothing to copy.
     """
 
     held: int
@@ -53,6 +54,7 @@ class PlanTensors:
     local: int
     forward: tuple[list[int], list[int]] | None
     backward: tuple[list[int], list[int]] | None
+    stays: bool
     local_index: torch.Tensor
     send_index: torch.Tensor
     backward_send_index: torch.Tensor
@@ -66,6 +68,7 @@ class PlanTensors:
             (leg.send_splits.tolist(), leg.recv_splits.tolist()) if leg.moves else None
             for leg in (plan.forward, plan.backward)
         ]
+        stays = splits == [None, None] and np.array_equal(plan.local_index, np.arange(plan.held))
         indices = to_device(
             [
                 plan.local_index,
@@ -76,7 +79,7 @@ class PlanTensors:
             ],
             device,
         )
-        return cls(plan.held, plan.own, plan.local_index.size, *splits, *indices)
+        return cls(plan.held, plan.own, plan.local_index.size, *splits, stays, *indices)
 
 
 class Flight:
@@ -147,6 +150,8 @@ class _Issue(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, flight: Flight) -> torch.Tensor:
         ctx.flight, plan = flight, flight.plan
+        if plan.stays:
+            return rows.view_as(rows)
         own = rows.new_empty((plan.own, rows.size(1)))
         torch.index_select(rows, 0, plan.local_index, out=own[: plan.local])
         if plan.forward is not None:
@@ -157,6 +162,8 @@ class _Issue(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
         flight, plan = ctx.flight, ctx.flight.plan
+        if plan.stays:
+            return dy, None
         flight.wait()
         received, flight._gradients = flight._gradients, None
         dx = dy.new_empty((plan.held, dy.size(1)))
