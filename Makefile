@@ -13,7 +13,7 @@ SEED ?= $(shell date +%Y%m%d)
 PYTHON ?=
 export PYTHON
 
-.PHONY: help train test test-newest parity parity-nightly mutants properties reshape setup lint clean
+.PHONY: help train test test-newest parity parity-nightly mutants properties reshape bench setup lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do \
@@ -58,6 +58,9 @@ parity-nightly: setup ## the same for every pair of 8-rank layouts; run again to
 reshape: setup ## checkpoints from one layout to another, then killed saves; ARGS=--all: every pair
 	@$(VENV)/bin/python -m tests.reshape $(ARGS)
 	@MIMO_KILLS=20 $(VENV)/bin/python -m pytest -q -s tests/functional/test_killed_saves.py
+
+bench: setup ## measure the bridges: bytes, time, memory, overlap, the whole step; ARGS="--quick"
+	@$(VENV)/bin/python -m benchmarks $(ARGS)
 
 clean: ## remove the environments and caches; runs/ stays, it is yours
 	rm -rf $(VENV) $(VENV_NEWEST) build dist .pytest_cache .ruff_cache .hypothesis

@@ -6,6 +6,7 @@ Both are stock Megatron-Core modules over their own process groups; ``MimoModel`
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -228,7 +229,7 @@ def _language_spec(config: TransformerConfig, groups: ProcessGroupCollection) ->
 
 
 def build_model(
-    vision: Layout,
+    vision: Layout | None,
     language: Layout,
     options: ModelOptions,
     backend: str | None = None,
@@ -239,29 +240,37 @@ def build_model(
     Initial weights depend on ``options.seed`` and parameter names only, never on the layouts.
 
     Args:
-        vision, language: layouts that span the same ranks.
+        vision, language: layouts that span the same ranks. Without one of its own the encoder is
+            forced onto the language model's: every CP rank encodes all images of its replica,
+            there is no bridge, and its gradients are summed over DP and CP.
         options: of the model.
         backend: of the process groups, PyTorch's default one if None.
         rank_offset: the first of the ranks.
     """
     place: dict[str, Any] = {"rank_offset": rank_offset, "backend": backend}
     grids = {
-        VISION: make_grid(tp=vision.tp, dp=vision.dp, **place),
+        VISION: make_grid(tp=vision.tp, dp=vision.dp, **place) if vision else None,
         LANGUAGE: make_grid(tp=language.tp, cp=language.cp, dp=language.dp, **place),
     }
+    grids[VISION] = grids[VISION] or grids[LANGUAGE]
     collections = {name: create_process_groups(grid) for name, grid in grids.items()}
-    configs = transformer_configs(vision, language, options)
+    if vision is None:
+        # Every rank has whole images, so the encoder's attention is not cut over CP.
+        collections[VISION] = copy.copy(collections[LANGUAGE])
+        collections[VISION].cp = collections[LANGUAGE].pp
+    configs = transformer_configs(vision or language, language, options)
     seed_everything(options.seed)
     mimo_config = MimoModelConfig(
         language_model_spec=_language_spec(configs[LANGUAGE], collections[LANGUAGE]),
         modality_submodules_spec={VISION: _vision_spec(configs, collections[VISION])},
         special_token_ids={VISION: int(Token.IMAGE)},
-        module_to_grid_map=grids,
+        module_to_grid_map=grids if vision else None,
         bridge=options.bridge,
     )
     model = MimoModel(
         mimo_config, cp_group=collections[LANGUAGE].cp, tp_group=collections[LANGUAGE].tp
     )
+    mimo_config.module_to_grid_map = grids  # the optimizer's groups, with or without a bridge
     if torch.cuda.is_available():
         model.to(torch.device(torch.cuda.current_device()))
     for name, module in iter_modules(model):

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the bridges cost, measured side by side: ``make bench`` or ``python -m benchmarks``.
+
+Ratios within one run, since seconds of one machine say little about another; docs/bridge.md has
+the figures and what they mean.
+
+    options.py      the command line
+    cases.py        pairs of layouts, batches of tokens: who holds and who needs which rows; pure
+    formulas.py     bytes by formula and by counting sets, the lower bound; pure
+    counting.py     bytes at the collective calls
+    paths.py        encoder rows -> this rank's part of the fused sequence, by either bridge
+    bytes_moved.py  1. bytes per rank, counted, against the formulas
+    wall_time.py    2. forward + backward, routed over gather
+    memory.py       3. peak memory of the fused-sequence path
+    scale.py        4. planning for thousands of ranks, in one process
+    whole_step.py   5. the digits job's step, and where its time goes
+    overlap.py      6. what the asynchronous exchange hides, and its trace
+    kinds.py        the list of these
+    ranks.py        what the ranks of the one launch do
+    report.py       JSON files, tables, the stacked bars
+    pictures.py     the pictures of docs/bridge.md: who holds, who needs, what moves
+"""
+
+import sys
+from pathlib import Path
+
+# The launcher, the model and the pictures are the digits job's, whose modules import each other so.
+DIGITS = Path(__file__).resolve().parents[1] / "examples" / "mimo" / "digits"
+if str(DIGITS) not in sys.path:
+    sys.path.insert(0, str(DIGITS))

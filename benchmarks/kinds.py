@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured: one entry per kind. No torch until a kind is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of measurement.
+
+    Attributes:
+        name: on the command line, and of its file under the results.
+        title: of its table.
+        module: where ``COLUMNS`` and ``measure`` (on all ranks) or ``run`` (here) are.
+        on_ranks: measured in the launch; else in one process of its own.
+    """
+
+    name: str
+    title: str
+    module: str
+    on_ranks: bool = True
+
+    def load(self) -> ModuleType:
+        """Import its module."""
+        return importlib.import_module(f"benchmarks.{self.module}")
+
+
+_ALL = (
+    Kind("bytes", "Bytes that come to a rank", "bytes_moved"),
+    Kind("memory", "Peak memory, encoder rows to cut sequence and back", "memory"),
+    Kind("wall", "Wall time, forward + backward, routed over gather", "wall_time"),
+    Kind("overlap", "What the asynchronous exchange hides", "overlap"),
+    Kind("step", "Whole step of the digits job", "whole_step"),
+    Kind("scale", "Planning and set-up for thousands of ranks", "scale", on_ranks=False),
+)
+KINDS = tuple(kind for kind in _ALL if Path(__file__).with_name(f"{kind.module}.py").exists())
+NAMED = {kind.name: kind for kind in KINDS}

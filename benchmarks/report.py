@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is left of a run: a JSON file per kind, tables, the stacked bars of the step."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from errors import write_atomically
+
+from benchmarks.kinds import Kind
+
+Cells = Sequence[Mapping[str, Any]]
+
+
+def verdict(cell: Mapping[str, Any]) -> str:
+    """PASS or FAIL; empty for what has no bound."""
+    return {True: "PASS", False: "FAIL", None: ""}[cell["passed"]]
+
+
+def write_json(folder: Path, kind: Kind, cells: Cells, command: str) -> Path:
+    """``FOLDER/KIND.json``, all of it or nothing.
+
+    Raises:
+        JobError: for a full disk or a path that cannot be written.
+    """
+    path = folder / f"{kind.name}.json"
+    content = {
+        "title": kind.title,
+        "command": command,
+        "machine": machine(),
+        "failed": sum(cell["passed"] is False for cell in cells),
+        "cells": list(cells),
+    }
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode(), "the measurements")
+    return path
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured with."""
+    from importlib.metadata import version
+
+    return {
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "megatron-core": version("megatron-core"),
+        "cores": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 1),
+    }
+
+
+def text(value: Any) -> str:
+    """A table's field: both directions with a bar between them, a dash for nothing.
+
+    >>> text([49152.0, 0.5]), text(None), text(0.125)
+    ('49,152 | 0.5', '-', '0.125')
+    """
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        return " | ".join(text(each) for each in value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def table(kind: Kind, columns: Mapping[str, str], cells: Cells) -> Any:
+    """A kind's cells, for rich."""
+    from rich.table import Table
+
+    columns = {name: heading for name, heading in columns.items() if name != "passed"}
+    made = Table(title=kind.title, title_style="bold", title_justify="left")
+    for name, heading in columns.items():
+        number = bool(cells) and not isinstance(cells[0].get(name), str)
+        made.add_column(heading, justify="right" if number else "left", overflow="fold")
+    made.add_column("")
+    for cell in cells:
+        said = verdict(cell)
+        colour = {"PASS": "green", "FAIL": "bold red"}.get(said, "")
+        mark = f"[{colour}]{said}[/]" if colour else said
+        made.add_row(*(text(cell.get(name)) for name in columns), mark)
+    return made
+
+
+def plot_steps(path: Path, cells: Cells) -> None:
+    """Stacked bars: a step's sections, per layout and variant.
+
+    Args:
+        path: the PNG.
+        cells: those of ``whole_step``.
+
+    Raises:
+        JobError: for a full disk or a path that cannot be written.
+    """
+    from matplotlib.figure import Figure
+    from pictures import save_figure
+
+    from benchmarks.whole_step import SECTIONS
+
+    groups = list(dict.fromkeys((cell["encoder"], cell["layout"]) for cell in cells))
+    figure = Figure(figsize=(10, 1.0 + 0.95 * len(groups)), layout="constrained")
+    axes = figure.subplots()
+    labels, places = [], []
+    for row, cell in enumerate(cells):
+        place = row + 0.8 * groups.index((cell["encoder"], cell["layout"]))
+        labels.append(f"encoder {cell['encoder']} · {cell['layout']} · {cell['variant']}")
+        places.append(place)
+        left = 0.0
+        for number, (name, width) in enumerate(zip(SECTIONS, cell["sections_ms"], strict=True)):
+            label = name if row == 0 else None
+            axes.barh(place, width, left=left, color=f"C{number}", label=label, height=0.8)
+            left += width
+        axes.text(left, place, f"  {cell['ratio']:.2f}", va="center", fontsize=8)
+    axes.set_yticks(places, labels, fontsize=7.5)
+    axes.invert_yaxis()
+    axes.margins(x=0.08)
+    axes.set_xlabel("ms of a step (mean over ranks); at the bars' ends: step over homogeneous")
+    figure.legend(loc="outside upper center", ncols=len(SECTIONS), fontsize=8, frameon=False)
+    save_figure(figure, path, "the stacked bars")

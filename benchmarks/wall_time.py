@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wall time of forward + backward, routed over gather, from encoder rows to the cut sequence.
+
+The two bridges take turns within one run, so what else the machine does hits both. A repetition
+takes as long as its slowest rank; the ratio is that of the medians. The routed bridge is timed with
+its guard on the first exchange only, which the bound is for, and on every exchange.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.cases import (
+    EQUAL_1,
+    EQUAL_2,
+    FAN_IN_2_1,
+    FAN_IN_2_2,
+    FAN_IN_4_4,
+    FAN_OUT_2_2,
+    Pair,
+    TokenBatch,
+)
+from benchmarks.paths import (
+    Bridges,
+    GatherPath,
+    RoutedPath,
+    bridges,
+    no_text,
+    random_rows,
+    rank_device,
+    synchronize,
+)
+
+DEFAULT = (FAN_IN_4_4, FAN_IN_2_2, EQUAL_2, FAN_OUT_2_2, FAN_IN_2_1, EQUAL_1)
+ROWS, WIDTHS = (1024, 4096, 16384, 65536), (64, 256, 1024)
+_QUICK = ((1024, 64), (4096, 256))
+# The bounds: with CP and more than a MiB of payload, and everywhere else.
+BOUND, BOUND_ELSEWHERE, LARGE = 0.6, 1.1, 2**20
+# Seconds that a cell may take, and repetitions of each bridge at least and at most.
+_SECONDS, _REPETITIONS = 4.0, (3, 25)
+Path = Callable[[torch.Tensor, Any], torch.Tensor]
+COLUMNS = {
+    "layout": "layout (encoder/language)",
+    "rows": "rows",
+    "width": "width",
+    "MiB": "MiB",
+    "gather_ms": "gather ms",
+    "routed_ms": "routed ms",
+    "ratio": "ratio",
+    "bound": "bound",
+    "guarded_ratio": "guard always",
+}
+
+
+def measure(pairs: tuple[Pair, ...], quick: bool) -> Iterator[dict[str, Any]]:
+    """A cell per pair, rows and width; on all ranks."""
+    sizes = _QUICK if quick else tuple(itertools.product(ROWS, WIDTHS))
+    for pair in pairs or (DEFAULT[:1] if quick else DEFAULT):
+        with bridges(pair) as made:
+            for rows, width in sizes:
+                yield _cell(made, rows, width)
+
+
+def bound(pair: Pair, payload: int) -> float:
+    """The largest ratio allowed for the rows of one language replica of ``payload`` bytes."""
+    return BOUND if pair.language.cp >= 2 and payload > LARGE else BOUND_ELSEWHERE
+
+
+def _cell(made: Bridges, rows: int, width: int) -> dict[str, Any]:
+    pair, batch = made.pair, TokenBatch.uniform(made.pair, rows)
+    payload = rows * width * torch.float32.itemsize
+    held = random_rows(pair, batch, width, torch.float32)
+    routed = RoutedPath(made, batch)
+    seconds = alternate(
+        {
+            "gather": _once(GatherPath(made, batch), held),
+            "routed": _once(routed.guarded("first"), held),
+            "guarded": _once(routed.guarded("always"), held),
+        }
+    )
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    ratio, allowed = medians["routed"] / medians["gather"], bound(pair, payload)
+    return {
+        "layout": str(pair),
+        "rows": rows,
+        "width": width,
+        "MiB": round(payload / 2**20, 2),
+        "gather_ms": round(medians["gather"] * 1e3, 2),
+        "routed_ms": round(medians["routed"] * 1e3, 2),
+        "ratio": round(ratio, 3),
+        "bound": allowed,
+        "guarded_ratio": round(medians["guarded"] / medians["gather"], 3),
+        "repetitions": len(seconds["gather"]),
+        "passed": ratio <= allowed,
+    }
+
+
+def _once(path: Path, held: torch.Tensor) -> Callable[[], None]:
+    gradient: list[torch.Tensor] = []
+
+    def run() -> None:
+        held.grad = None
+        local = path(held, no_text)
+        if not gradient:
+            gradient.append(torch.ones_like(local))
+        local.backward(gradient[0])
+
+    return run
+
+
+def alternate(
+    runs: dict[str, Callable[[], None]],
+    seconds: float = _SECONDS,
+    repetitions: tuple[int, int] = _REPETITIONS,
+) -> dict[str, list[float]]:
+    """Seconds of each run, taking turns: per repetition those of the slowest rank.
+
+    Args:
+        runs: name -> what is timed, on all ranks.
+        seconds: of all together, about.
+        repetitions: of each at least and at most.
+    """
+    for run in runs.values():
+        _timed(run)  # what is allocated and connected once
+    slowest = torch.tensor(sum(_timed(run) for run in runs.values()), dtype=torch.float64)
+    dist.all_reduce(on_device := slowest.to(rank_device()), op=dist.ReduceOp.MAX)
+    low, high = repetitions
+    count = min(high, max(low, int(seconds / float(on_device))))
+    # The order turns too: whoever comes first finds other caches.
+    order = [list(runs), list(reversed(runs))]
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for repetition in range(count):
+        for name in order[repetition % 2]:
+            found[name].append(_timed(runs[name]))
+    table = torch.tensor([found[name] for name in runs], dtype=torch.float64).to(rank_device())
+    dist.all_reduce(table, op=dist.ReduceOp.MAX)
+    return dict(zip(runs, table.tolist(), strict=True))
+
+
+def _timed(run: Callable[[], None]) -> float:
+    synchronize()
+    dist.barrier()
+    started = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - started
+
