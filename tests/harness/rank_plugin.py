@@ -202,6 +202,8 @@ class RankPlugin:
         name, _ = backend.choose(self.world_size)
         self.device = backend.device_for(self.local_rank, self.world_size)
         self._epoch += 1
+        if name == "gloo":
+            backend.share_gloo_device()
         dist.init_process_group(
             name,
             store=dist.PrefixStore(f"world{self._epoch}", self._store),
