@@ -33,7 +33,7 @@ def test_a_difference_is_reported_with_its_step() -> None:
     verdict = compare(far, LOSSES, exact=False)
     assert verdict.status == "FAIL"
     assert verdict.worst == pytest.approx(2 * TOLERANCE)
-    assert verdict.reason.startswith("loss 4 after the checkpoint is 2.75005")
+    assert verdict.reason.startswith("loss 4 after the checkpoint is 2.75001")
     assert "uninterrupted it is 2.75;" in verdict.reason
 
 
