@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.core import hyper_comm_grid
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.comm import colocated_communicator as bridge_module
 from megatron.core.models.mimo.comm.colocated_communicator import (
@@ -283,10 +284,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 def creation_of(*groups: tuple[int, ...]) -> dict[tuple[str, tuple[int, ...]], int]:
     """Counts for making these groups: on CPU, the members of each then wait for one another."""
-    counts = Counter({("new_subgroups_by_enumeration", ()): len(groups)} if groups else {})
-    if dist.get_backend() == "gloo":
-        counts.update(("all_reduce", ranks) for ranks in groups)
-    return dict(counts)
+    if dist.get_backend() != "gloo":
+        return {}
+    return dict(Counter(("all_reduce", ranks) for ranks in groups))
 
 
 def expected_groups(
@@ -469,13 +469,14 @@ def test_destroy_twice() -> None:
 
 def test_groups_take_the_grids_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str | None] = []
-    create = dist.new_subgroups_by_enumeration
+    create = hyper_comm_grid.make_groups
 
-    def record(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+    def record(ranks: list[list[int]], backend: str | None = None, **kwargs: Any) -> Any:
         seen.append(backend)
-        return create(*args, backend=backend, **kwargs)
+        return create(ranks, backend, **kwargs)
 
-    monkeypatch.setattr(dist, "new_subgroups_by_enumeration", record)
+    for module in (hyper_comm_grid, bridge_module):
+        monkeypatch.setattr(module, "make_groups", record)
     backend = dist.get_backend()
     src_grid = make_grid(("tp", "dp"), tp=2, dp=4)
     for given, used in ((None, None), (backend, backend)):
