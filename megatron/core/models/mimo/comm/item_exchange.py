@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoder inputs (pixels) go to the replicas that encode them, once, as a ``BalancePlan`` says.
+
+A tensor of inputs has some *units* per item along dim 0: one image each, or as many patches as
+the item has. TP ranks of a replica have equal inputs, so each rank exchanges with the ranks of
+its own TP index only. Pixels need no gradient, so there is no backward.
+
+Every rank of the exchange group calls, with zero units if it reads nothing. Before units move,
+the ranks compare what they are about to do (:meth:`ItemExchange.confirm`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron.core.models.mimo.comm.balance import BalancePlan, EncoderBalance, plan_balance
+from megatron.core.models.mimo.comm.route_layout import ExchangeGroup
+from megatron.core.models.mimo.comm.routed_bridge import GUARDS, RoutedBridge
+from megatron.core.models.mimo.comm.token_runs import expand
+
+MESSAGE_BYTES = 512
+
+
+@dataclass(frozen=True, eq=False)
+class ItemMoves:
+    """One rank's part in moving items, in units; see :func:`plan_item_moves`.
+
+    Attributes:
+        send_index: int64 ``(brought,)``: which unit goes out at each place.
+        send_splits, recv_splits: units to and from each rank of the group, int64 ``(group,)``.
+        arrange: int64 ``(encoded,)``: which arrived unit is at each place of the result.
+    """
+
+    send_index: np.ndarray
+    send_splits: np.ndarray
+    recv_splits: np.ndarray
+    arrange: np.ndarray
+
+    @property
+    def brought(self) -> int:
+        """Units that the rank reads."""
+        return self.send_index.size
+
+    @property
+    def encoded(self) -> int:
+        """Units that the rank gets."""
+        return self.arrange.size
+
+
+def plan_item_moves(
+    plan: BalancePlan, exchange: ExchangeGroup, rank: int, units_per_item: Sequence[int] | None
+) -> ItemMoves:
+    """One rank's part of the exchange, in integers.
+
+    Args:
+        plan: of the exchange group.
+        exchange: the group.
+        rank: global rank.
+        units_per_item: units of all items of the group along dim 0; ``None`` is one each.
+
+    Raises:
+        ValueError: ``units_per_item`` is not one number per item of the plan.
+    """
+    units = np.ones_like(plan.tokens) if units_per_item is None else np.asarray(units_per_item)
+    if units.shape != plan.tokens.shape:
+        raise ValueError(
+            f"units_per_item has {units.size} numbers, the plan has {plan.tokens.size} items; give "
+            "the units of all items of the exchange group"
+        )
+    me = exchange.index(rank)
+    replica, copy = exchange.src_of[me], exchange.src_copy[me]
+    peers = exchange.src_ranks[:, copy]
+    brought = np.flatnonzero(plan.home == replica)
+    encoded = np.flatnonzero(plan.replica == replica)
+    receivers, senders = peers[plan.replica[brought]], peers[plan.home[encoded]]
+    return ItemMoves(
+        send_index=_unit_index(units[brought], np.argsort(receivers, kind="stable")),
+        send_splits=_total(receivers, units[brought], exchange.size),
+        recv_splits=_total(senders, units[encoded], exchange.size),
+        arrange=_places_of(units[encoded], np.argsort(senders, kind="stable")),
+    )
+
+
+def _total(ranks: np.ndarray, units: np.ndarray, size: int) -> np.ndarray:
+    return np.bincount(ranks, weights=units, minlength=size).astype(np.int64)
+
+
+def _unit_index(units: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Units of items that stand one after another, in another order of the items."""
+    starts = np.cumsum(units) - units
+    return expand(np.stack([starts[order], units[order]], axis=1).astype(np.int64))
+
+
+def _places_of(units: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """The reverse of :func:`_unit_index`."""
+    index = _unit_index(units, order)
+    places = np.empty_like(index)
+    places[index] = np.arange(index.size)
+    return places
+
+
+class ItemExchange:
+    """Plans and moves the items of a routed bridge; all ranks of an exchange group call alike.
+
+    Args:
+        bridge: on whose process groups the items travel.
+        balance: threshold and cost model.
+        guard: compare plan, dtype and item shape before units move: ``"always"``, the
+            ``"first"`` time, or ``"off"``. One all-gather of 512 bytes per rank on the host.
+
+    Raises:
+        ValueError: unknown ``guard``; a rank that is not on the bridge.
+    """
+
+    def __init__(
+        self, bridge: RoutedBridge, balance: EncoderBalance | None = None, *, guard: str = "always"
+    ) -> None:
+        if guard not in GUARDS:
+            raise ValueError(f"guard must be one of {GUARDS}, got {guard!r}")
+        self.rank, self.name = bridge.current_rank, bridge.layout.src_name
+        self.exchange = bridge.layout.group_of(self.rank)
+        self.group, self.control = bridge.group, bridge.control
+        self.balance, self.guard = balance or EncoderBalance(), guard
+        self._confirmed = False
+
+    def plan(self, tokens_of_my_items: Sequence[int]) -> BalancePlan:
+        """Plan from what each rank reads itself; two small all-gathers on the host.
+
+        Where the loader knows all items of the group, ``plan_balance`` needs no communication.
+
+        Args:
+            tokens_of_my_items: rows that each item becomes that this rank reads, in order.
+
+        Raises:
+            ValueError: the same on every rank: TP ranks of a replica read different items.
+        """
+        mine = np.asarray(tokens_of_my_items, dtype=np.int64).reshape(-1)
+        counts = self._gather(np.array([mine.size]))[:, 0]
+        padded = np.full(int(counts.max()), -1, dtype=np.int64)
+        padded[: mine.size] = mine
+        table = self._gather(padded)
+        first = self.exchange.src_ranks[:, 0]
+        for places in self.exchange.src_ranks:
+            apart = [p for p in places if not np.array_equal(table[p], table[places[0]])]
+            if apart:
+                raise ValueError(
+                    f"Ranks {self.exchange.ranks[apart].tolist()} read {self.name} of other "
+                    f"tokens than rank {self.exchange.ranks[places[0]]}, of the same encoder "
+                    "replica; give all TP ranks of a replica the same encoder inputs"
+                )
+        tokens = [table[place, : counts[place]] for place in first]
+        return plan_balance(np.concatenate(tokens), counts[first], self.balance)
+
+    def move(
+        self, units: torch.Tensor, plan: BalancePlan, units_per_item: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Units that this rank reads -> units that it encodes, items ascending in both.
+
+        Args:
+            units: ``(brought, ...)``; without items ``(0, ...)`` of the same shape and dtype.
+            plan: the same on all ranks.
+            units_per_item: as for :func:`plan_item_moves`.
+
+        Raises:
+            ValueError: the same on every rank of the group, naming ranks and field: what they
+                bring does not fit their plan, or plan, dtype or shape differ. Without a
+                comparison a rank that brings what does not fit raises alone.
+        """
+        moves = plan_item_moves(plan, self.exchange, self.rank, units_per_item)
+        problem = ""
+        if units.size(0) != moves.brought:
+            problem = f"brings {units.size(0)} units of {self.name}, planned are {moves.brought}"
+        self.confirm(units, plan, units_per_item, problem)
+        if not plan.moves or self.group is None:
+            return units
+        shape, width = units.shape[1:], math.prod(units.shape[1:]) * units.element_size()
+        # As bytes: backends do not move every dtype.
+        index = torch.from_numpy(moves.send_index).to(units.device)
+        sent = units.detach().index_select(0, index).reshape(-1).view(torch.uint8)
+        arrived = sent.new_empty(moves.encoded * width)
+        dist.all_to_all_single(
+            arrived,
+            sent,
+            output_split_sizes=(moves.recv_splits * width).tolist(),
+            input_split_sizes=(moves.send_splits * width).tolist(),
+            group=self.group,
+        )
+        arrange = torch.from_numpy(moves.arrange).to(units.device)
+        return arrived.view(units.dtype).reshape(moves.encoded, *shape).index_select(0, arrange)
+
+    def confirm(
+        self,
+        units: torch.Tensor,
+        plan: BalancePlan,
+        units_per_item: Sequence[int] | None = None,
+        problem: str = "",
+    ) -> None:
+        """Compare what the group is about to move, if ``guard`` says so; see :meth:`move`."""
+        due = self.guard == "always" or (self.guard == "first" and not self._confirmed)
+        self._confirmed = True
+        if not due or self.control is None:
+            if problem:
+                raise ValueError(f"Rank {self.rank} {problem}")
+            return
+        told = np.asarray([] if units_per_item is None else units_per_item, dtype="<i8")
+        mine = {
+            "problem": problem[:128],
+            "plan": f"{plan.digest() & 0xFFFF_FFFF_FFFF_FFFF:016x}",
+            "units per item": hashlib.blake2b(told.tobytes(), digest_size=8).hexdigest(),
+            "dtype": str(units.dtype),
+            "item shape": str(tuple(units.shape[1:]))[:128],
+        }
+        self._compare(mine)
+
+    def _compare(self, mine: dict[str, str]) -> None:
+        text = json.dumps(mine).encode()
+        assert len(text) <= MESSAGE_BYTES, f"{len(text)} bytes: {text!r}"
+        message = np.frombuffer(text.ljust(MESSAGE_BYTES), dtype=np.int64)
+        told = [json.loads(row.tobytes()) for row in self._gather(message)]
+        ranks = self.exchange.ranks.tolist()
+        problems = [(r, t["problem"]) for r, t in zip(ranks, told, strict=True) if t["problem"]]
+        if problems:
+            raise ValueError("; ".join(f"Rank {rank} {problem}" for rank, problem in problems))
+        for field in mine:
+            values: dict[str, list[int]] = {}
+            for rank, each in zip(ranks, told, strict=True):
+                values.setdefault(each[field], []).append(rank)
+            if len(values) > 1:
+                parts = ", ".join(f"{value} on ranks {r}" for value, r in values.items())
+                raise ValueError(
+                    f"Balancing {self.name}: {field} differs: {parts}. All ranks of the exchange "
+                    "group plan from the same items and bring inputs of one dtype and shape; a "
+                    "rank without items brings an empty tensor of that shape."
+                )
+
+    def _gather(self, numbers: np.ndarray) -> np.ndarray:
+        """Integers of all ranks: int64 ``(n,)`` -> ``(group, n)``."""
+        if self.control is None or not numbers.size:
+            return np.repeat(numbers[None], self.exchange.size, axis=0)
+        mine = torch.from_numpy(numbers.copy())
+        every = mine.new_empty(self.exchange.size * mine.numel())
+        dist.all_gather_into_tensor(every, mine, group=self.control)
+        return every.numpy().reshape(self.exchange.size, -1)

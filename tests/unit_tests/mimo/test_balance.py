@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoder items balanced over replicas: the assignment against brute force (pure integers); the
+moved pixels, their rows and the encoder's gradient against the unsharded computation, and the
+guard (ranks as threads of one process); then real processes."""
+
+from __future__ import annotations
+
+import doctest
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron.core.models.mimo.comm import balance as balance_module
+from megatron.core.models.mimo.comm.balance import (
+    BalancePlan,
+    EncoderBalance,
+    TokenCost,
+    plan_balance,
+)
+from megatron.core.models.mimo.comm.item_exchange import ItemExchange
+from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
+from megatron.core.models.mimo.comm.routes import plan_routes
+from megatron.core.models.mimo.comm.token_runs import expand, split_items
+from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
+from tests.unit_tests.mimo.routed_cases import EQUAL, FAN_IN, FAN_OUT, Picture, bridge, random_masks
+
+LINEAR = EncoderBalance(threshold=1, cost=lambda tokens: tokens)
+WIDTH = 3
+
+
+def loads(plan: BalancePlan, costs: np.ndarray) -> list[int]:
+    return [int(costs[items].sum()) for items in plan.assignment]
+
+
+def lightest_first(costs: list[int], replicas: int) -> list[int]:
+    """Longest processing time first, by searching."""
+    load, replica = [0] * replicas, [0] * len(costs)
+    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        replica[item] = min(range(replicas), key=lambda r: (load[r], r))
+        load[replica[item]] += costs[item]
+    return replica
+
+
+def test_assignment_is_greedy_and_near_the_best() -> None:
+    """Its work is at most 4/3 - 1/(3 m) of the best for m replicas (Graham 1969)."""
+    generator = np.random.default_rng(0)
+    moved = 0
+    for _ in range(60):
+        replicas = int(generator.integers(1, 4))
+        tokens = generator.integers(0, 9, size=int(generator.integers(1, 7)))
+        counts = np.bincount(generator.integers(replicas, size=tokens.size), minlength=replicas)
+        plan = plan_balance(tokens, counts, LINEAR)
+        assert sorted(np.concatenate(plan.assignment).tolist()) == list(range(tokens.size))
+        home = np.repeat(np.arange(replicas), counts)
+        mean = tokens.sum() / replicas
+        at_home = np.bincount(home, weights=tokens, minlength=replicas)
+        assert plan.before == (pytest.approx(at_home.max() / mean) if mean else 1)
+        assert plan.after == (pytest.approx(max(loads(plan, tokens)) / mean) if mean else 1)
+        if plan.moves:
+            assert plan.after < plan.before
+            assert plan.replica.tolist() == lightest_first(tokens.tolist(), replicas)
+        options = itertools.product(range(replicas), repeat=tokens.size)
+        best = min(np.bincount(o, weights=tokens, minlength=replicas).max() for o in options)
+        assert max(loads(plan, tokens)) <= (4 / 3 - 1 / (3 * replicas)) * best + 1e-9
+        moved += plan.moves
+    assert moved >= 20
+
+
+def test_default_cost_and_rows_held() -> None:
+    plan = plan_balance([100, 4, 3, 2, 1], [2, 2, 1], EncoderBalance(cost=TokenCost(k=10)))
+    # 11000, 56, 39, 24, 11: the first alone, then 56 | 39, then 24 to the 39, 11 to the 56.
+    assert [items.tolist() for items in plan.assignment] == [[0], [1, 4], [2, 3]]
+    assert [expand(rows).tolist() for rows in plan.held_rows()] == [
+        list(range(100)),
+        [100, 101, 102, 103, 109],
+        [104, 105, 106, 107, 108],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "counts", "balance"),
+    [
+        ([5, 4], [1, 1], EncoderBalance(threshold=1.2, cost=LINEAR.cost)),  # 5 / 4.5
+        ([9, 1], [1, 1], LINEAR),  # nothing better: one heavy item
+        ([], [0, 0], LINEAR),
+        ([0, 0], [2, 0], LINEAR),
+        ([7, 7, 7], [3], LINEAR),
+    ],
+)
+def test_items_stay_at_home(tokens: list[int], counts: list[int], balance: EncoderBalance) -> None:
+    plan = plan_balance(tokens, counts, balance)
+    assert not plan.moves
+    assert plan.before == plan.after
+    assert [len(items) for items in plan.assignment] == counts
+
+
+def test_digest_tells_plans_apart() -> None:
+    """Also where only the number of replicas without items differs."""
+    cases = [([5, 1], [2, 0]), ([5, 2], [2, 0]), ([5, 1], [1, 1]), ([5, 1], [2, 0, 0])]
+    digests = {plan_balance(*case, LINEAR).digest() for case in cases}
+    assert len(digests) == len(cases)
+    assert plan_balance(*cases[0], LINEAR).digest() in digests
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: EncoderBalance(threshold=0.9), "threshold must be at least 1 .* got 0.9"),
+        (lambda: plan_balance([1, 2], [1]), r"items_per_replica \[1\] sums to 1, but .* 2 items"),
+        (lambda: plan_balance([1, 2], [3, -1]), r"items_per_replica \[3, -1\] sums to 2"),
+        (
+            lambda: plan_balance([1, 2], [2], EncoderBalance(cost=lambda t: t.sum())),
+            r"returned shape \(\) for 2 items",
+        ),
+        (
+            lambda: plan_balance([1, 4], [2], EncoderBalance(cost=lambda t: 2.0 - t)),
+            "returned -2.0 for item 1 of 4 tokens",
+        ),
+    ],
+)
+def test_errors(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_examples() -> None:
+    outcome = doctest.testmod(balance_module)
+    assert outcome.attempted
+    assert not outcome.failed
+
+
+# -- ranks -------------------------------------------------------------------------------------
+
+
+def cut_in_items(total: int) -> np.ndarray:
+    """Tokens of items, unlike one another, that make up ``total``; two of them none."""
+    sizes, left = [0], total
+    while left:
+        sizes.append(min(left, 1 + len(sizes) * 5 % 7))
+        left -= sizes[-1]
+    return np.array([*sizes, 0])
+
+
+def check_balanced_encoder(made: RoutedBridge, masks: list[np.ndarray]) -> tuple[float, float]:
+    """Pixels move, are encoded by one weight, and their rows reach their places; and back.
+
+    One unit is one token's patch. The rows are functions of global pixels, so the picture of the
+    global batch says what must arrive; the weight's gradient, summed over the replicas, must be
+    that of the unsharded encoder. Bit-equal rows: each is one product of its own pixels.
+    """
+    items = ItemExchange(made, LINEAR)
+    picture = Picture(made, masks)
+    tokens = cut_in_items(sum(each.count for each in picture.tokens))
+    me = items.exchange.index(items.rank)
+    replica = int(items.exchange.src_of[me])
+    # The first replica reads most items, and the last none.
+    readers = max(items.exchange.src_dps.size - 1, 1)
+    counts = [len(part) for part in split_items(tokens.size, readers)]
+    counts += [0] * (items.exchange.src_dps.size - readers)
+    bounds = np.cumsum([0, *counts])
+    mine = slice(bounds[replica], bounds[replica + 1])
+    plan = items.plan(tokens[mine])
+    assert plan.digest() == plan_balance(tokens, counts, LINEAR).digest()
+
+    pixels = torch.arange(int(tokens.sum()) * WIDTH, dtype=torch.float64).view(-1, 1, WIDTH) / 64
+    ends = np.cumsum([0, *tokens])
+    read = pixels[ends[mine.start] : ends[mine.stop]]
+    encoded = items.move(read, plan, tokens)
+    kept = items.move(torch.arange(tokens.size)[mine] % 2 == 0, plan)  # booleans, one per item
+    assert kept.tolist() == [item % 2 == 0 for item in plan.assignment[replica]]
+    assert torch.equal(encoded, pixels[expand(plan.held_rows()[replica])])
+
+    weight = torch.tensor([1.0, -0.5, 0.25], dtype=torch.float64)
+    copy = weight.clone().requires_grad_()
+    rows = encoded.squeeze(1) * copy
+    route = plan_routes(made.layout, items.rank, picture.tokens, plan.held_rows())
+    made.confirm(route, rows)
+    own = made.move(rows, route)
+    place = made.tensors(route, own.device).place
+    fused = own.new_zeros(len(picture.at), WIDTH).index_copy(0, place, own)
+    assert torch.equal(fused.detach(), picture.local(pixels.squeeze(1) * weight))
+    fused.backward(picture.local(picture.gradient))
+
+    parts = items._gather(copy.grad.view(torch.int64).numpy()).view(np.float64)
+    summed = parts[items.exchange.src_ranks[:, 0]].sum(0)
+    expected = (picture.gradient.detach() * pixels.squeeze(1)).sum(0)
+    # Double precision; the sums are over other orders.
+    np.testing.assert_allclose(summed, expected.numpy(), rtol=1e-12, atol=1e-11)
+    return plan.before, plan.after
+
+
+@pytest.mark.parametrize(
+    ("src", "dest", "options"),
+    [
+        (*FAN_IN, {}),
+        (*FAN_OUT, {"one_group": True}),
+        (*EQUAL, {"one_group": True, "sequence_parallel": True}),
+        ((1, 8), (2, 4, 1), {}),
+    ],
+)
+def test_gradients_are_those_of_the_unsharded_encoder(
+    src: tuple[int, int], dest: tuple[int, int, int], options: dict[str, Any]
+) -> None:
+    def body(rank: int) -> tuple[float, float]:
+        with bridge(src, dest, **options) as made:
+            return check_balanced_encoder(made, random_masks(dest[2], 64))
+
+    spreads = InProcessWorld(8).run(body)
+    # A group whose language replica has no tokens has nothing to balance.
+    assert all(after < before or before == 1 for before, after in spreads)
+    assert any(after < before for before, after in spreads)
+
+
+def told_to_all(change: Callable[[int, dict[str, Any]], None]) -> str:
+    """The error that every rank of an exchange group gets when one rank's call is changed."""
+
+    def body(rank: int) -> str:
+        with bridge((2, 4), (2, 4, 1)) as made:
+            items, mine = ItemExchange(made, LINEAR), rank // 2
+            call = {
+                "units": torch.zeros(2 if mine == 0 else 0, 3, 4),
+                "plan": plan_balance([3, 1], [2, 0, 0, 0], LINEAR),
+            }
+            change(rank, call)
+            with pytest.raises(ValueError) as raised:
+                items.move(**call)
+            return str(raised.value)
+
+    messages = set(InProcessWorld(8).run(body))
+    assert len(messages) == 1
+    return messages.pop()
+
+
+def test_a_rank_that_does_otherwise_is_named_on_all() -> None:
+    def other_plan(rank: int, call: dict[str, Any]) -> None:
+        if rank == 5:
+            call["plan"] = plan_balance([3, 2], [2, 0, 0, 0], LINEAR)
+
+    def other_dtype(rank: int, call: dict[str, Any]) -> None:
+        if rank in (6, 7):
+            call["units"] = call["units"].half()
+
+    def other_shape(rank: int, call: dict[str, Any]) -> None:
+        if rank == 2:
+            call["units"] = torch.zeros(0, 3)
+
+    def too_many(rank: int, call: dict[str, Any]) -> None:
+        if rank == 3:
+            call["units"] = torch.zeros(1, 3, 4)
+
+    assert "images: plan differs: " in (told := told_to_all(other_plan))
+    assert "on ranks [0, 1, 2, 3, 4, 6, 7]" in told
+    assert "on ranks [5]" in told
+    assert "dtype differs: torch.float32 on ranks [0, 1, 2, 3, 4, 5], torch.float16 on" in (
+        told_to_all(other_dtype)
+    )
+    assert "item shape differs: (3, 4) on" in (told := told_to_all(other_shape))
+    assert "(3,) on ranks [2]" in told
+    assert told_to_all(too_many) == "Rank 3 brings 1 units of images, planned are 0"
+
+
+def test_copies_of_a_replica_that_read_other_items_are_named() -> None:
+    def body(rank: int) -> str:
+        with bridge((2, 4), (2, 4, 1)) as made:
+            items = ItemExchange(made)
+            with pytest.raises(ValueError) as raised:
+                items.plan([4, 4] if rank == 3 else [4])
+            return str(raised.value)
+
+    messages = set(InProcessWorld(8).run(body))
+    assert len(messages) == 1
+    assert messages.pop().startswith("Ranks [3] read images of other tokens than rank 2,")
+
+
+@pytest.mark.ranks(8)
+def test_real_processes() -> None:
+    with bridge(*FAN_IN, dist.barrier) as made:
+        before, after = check_balanced_encoder(made, random_masks(2, 64))
+    assert after < before or before == 1
