@@ -21,6 +21,8 @@ import torch.distributed as dist
 
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo import MimoModel
+from megatron.core.models.mimo.comm.balance import EncoderBalance
+from megatron.core.models.mimo.comm.input_balance import InputBalance
 from megatron.core.models.mimo.comm.routes import RoutePlan, plan_routes
 from megatron.core.models.mimo.comm.token_runs import TokenRuns
 from megatron.core.models.mimo.model import local_text
@@ -32,6 +34,9 @@ from tests.unit_tests.mimo.model_stubs import HIDDEN, IMAGE, language_config, mi
 LENGTH = 16
 FAN_IN, FAN_OUT, EQUAL = ((2, 4), (2, 2, 2)), ((4, 2), (1, 2, 4)), ((4, 2), (2, 2, 2))
 RATIO = ((2, 3), (1, 3, 2))
+BALANCE = EncoderBalance(
+    threshold=1, tokens_per_item=lambda inputs: [2] * len(inputs["linear"]["x"])
+)
 
 
 @dataclass
@@ -62,6 +67,7 @@ class Case:
     frozen: bool = False
     ahead: bool = False
     overlap: bool = False
+    balanced: bool = False
     change: Callable[[int, dict[str, Any]], None] = lambda rank, inputs: None
 
     @property
@@ -101,9 +107,10 @@ class Case:
         )
         torch.manual_seed(3)
         kv_format = "thd" if self.packed else "sbhd"
-        model = MimoModel(
-            mimo_config(config, module_to_grid_map=grids, bridge=self.bridge, kv_format=kv_format)
-        )
+        options: dict[str, Any] = {"bridge": self.bridge, "kv_format": kv_format}
+        if self.balanced:
+            options["encoder_balance"] = {"images": BALANCE}
+        model = MimoModel(mimo_config(config, module_to_grid_map=grids, **options))
         model.modality_submodules["images"].requires_grad_(not self.frozen)
         if self.overlap:
             model.modality_submodules["images"].ddp_config = type(
@@ -216,13 +223,15 @@ def whole(case: Case) -> Result:
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tp_copies", "sp"])
+@pytest.mark.parametrize("balanced", [False, True], ids=["as_read", "balanced"])
 @pytest.mark.parametrize("name", list(UNEVEN))
-def test_any_number_of_tokens_against_one_rank(name, sequence_parallel):
+def test_any_number_of_tokens_against_one_rank(name, balanced, sequence_parallel):
     """Each rank's part of the fused sequence, and the sums of gradients over all ranks."""
     (src, dest), images, encoded = UNEVEN[name]
     tp, cp, dp = dest
     sequence_parallel = sequence_parallel and tp > 1
-    case = Case(src, dest, images, encoded, sequence_parallel, ahead=name == "uneven_images")
+    case = Case(src, dest, images, encoded, sequence_parallel, balanced=balanced)
+    case.ahead = name == "uneven_images" and not balanced
     found, expected = case.run(), whole(case)
     samples = len(images) // dp
     totals: dict[str, torch.Tensor] = {}
@@ -242,6 +251,51 @@ def test_any_number_of_tokens_against_one_rank(name, sequence_parallel):
             totals[name] = totals.get(name, 0) + gradient / copies
     for name, gradient in expected.gradients.items():
         torch.testing.assert_close(totals[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_balanced_encoders_have_equal_work_and_say_so(monkeypatch):
+    """12 images of two replicas on four, in two exchange groups; text only is nobody's work."""
+    seen, balance = [], InputBalance.balance
+
+    def record(self, inputs, device):
+        encodes, plan = balance(self, inputs, device)
+        images = 0 if encodes is None else len(encodes["linear"]["x"])
+        seen.append((images, plan.before, plan.after))
+        return encodes, plan
+
+    monkeypatch.setattr(InputBalance, "balance", record)
+    src, dest = FAN_IN
+    Case(src, dest, [2, 2, 1, 1, 1, 1, 2, 2], [6, 0, 0, 6], balanced=True).run()
+    assert seen == [(3, 2.0, 1.0)] * 8
+    seen.clear()
+    Case(src, dest, [0] * 4, [0] * 4, balanced=True).run()
+    assert seen == [(0, 1.0, 1.0)] * 8
+
+
+@pytest.mark.parametrize(
+    ("rank", "change", "message"),
+    [
+        (2, lambda x: x[:-1], r"ranks \[2, 3\] are copies of one encoder replica .* \[\[2, 2"),
+        (None, lambda x: x.half() if len(x) == 8 else x, "all ranks give the same arguments"),
+    ],
+)
+def test_balancing_refuses_inputs_that_do_not_fit_on_all_ranks(rank, change, message):
+    told = {}
+
+    def alter(at: int, inputs: dict[str, Any]) -> None:
+        images = (inputs["modality_inputs"]["images"] or {}).get("linear")
+        if images is not None and rank in (None, at):
+            images["x"] = change(images["x"])
+
+    def body(at: int) -> None:
+        with pytest.raises(ValueError, match=message) as raised:
+            case._on_rank(at)
+        told[at] = str(raised.value)
+
+    case = Case((2, 4), (2, 4, 1), [3, 4, 4, 4], [8, 4, 0, 3], balanced=True, change=alter)
+    InProcessWorld(8).run(body)
+    assert len(told) == 8
+    assert len(set(told.values())) == 1
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -18,6 +18,7 @@ import hashlib
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +51,10 @@ class EncoderBalance:
     Attributes:
         threshold: a spread up to this is left alone, since moving pixels costs time, too.
         cost: of items, from their numbers of tokens; the same on all ranks.
+        tokens_per_item: of a modality's encoder inputs: the rows that each item becomes. Needed
+            where :class:`MimoModel` balances, which knows inputs but not items.
+        units_per_item: of the same: rows of each item along dim 0 of packed tensors (patches);
+            ``None`` if tensors have one row per item.
 
     Raises:
         ValueError: a threshold below 1, which no spread can reach.
@@ -57,6 +62,8 @@ class EncoderBalance:
 
     threshold: float = 1.1
     cost: CostModel = TokenCost()
+    tokens_per_item: Callable[[Any], Sequence[int]] | None = None
+    units_per_item: Callable[[Any], Sequence[int]] | None = None
 
     def __post_init__(self) -> None:
         if not self.threshold >= 1:

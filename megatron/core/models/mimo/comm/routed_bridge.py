@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from megatron.core.models.mimo.comm.exchange import Flight, PlanTensors, issue_e
 from megatron.core.models.mimo.comm.plan_guard import Agreed, Statement, agree
 from megatron.core.models.mimo.comm.route_layout import ExchangeGroup, RouteLayout
 from megatron.core.models.mimo.comm.routes import GroupRoutes, RoutePlan
-from megatron.core.models.mimo.comm.token_runs import TokenRuns
+from megatron.core.models.mimo.comm.token_runs import Runs, TokenRuns
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,13 @@ class RoutedBridge:
 
     # -- one microbatch ----------------------------------------------------------------------
 
-    def plan(self, tokens: TokenRuns, rows: torch.Tensor, problem: str | None = None) -> RoutePlan:
+    def plan(
+        self,
+        tokens: TokenRuns,
+        rows: torch.Tensor,
+        problem: str | None = None,
+        held: Sequence[Runs] | None = None,
+    ) -> RoutePlan:
         """Plan a microbatch from what each rank knows by itself; all ranks of the group call it.
 
         The encoder replicas' rows are taken as consecutive: replica by replica, in DP order, as
@@ -136,6 +143,8 @@ class RoutedBridge:
             rows: this rank's encoder output ``(n, H)``; only its shape, dtype and
                 ``requires_grad`` are read.
             problem: why this rank cannot take part, if it cannot: it becomes everybody's error.
+            held: the rows of every encoder replica of the group, where they are not consecutive
+                (:meth:`.BalancePlan.held_rows`); the same on all ranks.
 
         Raises:
             ValueError: the same on every rank of the group: a rank has a problem; dtypes, widths,
@@ -143,11 +152,15 @@ class RoutedBridge:
                 not match; a sequence cannot be cut.
         """
         agreed = self._agree(Statement(rows, tokens, problem=problem))
-        plan = self._plans.get(agreed.key)
+        if held is not None:
+            self._refuse_other_rows(agreed, held)
+        key = agreed.key + b"".join(runs.tobytes() + b"|" for runs in held or ())
+        plan = self._plans.get(key)
         if plan is None:
-            routes = GroupRoutes(self.exchange, agreed.tokens, agreed.rows)
-            plan = self._plans[agreed.key] = routes.plan(self.current_rank)
-        self._plans.move_to_end(agreed.key)
+            holders = agreed.rows if held is None else held
+            routes = GroupRoutes(self.exchange, agreed.tokens, holders)
+            plan = self._plans[key] = routes.plan(self.current_rank)
+        self._plans.move_to_end(key)
         if len(self._plans) > _PLANS_KEPT:
             self._plans.popitem(last=False)
         return plan
@@ -225,6 +238,14 @@ class RoutedBridge:
     def _agree(self, mine: Statement) -> Agreed:
         self._check_alive()
         return agree(self.name, self.exchange, self.control, mine)
+
+    def _refuse_other_rows(self, agreed: Agreed, held: Sequence[Runs]) -> None:
+        wanted = [int(runs[:, 1].sum()) for runs in held]
+        if agreed.rows != wanted:
+            raise ValueError(
+                f"Bridge {self.name}: the encoder replicas bring {agreed.rows} rows, assigned to "
+                f"them are {wanted}; tokens_per_item must say what the encoder makes of each item"
+            )
 
     def _check_alive(self) -> None:
         if self._destroyed:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.models.mimo.comm.balance import EncoderBalance
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.transformer.spec_utils import ModuleSpec
 
@@ -34,11 +35,15 @@ class MimoModelConfig:
             cuts the fused sequence; DP sizes that divide, equally many rows per replica.
         bridge_guard: for ``"routed"``: when the ranks of an exchange group compare their plans,
             ``"always"``, before the ``"first"`` exchange only, or ``"off"``.
+        encoder_balance: for ``"routed"``: modality -> when and how its items (images) are spread
+            over the encoder replicas of an exchange group by cost. A modality whose routes are
+            planned ahead is left alone: there the loader does it, with ``plan_balance``.
 
     Raises:
         ValueError: the grid map's keys are not the modality names plus ``"language"``, a modality
             is called ``"language"`` or ``"text"``, or ``kv_format``,
-            ``bridge`` or ``bridge_guard`` is unknown.
+            ``bridge`` or ``bridge_guard`` is unknown; ``encoder_balance`` for an unknown modality
+            or without the routed bridge.
     """
 
     language_model_spec: ModuleSpec
@@ -48,6 +53,7 @@ class MimoModelConfig:
     kv_format: str = "sbhd"
     bridge: str = "gather"
     bridge_guard: str = "always"
+    encoder_balance: dict[str, EncoderBalance] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._check_names()
@@ -58,6 +64,13 @@ class MimoModelConfig:
         if self.bridge_guard not in BRIDGE_GUARDS:
             raise ValueError(
                 f"bridge_guard must be one of {BRIDGE_GUARDS}, got {self.bridge_guard!r}"
+            )
+        unknown = set(self.encoder_balance) - set(self.modality_submodules_spec)
+        if unknown or (self.encoder_balance and self.bridge != "routed"):
+            raise ValueError(
+                f"encoder_balance is for {sorted(self.encoder_balance)}; it needs bridge='routed' "
+                f"(got {self.bridge!r}) and modalities of the model, which are "
+                f"{sorted(self.modality_submodules_spec)}"
             )
         if self.module_to_grid_map:
             self._check_grid_keys(set(self.module_to_grid_map))

@@ -8,7 +8,8 @@ meanwhile, and the rows are put among them as they arrive.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ import torch
 
 from megatron.core.models.mimo.comm.collectives import sum_gradients
 from megatron.core.models.mimo.comm.exchange import Flight, to_device
+from megatron.core.models.mimo.comm.input_balance import InputBalance
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
 from megatron.core.models.mimo.comm.routes import RoutePlan, RowCountError
-from megatron.core.models.mimo.comm.token_runs import TokenRuns
+from megatron.core.models.mimo.comm.token_runs import Runs, TokenRuns
 from megatron.core.models.mimo.model.encoder_side import (
     missing_inputs,
     refuse_unknown_modalities,
@@ -67,6 +69,7 @@ class RoutedSide:
         plans = dict(route_plan or {})
         lengths, problem = self._try_to_cut(input_ids, packed)
         tokens = self._places_on_host(input_ids, lengths, plans)
+        modality_inputs, held = self._balance_inputs(modality_inputs, plans)
         rows = self._rows_to_bring(modality_inputs, self._embedding_dtype())
         flights: dict[str, Flight] = {}
         for name, bridge in self._routed_bridges().items():
@@ -75,12 +78,34 @@ class RoutedSide:
                 or self._inputs_problem(name, modality_inputs)
                 or self._plan_problem(name, plans.get(name), input_ids, lengths)
             )
-            plan = self._agree_on_plan(name, bridge, rows[name], tokens, plans, own_problem)
+            plan = self._agree_on_plan(
+                name, bridge, rows[name], tokens, plans, own_problem, held.get(name)
+            )
             tokens[name] = plan.tokens
             if plan.group_rows or self._encoder_takes_part(name, modality_inputs):
                 flights[name] = bridge.issue(rows[name], plan)
         del rows
         return self._place_local(input_ids, position_ids, tokens, flights), packed
+
+    @cached_property
+    def _input_balances(self) -> dict[str, InputBalance]:
+        bridges = self._routed_bridges()
+        wanted = self.mimo_config.encoder_balance.items()
+        return {name: InputBalance(bridges[name], how) for name, how in wanted if name in bridges}
+
+    def _balance_inputs(
+        self, modality_inputs: Mapping[str, Any] | None, plans: Mapping[str, RoutePlan]
+    ) -> tuple[Mapping[str, Any] | None, dict[str, Sequence[Runs]]]:
+        """(what this rank encodes, rows per encoder replica of modalities that are balanced)."""
+        held: dict[str, Sequence[Runs]] = {}
+        for name, items in self._input_balances.items():
+            if name in plans:
+                continue
+            device = self._empty_encoder_output(name).device
+            inputs, plan = items.balance((modality_inputs or {}).get(name), device)
+            modality_inputs = {**(modality_inputs or {}), name: inputs}
+            held[name] = plan.held_rows()
+        return modality_inputs, held
 
     def _try_to_cut(
         self, input_ids: torch.Tensor, packed: PackedSeqParams | None
@@ -169,13 +194,14 @@ class RoutedSide:
         tokens: Mapping[str, TokenRuns],
         plans: Mapping[str, RoutePlan],
         problem: str | None,
+        held: Sequence[Runs] | None,
     ) -> RoutePlan:
         """The plan that was given, compared with the group's; else one made with the group."""
         if name in plans:
             bridge.confirm(plans[name], rows, problem)
             return plans[name]
         try:
-            return bridge.plan(tokens[name], rows, problem)
+            return bridge.plan(tokens[name], rows, problem, held)
         except RowCountError as error:
             if error.rows == 0:
                 raise RuntimeError(missing_inputs(name, error.tokens)) from error

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A modality's encoder inputs, as ``modality_inputs`` has them, balanced over encoder replicas.
+
+Ranks tell each other what they read (tokens per item, and names, dtypes and shapes of tensors),
+so that a rank without items can make the empty tensors that the exchange wants, all ranks plan the
+same, and what does not fit is one error on all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron.core.models.mimo.comm.balance import BalancePlan, EncoderBalance, plan_balance
+from megatron.core.models.mimo.comm.item_exchange import ItemExchange
+from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
+
+# Keyword arguments of each encoder.
+EncoderInputs = Mapping[str, Mapping[str, Any]]
+_Path = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a rank says of its inputs.
+
+    Attributes:
+        tokens, units: per item; units are rows along dim 0 of the packed tensors.
+        tensors: (encoder, argument) -> (dtype, shape after dim 0, whether packed).
+        others: arguments that are no tensors.
+        problem: why the rank cannot take part.
+    """
+
+    tokens: list[int]
+    units: list[int]
+    tensors: dict[_Path, tuple[torch.dtype, tuple[int, ...], bool]]
+    others: dict[_Path, Any]
+    problem: str = ""
+
+
+class InputBalance:
+    """Balances one modality's inputs; all ranks of its exchange group call :meth:`balance`.
+
+    Args:
+        bridge: the modality's.
+        balance: with ``tokens_per_item``.
+
+    Raises:
+        ValueError: ``tokens_per_item`` is missing.
+    """
+
+    def __init__(self, bridge: RoutedBridge, balance: EncoderBalance) -> None:
+        if balance.tokens_per_item is None:
+            raise ValueError(
+                "EncoderBalance needs tokens_per_item, a function of a modality's encoder inputs "
+                "that returns the rows of each item (e.g. lambda inputs: [16] * number of images)"
+            )
+        self._settings = balance
+        # What it would compare is compared here.
+        self._items = ItemExchange(bridge, balance, guard="off")
+
+    def balance(
+        self, inputs: EncoderInputs | None, device: torch.device
+    ) -> tuple[dict[str, dict[str, Any]] | None, BalancePlan]:
+        """What this rank reads -> what it encodes (``None`` without items), and the plan.
+
+        One all-gather of Python objects on the host, then one all-to-all per tensor if items move.
+
+        Args:
+            inputs: ``modality_inputs`` of the modality; ``None`` if this rank reads no item.
+            device: for tensors of a rank that reads none.
+
+        Raises:
+            ValueError: the same on every rank: what they read does not fit together.
+        """
+        told = self._tell(self._describe(inputs))
+        plan, units = self._plan(told)
+        if not plan.moves:
+            return inputs, plan
+        tensors, others = self._common(told)
+        me = self._items.exchange.index(self._items.rank)
+        encodes = bool((plan.replica == self._items.exchange.src_of[me]).any())
+        moved: dict[str, dict[str, Any]] = {}
+        for (encoder, argument), (dtype, shape, packed) in tensors.items():
+            mine = None if inputs is None else inputs[encoder][argument]
+            if mine is None:
+                mine = torch.empty((0, *shape), dtype=dtype, device=device)
+            moved.setdefault(encoder, {})[argument] = self._items.move(
+                mine, plan, units if packed else None
+            )
+        for (encoder, argument), value in others.items():
+            moved.setdefault(encoder, {})[argument] = value
+        return (moved if encodes else None), plan
+
+    def _describe(self, inputs: EncoderInputs | None) -> _Told:
+        if inputs is None:
+            return _Told([], [], {}, {})
+        tokens = [int(count) for count in self._settings.tokens_per_item(inputs)]
+        per_item = self._settings.units_per_item
+        units = [int(n) for n in per_item(inputs)] if per_item is not None else [1] * len(tokens)
+        tensors, others, problem = {}, {}, ""
+        if len(units) != len(tokens):
+            problem = f"has units of {len(units)} items and tokens of {len(tokens)}"
+        for encoder, arguments in inputs.items():
+            for argument, value in arguments.items():
+                if not isinstance(value, torch.Tensor):
+                    others[encoder, argument] = value
+                    continue
+                length = value.size(0) if value.ndim else -1
+                if length not in (len(tokens), sum(units)):
+                    problem = (
+                        f"has {argument} of {encoder} with {length} along dim 0; wanted one per "
+                        f"item ({len(tokens)}) or per unit ({sum(units)})"
+                    )
+                packed = length == sum(units) and per_item is not None
+                tensors[encoder, argument] = (value.dtype, tuple(value.shape[1:]), packed)
+        return _Told(tokens, units, tensors, others, problem)
+
+    def _tell(self, mine: _Told) -> list[_Told]:
+        """Everybody's, by place in the group; raises if one has a problem."""
+        told: list[Any] = [mine] * self._items.exchange.size
+        if self._items.control is not None:
+            dist.all_gather_object(told, mine, group=self._items.control)
+        problems = [
+            f"rank {rank} {each.problem}"
+            for rank, each in zip(self._items.exchange.ranks.tolist(), told, strict=True)
+            if each.problem
+        ]
+        if problems:
+            raise ValueError(f"Balancing {self._items.name}: {'; '.join(problems)}")
+        return told
+
+    def _plan(self, told: Sequence[_Told]) -> tuple[BalancePlan, np.ndarray]:
+        """The plan and all items' units, from the first TP rank of every replica."""
+        exchange = self._items.exchange
+        for copies in exchange.src_ranks.tolist():
+            alike = {(tuple(told[c].tokens), tuple(told[c].units)) for c in copies}
+            if len(alike) > 1:
+                raise ValueError(
+                    f"Balancing {self._items.name}: ranks {exchange.ranks[copies].tolist()} are "
+                    "copies of one encoder replica and must read the same items, but tokens are "
+                    f"{[told[c].tokens for c in copies]}. Give these ranks the same batch."
+                )
+        first = [told[place] for place in exchange.src_ranks[:, 0]]
+        tokens = [count for each in first for count in each.tokens]
+        units = [count for each in first for count in each.units]
+        counts = [len(each.tokens) for each in first]
+        return plan_balance(tokens, counts, self._settings), np.array(units, dtype=np.int64)
+
+    def _common(self, told: Sequence[_Told]) -> tuple[dict[_Path, Any], dict[_Path, Any]]:
+        """Tensors and other arguments of those that read items, which must be alike."""
+        reading = [(place, each) for place, each in enumerate(told) if each.tensors]
+        place, model = reading[0]
+        for other, each in reading[1:]:
+            if (each.tensors, each.others) != (model.tensors, model.others):
+                ranks = self._items.exchange.ranks
+                raise ValueError(
+                    f"Balancing {self._items.name}: inputs of rank {ranks[other]} are "
+                    f"{each.tensors} {each.others}, of rank {ranks[place]} {model.tensors} "
+                    f"{model.others}; all ranks give the same arguments, dtypes and item shapes"
+                )
+        return model.tensors, model.others
