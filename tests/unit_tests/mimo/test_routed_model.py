@@ -276,6 +276,7 @@ def test_balanced_encoders_have_equal_work_and_say_so(monkeypatch):
     ("rank", "change", "message"),
     [
         (2, lambda x: x[:-1], r"ranks \[2, 3\] are copies of one encoder replica .* \[\[2, 2"),
+        (7, lambda x: 3, r"rank 7 cannot describe its inputs: TypeError\(.* no len"),
         (None, lambda x: x.half() if len(x) == 8 else x, "all ranks give the same arguments"),
     ],
 )

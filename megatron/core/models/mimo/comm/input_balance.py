@@ -78,7 +78,11 @@ class InputBalance:
         Raises:
             ValueError: the same on every rank: what they read does not fit together.
         """
-        told = self._tell(self._describe(inputs))
+        try:
+            mine = self._describe(inputs)
+        except Exception as error:  # the user's functions; the other ranks hear of it
+            mine = _Told([], [], {}, {}, f"cannot describe its inputs: {error!r}")
+        told = self._tell(mine)
         plan, units = self._plan(told)
         if not plan.moves:
             return inputs, plan
@@ -87,11 +91,11 @@ class InputBalance:
         encodes = bool((plan.replica == self._items.exchange.src_of[me]).any())
         moved: dict[str, dict[str, Any]] = {}
         for (encoder, argument), (dtype, shape, packed) in tensors.items():
-            mine = None if inputs is None else inputs[encoder][argument]
-            if mine is None:
-                mine = torch.empty((0, *shape), dtype=dtype, device=device)
+            value = None if inputs is None else inputs[encoder][argument]
+            if value is None:
+                value = torch.empty((0, *shape), dtype=dtype, device=device)
             moved.setdefault(encoder, {})[argument] = self._items.move(
-                mine, plan, units if packed else None
+                value, plan, units if packed else None
             )
         for (encoder, argument), value in others.items():
             moved.setdefault(encoder, {})[argument] = value
