@@ -67,7 +67,7 @@ def test_every_kind_leaves_a_file_and_the_command_says_pass(bench, tmp_path):
     code, out, _ = bench(script, "--only", "bytes,wall,step", "--quick")
     assert code == 0
     assert script.plan.world_size == 8
-    assert script.plan.kinds == ("bytes", "wall", "step")
+    assert script.plan.kinds == ("bytes", "step", "wall")
     assert script.plan.quick
     assert "PASS: 2 of 2 bounds kept" in out
     written = json.loads((tmp_path / "bytes.json").read_text())
