@@ -63,6 +63,11 @@ EIGHT_RANKS = {
         {"tp": 2, "dp": 4},
         {"tp": 2, "cp": 2, "dp": 2},
     ),
+    "fan-in, routed": Parity(
+        "--vision tp=2,dp=4 --language tp=2,cp=2,dp=2 --bridge routed",
+        {"tp": 2, "dp": 4},
+        {"tp": 2, "cp": 2, "dp": 2},
+    ),
     "fan-out": Parity(
         "--vision tp=4,dp=2 --language tp=1,cp=2,dp=4 --no-overlap-grad-reduce "
         "--no-distributed-optimizer --no-evaluate",
@@ -83,7 +88,7 @@ def eight_ranks(request: pytest.FixtureRequest, shelf: Path) -> tuple[Parity, Jo
     """A run on 8 ranks with the reference's seed, data and learning rates."""
     parity = EIGHT_RANKS[request.param]
     arguments = f"{parity.arguments} --steps {PARITY_STEPS}"
-    return parity, Job(shelf / request.param.replace(" ", "_"), arguments).wait().succeeded()
+    return parity, Job(shelf / request.param.replace(", ", "_").replace(" ", "_"), arguments).wait().succeeded()
 
 
 def test_eight_ranks_lose_what_one_process_loses(
