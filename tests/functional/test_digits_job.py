@@ -63,8 +63,8 @@ EIGHT_RANKS = {
         {"tp": 2, "dp": 4},
         {"tp": 2, "cp": 2, "dp": 2},
     ),
-    "fan-in, routed": Parity(
-        "--vision tp=2,dp=4 --language tp=2,cp=2,dp=2 --bridge routed",
+    "routed fan-in": Parity(
+        "--vision tp=2,dp=4 --language tp=2,cp=2,dp=2 --bridge routed --no-evaluate",
         {"tp": 2, "dp": 4},
         {"tp": 2, "cp": 2, "dp": 2},
     ),
@@ -88,7 +88,8 @@ def eight_ranks(request: pytest.FixtureRequest, shelf: Path) -> tuple[Parity, Jo
     """A run on 8 ranks with the reference's seed, data and learning rates."""
     parity = EIGHT_RANKS[request.param]
     arguments = f"{parity.arguments} --steps {PARITY_STEPS}"
-    return parity, Job(shelf / request.param.replace(", ", "_").replace(" ", "_"), arguments).wait().succeeded()
+    folder = shelf / request.param.replace(" ", "_")
+    return parity, Job(folder, arguments).wait().succeeded()
 
 
 def test_eight_ranks_lose_what_one_process_loses(
