@@ -35,8 +35,8 @@ from tests.harness.records import SUPERVISOR_VARIABLE, RecordWriter, read_plan, 
 
 _EXIT_GAVE_UP = 17
 _EXIT_ORPHAN = 18
-# Process groups made between two collections of garbage.
-_GROUPS_KEPT = 40
+# Tests between two collections of garbage: one after each would cost more than it saves.
+_TESTS_PER_COLLECTION = 10
 _START_TIMEOUT = datetime.timedelta(seconds=300)
 
 
@@ -57,7 +57,6 @@ class RankPlugin:
         self._store: dist.Store | None = None
         self._rebuild = False
         self._epoch = 0
-        self._collected_at = 0
         self._index = 0
         self._failed = False
         self._texts: list[str] = []
@@ -151,7 +150,8 @@ class RankPlugin:
         if self.writer is not None:
             self.writer.write("finish", test=item.nodeid)
         self._meet(item.nodeid, timeout)
-        self._end_threads_of_groups()
+        if self._index % _TESTS_PER_COLLECTION == 0:
+            end_threads_of_groups()
         return result
 
     @pytest.hookimpl(tryfirst=True)
@@ -172,13 +172,6 @@ class RankPlugin:
         if self.writer is not None:
             data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
             self.writer.write("report", test=report.nodeid, report=data)
-
-    def _end_threads_of_groups(self) -> None:
-        """Now and then: doing so after each test would cost more than it saves."""
-        made = dist.distributed_c10d._world.group_count
-        if not 0 <= made - self._collected_at < _GROUPS_KEPT:
-            self._collected_at = made
-            end_threads_of_groups()
 
     # --- the world ------------------------------------------------------------------------
 
