@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 import megatron.core
-from megatron.core.hyper_comm_grid import GridShape, HyperCommGrid, release_group
+from megatron.core.hyper_comm_grid import GridShape, HyperCommGrid
+from mimo_colocated.process_groups import release_group
 
 BOXES = [
     ((8,), ("dp",)),

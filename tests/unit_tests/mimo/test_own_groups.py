@@ -19,9 +19,10 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron.core import hyper_comm_grid
-from megatron.core.hyper_comm_grid import HyperCommGrid, make_groups, meet_members, release_group
+from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.training.groups import create_process_groups, make_grid
+from mimo_colocated import process_groups
+from mimo_colocated.process_groups import make_groups, meet_members, release_group
 
 LONG, SHORT = timedelta(seconds=30), timedelta(seconds=0.2)
 
@@ -182,7 +183,7 @@ def test_nothing_is_split_off_a_default_group_with_a_device(
         seen.append((device_id, c10d._get_default_group().bound_device_id, kwargs["group_name"]))
         raise RuntimeError("cannot connect")
 
-    monkeypatch.setattr(hyper_comm_grid, "_NEEDED_OF_TORCH", set())
+    monkeypatch.setattr(process_groups, "_NEEDED_OF_TORCH", set())
     with fake_world(rank=1, size=4):
         monkeypatch.setattr(c10d, "_new_process_group_helper", helper)
         world = c10d._get_default_group()

@@ -19,7 +19,7 @@ import logging
 import torch
 import torch.distributed as dist
 
-from megatron.core.hyper_comm_grid import HyperCommGrid, make_groups, release_group
+from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.comm.bridge_layout import (
     BridgeDirection,
     BridgeLayout,
@@ -31,6 +31,7 @@ from megatron.core.models.mimo.comm.collectives import (
     sum_gradients,
     take_block,
 )
+from mimo_colocated.process_groups import make_groups, release_group
 
 __all__ = ["BridgeDirection", "ColocatedBridgeCommunicator", "SliceInfo"]
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import BackendConfig
 
-from megatron.core.hyper_comm_grid import HyperCommGrid, release_group
+from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.comm.bridge_layout import BridgeDirection
 from megatron.core.models.mimo.comm.colocated_communicator import common_backend
 from megatron.core.models.mimo.comm.exchange import Flight, PlanTensors, issue_exchange
@@ -25,6 +25,7 @@ from megatron.core.models.mimo.comm.plan_guard import Agreed, Statement, agree
 from megatron.core.models.mimo.comm.route_layout import ExchangeGroup, RouteLayout
 from megatron.core.models.mimo.comm.routes import GroupRoutes, RoutePlan
 from megatron.core.models.mimo.comm.token_runs import Runs, TokenRuns
+from mimo_colocated.process_groups import make_groups, release_group
 
 logger = logging.getLogger(__name__)
 
@@ -221,19 +222,13 @@ class RoutedBridge:
     # -- parts -------------------------------------------------------------------------------
 
     def _make_groups(self, backend: str | None) -> None:
-        """This rank's groups; every rank of the world makes all of them, as torch wants it.
-
-        Groups that only their members make are named by torch after how many groups a rank has
-        at the moment, so ranks with more groups than others would wait for one another, and a
-        name that is used again finds the addresses of the group before it.
-        """
+        """The exchange group of this rank, and one for host tensors where that is another."""
         ranks = [group.ranks.tolist() for group in self.layout.groups() if group.size > 1]
         if not ranks:
             return
-        self.group, _ = dist.new_subgroups_by_enumeration(ranks, backend=backend)
-        self.control = self.group
+        self.group = self.control = make_groups(ranks, backend)
         if not takes_host_tensors(backend):
-            self.control, _ = dist.new_subgroups_by_enumeration(ranks, backend=dist.Backend.GLOO)
+            self.control = make_groups(ranks, dist.Backend.GLOO)
 
     def _agree(self, mine: Statement) -> Agreed:
         self._check_alive()
