@@ -22,6 +22,7 @@ from report import MetricsWriter, Progress, print_table, read_metrics, write_sum
 
 from megatron.core.hyper_comm_grid import GridShape
 from megatron.core.models.mimo.comm.bridge_layout import BridgeLayout
+from megatron.core.models.mimo.comm.route_layout import RouteLayout
 
 _FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -237,6 +238,25 @@ def test_the_layout_picture_of_any_bridge(
     path = tmp_path / "layout.png"
     plot_layout(path, _bridge(vision, language), samples, 32)
     assert imread(path).shape[1] == 13 * 130
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_the_layout_picture_of_a_routed_bridge(tmp_path: Path, sequence_parallel: bool) -> None:
+    """Every owner of tokens is reached, from ranks that encode its samples only."""
+    layout = _bridge((2, 4), (2, 2, 2))
+    grids = [GridShape((2, 4), ("tp", "dp")), GridShape((2, 2, 2), ("tp", "cp", "dp"))]
+    routes = RouteLayout.from_grids(*grids, sequence_parallel=sequence_parallel)
+    picture = LayoutPicture(layout, 8, 32, sequence_parallel, routes)
+    sends = [pair for group in routes.groups() for pair in picture.sends(group)]
+    assert len(set(sends)) == len(sends)
+    for target in layout.ranks:
+        sources = [source for source, to in sends if to == target]
+        encoded = sorted({cell for source in sources for cell in picture.source(source)})
+        assert encoded == list(picture.destination(target))
+    for name, drawn in (("routed", routes), ("gather", None)):
+        plot_layout(tmp_path / f"{name}.png", layout, 8, 32, routes=drawn)
+    assert imread(tmp_path / "routed.png").shape[1] == 13 * 130
+    assert (tmp_path / "routed.png").read_bytes() != (tmp_path / "gather.png").read_bytes()
 
 
 def test_the_layout_picture_draws_the_object_it_is_given(tmp_path: Path) -> None:

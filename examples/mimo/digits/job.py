@@ -24,6 +24,7 @@ from report import MetricsWriter, Progress, print_table, read_metrics, write_sum
 from trainer import StepResult, Trainer, TrainOptions
 
 from megatron.core.models.mimo.comm.bridge_layout import BridgeLayout
+from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
 from megatron.core.models.mimo.training.checkpoint import (
     CheckpointError,
     CheckpointStore,
@@ -192,12 +193,15 @@ class _Reporter:
         with writing(self.out, "the results"):
             self.out.mkdir(parents=True, exist_ok=True)
         self.metrics = MetricsWriter(self.out / "metrics.jsonl", done + 1 if done else 0)
+        bridge = run.trainer.model.colocated_comms[(VISION, LANGUAGE)]
+        grids = run.trainer.built.grids
         plot_layout(
             self.out / "layout.png",
-            _drawn_layout(run),
+            BridgeLayout.from_grids(grids[VISION], grids[LANGUAGE], VISION, LANGUAGE),
             options.global_batch_size // options.micro_batches,
             SEQUENCE_LENGTH,
             sequence_parallel=options.sequence_parallel,
+            routes=bridge.layout if isinstance(bridge, RoutedBridge) else None,
         )
         self.progress = Progress(done, options.steps, options.global_batch_size * SEQUENCE_LENGTH)
 
@@ -257,15 +261,6 @@ class _Reporter:
             "test_accuracy": None,
             "seconds_per_step": seconds,
         }
-
-
-def _drawn_layout(run: Run) -> BridgeLayout:
-    """The object that the gather bridge executes; the routed bridge's is drawn as if gathered."""
-    layout = run.trainer.model.colocated_comms[(VISION, LANGUAGE)].layout
-    if isinstance(layout, BridgeLayout):
-        return layout
-    grids = run.trainer.built.grids
-    return BridgeLayout.from_grids(grids[VISION], grids[LANGUAGE], VISION, LANGUAGE)
 
 
 def _build(options: Options, backend: str) -> DigitsModel:

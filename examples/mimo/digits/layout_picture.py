@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``layout.png``: which rank holds which samples and sequence chunks on either side of the bridge.
 
-Everything is read off the :class:`BridgeLayout` that the bridge executes and the sequence order
-that the model shards by; nothing is worked out here a second time.
+Everything is read off the :class:`BridgeLayout` or :class:`RouteLayout` that the bridge executes
+and the sequence order that the model shards by; nothing is worked out here a second time.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from pictures import INK, MUTED, save_figure
 
 from megatron.core.models.mimo.comm.bridge_layout import BridgeDirection, BridgeLayout
+from megatron.core.models.mimo.comm.route_layout import ExchangeGroup, RouteLayout
+from megatron.core.models.mimo.comm.routes import GroupRoutes
+from megatron.core.models.mimo.comm.token_runs import TokenRuns
 from megatron.core.models.mimo.partition.sequence_order import dense_positions
 
 _MAX_ROWS, _MAX_CELLS = 32, 8
@@ -43,12 +47,14 @@ class LayoutPicture:
         samples: of one global microbatch.
         sequence_length: tokens of a sample.
         sequence_parallel: the language side's TP ranks cut the sequence further.
+        routes: of a routed bridge; ``None``: the layout's gather bridge is drawn.
     """
 
     layout: BridgeLayout
     samples: int
     sequence_length: int
     sequence_parallel: bool = False
+    routes: RouteLayout | None = None
 
     @property
     def cells(self) -> int:
@@ -78,6 +84,20 @@ class LayoutPicture:
         tp_part = (tp, self.layout.dest_tp_size) if self.sequence_parallel else (0, 1)
         return dense_positions(self.sequence_length, cp, self.layout.dest_cp_size, *tp_part)
 
+    def sends(self, group: ExchangeGroup) -> list[tuple[int, int]]:
+        """(from, to) of rows in an exchange group if every token is an image's; ranks of world."""
+        share = (self.samples // self.layout.dest_dp_size, self.sequence_length)
+        rows = self.samples * self.sequence_length // self.layout.src_dp_size
+        tokens = [TokenRuns.from_mask(np.ones(share, dtype=bool))] * group.dest_dps.size
+        routes = GroupRoutes(group, tokens, [rows] * group.src_dps.size)
+        pairs = []
+        for rank in group.ranks.tolist():
+            plan = routes.plan(rank)
+            own = [(rank, rank)] if plan.local_index.size else []
+            receivers = group.ranks[np.flatnonzero(plan.forward.send_splits)].tolist()
+            pairs += own + [(rank, receiver) for receiver in receivers]
+        return pairs
+
 
 def plot_layout(
     path: Path,
@@ -86,6 +106,7 @@ def plot_layout(
     sequence_length: int,
     *,
     sequence_parallel: bool = False,
+    routes: RouteLayout | None = None,
 ) -> None:
     """Draw the bridge: encoder ranks on the left, the same ranks' language side on the right.
 
@@ -95,8 +116,9 @@ def plot_layout(
         samples: of one global microbatch.
         sequence_length: tokens of a sample.
         sequence_parallel: the language side's TP ranks cut the sequence further.
+        routes: of a routed bridge; ``None``: the layout's gather bridge is drawn.
     """
-    picture = LayoutPicture(layout, samples, sequence_length, sequence_parallel)
+    picture = LayoutPicture(layout, samples, sequence_length, sequence_parallel, routes)
     rows = len(picture.shown)
     figure = Figure(figsize=(13, 0.5 * rows + 2.6), layout="constrained")
     axes = figure.subplots()
@@ -107,7 +129,7 @@ def plot_layout(
     for row, rank in enumerate(picture.shown):
         _draw_source(axes, picture, rank, row * _ROW)
         _draw_destination(axes, picture, rank, row * _ROW)
-    _draw_moves(axes, picture)
+    (_draw_moves if routes is None else _draw_routes)(axes, picture)
     axes.text(-2.5, rows * _ROW + 0.25, _caption(picture), va="top", fontsize=9.5, color=INK)
     save_figure(figure, path, "the layout's picture")
 
@@ -216,6 +238,14 @@ def _draw_moves(axes: Axes, picture: LayoutPicture) -> None:
             _arrow(axes, picture, other, rank, color, "forward" if fan_in else "backward")
 
 
+def _draw_routes(axes: Axes, picture: LayoutPicture) -> None:
+    """Arrows from who encodes to who owns, in the colours of the exchange groups."""
+    for number, group in enumerate(picture.routes.groups()):
+        for source, target in picture.sends(group):
+            color = _GROUP_COLORS[number % len(_GROUP_COLORS)]
+            _arrow(axes, picture, source, target, color, "forward")
+
+
 def _arrow(
     axes: Axes, picture: LayoutPicture, source: int, target: int, color: str, direction: str
 ) -> None:
@@ -235,6 +265,21 @@ def _arrow(
 
 
 def _caption(picture: LayoutPicture) -> str:
+    rest = picture.layout.size - len(picture.shown)
+    more = f"\n{rest} more ranks follow the same pattern" if rest else ""
+    return (_gather_caption(picture) if picture.routes is None else _routed_caption(picture)) + more
+
+
+def _routed_caption(picture: LayoutPicture) -> str:
+    owners = "the rank" if picture.sequence_parallel else "the TP ranks"
+    return (
+        f"forward (arrows): each image row goes once, from a rank that encoded it to {owners} "
+        "that own its token; a level arrow moves nothing\n"
+        "backward: each row's gradient goes once, from an owner to every rank that encoded the row"
+    )
+
+
+def _gather_caption(picture: LayoutPicture) -> str:
     layout = picture.layout
     groups = "  ".join(str(list(group)) for group in layout.gather_groups[:8])
     if len(layout.gather_groups) > 8:
@@ -252,6 +297,4 @@ def _caption(picture: LayoutPicture) -> str:
         BridgeDirection.EQUAL: ("identity", cp.removesuffix(", then ") or "identity"),
     }[layout.direction]
     dashed = " (dashed)" if layout.direction is BridgeDirection.FAN_OUT else ""
-    rest = layout.size - len(picture.shown)
-    more = f"\n{rest} more ranks follow the same pattern" if rest else ""
-    return f"forward (solid): {forward}\nbackward{dashed}: {backward}{more}"
+    return f"forward (solid): {forward}\nbackward{dashed}: {backward}"
