@@ -19,6 +19,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mimo import MimoModel
+from megatron.core.models.mimo.comm.balance import EncoderBalance
 from megatron.core.models.mimo.partition.sequence_order import dense_positions
 from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig
 from megatron.core.models.mimo.training.groups import create_process_groups, make_grid
@@ -37,7 +38,7 @@ from tests.unit_tests.mimo.model_stubs import (
 pytestmark = pytest.mark.ranks(8)
 
 LENGTH, VOCABULARY = 16, 64
-WIDTH = 16
+WIDTH, SAMPLES = 16, 2
 FAN_IN = ({"tp": 2, "dp": 4}, {"tp": 2, "cp": 2, "dp": 2})
 FAN_OUT = ({"tp": 4, "dp": 2}, {"tp": 1, "cp": 2, "dp": 4})
 
@@ -71,7 +72,7 @@ def build(rank_device):
     made: list[Built] = []
 
     def make(
-        layouts: tuple[dict, dict] = FAN_IN, seed: int = 1, bridge: str = "routed"
+        layouts: tuple[dict, dict] = FAN_IN, seed: int = 1, bridge: str = "routed", **options: Any
     ) -> Built:
         grids = {
             name: make_grid(**sizes)
@@ -92,6 +93,7 @@ def build(rank_device):
                 language_model_spec=gpt_spec(config, groups["language"]),
                 module_to_grid_map=grids,
                 bridge=bridge,
+                **options,
             )
         ).to(rank_device)
         made.append(Built(model, grids, groups, config))
@@ -229,18 +231,47 @@ def test_a_replica_without_images_keeps_nobody_waiting(
         assert torch.equal(part, reference)
 
 
+def test_balanced_encoders_have_the_gradients_of_unbalanced_ones(build, rank_device):
+    """Of two encoder replicas beside a language replica, the first reads all images but one."""
+    one_row_each = EncoderBalance(
+        threshold=1, tokens_per_item=lambda inputs: [1] * len(inputs["linear"]["x"])
+    )
+    gradients = []
+    for balance in ({}, {"images": one_row_each}):
+        built = build(encoder_balance=balance)
+        wrap(built)
+        dp = built.coords("images")["dp"]
+        x = torch.linspace(-1, 1, 12 * 4, device=rank_device).view(2, 6, 1, 4)[dp // 2]
+        x = [x[:5], x[5:]][dp % 2]
+        gradients.append(gradients_of(built, 3, {"images": {"linear": {"x": x}}}, rank_device))
+        expected = {"images": (pytest.approx(5 / 3), pytest.approx(1))} if balance else {}
+        assert built.model.encoder_spread == expected
+    for plain, balanced in zip(*gradients, strict=True):
+        assert plain.abs().sum() > 0
+        # fp32; the images' contributions are summed over other ranks.
+        torch.testing.assert_close(balanced, plain, rtol=1e-6, atol=1e-7)
+
+
 def encoder_gradients(built: Built, per_sample: int, device: torch.device) -> list[torch.Tensor]:
     """Reduced encoder gradients of one batch with so many images in this replica's samples."""
-    model, samples = built.model, 2
+    fan_out = built.model.colocated_comms[("images", "language")].is_fan_out()
     # Fan-out: an encoder replica encodes the samples of two language replicas; fan-in: half of one.
-    encoded = 2 * samples if model.colocated_comms[("images", "language")].is_fan_out() else 1
+    encoded = 2 * SAMPLES if fan_out else 1
+    inputs = pictures(encoded, per_sample, device) if per_sample else None
+    return gradients_of(built, per_sample, inputs, device)
+
+
+def gradients_of(
+    built: Built, per_sample: int, inputs: dict | None, device: torch.device
+) -> list[torch.Tensor]:
+    model = built.model
     model.zero_grad_buffer()
-    ids = token_batch(samples, per_sample, device)
+    ids = token_batch(SAMPLES, per_sample, device)
     losses, _ = model(
         ids,
         torch.arange(LENGTH, device=device).expand_as(ids),
         labels=ids % VOCABULARY,
-        modality_inputs=pictures(encoded, per_sample, device) if per_sample else None,
+        modality_inputs=inputs,
     )
     losses.sum().backward()
     for module in model._active_ddp_modules():

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
 from megatron.core.models.mimo.partition.sequence_order import dense_positions
+from tests.unit_tests.mimo.balanced_cases import check_balanced_encoder
 from tests.unit_tests.mimo.routed_cases import (
     EQUAL,
     FAN_IN,
@@ -94,6 +95,21 @@ def test_every_combination_of_empty_and_non_empty_ranks(src, dest, rank_device):
                     total = 12 * sum(has_tokens)
                     cuts = (np.cumsum(has_rows) * total // max(sum(has_rows), 1))[:-1].tolist()
                     Picture(made, masks, rank_device, cuts=cuts).check(made)
+
+
+@pytest.mark.parametrize(
+    ("src", "dest", "options"),
+    [(*FAN_IN, {}), (*FAN_OUT, {"one_group": True}), (*ONE_SAMPLE, {"sequence_parallel": True})],
+    ids=["in", "out", "one_sample"],
+)
+def test_pixels_of_a_balanced_encoder(src, dest, options, rank_device):
+    """They travel by the backend's all-to-all, and their rows from where they were encoded."""
+    with bridge(src, dest, dist.barrier, **options) as made:
+        before, after = check_balanced_encoder(made, random_masks(dest[2], 64), rank_device)
+        spread = torch.tensor([before, after], device=rank_device)
+        dist.all_reduce(spread, dist.ReduceOp.MAX)
+        assert after < before or before == 1
+        assert spread[1] < spread[0]
 
 
 def test_3_to_2_on_6_of_the_8_ranks(rank_device):

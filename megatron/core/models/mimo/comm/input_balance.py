@@ -50,6 +50,10 @@ class InputBalance:
         bridge: the modality's.
         balance: with ``tokens_per_item``.
 
+    Attributes:
+        spread: of the last batch, the heaviest encoder replica's cost over the mean cost, as the
+            items were read and as they were encoded; 1 is even. ``None`` before the first one.
+
     Raises:
         ValueError: ``tokens_per_item`` is missing.
     """
@@ -61,6 +65,7 @@ class InputBalance:
                 "that returns the rows of each item (e.g. lambda inputs: [16] * number of images)"
             )
         self._settings = balance
+        self.spread: tuple[float, float] | None = None
         # What it would compare is compared here.
         self._items = ItemExchange(bridge, balance, guard="off")
 
@@ -84,6 +89,7 @@ class InputBalance:
             mine = _Told([], [], {}, {}, f"cannot describe its inputs: {error!r}")
         told = self._tell(mine)
         plan, units = self._plan(told)
+        self.spread = plan.before, plan.after
         if not plan.moves:
             return inputs, plan
         tensors, others = self._common(told)

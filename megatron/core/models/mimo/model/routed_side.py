@@ -87,6 +87,17 @@ class RoutedSide:
         del rows
         return self._place_local(input_ids, position_ids, tokens, flights), packed
 
+    @property
+    def encoder_spread(self) -> dict[str, tuple[float, float]]:
+        """How even the encoders' work was in the last batch, before and after balancing.
+
+        Modality -> (before, after): the heaviest encoder replica's cost over the mean cost, of
+        this rank's exchange group. Empty before the first batch and without ``encoder_balance``;
+        a batch whose routes were planned ahead is not counted.
+        """
+        balances = self._input_balances.items()
+        return {name: each.spread for name, each in balances if each.spread is not None}
+
     @cached_property
     def _input_balances(self) -> dict[str, InputBalance]:
         bridges = self._routed_bridges()
