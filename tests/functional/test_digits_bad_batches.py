@@ -38,7 +38,7 @@ def forward() -> Iterator[Callable[[Callable[[Batch], Batch]], Any]]:
     device = next(built.model.parameters()).device
 
     def run(change: Callable[[Batch], Batch]) -> Any:
-        changed = Batch(**{name: value.to(device) for name, value in vars(change(batch)).items()})
+        changed = change(batch).to(device)
         return built.model(
             input_ids=changed.input_ids,
             position_ids=changed.position_ids,

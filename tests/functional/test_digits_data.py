@@ -32,7 +32,9 @@ def _scanned() -> DigitImages:
 
 
 def _same(left: Batch, right: Batch) -> bool:
-    return all(torch.equal(value, vars(right)[name]) for name, value in vars(left).items())
+    tensors = {k: v for k, v in vars(left).items() if isinstance(v, torch.Tensor)}
+    assert tensors
+    return all(torch.equal(value, vars(right)[name]) for name, value in tensors.items())
 
 
 def _pixels(images: torch.Tensor) -> np.ndarray:
@@ -55,6 +57,14 @@ def test_the_split_uses_every_image_once_and_keeps_the_shares_of_the_digits() ->
 def test_the_split_and_the_held_out_batches_do_not_follow_the_seed() -> None:
     left, right = DigitsBatches(1, "held_out", 16), DigitsBatches(2, "held_out", 16)
     assert all(_same(left.batch(step), right.batch(step)) for step in range(len(left)))
+
+
+def test_image_tokens_are_those_of_the_whole_microbatch() -> None:
+    batches = DigitsBatches(3, "train", 6)
+    mask = batches.image_tokens(2, 1, 3)
+    assert np.array_equal(mask, (batches.batch(2).input_ids[2:4] == Token.IMAGE).numpy())
+    assert mask.shape == (2, SEQUENCE_LENGTH)
+    assert mask.sum() == 2 * 16  # four images of four patches
 
 
 def test_tokens_of_a_sample() -> None:

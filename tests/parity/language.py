@@ -138,7 +138,7 @@ class LanguageTrainer(Trainer):
 
     def logits(self, batches: DigitsBatches, step: int) -> torch.Tensor | None:
         """``(b, S, V)`` of this rank's samples on the last stage, None on the others."""
-        batch = self._on_device(batches.local_batch(step, 0, 1, **self._dp_coordinates()))
+        batch = batches.local_batch(step, 0, 1, **self._dp_coordinates()).to(self.device)
         unlabelled = dataclasses.replace(batch, labels=None)
         with torch.no_grad():
             outputs = self._schedule(iter([unlabelled]), 1, forward_only=True)
@@ -191,7 +191,3 @@ class LanguageTrainer(Trainer):
 
         return output, loss_func
 
-    def _on_device(self, batch: Batch) -> Batch:
-        return Batch(
-            **{k: None if v is None else v.to(self.device) for k, v in vars(batch).items()}
-        )

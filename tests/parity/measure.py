@@ -96,7 +96,7 @@ def _logits(trainer: Trainer, data: DigitsBatches) -> tuple[int, torch.Tensor | 
     start, _ = even_slice(data.global_batch_size, dp.rank(), dp.size(), "batch", "DP ranks")
     if isinstance(trainer, LanguageTrainer):
         return start, trainer.logits(data, 0)
-    batch = trainer._on_device(data.local_batch(0, 0, 1, **trainer._dp_coordinates()))
+    batch = data.local_batch(0, 0, 1, **trainer._dp_coordinates()).to(trainer.device)
     logits, _ = trainer._run(batch, batch.input_ids, None, None)
     return start, trainer._whole_logits(logits)
 

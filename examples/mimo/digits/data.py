@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from errors import INSTALL_HINT, JobError
+
+from megatron.core.models.mimo.comm.routes import RoutePlan
 
 IMAGE_SIDE = 8
 PATCH_SIDE = 4
@@ -102,6 +104,7 @@ class Batch:
         images: ``(v * 4, 1, 8, 8)`` float32 in -1..1, all of a sample before the next sample.
         digits: ``(b, 4)`` int64, what the language side's samples show.
         counted: ``(b, 4)`` bool, false for repeats that only fill up the last held-out batch.
+        routes: modality -> this rank's way over the bridge, if it was planned with the batch.
     """
 
     input_ids: torch.Tensor
@@ -111,6 +114,12 @@ class Batch:
     images: torch.Tensor
     digits: torch.Tensor
     counted: torch.Tensor
+    routes: Mapping[str, RoutePlan] | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The tensors on a device."""
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **{name: value.to(device) for name, value in tensors.items()})
 
     def language(self, start: int, size: int) -> Batch:
         """Narrow everything but the images to ``size`` samples from ``start``."""
@@ -238,6 +247,17 @@ class DigitsBatches:
         language = even_slice(size, dest_dp_rank, dest_dp, "microbatch", "language DP ranks")
         vision = even_slice(size, src_dp_rank, src_dp, "microbatch", "vision DP ranks")
         return batch.language(start + language[0], language[1]).vision(start + vision[0], vision[1])
+
+    def image_tokens(self, step: int, microbatch: int, num_microbatches: int) -> np.ndarray:
+        """Where a microbatch's image tokens stand, all replicas' samples: bool ``(samples, 32)``.
+
+        Raises:
+            ValueError: as :meth:`local_batch`.
+        """
+        start, size = even_slice(
+            self.global_batch_size, microbatch, num_microbatches, "global batch", "microbatches"
+        )
+        return (self.batch(step).input_ids[start : start + size] == int(Token.IMAGE)).numpy()
 
     def _make_batch(self, step: int) -> Batch:
         chosen, counted = self._choose(step)

@@ -70,7 +70,7 @@ class ModelOptions:
     seed: int = 1234
     dtype: torch.dtype = torch.float32
     sequence_parallel: bool = False
-    bridge: str = "gather"
+    bridge: str = "routed"
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = True
     freeze_vision: bool = False

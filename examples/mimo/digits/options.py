@@ -90,7 +90,7 @@ class Options:
     )
     sequence_parallel: bool = _switch(False, "also cut the language sequence over TP")
     bridge: str = _option(
-        "gather", "how image rows reach the language model: each to the ranks that own its "
+        "routed", "how image rows reach the language model: each to the ranks that own its "
         "position (routed), or all to every rank of a replica (gather)", str, "gather", "routed",
     )  # fmt: skip
     distributed_optimizer: bool = _switch(True, "shard the optimizer's state over DP")

@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from data import IMAGES_PER_SAMPLE, READING_POSITIONS, Batch, DigitsBatches, Token, with_answer
 from model import LANGUAGE, VISION, DigitsModel
 
+from megatron.core.models.mimo.comm.batch_routes import plan_even_batch
+from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
+from megatron.core.models.mimo.comm.routes import RoutePlan
 from megatron.core.models.mimo.optimizer import get_mimo_optimizer
 from megatron.core.models.mimo.partition.sequence_order import dense_positions
 from megatron.core.optimizer import OptimizerConfig
@@ -71,6 +75,10 @@ class Trainer:
         self.built, self.options = built, options
         self.model, self.groups = built.model, built.collections[LANGUAGE]
         self.device = next(self.model.parameters()).device
+        bridge = getattr(self.model, "colocated_comms", {}).get((VISION, LANGUAGE))
+        self.bridge = bridge if isinstance(bridge, RoutedBridge) else None
+        # Image tokens stand in the same places in every batch, so one plan serves many.
+        self._planned: tuple[np.ndarray, dict[str, RoutePlan]] | None = None
         self.optimizer = get_mimo_optimizer(
             self.model,
             OptimizerConfig(
@@ -149,11 +157,24 @@ class Trainer:
 
     def _microbatches(self, batches: DigitsBatches, step: int) -> Iterator[Batch]:
         for microbatch in range(self.options.micro_batches):
-            yield self._on_device(
-                batches.local_batch(
-                    step, microbatch, self.options.micro_batches, **self._dp_coordinates()
-                )
-            )
+            yield self._local_batch(batches, step, microbatch, self.options.micro_batches)
+
+    def _local_batch(
+        self, batches: DigitsBatches, step: int, microbatch: int, count: int
+    ) -> Batch:
+        """This rank's part of a microbatch, on its device."""
+        batch = batches.local_batch(step, microbatch, count, **self._dp_coordinates())
+        if self.bridge is not None:
+            image_tokens = batches.image_tokens(step, microbatch, count)
+            batch = replace(batch, routes=self._routes(self.bridge, image_tokens))
+        return batch.to(self.device)
+
+    def _routes(self, bridge: RoutedBridge, image_tokens: np.ndarray) -> dict[str, RoutePlan]:
+        """Planned on the host with the batch, so that the model does not look at its tokens."""
+        if self._planned is None or not np.array_equal(self._planned[0], image_tokens):
+            plan = plan_even_batch(bridge.layout, dist.get_rank(), image_tokens)
+            self._planned = (image_tokens, {VISION: plan})
+        return self._planned[1]
 
     def _dp_coordinates(self) -> dict[str, int]:
         source, dest = self.built.collections[VISION].dp, self.groups.dp
@@ -163,9 +184,6 @@ class Trainer:
             "dest_dp_rank": dest.rank(),
             "dest_dp": dest.size(),
         }
-
-    def _on_device(self, batch: Batch) -> Batch:
-        return Batch(**{name: value.to(self.device) for name, value in vars(batch).items()})
 
     def _forward_step(
         self, data_iterator: Iterator[Batch], _model: torch.nn.Module
@@ -197,6 +215,7 @@ class Trainer:
             labels=labels,
             loss_mask=loss_mask,
             modality_inputs={VISION: {"digits": {"images": batch.images}}},
+            route_plan=batch.routes,
         )
 
     # ---- reading --------------------------------------------------------------------------
@@ -209,7 +228,7 @@ class Trainer:
         for. Every rank returns the whole batch's answers; -1 stands for a token that is no digit.
         """
         self.model.eval()
-        batch = self._on_device(batches.local_batch(step, 0, 1, **self._dp_coordinates()))
+        batch = self._local_batch(batches, step, 0, 1)
         read = batch.input_ids.new_zeros((len(batch.input_ids), 0))
         for position in READING_POSITIONS:
             input_ids = with_answer(batch.input_ids, read.clamp(min=0))

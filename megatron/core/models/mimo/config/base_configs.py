@@ -51,7 +51,7 @@ class MimoModelConfig:
     special_token_ids: dict[str, int] = field(default_factory=dict)
     module_to_grid_map: dict[str, HyperCommGrid] | None = None
     kv_format: str = "sbhd"
-    bridge: str = "gather"
+    bridge: str = "routed"
     bridge_guard: str = "always"
     encoder_balance: dict[str, EncoderBalance] = field(default_factory=dict)
 

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routes of a microbatch that both sides cut evenly, from its token mask: for data loaders."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron.core.models.mimo.comm.route_layout import RouteLayout
+from megatron.core.models.mimo.comm.routes import RoutePlan, plan_routes
+from megatron.core.models.mimo.comm.token_runs import TokenRuns
+
+
+def plan_even_batch(layout: RouteLayout, rank: int, mask: np.ndarray) -> RoutePlan:
+    """One rank's routes, if each side's replicas take equal runs of samples, in DP order.
+
+    An encoder replica makes the rows of its own samples. Samples may have different numbers of
+    tokens, none among them.
+
+    >>> from megatron.core.hyper_comm_grid import GridShape
+    >>> src, dest = GridShape((1, 2), ("tp", "dp")), GridShape((1, 2, 1), ("tp", "cp", "dp"))
+    >>> layout = RouteLayout.from_grids(src, dest)
+    >>> mask = np.array([[1, 1, 0, 0], [0, 0, 1, 0]], dtype=bool)
+    >>> plan = plan_even_batch(layout, 1, mask)  # encodes sample 1, owns tokens 1 and 2
+    >>> plan.held, plan.own, plan.forward.received
+    (1, 2, 1)
+
+    Args:
+        layout: of the bridge (``RoutedBridge.layout``).
+        rank: global rank.
+        mask: bool ``(B, S)`` of the whole microbatch, all replicas' samples in order: true where
+            a token stands for a row.
+
+    Returns:
+        The plan, for ``MimoModel.forward(..., route_plan={modality: plan})``.
+
+    Raises:
+        ValueError: ``B`` cannot be divided by a DP size, a sequence cannot be cut, or the rank is
+            not on the bridge.
+    """
+    group = layout.group_of(rank)
+    dest = [_part(mask, dp, layout.dest_dp_size, layout.dest_name) for dp in group.dest_dps]
+    src = [_part(mask, dp, layout.src_dp_size, layout.src_name) for dp in group.src_dps]
+    tokens = [TokenRuns.from_mask(part) for part in dest]
+    return plan_routes(layout, rank, tokens, [int(part.sum()) for part in src])
+
+
+def _part(mask: np.ndarray, dp: int, dp_size: int, name: str) -> np.ndarray:
+    if len(mask) % dp_size:
+        raise ValueError(
+            f"A microbatch of {len(mask)} samples cannot be divided evenly over the {dp_size} DP "
+            f"replicas of {name}; use a multiple of {dp_size}, or plan_routes with each replica's "
+            "own samples"
+        )
+    size = len(mask) // dp_size
+    return mask[dp * size : (dp + 1) * size]

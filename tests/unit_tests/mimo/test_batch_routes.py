@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``plan_even_batch``: integers only, against plans of the same rows written out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megatron.core.hyper_comm_grid import GridShape
+from megatron.core.models.mimo.comm.batch_routes import plan_even_batch
+from megatron.core.models.mimo.comm.route_layout import RouteLayout
+from megatron.core.models.mimo.comm.routes import RowCountError, plan_routes
+from megatron.core.models.mimo.comm.token_runs import TokenRuns
+
+SRC = GridShape((2, 4), ("tp", "dp"))
+DEST = GridShape((2, 2, 2), ("tp", "cp", "dp"))
+# Samples with other numbers of tokens, one with none.
+COUNTS = (3, 0, 5, 1, 8, 2, 0, 4)
+
+
+def batch(counts: tuple[int, ...] = COUNTS) -> np.ndarray:
+    return np.array([[column < count for column in range(8)] for count in counts])
+
+
+@pytest.mark.parametrize("rank", range(8))
+def test_tokens_and_rows_of_each_replica(rank: int) -> None:
+    layout = RouteLayout.from_grids(SRC, DEST)
+    plan = plan_even_batch(layout, rank, batch())
+    half = rank // 4
+    tokens = TokenRuns.from_mask(batch()[4 * half : 4 * half + 4])
+    held = [[3, 6], [10, 4]][half]
+    by_hand = plan_routes(layout, rank, [tokens], held)
+    assert plan.held == held[rank // 2 % 2]
+    assert plan.digest() == by_hand.digest()
+    assert plan.place.tolist() == by_hand.place.tolist()
+
+
+def test_shares_that_do_not_nest_are_one_group() -> None:
+    """DP 3 beside DP 2: six samples, two per encoder replica and three per language replica."""
+    grids = GridShape((2, 3), ("tp", "dp")), GridShape((1, 3, 2), ("tp", "cp", "dp"))
+    layout = RouteLayout.from_grids(*grids)
+    mask = np.ones((6, 12), dtype=bool)
+    plans = [plan_even_batch(layout, rank, mask) for rank in range(6)]
+    assert [plan.held for plan in plans] == [24] * 6
+    assert [plan.own for plan in plans] == [12] * 6
+
+
+def test_batches_that_cannot_be_cut() -> None:
+    layout = RouteLayout.from_grids(SRC, DEST, "vision", "language")
+    message = "6 samples cannot be divided evenly over the 4 DP replicas of vision; use a multiple"
+    with pytest.raises(ValueError, match=message) as refusal:
+        plan_even_batch(layout, 0, batch((1,) * 6))
+    assert not isinstance(refusal.value, RowCountError)
+    with pytest.raises(ValueError, match="Rank 8 is not on the bridge vision -> language"):
+        plan_even_batch(layout, 8, batch())
