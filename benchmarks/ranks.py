@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ if __name__ == "__main__":
 
 from benchmarks.cases import Pair
 from benchmarks.kinds import NAMED
+from tests.harness.launch_plan import LaunchOptions, plan_reader
 from tests.parity.records import ProgressWriter
 
 _COLLECTIVE_S = 300
@@ -55,23 +55,6 @@ class Plan:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-@dataclass(frozen=True)
-class LaunchOptions:
-    """What the digits job's launcher asks for, and the plan."""
-
-    world_size: int
-    backend: str
-    out: Path
-    plan: Plan
-
-
-def parse(argv: Sequence[str], _world_size: int | None) -> LaunchOptions:
-    """Read the plan of the folder that the command line names."""
-    (folder,) = argv
-    plan = Plan.read(Path(folder) / "plan.json")
-    return LaunchOptions(plan.world_size, plan.backend, Path(folder), plan)
-
-
 def job(options: LaunchOptions, backend: str) -> None:
     """All kinds of the plan, on this rank; a record per cell."""
     warnings.simplefilter("ignore")
@@ -100,4 +83,4 @@ def measured(name: str, plan: Plan):  # noqa: ANN201
 if __name__ == "__main__":
     from launch import run
 
-    sys.exit(run(__file__, sys.argv[1:], parse, job))
+    sys.exit(run(__file__, sys.argv[1:], plan_reader(Plan), job))

@@ -107,6 +107,7 @@ def _built(row: Row) -> Iterator[DigitsModel]:
         size=SIZE if row.vision else TEXT_SIZE,
         dtype=getattr(torch, row.dtype),
         sequence_parallel=row.sequence_parallel,
+        bridge=row.bridge,
         distributed_optimizer=row.distributed_optimizer,
         overlap_grad_reduce=row.overlap,
         freeze_vision=row.freeze_vision,

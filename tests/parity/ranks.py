@@ -11,8 +11,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +18,9 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from tests.harness.garbage import end_threads_of_groups  # noqa: E402
+from tests.harness.launch_plan import LaunchOptions, plan_reader  # noqa: E402
 from tests.parity.records import Plan, ProgressWriter  # noqa: E402
 from tests.parity.rows import NIGHTLY_ROWS, Reference, Row  # noqa: E402
-
-
-@dataclass(frozen=True)
-class LaunchOptions:
-    """What the digits job's launcher asks for, and the plan."""
-
-    world_size: int
-    backend: str
-    out: Path
-    plan: Plan
-
-
-def parse(argv: Sequence[str], _world_size: int | None) -> LaunchOptions:
-    """Read the plan of the folder that the command line names."""
-    (folder,) = argv
-    plan = Plan.read(Path(folder) / "plan.json")
-    return LaunchOptions(plan.world_size, plan.backend, Path(folder), plan)
 
 
 def job(options: LaunchOptions, backend: str) -> None:
@@ -139,4 +121,4 @@ if __name__ == "__main__":
 
     if "RANK" not in os.environ:
         _end_with_the_runner()
-    sys.exit(run(__file__, sys.argv[1:], parse, job))
+    sys.exit(run(__file__, sys.argv[1:], plan_reader(Plan), job))

@@ -56,7 +56,7 @@ class Row:
         vision: sizes of the encoder's axes; empty for the language model alone.
         micro_batches: per step; 0 stands for the option ``MICRO_BATCHES``.
         masks, tied, freeze_vision, dtype: as in :class:`Reference`.
-        sequence_parallel, distributed_optimizer, overlap: as in the digits job.
+        sequence_parallel, distributed_optimizer, overlap, bridge: as in the digits job.
     """
 
     name: str
@@ -70,6 +70,7 @@ class Row:
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     overlap: bool = False
+    bridge: str = "routed"
 
     @property
     def world_size(self) -> int:
@@ -162,7 +163,9 @@ def _nightly_rows() -> Iterator[Row]:
         name = f"pair-tp{v_tp}dp{v_dp}-tp{tp}cp{cp}dp{dp}"
         layouts = {"vision": f"tp={v_tp},dp={v_dp}", "language": f"tp={tp},cp={cp},dp={dp}"}
         yield Row(f"{name}-plain", **layouts)
-        yield Row(f"{name}-full", **layouts, micro_batches=4, masks="uneven", **_FULL)
+        full = {**layouts, "micro_batches": 4, "masks": "uneven", **_FULL}
+        yield Row(f"{name}-full", **full)
+        yield Row(f"{name}-gather", **full, bridge="gather")
 
 
 DEFAULT_ROWS = (*_text_rows(), *_IMAGE_ROWS)
