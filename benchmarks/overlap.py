@@ -28,11 +28,11 @@ from benchmarks.paths import RoutedPath, bridges, random_rows, rank_device, sync
 from benchmarks.wall_time import alternate
 from megatron.core.models.mimo.comm.exchange import Flight
 
-_ROWS, _WIDTH, _TEXT, _VOCABULARY = 6144, 512, 2, 512
-_WIRE = 0.1
+_ROWS, _WIDTH, _TEXT, _VOCABULARY = 6144, 512, 8, 512
+_WIRE = 0.02
 # Of the modelled transport's time, what has to be hidden at least: the text embedding takes less
 # time than the wire, so not all of it can be.
-_HIDDEN = 0.1
+_HIDDEN = 0.25
 COLUMNS = {
     "layout": "layout (encoder/language)",
     "wire_ms": "modelled wire, ms",

@@ -413,15 +413,18 @@ def test_local_text_examples():
 def test_no_full_sequence_is_allocated(monkeypatch):
     """The largest tensor of width H on a rank has the rows of its part, not of the sequence."""
     largest: dict[int, int] = {}
-    make = torch.Tensor.new_zeros
 
-    def recorded(self: torch.Tensor, *size: Any, **options: Any) -> torch.Tensor:
-        made = make(self, *size, **options)
-        if made.dim() == 2 and made.size(1) == HIDDEN:
-            rank = dist.get_rank()
-            largest[rank] = max(largest.get(rank, 0), made.size(0))
-        return made
+    def recorded(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def record(self: torch.Tensor, *size: Any, **options: Any) -> torch.Tensor:
+            made = make(self, *size, **options)
+            if made.dim() == 2 and made.size(1) == HIDDEN:
+                rank = dist.get_rank()
+                largest[rank] = max(largest.get(rank, 0), made.size(0))
+            return made
 
-    monkeypatch.setattr(torch.Tensor, "new_zeros", recorded)
+        return record
+
+    for name in ("new_zeros", "new_empty"):
+        monkeypatch.setattr(torch.Tensor, name, recorded(getattr(torch.Tensor, name)))
     uniform(FAN_IN, sequence_parallel=True).run()
     assert largest == dict.fromkeys(range(8), 4 * LENGTH // 4)

@@ -100,7 +100,7 @@ class Flight:
         """
         rows, self._rows = self._rows, None
         assert rows is not None, "a flight arrives once"
-        return _Arrive.apply(rows, self)
+        return rows if self.plan.stays else _Arrive.apply(rows, self)
 
     def start(self, into: torch.Tensor, rows: torch.Tensor, splits: Any) -> None:
         """Start an all-to-all."""
@@ -142,7 +142,7 @@ def issue_exchange(
             "give the rows (n, H) that the plan was made for"
         )
     flight = Flight(plan, group)
-    flight._rows = _Issue.apply(rows, flight)
+    flight._rows = rows if plan.stays else _Issue.apply(rows, flight)
     return flight
 
 
@@ -150,8 +150,6 @@ class _Issue(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, flight: Flight) -> torch.Tensor:
         ctx.flight, plan = flight, flight.plan
-        if plan.stays:
-            return rows.view_as(rows)
         own = rows.new_empty((plan.own, rows.size(1)))
         torch.index_select(rows, 0, plan.local_index, out=own[: plan.local])
         if plan.forward is not None:
@@ -162,8 +160,6 @@ class _Issue(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
         flight, plan = ctx.flight, ctx.flight.plan
-        if plan.stays:
-            return dy, None
         flight.wait()
         received, flight._gradients = flight._gradients, None
         dx = dy.new_empty((plan.held, dy.size(1)))

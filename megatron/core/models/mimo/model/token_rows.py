@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 TEXT = "text"
 
@@ -90,6 +92,37 @@ def fill_places(
             f"Embeddings of all modalities must have the same hidden size, got {widths}; "
             "give each modality an input projection to the language model's hidden size"
         )
-    values = torch.cat([row.to(reference.dtype) for row in rows.values()])
-    filled = values.new_zeros(size, values.size(-1))
-    return filled.index_copy_(0, torch.cat([places[name] for name in rows]), values)
+    wanted = [places[name] for name in rows]
+    return _Fill.apply(size, reference.dtype, wanted, *rows.values())
+
+
+class _Fill(torch.autograd.Function):
+    """Each row is copied once, and each gradient once; concatenating first would do it twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        size: int,
+        dtype: torch.dtype,
+        places: Sequence[torch.Tensor],
+        *rows: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(*places)
+        ctx.dtypes = [each.dtype for each in rows]
+        full = sum(place.numel() for place in places) == size
+        make = rows[0].new_empty if full else rows[0].new_zeros
+        filled = make((size, rows[0].size(-1)), dtype=dtype)
+        for place, each in zip(places, rows, strict=True):
+            filled.index_copy_(0, place, each.to(dtype))
+        return filled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradients = [
+            dy.index_select(0, place).to(dtype) if needed else None
+            for place, dtype, needed in zip(
+                ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[3:], strict=True
+            )
+        ]
+        return None, None, None, *gradients
