@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from tests.harness import backend
-from tests.harness.garbage import end_threads_of_groups
+from tests.harness.garbage import end_threads_of_groups, set_imports_aside
 from tests.harness.plugin import ranks_of, timeout_of
 from tests.harness.records import SUPERVISOR_VARIABLE, RecordWriter, read_plan, stacks_path
 
@@ -128,6 +128,7 @@ class RankPlugin:
         chosen = set(kept)
         self.config.hook.pytest_deselected(items=[i for i in items if i not in chosen])
         items[:] = kept
+        set_imports_aside()
 
     # --- running --------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from trainer import Trainer, TrainOptions
 
 from tests.parity.compare import Measurement
 from tests.parity.language import LanguageTrainer, build_language_model
-from tests.parity.rows import CHANGE_STEPS, Reference, Row
+from tests.parity.rows import CHANGE_STEPS, Reference, Row, axis_sizes
 from tests.parity.tasks import batches
 from tests.parity.tensors import (
     complete_gradients,
@@ -116,18 +116,13 @@ def _built(row: Row) -> Iterator[DigitsModel]:
         vision = Layout.parse(row.vision, "vision")
         built = build_model(vision, Layout.parse(row.language, LANGUAGE), options)
     else:
-        built = build_language_model(_sizes(row.language), options, row.tied)
+        built = build_language_model(axis_sizes(row.language), options, row.tied)
     try:
         yield built
     finally:
         # gloo may still be connecting the groups of this row.
         dist.barrier()
         built.destroy()
-
-
-def _sizes(language: str) -> dict[str, int]:
-    pairs = (part.partition("=") for part in language.split(","))
-    return {axis: int(size) for axis, _, size in pairs}
 
 
 def one_process(reference: Reference) -> Row:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,16 @@ MASKS = ("uniform", "uneven", "one_sample", "none")
 
 class UnknownRowError(ValueError):
     """A name that is no row's; the message lists those that are."""
+
+
+def axis_sizes(layout: str) -> dict[str, int]:
+    """Sizes of the axes in a layout's text.
+
+    >>> axis_sizes("tp=2,pp=2,dp=1")
+    {'tp': 2, 'pp': 2, 'dp': 1}
+    """
+    pairs = (part.partition("=") for part in layout.split(","))
+    return {axis: int(size) for axis, _, size in pairs}
 
 
 @dataclass(frozen=True)
@@ -75,10 +86,7 @@ class Row:
     @property
     def world_size(self) -> int:
         """Ranks that the row needs."""
-        size = 1
-        for part in self.language.split(","):
-            size *= int(part.partition("=")[2])
-        return size
+        return math.prod(axis_sizes(self.language).values())
 
     def resolved_micro_batches(self, option: int) -> int:
         """Microbatches per step, with the option's value where the row leaves it open."""

@@ -9,6 +9,7 @@ that wrote it. A *chain* goes through several world sizes and saves again at eac
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -20,11 +21,25 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "mimo" / "digits"
 if str(EXAMPLE) not in sys.path:
     sys.path.insert(0, str(EXAMPLE))
 
-from layouts import Layout, Limits, every_pair, misfits  # noqa: E402
+from layouts import Limits, every_pair, misfits  # noqa: E402
+
+from tests.parity.rows import axis_sizes  # noqa: E402
 
 BATCH = 16
+# Of the language model alone: enough for stages to work on different ones.
+MICRO_BATCHES = 2
 # The model of tests/unit_tests/mimo/digits_runs.py: 8 vision heads, 4 key/value heads.
-_LIMITS = Limits(global_batch_size=BATCH, vision_heads=8, language_heads=4)
+_LIMITS = {
+    sequence_parallel: Limits(
+        global_batch_size=BATCH,
+        vision_heads=8,
+        language_heads=4,
+        sequence_parallel=sequence_parallel,
+    )
+    for sequence_parallel in (False, True)
+}
+# TEXT_SIZE of tests/parity/measure.py: layers, key/value heads.
+_TEXT_LAYERS, _TEXT_HEADS = 4, 4
 # Steps before the save: two, so that Adam's moments and step count are not those of the first.
 SAVED_STEPS = 2
 NEXT_STEPS = 5
@@ -37,28 +52,40 @@ class Place:
     """Layouts of a run.
 
     Attributes:
-        vision, language: as the job's options take them, "tp=2,dp=4".
+        vision, language: as the job's options take them, "tp=2,dp=4". Without a vision side it is
+            the language model alone, which may have pipeline stages: "tp=2,pp=2,dp=2".
         distributed: the optimizer's state is sharded over DP.
+        sequence_parallel: of the language model, whose TP is more than 1 then.
+        tied: the language model's embeddings are its head, too.
     """
 
     vision: str
     language: str
     distributed: bool
+    sequence_parallel: bool = False
+    tied: bool = False
 
     @property
     def world(self) -> int:
         """Ranks of the run."""
-        return Layout.parse(self.vision, "vision").size
+        return math.prod(axis_sizes(self.language).values())
+
+    @property
+    def model(self) -> str:
+        """Which model it is a place of; only runs of one model continue each other."""
+        return "images" if self.vision else "text-tied" if self.tied else "text"
 
     @property
     def key(self) -> str:
-        """Name for files: ``v-tp2-dp4_l-tp2-cp2-dp2_sharded``."""
+        """Name for files: ``v-tp2-dp4_l-tp2-cp2-dp2_sharded_sp``, ``text_l-tp1-pp4-dp1_whole``."""
         kind = "sharded" if self.distributed else "whole"
-        text = f"v-{self.vision}_l-{self.language}_{kind}"
+        first = f"v-{self.vision}" if self.vision else self.model
+        text = f"{first}_l-{self.language}_{kind}" + "_sp" * self.sequence_parallel
         return re.sub(r"=", "", text).replace(",", "-")
 
     def __str__(self) -> str:
-        return f"{self.vision} | {self.language}"
+        first = f"{self.vision} |" if self.vision else self.model
+        return f"{first} {self.language}" + " SP" * self.sequence_parallel
 
 
 @dataclass(frozen=True, order=True)
@@ -112,17 +139,34 @@ class Task:
 
 
 def places(world: int, distributed: bool = True) -> list[Place]:
-    """All layouts of ``world`` ranks that the model can take."""
-    fitting = (pair for pair in every_pair(world) if not misfits(pair, _LIMITS))
-    return [Place(str(pair.vision), str(pair.language), distributed) for pair in fitting]
+    """All layouts of ``world`` ranks that the model can take, with and without SP."""
+    return [
+        Place(str(pair.vision), str(pair.language), distributed, sequence_parallel)
+        for pair in every_pair(world)
+        for sequence_parallel in ((False, True) if pair.language.tp > 1 else (False,))
+        if not misfits(pair, _LIMITS[sequence_parallel])
+    ]
+
+
+def text_places(world: int, distributed: bool, tied: bool) -> list[Place]:
+    """All layouts of ``world`` ranks for the language model alone; the untied one with SP."""
+    sizes = [size for size in range(1, world + 1) if world % size == 0]
+    return [
+        Place("", f"tp={tp},pp={pp},dp={dp}", distributed, tp > 1 and not tied, tied)
+        for tp, pp, dp in itertools.product(sizes, repeat=3)
+        if tp * pp * dp == world
+        and _TEXT_HEADS % tp == _TEXT_LAYERS % pp == (BATCH // MICRO_BATCHES) % dp == 0
+    ]
 
 
 def all_cases() -> list[Case]:
-    """Every place continued at every other and at itself, optimizer sharded and whole; chains."""
-    cases = []
+    """Every place of a model continued at every other and at itself, either optimizer; chains."""
+    worlds, cases = (8, 4, 2, 1), []
     for distributed in (True, False):
-        table = [p for world in (8, 4, 2, 1) for p in places(world, distributed)]
-        cases += [Case(pair) for pair in itertools.product(table, repeat=2)]
+        tables = [[p for world in worlds for p in places(world, distributed)]]
+        for tied in (False, True):
+            tables.append([p for w in worlds for p in text_places(w, distributed, tied)])
+        cases += [Case(pair) for table in tables for pair in itertools.product(table, repeat=2)]
     return [*cases, *_chains()]
 
 
@@ -135,9 +179,13 @@ _WIDE = ("tp=8,dp=1", "tp=4,cp=2,dp=1")
 _FOUR = ("tp=2,dp=2", "tp=1,cp=4,dp=1")
 _FOUR_TP = ("tp=1,dp=4", "tp=4,dp=1")
 _ONE = ("tp=1,dp=1", "tp=1,dp=1")
-# Every axis of both modules grows and shrinks, each kind of bridge is left and entered, and each
-# direction of the world size is there.
-_DOZEN = (
+_FAN_IN_SP = (*_FAN_IN, True)
+_EQUAL_SP = (*_EQUAL, True)
+_WIDE_SP = (*_WIDE, True)
+_FOUR_TP_SP = (*_FOUR_TP, True)
+# Every axis of both modules grows and shrinks, each kind of bridge is left and entered, each
+# direction of the world size is there; then sequence parallelism, entered, left and kept.
+_SHARDED = (
     (_FAN_IN, _FAN_IN),
     (_FAN_IN, _FAN_OUT),
     (_FAN_OUT, _EQUAL),
@@ -150,12 +198,58 @@ _DOZEN = (
     (_FOUR_TP, _CP4),
     (_ONE, _FAN_OUT),
     (_WIDE, _ONE),
+    (_FAN_IN_SP, _FAN_IN_SP),
+    (_FAN_IN_SP, _FAN_OUT),
+    (_FAN_IN, _FAN_IN_SP),
+    (_FAN_IN_SP, _FOUR_TP_SP),
 )
-_WHOLE = ((_FAN_IN, _FAN_OUT), (_CP4, _FOUR_TP), (_ONE, _FAN_IN), (_FAN_OUT, _FAN_OUT))
+_WHOLE = (
+    (_FAN_IN, _FAN_OUT),
+    (_CP4, _FOUR_TP),
+    (_ONE, _FAN_IN),
+    (_FAN_OUT, _FAN_OUT),
+    (_FAN_OUT, _WIDE_SP),
+)
+
+_PP4 = "tp=1,pp=4,dp=1"
+_DP4 = "tp=1,pp=1,dp=4"
+_TP4 = "tp=4,pp=1,dp=1"
+_DP2_TP2 = "tp=2,pp=1,dp=2"
+_DP2_PP2 = "tp=1,pp=2,dp=2"
+_TP2_PP2 = "tp=2,pp=2,dp=1"
+_DP2_TP2_PP2 = "tp=2,pp=2,dp=2"
+_ALONE = "tp=1,pp=1,dp=1"
+# (layouts, whether tied, whether the optimizer is sharded): pipelines kept, changed, entered and
+# left, tied and untied, either optimizer, and the world size up and down.
+_TEXT = (
+    ((_PP4, _PP4), False, True),
+    ((_PP4, _DP2_PP2), False, True),
+    ((_DP2_PP2, _TP2_PP2), False, True),
+    ((_DP2_TP2_PP2, _DP4), False, True),
+    ((_TP4, _DP2_TP2_PP2), False, True),
+    ((_PP4, _DP2_PP2), True, True),
+    ((_DP2_TP2_PP2, _PP4, _ALONE, _DP2_TP2_PP2), True, True),
+    ((_DP2_TP2_PP2, _DP2_TP2_PP2), True, False),
+    ((_DP2_TP2_PP2, _DP2_TP2), True, False),
+    ((_DP4, _TP2_PP2), False, False),
+)
+
+# Vision, language, and whether with sequence parallelism: without, if it is not there.
+Name = tuple[str, str] | tuple[str, str, bool]
 
 
-def _case(names: Iterable[tuple[str, str]], distributed: bool) -> Case:
-    return Case(tuple(Place(*name, distributed) for name in names))
+def _case(names: Iterable[Name], distributed: bool) -> Case:
+    places = ((vision, language, distributed, *sp) for vision, language, *sp in names)
+    return Case(tuple(Place(*place) for place in places))
+
+
+def _text_case(layouts: Iterable[str], tied: bool, distributed: bool) -> Case:
+    return Case(
+        tuple(
+            Place("", layout, distributed, axis_sizes(layout)["tp"] > 1 and not tied, tied)
+            for layout in layouts
+        )
+    )
 
 
 def _chains() -> list[Case]:
@@ -164,17 +258,18 @@ def _chains() -> list[Case]:
 
 
 def usual_cases() -> list[Case]:
-    """A dozen pairs with the sharded optimizer, some with the whole one, and the chains."""
-    sharded = [_case(pair, True) for pair in _DOZEN]
-    return [*sharded, *(_case(pair, False) for pair in _WHOLE), *_chains()]
+    """Pairs with the sharded optimizer, some with the whole one, and the chains."""
+    sharded = [_case(pair, True) for pair in _SHARDED]
+    whole = [_case(pair, False) for pair in _WHOLE]
+    return [*sharded, *whole, *_chains(), *(_text_case(*case) for case in _TEXT)]
 
 
 def quick_cases() -> list[Case]:
-    """The same layout, another one, and a chain; both kinds of optimizer."""
+    """The same layout, another one, and a chain; both kinds of optimizer, with SP and without."""
     return [
         _case((_FAN_IN, _FAN_IN), True),
-        _case((_FAN_IN, _FAN_OUT), True),
-        _case((_FAN_IN, _FAN_OUT), False),
+        _case((_FAN_IN, _EQUAL_SP), True),
+        _case((_FAN_IN_SP, _FAN_OUT), False),
         _chains()[0],
     ]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import importlib
 import multiprocessing
 import os
@@ -23,7 +24,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-_PRELOAD = ["tests.reshape.worker", "tests.harness.backend"]
+# The digits come with scikit-learn, whose import takes longer than a small run trains.
+_PRELOAD = ["tests.reshape.worker", "tests.harness.backend", "sklearn.datasets"]
 # Longer than any collective of these small models waits on a busy machine.
 _TIMEOUT_S = 180
 
@@ -117,6 +119,7 @@ def _rank(rank: int, world: int, folder: str, function: str, arguments: tuple) -
     log = os.open(Path(folder, f"log-{rank}"), os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    gc.freeze()  # as tests/harness/garbage.py has it, without looking for garbage first
     try:
         with _process_group(rank, world, folder):
             module, _, name = function.partition(":")

@@ -162,7 +162,7 @@ def write_summary(
         "versions": {n: version(n) for n in ("torch", "megatron-core")},
         "cases": [
             {
-                "places": [f"{p.vision} | {p.language}" for p in case.places],
+                "places": [str(place) for place in case.places],
                 "optimizer": "sharded" if case.places[0].distributed else "whole",
                 "exact": case.exact,
                 "status": verdict.status,

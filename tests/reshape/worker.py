@@ -14,7 +14,8 @@ import torch.distributed as dist
 from megatron.core.models.mimo.training.checkpoint import CheckpointError
 from tests.reshape.plan import SAVED_STEPS, Task
 from tests.reshape.results import RESULTS
-from tests.unit_tests.mimo.digits_runs import Run, run
+from tests.reshape.runs import run_at
+from tests.unit_tests.mimo.digits_runs import Run
 
 CHECKPOINTS = "checkpoints"
 
@@ -30,7 +31,7 @@ def work(out: str, tasks: list[dict[str, Any]]) -> None:
         tasks_here = list(group)
         # Another seed than the saved run's: weights that are not loaded show.
         seed = 5 if tasks_here[0].source is None else 6
-        with run((place.vision, place.language), place.distributed, seed=seed) as fresh:
+        with run_at(place, seed) as fresh:
             for task in tasks_here:
                 _record(Path(out), task, _do(Path(out) / CHECKPOINTS, task, fresh))
 

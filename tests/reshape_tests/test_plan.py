@@ -17,10 +17,22 @@ from tests.reshape.plan import (
     launches,
     places,
     reference_steps,
+    text_places,
 )
 
 ONE = Place("tp=1,dp=1", "tp=1,dp=1", True)
 TWO = Place("tp=1,dp=2", "tp=2,dp=1", True)
+
+
+def tables(distributed: bool) -> list[list[Place]]:
+    """All places of each model."""
+    worlds = (1, 2, 4, 8)
+    images = [place for world in worlds for place in places(world, distributed)]
+    texts = [
+        [place for world in worlds for place in text_places(world, distributed, tied)]
+        for tied in (False, True)
+    ]
+    return [images, *texts]
 
 
 @pytest.mark.parametrize("name", list(SETS))
@@ -28,7 +40,8 @@ def test_cases_are_distinct_and_keep_the_optimizer_s_kind(name: str) -> None:
     cases = SETS[name]()
     assert len(set(cases)) == len({case.key for case in cases}) == len(cases)
     assert all(len({place.distributed for place in case.places}) == 1 for case in cases)
-    fitting = {place for world in (1, 2, 4, 8) for d in (True, False) for place in places(world, d)}
+    assert all(len({place.model for place in case.places}) == 1 for case in cases)
+    fitting = set(itertools.chain.from_iterable(tables(True) + tables(False)))
     assert {place for case in cases for place in case.places} <= fitting
     # Files are named after keys, with room for a stop's number and a temporary suffix.
     assert max(len(case.key) for case in cases) < 240
@@ -36,9 +49,11 @@ def test_cases_are_distinct_and_keep_the_optimizer_s_kind(name: str) -> None:
 
 def test_all_is_every_pair() -> None:
     pairs = {case.places for case in SETS["all"]() if len(case.places) == 2}
-    for distributed in (True, False):
-        table = [place for world in (1, 2, 4, 8) for place in places(world, distributed)]
+    for table in tables(True) + tables(False):
         assert set(itertools.product(table, repeat=2)) <= pairs
+    languages = {place.language for place in tables(True)[1]}
+    wanted = "tp=1,pp=1,dp=4 tp=4,pp=1,dp=1 tp=1,pp=4,dp=1 tp=2,pp=1,dp=2 tp=1,pp=2,dp=2"
+    assert {*wanted.split(), "tp=2,pp=2,dp=1", "tp=2,pp=2,dp=2"} <= languages
 
 
 @pytest.mark.parametrize("distributed", [True, False])
@@ -47,8 +62,12 @@ def test_the_usual_set_changes_every_axis_and_the_world(distributed: bool) -> No
     worlds = [[place.world for place in case.places] for case in cases]
     assert [8, 4, 1, 8] in worlds
     assert any(case.exact for case in cases)
+    assert {place.sequence_parallel for case in cases for place in case.places} == {True, False}
     if distributed:
-        assert len([case for case in cases if len(case.places) == 2]) == 12
+        pairs = [case.places for case in cases if len(case.places) == 2]
+        assert len(pairs) >= 12
+        changes = {(one.sequence_parallel, other.sequence_parallel) for one, other in pairs}
+        assert changes == set(itertools.product([False, True], repeat=2))
         steps = {pair for world in worlds for pair in itertools.pairwise(world)}
         assert {(8, 4), (4, 8), (8, 1), (1, 8), (8, 8), (4, 4)} <= steps
 

@@ -268,6 +268,7 @@ def _build(options: Options, backend: str) -> DigitsModel:
         seed=options.seed,
         dtype=getattr(torch, options.dtype),
         sequence_parallel=options.sequence_parallel,
+        packed=options.packed,
         bridge=options.bridge,
         distributed_optimizer=options.distributed_optimizer,
         overlap_grad_reduce=options.overlap_grad_reduce,

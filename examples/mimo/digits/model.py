@@ -71,6 +71,7 @@ class ModelOptions:
     dtype: torch.dtype = torch.float32
     sequence_parallel: bool = False
     bridge: str = "routed"
+    packed: bool = False
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = True
     freeze_vision: bool = False
@@ -112,6 +113,7 @@ class DigitsModel:
         grids, collections, configs: by module name.
         finalize: the schedule's ``finalize_model_grads_func``.
         randomness: the modules' random states.
+        packed: the language model takes packed sequences.
     """
 
     model: MimoModel
@@ -120,6 +122,7 @@ class DigitsModel:
     configs: dict[str, TransformerConfig]
     finalize: MimoGradFinalizer
     randomness: ModuleRandomness
+    packed: bool = False
 
     def destroy(self) -> None:
         """Release all process groups; the model cannot be used afterwards."""
@@ -266,6 +269,7 @@ def build_model(
         special_token_ids={VISION: int(Token.IMAGE)},
         module_to_grid_map=grids if vision else None,
         bridge=options.bridge,
+        kv_format="thd" if options.packed else "sbhd",
     )
     model = MimoModel(
         mimo_config, cp_group=collections[LANGUAGE].cp, tp_group=collections[LANGUAGE].tp
@@ -288,4 +292,6 @@ def build_model(
     )
     wrap_modules_with_ddp(model, configs, ddp_config, collections)
     finalize = MimoGradFinalizer(collections)
-    return DigitsModel(model, grids, collections, configs, finalize, randomness)
+    return DigitsModel(
+        model, grids, collections, configs, finalize, randomness, options.packed
+    )

@@ -89,6 +89,7 @@ class Options:
         1.0, "largest gradient norm, 0 for none", _real(0.0, low_included=True)
     )
     sequence_parallel: bool = _switch(False, "also cut the language sequence over TP")
+    packed: bool = _switch(False, "pack each language replica's samples into one sequence")
     bridge: str = _option(
         "routed", "how image rows reach the language model: each to the ranks that own its "
         "position (routed), or all to every rank of a replica (gather)", str, "gather", "routed",

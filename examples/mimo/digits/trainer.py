@@ -5,11 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from data import IMAGES_PER_SAMPLE, READING_POSITIONS, Batch, DigitsBatches, Token, with_answer
+from data import (
+    IMAGES_PER_SAMPLE,
+    READING_POSITIONS,
+    SEQUENCE_LENGTH,
+    Batch,
+    DigitsBatches,
+    Token,
+    with_answer,
+)
 from model import LANGUAGE, VISION, DigitsModel
 
 from megatron.core.models.mimo.comm.batch_routes import plan_even_batch
@@ -77,6 +86,7 @@ class Trainer:
         self.device = next(self.model.parameters()).device
         bridge = getattr(self.model, "colocated_comms", {}).get((VISION, LANGUAGE))
         self.bridge = bridge if isinstance(bridge, RoutedBridge) else None
+        self.packed = built.packed
         # Image tokens stand in the same places in every batch, so one plan serves many.
         self._planned: tuple[np.ndarray, dict[str, RoutePlan]] | None = None
         self.optimizer = get_mimo_optimizer(
@@ -172,7 +182,9 @@ class Trainer:
     def _routes(self, bridge: RoutedBridge, image_tokens: np.ndarray) -> dict[str, RoutePlan]:
         """Planned on the host with the batch, so that the model does not look at its tokens."""
         if self._planned is None or not np.array_equal(self._planned[0], image_tokens):
-            plan = plan_even_batch(bridge.layout, dist.get_rank(), image_tokens)
+            plan = plan_even_batch(
+                bridge.layout, dist.get_rank(), image_tokens, packed=self.packed
+            )
             self._planned = (image_tokens, {VISION: plan})
         return self._planned[1]
 
@@ -209,12 +221,20 @@ class Trainer:
         labels: torch.Tensor | None,
         loss_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        inputs = {
+            "input_ids": input_ids,
+            "position_ids": batch.position_ids,
+            "labels": labels,
+            "loss_mask": loss_mask,
+        }
+        packing = None
+        if self.packed:
+            packing = _packing(input_ids)
+            inputs = {k: None if v is None else v.reshape(1, -1) for k, v in inputs.items()}
         return self.model(
-            input_ids=input_ids,
-            position_ids=batch.position_ids,
-            labels=labels,
-            loss_mask=loss_mask,
+            **inputs,
             modality_inputs={VISION: {"digits": {"images": batch.images}}},
+            packing_kwargs=packing,
             route_plan=batch.routes,
         )
 
@@ -241,7 +261,13 @@ class Trainer:
         return _gather(read, self.groups.dp, dim=0)
 
     def _whole_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """(b, S/cp, V/tp) on each rank -> (b, S, V), positions in their natural order."""
+        """(b, S/cp, V/tp) on each rank -> (b, S, V), positions in their natural order.
+
+        Of a packed batch (1, b*S/cp, V/tp). Samples are equally long, so each is cut like one of
+        a batch that is not packed.
+        """
+        if self.packed:
+            logits = logits.view(-1, SEQUENCE_LENGTH // self.groups.cp.size(), logits.size(2))
         logits = _gather(logits, self.groups.tp, dim=2)
         parts, cp = _gather(logits, self.groups.cp, dim=1), self.groups.cp.size()
         order = [
@@ -252,6 +278,18 @@ class Trainer:
         whole = torch.empty_like(parts)
         whole[:, order] = parts
         return whole
+
+
+def _packing(input_ids: torch.Tensor) -> dict[str, Any]:
+    """Fields of ``PackedSeqParams`` for samples ``(b, S)`` one after another."""
+    samples, length = input_ids.shape
+    ends = torch.arange(0, samples * length + 1, length, device=input_ids.device).int()
+    return {
+        "cu_seqlens_q": ends,
+        "cu_seqlens_kv": ends,
+        "max_seqlen_q": length,
+        "max_seqlen_kv": length,
+    }
 
 
 def _gather(tensor: torch.Tensor, group: dist.ProcessGroup, dim: int) -> torch.Tensor:

@@ -2,6 +2,8 @@
 """The mutants of this project, by area."""
 
 from tests.mutants.catalogue.bridge import BRIDGE, GRIDS
+from tests.mutants.catalogue.exchange import EXCHANGE
+from tests.mutants.catalogue.files import FILES
 from tests.mutants.catalogue.model import MODEL
 from tests.mutants.catalogue.routing import ROUTING
 from tests.mutants.catalogue.sequence import ATTENTION, SHARDING
@@ -11,6 +13,7 @@ MUTANTS = (
     *GRIDS,
     *BRIDGE,
     *ROUTING,
+    *EXCHANGE,
     *SHARDING,
     *ATTENTION,
     *MODEL,
@@ -18,4 +21,5 @@ MUTANTS = (
     *GRADIENTS,
     *OPTIMIZER,
     *CHECKPOINTS,
+    *FILES,
 )

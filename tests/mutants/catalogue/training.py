@@ -15,9 +15,6 @@ _FINALIZE_TESTS = UNIT + "test_grad_finalize_8rank.py::"
 _OPTIMIZER_TESTS = UNIT + "test_mimo_optimizer_8rank.py::"
 _CHECKPOINT_TESTS = UNIT + "test_checkpoint_8rank.py::"
 _REFUSED_TESTS = UNIT + "test_checkpoint_refused_8rank.py::"
-_REFUSED_TESTS = UNIT + "test_checkpoint_refused_8rank.py::"
-_INTEGRITY = MIMO + "training/integrity.py"
-_INTEGRITY_TESTS = UNIT + "test_checkpoint_integrity.py::"
 _COUNT = _FINALIZE_TESTS + "test_tokens_are_counted_once_over_dp_and_cp"
 _NORM = _OPTIMIZER_TESTS + "test_the_norm_is_that_of_all_modules_on_every_rank"
 
@@ -232,21 +229,5 @@ CHECKPOINTS = (
         tests=(_CHECKPOINT_TESTS + "test_a_checkpoint_is_not_there_before_it_is_whole",),
         why="after a power failure the newest checkpoint has files without content",
         ranks=8,
-    ),
-    Mutant(
-        name="flipped-byte-not-noticed",
-        file=_INTEGRITY,
-        old='sha256(folder / name) != saved["sha256"]',
-        new='sha256(folder / name) == ""',
-        tests=(_INTEGRITY_TESTS + "test_what_is_changed_is_named",),
-        why="a damaged shard loads without an error and trains on",
-    ),
-    Mutant(
-        name="digest-of-the-first-piece",
-        file=_INTEGRITY,
-        old="while size := file.readinto(buffer):",
-        new="if size := file.readinto(buffer):",
-        tests=(_INTEGRITY_TESTS + "test_the_digest_is_that_of_all_bytes",),
-        why="damage beyond the first megabytes of a shard is not seen",
     ),
 )

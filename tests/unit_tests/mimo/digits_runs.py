@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from trainer import Trainer, TrainOptions  # noqa: E402
 from megatron.core.models.mimo.training.checkpoint import CheckpointStore  # noqa: E402
 
 BATCH = 16
+DATA_SEED = 7
 SIZE = ModelSize(
     vision_hidden=32,
     vision_layers=1,
@@ -38,10 +39,17 @@ FAN_OUT = ("tp=4,dp=2", "tp=1,cp=2,dp=4")
 
 @dataclass
 class Run:
-    """A run that trains, saves and loads."""
+    """A run that trains, saves and loads.
+
+    Attributes:
+        built: the model.
+        trainer: of the model.
+        batches: what it trains on.
+    """
 
     built: DigitsModel
     trainer: Trainer
+    batches: DigitsBatches = field(default_factory=lambda: DigitsBatches(DATA_SEED, "train", BATCH))
 
     def store(self, root: Path, **options: Any) -> CheckpointStore:
         group = self.built.collections["language"].dp_cp
@@ -56,8 +64,7 @@ class Run:
 
     def train(self, start: int, stop: int) -> list[float]:
         """Losses of the steps; each must have moved the weights."""
-        batches = DigitsBatches(7, "train", BATCH)
-        results = [self.trainer.step(batches, step) for step in range(start, stop)]
+        results = [self.trainer.step(self.batches, step) for step in range(start, stop)]
         assert all(result.success for result in results)
         return [result.loss for result in results]
 
@@ -75,15 +82,38 @@ class Run:
 
 
 @contextlib.contextmanager
-def run(pair: tuple[str, str], distributed: bool = True, seed: int = 5) -> Iterator[Run]:
+def run(
+    pair: tuple[str, str],
+    distributed: bool = True,
+    seed: int = 5,
+    sequence_parallel: bool = False,
+) -> Iterator[Run]:
     built = build_model(
         Layout.parse(pair[0], "vision"),
         Layout.parse(pair[1], "language"),
-        ModelOptions(size=SIZE, seed=seed, distributed_optimizer=distributed),
+        ModelOptions(
+            size=SIZE,
+            seed=seed,
+            distributed_optimizer=distributed,
+            sequence_parallel=sequence_parallel,
+        ),
     )
-    options = TrainOptions(steps=10, global_batch_size=BATCH, warmup_steps=1)
+    with ended(built):
+        yield Run(built, Trainer(built, train_options(), distributed))
+
+
+def train_options(micro_batches: int = 1) -> TrainOptions:
+    """Of all runs; the schedule is longer than any of them."""
+    return TrainOptions(
+        steps=10, global_batch_size=BATCH, micro_batches=micro_batches, warmup_steps=1
+    )
+
+
+@contextlib.contextmanager
+def ended(built: DigitsModel) -> Iterator[None]:
+    """Releases the model's groups at the end, when all ranks are there."""
     try:
-        yield Run(built, Trainer(built, options, distributed))
+        yield
     finally:
         dist.barrier()
         built.destroy()

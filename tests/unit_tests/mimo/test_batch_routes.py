@@ -35,6 +35,18 @@ def test_tokens_and_rows_of_each_replica(rank: int) -> None:
     assert plan.place.tolist() == by_hand.place.tolist()
 
 
+def test_packed_replicas_own_the_same_rows_at_packed_places() -> None:
+    """Samples of 8 tokens over CP 2, one after another: local place = 4 * sample + place in it."""
+    layout = RouteLayout.from_grids(SRC, DEST)
+    for rank in range(8):
+        dense = plan_even_batch(layout, rank, batch())
+        packed = plan_even_batch(layout, rank, batch(), packed=True)
+        assert packed.tokens.batch == 1
+        assert packed.tokens.cu_seqlens == (0, 8, 16, 24, 32)
+        place, sample = np.divmod(dense.place, 4)
+        assert packed.place.tolist() == (4 * sample + place).tolist()
+
+
 def test_shares_that_do_not_nest_are_one_group() -> None:
     """DP 3 beside DP 2: six samples, two per encoder replica and three per language replica."""
     grids = GridShape((2, 3), ("tp", "dp")), GridShape((1, 3, 2), ("tp", "cp", "dp"))

@@ -53,6 +53,7 @@ class Case:
     overlap: bool = False
     freeze_vision: bool = False
     bridge: str = "routed"
+    packed: bool = False
 
 
 CASES = [
@@ -67,6 +68,9 @@ CASES = [
     Case("equal_cp1", "tp=2,dp=4", "tp=2,dp=4", masks="uneven"),
     Case("empty_on_some_ranks", **FAN_IN, masks="one_sample"),
     Case("empty_everywhere", **FAN_IN, masks="none"),
+    Case("packed_cp2_sp", **FAN_IN, masks="uneven", sequence_parallel=True, packed=True),
+    Case("packed_cp4_2mb", "tp=1,dp=8", "tp=2,cp=4,dp=1", 2, masks="uneven", packed=True),
+    Case("packed_cp1", "tp=1,dp=8", "tp=4,dp=2", packed=True),
     Case("frozen_vision", **FAN_IN, masks="uneven", freeze_vision=True),
 ]
 # One of each kind over the other bridge.
@@ -74,7 +78,13 @@ CASES += [
     replace(case, name=f"gather_{case.name}", bridge="gather")
     for case in CASES
     if case.name
-    in {"fan_in_cp2_sp_overlap", "fan_in_cp4", "fan_out_cp2_uneven_4mb", "frozen_vision"}
+    in {
+        "fan_in_cp2_sp_overlap",
+        "fan_in_cp4",
+        "fan_out_cp2_uneven_4mb",
+        "packed_cp4_2mb",
+        "frozen_vision",
+    }
 ]
 
 
@@ -91,6 +101,7 @@ def options(case: Case) -> ModelOptions:
         overlap_grad_reduce=case.overlap,
         sequence_parallel=case.sequence_parallel,
         bridge=case.bridge,
+        packed=case.packed,
         freeze_vision=case.freeze_vision,
     )
 

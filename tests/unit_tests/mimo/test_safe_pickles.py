@@ -159,6 +159,16 @@ def test_places_given_in_another_way_are_refused(tmp_path: Path) -> None:
     )
 
 
+def test_a_second_state_adds_to_the_first(tmp_path: Path) -> None:
+    """As it does where the loader reads it: what the first one says still counts."""
+    new = b"ctorch.distributed.checkpoint.filesystem\n_StorageInfo\n)\x81"
+    first = b"}(Vrelative_path\nV../other\nVoffset\nI0\nVlength\nI9\nub"
+    content = new + first + b"}Voffset\nI7\nsb."
+    assert vars(pickle.loads(content)) == {"relative_path": "../other", "offset": 7, "length": 9}
+    found = safe_pickles._Rehearsal(io.BytesIO(content)).load()
+    assert found.fields() == vars(pickle.loads(content))
+
+
 @pytest.mark.parametrize("content", [b"", b"junk", pickle.dumps(metadata())[:-20], b"I3\n."])
 def test_what_is_no_metadata_is_refused(content: bytes, tmp_path: Path) -> None:
     assert "is not the metadata of a checkpoint" in refused(tmp_path, content)
@@ -214,3 +224,31 @@ def test_another_format_is_refused(text: str, words: str, tmp_path: Path) -> Non
     (tmp_path / "metadata.json").write_text(text)
     with pytest.raises(UnsafeFile, match=words):
         safe_pickles.check_format(tmp_path / "metadata.json")
+
+
+# ---- a whole checkpoint -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_all_ranks_together_check_every_object(world: int, tmp_path: Path) -> None:
+    """Whichever of three objects would run code, one rank refuses it."""
+    (tmp_path / "metadata.json").write_text("{}")
+    for bad in (1, 2, 3):
+        content = metadata()
+        content.storage_data = {}
+        for number in (1, 2, 3):
+            value = Calls(os.mkdir, str(tmp_path / "witness")) if number == bad else 1.0
+            place = stored(tmp_path, value)
+            (tmp_path / place.file).rename(tmp_path / f"__{number}_0.distcp")
+            where = _StorageInfo(f"__{number}_0.distcp", place.offset, place.length)
+            content.storage_data[MetadataIndex("rng", torch.Size([number]), number)] = where
+        (tmp_path / ".metadata").write_bytes(pickle.dumps(content))
+        refusals = []
+        for rank in range(world):
+            try:
+                safe_pickles.check(tmp_path, rank, world)
+            except UnsafeFile as error:
+                refusals.append(str(error))
+        assert len(refusals) == 1
+        assert f"__{bad}_0.distcp ('rng') is not loaded, it names posix.mkdir" in refusals[0]
+    assert not (tmp_path / "witness").exists()

@@ -7,8 +7,8 @@ One place for it, so that the rest of the package reads as if there were one ver
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     TorchDistSaveShardedStrategy,
 )
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.utils import sharded_state_dict_default
@@ -79,7 +80,7 @@ def sharded_state_dict_of_children(
     state: dict[str, Any] = {}
     for prefix, child in children:
         module, prefix = peel(child, prefix, wrappers)
-        with lend_tp_group(module, tp_group):
+        with lend_tp_group(module, tp_group), tied_heads_as_copies(module):
             state.update(
                 sharded_state_dict_default(
                     module, prefix, sharded_offsets, own_metadata, tp_group=tp_group
@@ -128,6 +129,35 @@ def lend_tp_group(module: nn.Module, tp_group: Any) -> Iterator[None]:
     finally:
         for borrower in borrowers:
             del borrower.tp_group
+
+
+@contextlib.contextmanager
+def tied_heads_as_copies(module: nn.Module) -> Iterator[None]:
+    """Inside, a head that is tied to the embeddings of another stage is saved as a copy of them.
+
+    So it is in stock, which asks the global ``parallel_state`` which copy this rank has; the
+    head's own entry in the sharded state says so, too.
+    """
+    models = [m for m in module.modules() if isinstance(m, LanguageModule)]
+    for model in models:
+        model.tie_embeddings_and_output_weights_state_dict = _tie_head_of(model)
+    try:
+        yield
+    finally:
+        for model in models:
+            del model.tie_embeddings_and_output_weights_state_dict
+
+
+def _tie_head_of(model: LanguageModule) -> Callable[..., None]:
+    def tie(state: dict[str, Any], head: str, embeddings: str, *_metadata: Any) -> None:
+        # The first stage's embeddings are the head as well; stages between have neither.
+        if model.pre_process or head not in state:
+            return
+        own = state[head]
+        copy = (1, *own.replica_id[1:])
+        state[head] = replace(own, key=embeddings, replica_id=copy, allow_shape_mismatch=True)
+
+    return tie
 
 
 def packed_seq_params(packing_kwargs: Mapping[str, Any]) -> PackedSeqParams:

@@ -10,7 +10,9 @@ from megatron.core.models.mimo.comm.routes import RoutePlan, plan_routes
 from megatron.core.models.mimo.comm.token_runs import TokenRuns
 
 
-def plan_even_batch(layout: RouteLayout, rank: int, mask: np.ndarray) -> RoutePlan:
+def plan_even_batch(
+    layout: RouteLayout, rank: int, mask: np.ndarray, *, packed: bool = False
+) -> RoutePlan:
     """One rank's routes, if each side's replicas take equal runs of samples, in DP order.
 
     An encoder replica makes the rows of its own samples. Samples may have different numbers of
@@ -29,6 +31,7 @@ def plan_even_batch(layout: RouteLayout, rank: int, mask: np.ndarray) -> RoutePl
         rank: global rank.
         mask: bool ``(B, S)`` of the whole microbatch, all replicas' samples in order: true where
             a token stands for a row.
+        packed: each language replica packs its samples, in order, into one sequence.
 
     Returns:
         The plan, for ``MimoModel.forward(..., route_plan={modality: plan})``.
@@ -40,8 +43,13 @@ def plan_even_batch(layout: RouteLayout, rank: int, mask: np.ndarray) -> RoutePl
     group = layout.group_of(rank)
     dest = [_part(mask, dp, layout.dest_dp_size, layout.dest_name) for dp in group.dest_dps]
     src = [_part(mask, dp, layout.src_dp_size, layout.src_name) for dp in group.src_dps]
-    tokens = [TokenRuns.from_mask(part) for part in dest]
+    tokens = [_pack(part) if packed else TokenRuns.from_mask(part) for part in dest]
     return plan_routes(layout, rank, tokens, [int(part.sum()) for part in src])
+
+
+def _pack(part: np.ndarray) -> TokenRuns:
+    samples, length = part.shape
+    return TokenRuns.from_mask(part.reshape(1, -1), range(0, samples * length + 1, length))
 
 
 def _part(mask: np.ndarray, dp: int, dp_size: int, name: str) -> np.ndarray:

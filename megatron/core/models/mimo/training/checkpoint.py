@@ -24,10 +24,9 @@ import torch
 import torch.distributed as dist
 
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.mimo.compat import fully_parallel_load, fully_parallel_save
-from megatron.core.models.mimo.training import integrity, safe_pickles
+from megatron.core.models.mimo.training import global_tensors, integrity, safe_pickles
 from megatron.core.models.mimo.training.agreement import Failure, run_together
 from megatron.core.models.mimo.training.manifest import FORMAT, MANIFEST, Manifest
 from megatron.core.models.mimo.training.randomness import ModuleRandomness
@@ -143,16 +142,18 @@ class CheckpointStore:
         if final.exists():
             return final
         state = self._sharded_state(model, optimizer, is_loading=False)
+        weights, moments = (_tensors(state[part]) for part in ("model", "optimizer"))
+        size = global_tensors.total_bytes(weights) + global_tensors.total_bytes(moments)
         manifest = Manifest(
             step=step,
             layouts=self.layouts,
             world_size=dist.get_world_size(),
-            shapes=_global_shapes(state["model"]),
+            shapes=global_tensors.shapes(weights),
             extra=extra or {},
             distributed_optimizer=optimizer.config.use_distributed_optimizer,
         )
         try:
-            self._on_rank_0(lambda: self._prepare(partial, state), f"write checkpoint {final}")
+            self._on_rank_0(lambda: self._prepare(partial, size), f"write checkpoint {final}")
             self._on_all_ranks(
                 lambda: dist_checkpointing.save(state, str(partial), fully_parallel_save()),
                 f"write checkpoint {final}",
@@ -167,10 +168,10 @@ class CheckpointStore:
             raise
         return final
 
-    def _prepare(self, partial: Path, state: dict) -> None:
+    def _prepare(self, partial: Path, tensor_bytes: int) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
         remove_partial(self.root)
-        need = int(_global_bytes(state) * _DISK_MARGIN) + _DISK_SLACK_BYTES
+        need = int(tensor_bytes * _DISK_MARGIN) + _DISK_SLACK_BYTES
         free = shutil.disk_usage(self.root).free
         if free < need:
             raise OSError(
@@ -232,7 +233,7 @@ class CheckpointStore:
         manifest = self.manifest(step)
         self._check_same_optimizer(manifest, optimizer.config.use_distributed_optimizer)
         state = self._sharded_state(model, optimizer, is_loading=True)
-        self._check_same_model(manifest, _global_shapes(state["model"]))
+        self._check_same_model(manifest, global_tensors.shapes(_tensors(state["model"])))
         if not self.same_layout(manifest):
             state.pop("rng")
         path = self.path(step)
@@ -368,30 +369,9 @@ def remove_partial(root: Path) -> list[str]:
     return removed
 
 
-def _sharded_tensors(state: dict) -> list[ShardedTensor]:
-    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-
-    found: list[ShardedTensor] = []
-    for value in nested_values(state):
-        if isinstance(value, ShardedTensorFactory):
-            value = value.build()
-            found.extend(v for v in nested_values(value) if isinstance(v, ShardedTensor))
-        elif isinstance(value, ShardedTensor):
-            found.append(value)
-    return found
-
-
-def _global_shapes(model_state: dict) -> dict[str, list[int]]:
-    """Parameter name -> global shape, the same on all ranks of any layout with PP 1."""
-    return {t.key: list(t.global_shape) for t in _sharded_tensors(model_state)}
-
-
-def _global_bytes(state: dict) -> int:
-    """Bytes of all tensors of the checkpoint, whoever writes them."""
-    sizes = {
-        t.key: int(np.prod(t.global_shape)) * t.dtype.itemsize for t in _sharded_tensors(state)
-    }
-    return sum(sizes.values())
+def _tensors(part: dict[str, Any]) -> global_tensors.Described:
+    """The tensors of a part of the state, those of all ranks, which call it together."""
+    return global_tensors.of_all_ranks(global_tensors.described(part))
 
 
 def _fsync(path: Path) -> None:
