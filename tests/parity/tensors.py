@@ -15,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP
 
 _LANGUAGE_PREFIX = "language_model"
+_EXPERTS = ".local_experts."
 
 
 def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -50,6 +51,8 @@ def whole_tensors(
 ) -> dict[str, torch.Tensor]:
     """Gather ``values``, which are shaped as this rank's parameters, over tensor parallelism.
 
+    Experts are gathered over expert tensor parallelism; of them a rank has its EP rank's alone.
+
     A QKV weight is cut between query groups, so its shards follow each other. The first layer of
     a gated MLP holds the gate's shard and then the value's; both are put back where they belong.
 
@@ -63,7 +66,8 @@ def whole_tensors(
     for name, parameter in named_parameters(model):
         if name not in values:
             continue
-        tp = collections[_module_of(name, collections)].tp
+        groups = collections[_module_of(name, collections)]
+        tp = groups.expt_tp if _EXPERTS in name else groups.tp
         if tp.size() == 1 or not getattr(parameter, "tensor_model_parallel", False):
             whole[name] = values[name].clone()
             continue

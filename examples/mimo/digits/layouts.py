@@ -18,15 +18,22 @@ from errors import JobError
 
 MAX_RANKS = 16_384
 _AXES = {"vision": ("tp", "dp"), "language": ("tp", "cp", "dp")}
+# Another cut of the language model's ranks, for its experts.
+_EXPERT_AXES = ("ep", "etp")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of one module's axes; ``str(layout)`` is what the command line takes."""
+    """Sizes of one module's axes; ``str(layout)`` is what the command line takes.
+
+    ``ep`` ranks share out a layer's experts and ``etp`` ranks (0: as many as ``tp``) share one.
+    """
 
     tp: int = 1
     cp: int = 1
     dp: int = 1
+    ep: int = 1
+    etp: int = 0
 
     @property
     def size(self) -> int:
@@ -35,7 +42,14 @@ class Layout:
 
     def __str__(self) -> str:
         cp = f"cp={self.cp}," if self.cp > 1 else ""
-        return f"tp={self.tp},{cp}dp={self.dp}"
+        ep = f",ep={self.ep}" if self.ep > 1 else ""
+        etp = f",etp={self.etp}" if self.etp not in (0, self.tp) else ""
+        return f"tp={self.tp},{cp}dp={self.dp}{ep}{etp}"
+
+    @property
+    def expert_tp(self) -> int:
+        """Ranks that share one expert."""
+        return self.etp or self.tp
 
     @classmethod
     def parse(cls, text: str, module: str) -> Layout:
@@ -45,7 +59,7 @@ class Layout:
             JobError: for an unknown or repeated axis and for anything but whole numbers from 1.
         """
         sizes: dict[str, int] = {}
-        known = (*_AXES[module], *(("cp",) if module == "vision" else ()))
+        known = (*_AXES[module], *(("cp",) if module == "vision" else _EXPERT_AXES))
         for part in text.split(","):
             axis, equals, number = (piece.strip() for piece in part.partition("="))
             if not equals or axis not in known:

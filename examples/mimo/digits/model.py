@@ -63,6 +63,40 @@ class ModelSize:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Experts in place of each of the language model's MLPs.
+
+    Attributes:
+        count: experts of a layer.
+        per_token: how many of them a token goes to.
+        dispatcher: how tokens reach them, ``"alltoall"`` or ``"allgather"``.
+        balance: the loss that keeps their loads equal, as Megatron-Core calls it, or ``"none"``.
+        balance_coeff: its weight; 0 with ``"none"``.
+        z_coeff: weight of the loss that keeps the router's logits small, None for none.
+    """
+
+    count: int = 4
+    per_token: int = 2
+    dispatcher: str = "alltoall"
+    balance: str = "none"
+    balance_coeff: float = 0.0
+    z_coeff: float | None = None
+
+    def settings(self, language: Layout) -> dict[str, Any]:
+        """For the language model's TransformerConfig."""
+        return {
+            "num_moe_experts": self.count,
+            "moe_router_topk": self.per_token,
+            "moe_token_dispatcher_type": self.dispatcher,
+            "moe_router_load_balancing_type": self.balance,
+            "moe_aux_loss_coeff": self.balance_coeff,
+            "moe_z_loss_coeff": self.z_coeff,
+            "expert_model_parallel_size": language.ep,
+            "expert_tensor_parallel_size": language.expert_tp,
+        }
+
+
+@dataclass(frozen=True)
 class ModelOptions:
     """How the model is built and trained, apart from the layouts."""
 
@@ -75,6 +109,7 @@ class ModelOptions:
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = True
     freeze_vision: bool = False
+    experts: Experts | None = None
 
 
 class DigitEncoder(MegatronModule):
@@ -132,10 +167,14 @@ class DigitsModel:
 
     def layouts(self) -> dict[str, dict[str, int]]:
         """Module name -> sizes of its axes, for checkpoints and summaries."""
-        return {
+        sizes = {
             name: {dim: grid.dim_size(dim) for dim in ("tp", "cp", "pp", "dp")}
             for name, grid in self.grids.items()
         }
+        groups = self.collections[LANGUAGE]
+        if self.configs[LANGUAGE].num_moe_experts:
+            sizes[LANGUAGE] |= {"ep": groups.ep.size(), "etp": groups.expt_tp.size()}
+        return sizes
 
 
 def transformer_configs(
@@ -185,6 +224,7 @@ def transformer_configs(
         tensor_model_parallel_size=language.tp,
         context_parallel_size=language.cp,
         sequence_parallel=options.sequence_parallel and language.tp > 1,
+        **(options.experts.settings(language) if options.experts else {}),
         **common,
     )
     return {VISION: encoder, "projector": projector, LANGUAGE: decoder}
@@ -251,9 +291,12 @@ def build_model(
         rank_offset: the first of the ranks.
     """
     place: dict[str, Any] = {"rank_offset": rank_offset, "backend": backend}
+    axes = {"tp": language.tp, "cp": language.cp, "dp": language.dp}
+    if options.experts:
+        axes |= {"ep": language.ep, "expt_tp": language.expert_tp}
     grids = {
         VISION: make_grid(tp=vision.tp, dp=vision.dp, **place) if vision else None,
-        LANGUAGE: make_grid(tp=language.tp, cp=language.cp, dp=language.dp, **place),
+        LANGUAGE: make_grid(**axes, **place),
     }
     grids[VISION] = grids[VISION] or grids[LANGUAGE]
     collections = {name: create_process_groups(grid) for name, grid in grids.items()}

@@ -7,7 +7,13 @@ from tests.mutants.catalogue.files import FILES
 from tests.mutants.catalogue.model import MODEL
 from tests.mutants.catalogue.routing import ROUTING
 from tests.mutants.catalogue.sequence import ATTENTION, SHARDING
-from tests.mutants.catalogue.training import CHECKPOINTS, GRADIENTS, OPTIMIZER, WEIGHTS
+from tests.mutants.catalogue.training import (
+    CHECKPOINTS,
+    EXPERTS,
+    GRADIENTS,
+    OPTIMIZER,
+    WEIGHTS,
+)
 
 MUTANTS = (
     *GRIDS,
@@ -19,6 +25,7 @@ MUTANTS = (
     *MODEL,
     *WEIGHTS,
     *GRADIENTS,
+    *EXPERTS,
     *OPTIMIZER,
     *CHECKPOINTS,
     *FILES,

@@ -16,6 +16,7 @@ _OPTIMIZER_TESTS = UNIT + "test_mimo_optimizer_8rank.py::"
 _CHECKPOINT_TESTS = UNIT + "test_checkpoint_8rank.py::"
 _REFUSED_TESTS = UNIT + "test_checkpoint_refused_8rank.py::"
 _COUNT = _FINALIZE_TESTS + "test_tokens_are_counted_once_over_dp_and_cp"
+_EXPERT_TESTS = UNIT + "test_experts_8rank.py::"
 _NORM = _OPTIMIZER_TESTS + "test_the_norm_is_that_of_all_modules_on_every_rank"
 
 WEIGHTS = (
@@ -129,6 +130,34 @@ GRADIENTS = (
         tests=(_FINALIZE_TESTS + "test_a_batch_without_tokens_leaves_zeros",),
         why="a batch without a valid token turns every weight into nan",
         ranks=8,
+    ),
+)
+
+EXPERTS = (
+    Mutant(
+        name="experts-summed-like-dense-weights",
+        file=MIMO + "training/experts.py",
+        old="parameter.allreduce = False",
+        new="parameter.allreduce = True",
+        tests=(_EXPERT_TESTS + "test_loss_gradients_and_norm_equal_the_unsharded_model",),
+        why="gradients of different experts are added up, since they stand in the same places",
+        ranks=8,
+    ),
+    Mutant(
+        name="every-ep-rank-draws-the-same-experts",
+        file=MIMO + "training/global_names.py",
+        old="first = rank * len(list(experts.children()))",
+        new="first = 0",
+        tests=(_WEIGHT_TESTS + "test_experts_are_counted_over_expert_parallel_ranks",),
+        why="a layer starts with several copies of a few experts, and EP changes the model",
+    ),
+    Mutant(
+        name="expert-dp-ignores-expert-tp",
+        file=MIMO + "training/groups.py",
+        old="shape = [expt_tp, ep, stage // (expt_tp * ep), pp]",
+        new="shape = [grid.dim_size('tp'), ep, stage // (grid.dim_size('tp') * ep), pp]",
+        tests=(UNIT + "test_experts.py::test_expert_dp_is_what_is_left",),
+        why="experts are cut over TP although expert TP was asked for",
     ),
 )
 

@@ -83,20 +83,12 @@ class Run:
 
 @contextlib.contextmanager
 def run(
-    pair: tuple[str, str],
-    distributed: bool = True,
-    seed: int = 5,
-    sequence_parallel: bool = False,
+    pair: tuple[str, str], distributed: bool = True, seed: int = 5, **more: Any
 ) -> Iterator[Run]:
     built = build_model(
         Layout.parse(pair[0], "vision"),
         Layout.parse(pair[1], "language"),
-        ModelOptions(
-            size=SIZE,
-            seed=seed,
-            distributed_optimizer=distributed,
-            sequence_parallel=sequence_parallel,
-        ),
+        ModelOptions(size=SIZE, seed=seed, distributed_optimizer=distributed, **more),
     )
     with ended(built):
         yield Run(built, Trainer(built, train_options(), distributed))

@@ -30,6 +30,7 @@ from megatron.core.tensor_parallel.random import (
     get_cuda_rng_tracker,
     model_parallel_cuda_manual_seed,
 )
+from megatron.core.transformer.moe import token_dispatcher
 
 if not torch.cuda.is_available():
     from megatron.core.models.mimo import cpu_backend
@@ -386,6 +387,57 @@ def test_checkpoint_writers_are_threads_of_this_process(key: str) -> None:
     # Annotations of the file go on naming multiprocessing's types; the module itself is whole.
     assert hasattr(filesystem_async.mp, "SimpleQueue")
     assert torch.multiprocessing.get_context("spawn").Process is not threading.Thread
+
+
+@entries("megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu")
+def test_split_sizes_are_sequences(key: str) -> None:
+    move = token_dispatcher.maybe_move_tensor_to_cpu
+    sizes = torch.tensor([2, 0, 3])
+    assert move(sizes, as_numpy=True, record_stream=True).tolist() == [2, 0, 3]
+    assert move(sizes) is sizes
+    assert move(None, as_numpy=True) is None
+
+
+class PlayedGroup:
+    """Collectives of two ranks with 1 and 3 rows, as this rank (the second) sees them."""
+
+    OTHER, OWN = torch.full((1, 2), 5.0), torch.arange(6.0).view(3, 2)
+
+    def all_gather(self, parts: list, tensor: torch.Tensor, group=None, async_op=False) -> None:
+        assert len({part.shape for part in parts}) == 1
+        assert parts[0].shape == tensor.shape
+        parts[0].zero_()
+        parts[0][:1] = self.OTHER
+        parts[1].copy_(tensor)
+
+    def all_reduce(self, tensor: torch.Tensor, op=None, group=None) -> None:
+        tensor.mul_(2)
+
+
+@entries("torch.distributed.all_gather")
+def test_parts_of_different_sizes_are_gathered(key: str) -> None:
+    gather = WITHOUT_CUDA[KEYS.index(key)].make(PlayedGroup().all_gather)
+    parts = [torch.empty(1, 2), torch.empty(3, 2)]
+    gather(parts, PlayedGroup.OWN, group=object())
+    assert torch.equal(parts[0], PlayedGroup.OTHER)
+    assert torch.equal(parts[1], PlayedGroup.OWN)
+
+
+@entries("torch.distributed.reduce_scatter")
+def test_parts_of_different_sizes_are_reduced(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    scatter = WITHOUT_CUDA[KEYS.index(key)].make(lambda *a, **k: asked.append((a, k)))
+    monkeypatch.setattr(torch.distributed, "all_reduce", PlayedGroup().all_reduce)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 1)
+    output = torch.empty(3, 2)
+    scatter(output, [PlayedGroup.OTHER, PlayedGroup.OWN], group=object())
+    assert torch.equal(output, 2 * PlayedGroup.OWN)
+    assert not asked
+    equal = [PlayedGroup.OWN, PlayedGroup.OWN]
+    scatter(output, equal)
+    ((args, _),) = asked
+    assert args[0] is output
+    assert args[1] is equal
 
 
 @entries("torch.zeros")

@@ -7,6 +7,7 @@ One place for it, so that the rest of the package reads as if there were one ver
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -26,9 +27,20 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.utils import sharded_state_dict_default
 
 WRAPPERS: tuple[type[nn.Module], ...] = (DistributedDataParallel, Float16Module)
+
+# The router's bias is updated over groups that the caller gives, from 0.19.
+EXPERT_BIAS_TAKES_GROUPS = "tp_dp_cp_group" in inspect.signature(get_updated_expert_bias).parameters
+# Under per-token losses 0.16 scales the router's losses by the tokens of this rank alone, although
+# the tokens of all TP x CP ranks divide them later. 0.19, which has other parameters, does not.
+ROUTER_LOSSES_MISS_RANKS = (
+    "reduce_group_has_dp"
+    in inspect.signature(TopKRouter.attach_and_log_load_balancing_loss).parameters
+)
 
 ShardedOffsets = tuple[tuple[int, int, int], ...]
 

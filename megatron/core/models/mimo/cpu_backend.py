@@ -197,6 +197,64 @@ def _writers_in_this_process(original: Any) -> Any:
     return seen
 
 
+def _splits_as_numpy(_original: Any) -> Callable[..., Any]:
+    """What Megatron does to split sizes that lie on a GPU, for those that lie here already.
+
+    ``all_to_all_single`` takes no tensors as split sizes.
+    """
+
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    return move
+
+
+def _all_gather_of_any_sizes(original: Callable[..., Any]) -> Callable[..., Any]:
+    """NCCL gathers parts of different first dims, gloo does not: they travel padded to one size."""
+
+    @functools.wraps(original)
+    def gather(
+        tensor_list: list[torch.Tensor],
+        tensor: torch.Tensor,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        rows = [part.shape[0] if part.dim() else 1 for part in tensor_list]
+        if async_op or len(set(rows)) <= 1:
+            return original(tensor_list, tensor, group=group, async_op=async_op)
+        padded = tensor.new_zeros((max(rows), *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor
+        whole = [torch.empty_like(padded) for _ in tensor_list]
+        original(whole, padded, group=group)
+        for part, found in zip(tensor_list, whole, strict=True):
+            part.copy_(found[: len(part)])
+        return None
+
+    return gather
+
+
+def _reduce_scatter_of_any_sizes(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for reductions: parts of different first dims are summed whole on every rank."""
+
+    @functools.wraps(original)
+    def scatter(
+        output: torch.Tensor,
+        input_list: list[torch.Tensor],
+        op: Any = torch.distributed.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        rows = [part.shape[0] if part.dim() else 1 for part in input_list]
+        if async_op or len(set(rows)) <= 1:
+            return original(output, input_list, op=op, group=group, async_op=async_op)
+        whole = torch.cat(input_list)
+        torch.distributed.all_reduce(whole, op=op, group=group)
+        output.copy_(whole.split(rows)[torch.distributed.get_rank(group)])
+        return None
+
+    return scatter
+
+
 def _redirect(owner: Any, name: str, make: Callable[[Any], Any], *call_sites: str) -> Redirect:
     return Redirect(owner, name, make, call_sites)
 
@@ -205,6 +263,7 @@ def _redirects() -> list[Redirect]:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe import token_dispatcher
 
     null_stream = _constant(_NullStream())
     cuda, to_cpu = torch.cuda, _device_argument
@@ -212,6 +271,7 @@ def _redirects() -> list[Redirect]:
     buffer_py = "distributed/param_and_grad_buffer.py"
     files_py = "dist_checkpointing/strategies/filesystem_async.py"
     exchange_py = "dist_checkpointing/exchange_utils.py"
+    mappings_py = "tensor_parallel/mappings.py"
     own_random_py = "models/mimo/training/randomness.py"
     return [
         _redirect(
@@ -289,6 +349,24 @@ def _redirects() -> list[Redirect]:
             f"0.16 {files_py}: write_preloaded_data_multiproc",
             f"0.16 {files_py}: _get_write_results_queue",
             f"0.19 {files_py}: get_write_results_queue",
+        ),
+        _redirect(
+            token_dispatcher,
+            "maybe_move_tensor_to_cpu",
+            _splits_as_numpy,
+            "transformer/moe/token_dispatcher.py: _maybe_dtoh_and_synchronize",
+        ),
+        _redirect(
+            torch.distributed,
+            "all_gather",
+            _all_gather_of_any_sizes,
+            f"{mappings_py}: _gather_along_first_dim",
+        ),
+        _redirect(
+            torch.distributed,
+            "reduce_scatter",
+            _reduce_scatter_of_any_sizes,
+            f"{mappings_py}: _reduce_scatter_along_first_dim",
         ),
     ]
 

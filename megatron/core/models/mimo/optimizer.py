@@ -228,7 +228,7 @@ class MimoOptimizer(MegatronOptimizer):
         return sum(n * n for n in module_norms.values()) ** 0.5
 
     def _device(self) -> torch.device:
-        for opt in self._active_optimizers:
+        for opt in _inner_optimizers(self._active_optimizers):
             for param in opt.get_parameters():
                 return param.device
         return torch.empty(0).device if not torch.cuda.is_available() else _current_device()
@@ -251,7 +251,7 @@ class MimoOptimizer(MegatronOptimizer):
         return bool(value.item())
 
     def _clip(self, grad_norm: float) -> None:
-        for opt in self._active_optimizers:
+        for opt in _inner_optimizers(self._active_optimizers):
             if getattr(opt, "is_stub_optimizer", False) or opt.config.clip_grad <= 0.0:
                 continue
             params = opt.get_parameters()
@@ -345,12 +345,27 @@ def _inner_optimizer(
             f"module '{name}' asks for {instances} distributed-optimizer instances; "
             "the MIMO optimizer supports 1: set num_distributed_optimizer_instances=1"
         )
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         config=config,
         model_chunks=[module],
         pg_collection=collection,
         use_gloo_process_groups=False,
     )
+    _count_expert_copies_over_expert_tp(optimizer, collection)
+    return optimizer
+
+
+def _count_expert_copies_over_expert_tp(
+    optimizer: MegatronOptimizer, collection: ProcessGroupCollection
+) -> None:
+    """The norm counts a whole parameter of an expert once per expert-TP group, not per TP group.
+
+    Megatron-Core 0.16 gives every optimizer the TP group, and would leave out the biases of
+    experts that sit on other TP ranks than the first.
+    """
+    for inner in _inner_optimizers([optimizer]):
+        if any(group.get("is_expert_parallel") for group in inner.param_groups):
+            inner.tp_group = collection.expt_tp
 
 
 def _get_pg_collection_for_optimizer(grid: HyperCommGrid) -> ProcessGroupCollection:
@@ -364,10 +379,17 @@ def _current_device() -> torch.device:
     return torch.device(torch.accelerator.current_accelerator().type, torch.cuda.current_device())
 
 
+def _inner_optimizers(optimizers: list[MegatronOptimizer]) -> list[MegatronOptimizer]:
+    """Those of every chain one by one: a module with experts has one for them and one for the rest.
+
+    A chain of several has no ``get_parameters`` in Megatron-Core 0.16.
+    """
+    return [o for opt in optimizers for o in getattr(opt, "chained_optimizers", [opt])]
+
+
 def _dynamic_scalers(optimizers: list[MegatronOptimizer]) -> list[DynamicGradScaler]:
     """Loss scalers that follow found-inf; none unless training in fp16."""
-    inner = (o for opt in optimizers for o in getattr(opt, "chained_optimizers", [opt]))
-    scalers = (getattr(opt, "grad_scaler", None) for opt in inner)
+    scalers = (getattr(opt, "grad_scaler", None) for opt in _inner_optimizers(optimizers))
     return [scaler for scaler in scalers if isinstance(scaler, DynamicGradScaler)]
 
 
@@ -389,5 +411,4 @@ def _count_zeros(optimizer: MegatronOptimizer) -> int:
     Each optimizer of a chain counts its own: it knows the module's TP group, which the chain of
     0.16 looks up among the global groups.
     """
-    chain = getattr(optimizer, "chained_optimizers", [optimizer])
-    return sum(int(inner.count_zeros()) for inner in chain)
+    return sum(int(inner.count_zeros()) for inner in _inner_optimizers([optimizer]))

@@ -21,6 +21,7 @@ from megatron.core.distributed.distributed_data_parallel_config import (
     DistributedDataParallelConfig,
 )
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
+from megatron.core.models.mimo.training.experts import check_expert_sizes, mark_expert_parameters
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
@@ -52,7 +53,8 @@ def wrap_modules_with_ddp(
         collections: module name -> the module's groups.
 
     Raises:
-        ValueError: if a config averages gradients instead of summing them.
+        ValueError: if a config averages gradients instead of summing them, or describes experts
+            that do not fit the module's groups (:func:`.experts.check_expert_sizes`).
     """
     modules = list(iter_modules(mimo_model))
     for name, _ in modules:
@@ -61,7 +63,9 @@ def wrap_modules_with_ddp(
                 f"module '{name}' has calculate_per_token_loss=False: DDP would average its "
                 "gradients over its own DP size, which differs between modules; set it to True"
             )
+        check_expert_sizes(name, configs[name], collections[name])
     for name, module in modules:
+        mark_expert_parameters(module)
         wrapped = DistributedDataParallel(
             configs[name],
             copy(ddp_config),

@@ -29,6 +29,7 @@ _FIELDS: dict[str, list[str]] = {
 }
 
 EXPERT_VIEW = "expert"
+EXPERT_DIMS = ["expt_tp", "ep", "expt_dp", "pp"]
 # Under which the grid keeps groups that are no box of its dims.
 _OWN = "create_process_groups"
 
@@ -39,17 +40,45 @@ def make_grid(
     cp: int = 1,
     dp: int = 1,
     pp: int = 1,
+    ep: int | None = None,
+    expt_tp: int | None = None,
     rank_offset: int = 0,
     backend: str | None = None,
 ) -> HyperCommGrid:
     """Grid of one module in Megatron-Core's default rank order, TP fastest and PP slowest.
 
+    Args:
+        tp, cp, dp, pp: sizes of the module's axes.
+        ep: ranks that share out a layer's experts. With it or ``expt_tp`` the grid gets the view
+            ``"expert"``: the ranks of a pipeline stage as expert TP x EP x expert DP, expert TP
+            fastest. Expert DP is what is left.
+        expt_tp: ranks that share one expert; ``tp`` if not given.
+        rank_offset, backend: as of ``HyperCommGrid``.
+
     Raises:
-        ValueError, RuntimeError: as ``HyperCommGrid``.
+        ValueError: ``expt_tp * ep`` does not divide the ranks of a stage; as ``HyperCommGrid``.
+        RuntimeError: as ``HyperCommGrid``.
     """
-    return HyperCommGrid(
+    grid = HyperCommGrid(
         [tp, cp, dp, pp], list(GRID_DIMS), rank_offset=rank_offset, backend=backend
     )
+    if ep is not None or expt_tp is not None:
+        _register_expert_view(grid, 1 if ep is None else ep, tp if expt_tp is None else expt_tp)
+    return grid
+
+
+def _register_expert_view(grid: HyperCommGrid, ep: int, expt_tp: int) -> None:
+    pp = grid.dim_size("pp")
+    stage = grid.size // pp
+    if min(ep, expt_tp) < 1 or stage % (expt_tp * ep):
+        sizes = [n for n in range(1, stage + 1) if expt_tp > 0 and stage % (n * expt_tp) == 0]
+        raise ValueError(
+            f"ep={ep} with expt_tp={expt_tp} does not fit: expt_tp * ep must divide the {stage} "
+            f"ranks of a pipeline stage (tp * cp * dp); "
+            + (f"with expt_tp={expt_tp}, ep can be {sizes}" if sizes else "choose another expt_tp")
+        )
+    shape = [expt_tp, ep, stage // (expt_tp * ep), pp]
+    grid.register_view(EXPERT_VIEW, shape, list(EXPERT_DIMS), shared_dims=["pp"])
 
 
 def create_process_groups(grid: HyperCommGrid) -> ProcessGroupCollection:

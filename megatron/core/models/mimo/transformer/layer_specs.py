@@ -3,7 +3,7 @@
 
 Both start from stock's own GPT block spec, so MoE patterns, MLA and pipeline stages mean what
 they mean there. Without Transformer Engine three parts are exchanged: the core attention, the
-norms of the layers, and the final norm.
+norms of the layers, and the final norm. On Megatron-Core 0.16 the router of experts is, too.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from typing import Any
 import torch
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.mimo import compat
 from megatron.core.models.mimo.transformer.context_parallel_attention import (
     ContextParallelAttention,
 )
 from megatron.core.models.mimo.transformer.norms import SequenceParallelNorm
+from megatron.core.models.mimo.transformer.router import PerTokenRouter
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_block import (
@@ -132,8 +136,16 @@ def _layer(spec: ModuleSpec, mask_type: AttnMaskType | None, with_te: bool) -> M
             _with_norms(attention.submodules), core_attention=ContextParallelAttention
         )
         changes["self_attention"] = dataclasses.replace(attention, submodules=inner)
+    if compat.ROUTER_LOSSES_MISS_RANKS and _has_stock_router(parts.mlp):
+        experts = dataclasses.replace(parts.mlp.submodules, router=PerTokenRouter)
+        changes["mlp"] = dataclasses.replace(parts.mlp, submodules=experts)
     parts = dataclasses.replace(parts if with_te else _with_norms(parts), **changes)
     return dataclasses.replace(spec, submodules=parts)
+
+
+def _has_stock_router(mlp: Any) -> bool:
+    submodules = getattr(mlp, "submodules", None)
+    return isinstance(submodules, MoESubmodules) and submodules.router is TopKRouter
 
 
 def _with_norms(submodules: Any) -> Any:
