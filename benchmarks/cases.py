@@ -139,8 +139,10 @@ class TokenBatch:
             text_share: text tokens per four tokens; 0 for none.
 
         Raises:
-            ValueError: rows that cannot be spread evenly.
+            ValueError: rows that cannot be spread evenly; another ``text_share``.
         """
+        if not 0 <= text_share < 4:
+            raise ValueError(f"text_share must be 0 to 3 of four tokens, got {text_share}")
         per_sample, rest = divmod(rows, SAMPLES)
         length, uneven = divmod(4 * per_sample, 4 - text_share)
         if rest or uneven or length % (8 * pair.language.cp):

@@ -28,11 +28,11 @@ from benchmarks.paths import RoutedPath, bridges, random_rows, rank_device, sync
 from benchmarks.wall_time import alternate
 from megatron.core.models.mimo.comm.exchange import Flight
 
-_ROWS, _WIDTH, _TEXT, _VOCABULARY = 6144, 512, 8, 512
+_ROWS, _WIDTH, _TEXT, _VOCABULARY = 6144, 512, 3, 512
 _WIRE = 0.02
-# Of the modelled transport's time, what has to be hidden at least: the text embedding takes less
-# time than the wire, so not all of it can be.
-_HIDDEN = 0.25
+# Overlapped over sequential time, at most, with the modelled transport. What computes meanwhile
+# is one embedding lookup and its gradient, so not all of the wire's time can be hidden.
+BOUND = 0.95
 COLUMNS = {
     "layout": "layout (encoder/language)",
     "wire_ms": "modelled wire, ms",
@@ -77,18 +77,19 @@ def _cell(
     path = results / f"overlap_{name}{wired}.trace.json.gz"
     with _waits_timed(wire):
         _trace(runs, path)
+    ratio = total["overlapped"] / total["sequential"]
     hidden = 1 - waiting["overlapped"] / max(waiting["sequential"], 1e-9)
     return {
         "layout": str(pair),
         "wire_ms": round(wire * 1e3),
         "sequential_ms": round(total["sequential"] * 1e3, 2),
         "overlapped_ms": round(total["overlapped"] * 1e3, 2),
-        "ratio": round(total["overlapped"] / total["sequential"], 3),
+        "ratio": round(ratio, 3),
         "sequential_wait_ms": round(waiting["sequential"] * 1e3, 2),
         "overlapped_wait_ms": round(waiting["overlapped"] * 1e3, 2),
         "hidden": round(hidden, 3),
         "trace": path.name,
-        "passed": hidden >= _HIDDEN if wire else None,
+        "passed": ratio <= BOUND if wire else None,
     }
 
 
