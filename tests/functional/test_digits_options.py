@@ -106,6 +106,26 @@ def test_every_option_is_read() -> None:
             "model's sequence is); try --vision tp=2,dp=4 --language tp=2,cp=2,dp=2",
         ),
         (
+            "--vision tp=1,dp=8 --language tp=1,cp=2,dp=4,ep=2",
+            "language tp=1,cp=2,dp=4,ep=2 shares out experts, and the model has none: give "
+            "--experts; try --vision tp=1,dp=8 --language tp=1,cp=2,dp=4",
+        ),
+        (
+            "--vision tp=1,dp=8 --language tp=1,dp=8,ep=4 --experts 6",
+            "language ep=4 does not divide its 6 experts; "
+            "try --vision tp=1,dp=8 --language tp=1,dp=8",
+        ),
+        (
+            "--language tp=2,cp=2,dp=2,ep=8 --experts 8 --sequence-parallel",
+            "language ep=8 with 2 ranks for each expert does not divide its 8 ranks; "
+            "try --vision tp=2,dp=4 --language tp=2,cp=2,dp=2",
+        ),
+        (
+            "--experts 4",
+            "language tp=2 with experts needs --sequence-parallel; "
+            "try --vision tp=2,dp=4 --language tp=1,cp=2,dp=4",
+        ),
+        (
             "--nproc 4",
             "vision tp=2,dp=4 and language tp=2,cp=2,dp=2 span 8 ranks, but the job has 4 ranks; "
             "try --vision tp=2,dp=2 --language tp=2,cp=2,dp=1",

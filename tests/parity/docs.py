@@ -145,9 +145,10 @@ def _table(rows: tuple[Row, ...], summary: Summary) -> Iterator[str]:
 
 
 def _sizes(layout: str) -> str:
-    """``"tp=2,pp=1,dp=4"`` -> ``"TP2 DP4"``; axes of one rank say nothing."""
+    """``"tp=2,pp=1,dp=4"`` -> ``"TP2 DP4"``; axes of one rank say nothing, but ETP."""
     pairs = (part.partition("=") for part in layout.split(",") if part)
-    return " ".join(f"{axis.upper()}{size}" for axis, _, size in pairs if size != "1")
+    said = ((axis, size) for axis, _, size in pairs if size != "1" or axis == "etp")
+    return " ".join(f"{axis.upper()}{size}" for axis, size in said)
 
 
 def _options(row: Row, summary: Summary) -> str:
@@ -157,6 +158,7 @@ def _options(row: Row, summary: Summary) -> str:
     said += ["distributed optimizer"] if row.distributed_optimizer else []
     said += ["overlap"] if row.overlap else []
     said += ["frozen encoder"] if row.freeze_vision else []
+    said += ["experts"] if row.experts else []
     said += [row.dtype] if row.dtype != "float32" else []
     return ", ".join(said)
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from data import DigitsBatches, even_slice
 from layouts import Layout
-from model import LANGUAGE, DigitsModel, ModelOptions, ModelSize, build_model
+from model import LANGUAGE, DigitsModel, Experts, ModelOptions, ModelSize, build_model
 from trainer import Trainer, TrainOptions
 
 from tests.parity.compare import Measurement
@@ -37,6 +37,9 @@ SIZE = ModelSize(
 TEXT_SIZE = ModelSize(
     language_hidden=64, language_layers=4, language_heads=8, language_query_groups=4
 )
+
+# Their own losses are sums over samples and over tokens: no layout changes them.
+EXPERTS = Experts(4, balance="seq_aux_loss", balance_coeff=0.1, z_coeff=0.01)
 
 
 def measure(row: Row, reference: Reference, micro_batches: int, steps: int) -> Measurement:
@@ -111,6 +114,7 @@ def _built(row: Row) -> Iterator[DigitsModel]:
         distributed_optimizer=row.distributed_optimizer,
         overlap_grad_reduce=row.overlap,
         freeze_vision=row.freeze_vision,
+        experts=EXPERTS if row.experts else None,
     )
     if row.vision:
         vision = Layout.parse(row.vision, "vision")
@@ -136,4 +140,5 @@ def one_process(reference: Reference) -> Row:
         tied=reference.tied,
         freeze_vision=reference.freeze_vision,
         dtype=reference.dtype,
+        experts=reference.experts,
     )

@@ -39,6 +39,7 @@ class Reference:
         tied: the language model's embedding is its head, too.
         freeze_vision: the encoder and the projection do not train.
         dtype: of weights and activations.
+        experts: the language model's layers have experts, and the router's losses are on.
     """
 
     task: str
@@ -47,6 +48,7 @@ class Reference:
     tied: bool = False
     freeze_vision: bool = False
     dtype: str = "float32"
+    experts: bool = False
 
     @property
     def name(self) -> str:
@@ -54,6 +56,7 @@ class Reference:
         parts = [self.task, f"{self.batch}samples", self.masks, self.dtype]
         parts += ["tied"] if self.tied else []
         parts += ["frozen"] if self.freeze_vision else []
+        parts += ["experts"] if self.experts else []
         return "reference-" + "-".join(parts)
 
 
@@ -66,7 +69,7 @@ class Row:
         language: sizes of the language model's axes, such as ``"tp=2,cp=2,dp=2"``.
         vision: sizes of the encoder's axes; empty for the language model alone.
         micro_batches: per step; 0 stands for the option ``MICRO_BATCHES``.
-        masks, tied, freeze_vision, dtype: as in :class:`Reference`.
+        masks, tied, freeze_vision, dtype, experts: as in :class:`Reference`.
         sequence_parallel, distributed_optimizer, overlap, bridge: as in the digits job.
     """
 
@@ -82,11 +85,13 @@ class Row:
     distributed_optimizer: bool = False
     overlap: bool = False
     bridge: str = "routed"
+    experts: bool = False
 
     @property
     def world_size(self) -> int:
-        """Ranks that the row needs."""
-        return math.prod(axis_sizes(self.language).values())
+        """Ranks that the row needs; ``ep`` and ``etp`` cut the same ones another way."""
+        sizes = axis_sizes(self.language)
+        return math.prod(size for axis, size in sizes.items() if axis not in ("ep", "etp"))
 
     def resolved_micro_batches(self, option: int) -> int:
         """Microbatches per step, with the option's value where the row leaves it open."""
@@ -107,6 +112,7 @@ class Row:
             tied=self.tied,
             freeze_vision=self.freeze_vision,
             dtype=self.dtype,
+            experts=self.experts,
         )
 
 
@@ -156,6 +162,10 @@ _IMAGE_ROWS = (
     Row("empty-on-some-ranks", **FAN_IN, masks="one_sample"),
     Row("empty-everywhere", **FAN_IN, masks="none"),
     Row("frozen-encoder", **FAN_IN, masks="uneven", freeze_vision=True),
+    Row("experts-ep4-4mb", "tp=1,cp=2,dp=4,ep=4", "tp=4,dp=2", micro_batches=4, masks="uneven",
+        experts=True),
+    Row("experts-ep4-etp1-sp-distopt", "tp=2,cp=2,dp=2,ep=4,etp=1", "tp=2,dp=4", masks="uneven",
+        experts=True, **_FULL),
     Row("bf16", **FAN_IN, masks="uneven", dtype="bfloat16"),
 )  # fmt: skip
 
@@ -176,8 +186,20 @@ def _nightly_rows() -> Iterator[Row]:
         yield Row(f"{name}-gather", **full, bridge="gather")
 
 
+def _nightly_expert_rows() -> Iterator[Row]:
+    """Every language layout of 8 ranks with every EP of four experts, over TP and without."""
+    sizes = [(tp, cp) for tp, cp in itertools.product((1, 2, 4), repeat=2) if tp * cp <= 8]
+    for (tp, cp), ep in itertools.product(sizes, (1, 2, 4)):
+        for etp in sorted({1, tp}):
+            if 8 % (ep * etp) == 0:
+                axes = f"tp={tp},cp={cp},dp={8 // (tp * cp)},ep={ep},etp={etp}"
+                name = f"experts-tp{tp}cp{cp}-ep{ep}etp{etp}"
+                full = _FULL if ep == 2 else {"sequence_parallel": True}
+                yield Row(name, axes, "tp=2,dp=4", masks="uneven", experts=True, **full)
+
+
 DEFAULT_ROWS = (*_text_rows(), *_IMAGE_ROWS)
-NIGHTLY_ROWS = (*DEFAULT_ROWS, *_nightly_rows())
+NIGHTLY_ROWS = (*DEFAULT_ROWS, *_nightly_rows(), *_nightly_expert_rows())
 
 
 def choose(rows: Sequence[Row], patterns: Sequence[str]) -> tuple[Row, ...]:

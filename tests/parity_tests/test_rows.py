@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity.measure import SIZE, TEXT_SIZE
+from tests.parity.measure import EXPERTS, SIZE, TEXT_SIZE
 from tests.parity.options import OptionError, parse
 from tests.parity.rows import DEFAULT_ROWS, NIGHTLY_ROWS, Row
 
@@ -54,6 +54,7 @@ def test_the_default_rows_have_every_direction_at_every_cp() -> None:
         {"masks": {"uniform", "uneven", "one_sample", "none"}},
         {"freeze_vision": {False, True}},
         {"dtype": {"float32", "bfloat16"}},
+        {"experts": {False, True}},
     ],
     ids=lambda values: next(iter(values)),
 )
@@ -65,6 +66,7 @@ def test_the_default_rows_have_every_option_both_ways(values) -> None:
 def test_every_row_fits_its_model_and_batch() -> None:
     for row in NIGHTLY_ROWS:
         if row.vision:
+            assert row.world_size == 8
             limits = Limits(
                 row.reference(8).batch,
                 row.micro_batches,
@@ -72,6 +74,7 @@ def test_every_row_fits_its_model_and_batch() -> None:
                 world_size=8,
                 vision_heads=SIZE.vision_heads,
                 language_heads=SIZE.language_query_groups,
+                experts=EXPERTS.count if row.experts else 0,
             )
             assert misfits(layouts(row), limits) == [], row.name
         else:

@@ -17,7 +17,7 @@ from data import SEQUENCE_LENGTH, DigitsBatches
 from errors import JobError, writing
 from launch import init_distributed
 from layout_picture import plot_layout
-from model import LANGUAGE, VISION, DigitsModel, ModelOptions, build_model
+from model import LANGUAGE, VISION, DigitsModel, Experts, ModelOptions, build_model
 from options import Options
 from pictures import plot_loss, plot_predictions
 from report import MetricsWriter, Progress, print_table, read_metrics, write_summary
@@ -272,8 +272,16 @@ def _build(options: Options, backend: str) -> DigitsModel:
         bridge=options.bridge,
         distributed_optimizer=options.distributed_optimizer,
         overlap_grad_reduce=options.overlap_grad_reduce,
+        experts=_experts(options.experts),
     )
     return build_model(options.vision, options.language, model_options, backend)
+
+
+def _experts(count: int) -> Experts | None:
+    """Balanced by the loss per sample, which is the same in every layout."""
+    if not count:
+        return None
+    return Experts(count, min(2, count), balance="seq_aux_loss", balance_coeff=1e-3)
 
 
 def _move_results(out: Path, say: Any) -> None:

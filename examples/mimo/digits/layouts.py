@@ -106,6 +106,7 @@ class Limits:
         world_size: ranks already started, or None when the layouts decide.
         sequence_length: tokens per sample.
         vision_heads, language_heads: attention heads (key/value heads if there are fewer).
+        experts: of each layer of the language model, 0 without.
     """
 
     global_batch_size: int
@@ -116,6 +117,7 @@ class Limits:
     sequence_length: int = 32
     vision_heads: int = 8
     language_heads: int = 8
+    experts: int = 0
 
 
 def misfits(pair: Pair, limits: Limits) -> list[str]:
@@ -124,6 +126,7 @@ def misfits(pair: Pair, limits: Limits) -> list[str]:
         *_rank_misfits(pair, limits),
         *_batch_misfits(pair, limits),
         *_model_misfits(pair, limits),
+        *_expert_misfits(pair.language, limits),
     ]
 
 
@@ -187,6 +190,23 @@ def _model_misfits(pair: Pair, limits: Limits) -> Iterator[str]:
         yield f"a sequence of {limits.sequence_length} tokens does not divide by {by} = {parts}"
 
 
+def _expert_misfits(language: Layout, limits: Limits) -> Iterator[str]:
+    ep, etp = language.ep, language.expert_tp
+    if not limits.experts:
+        if (ep, etp) != (1, language.tp):
+            yield f"language {language} shares out experts, and the model has none: give --experts"
+        return
+    if limits.experts % ep:
+        yield f"language ep={ep} does not divide its {limits.experts} experts"
+    if language.size % (ep * etp):
+        yield (
+            f"language ep={ep} with {etp} ranks for each expert does not divide its "
+            f"{_ranks(language.size)}"
+        )
+    if language.tp > 1 and not limits.sequence_parallel:
+        yield f"language tp={language.tp} with experts needs --sequence-parallel"
+
+
 def _ranks(count: int) -> str:
     return "1 rank" if count == 1 else f"{count} ranks"
 
@@ -197,7 +217,11 @@ def suggest(pair: Pair, limits: Limits) -> tuple[Pair, Limits]:
     Layouts change before batch sizes do. Only where the layouts are right already, or where no
     layout of the ranks that are there fits the batch, the batch sizes are rounded up instead.
     """
-    layouts_fit = not [*_rank_misfits(pair, limits), *_model_misfits(pair, limits)]
+    layouts_fit = not [
+        *_rank_misfits(pair, limits),
+        *_model_misfits(pair, limits),
+        *_expert_misfits(pair.language, limits),
+    ]
     better = pair if layouts_fit else _nearest(pair, limits)
     if better is None:
         better = _nearest(pair, replace(limits, global_batch_size=0, eval_batch_size=0))

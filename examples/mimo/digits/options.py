@@ -90,6 +90,10 @@ class Options:
     )
     sequence_parallel: bool = _switch(False, "also cut the language sequence over TP")
     packed: bool = _switch(False, "pack each language replica's samples into one sequence")
+    experts: int = _option(
+        0, "experts in place of each MLP of the language model, 0 for none; its layout may have "
+        "ep (ranks that share them out) and etp (ranks for each, tp by default)", _whole(0),
+    )  # fmt: skip
     bridge: str = _option(
         "routed", "how image rows reach the language model: each to the ranks that own its "
         "position (routed), or all to every rank of a replica (gather)", str, "gather", "routed",
@@ -182,6 +186,7 @@ def parse_options(
         sequence_length=sequence_length,
         vision_heads=vision_heads,
         language_heads=language_heads,
+        experts=options.experts,
     )
     check_layouts(options.pair, limits)
     if world_size is not None and options.nproc not in (None, world_size):

@@ -33,8 +33,10 @@ class PerTokenRouter(TopKRouter):
         if hasattr(moe_utils, "te_general_gemm"):
             return super().gating(input)
         dtype = _DTYPES.get(self.config.moe_router_dtype, input.dtype)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return torch.nn.functional.linear(input.to(dtype), self.weight.to(dtype), bias)
+        # Stock builds the router on the host, wherever the rest of the model is.
+        weight = self.weight.to(input.device, dtype)
+        bias = None if self.bias is None else self.bias.to(input.device, dtype)
+        return torch.nn.functional.linear(input.to(dtype), weight, bias)
 
     def attach_and_log_load_balancing_loss(
         self, activation: torch.Tensor, *args: Any, **kwargs: Any
