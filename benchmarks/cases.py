@@ -48,7 +48,7 @@ class Pair:
             )
         pair = cls(Layout.parse(vision, "vision"), Layout.parse(language, "language"))
         try:
-            pair.bridge_layout()
+            pair.route_layout() if pair.language.pp > 1 else pair.bridge_layout()
         except ValueError as error:
             raise JobError(f"--layout {text!r}: {error}") from error
         if SAMPLES * pair.language.dp % pair.vision.dp:
@@ -73,7 +73,7 @@ class Pair:
         names = ("tp", "cp", "dp", "pp")
         return (
             GridShape((vision.tp, 1, vision.dp, 1), names),
-            GridShape((language.tp, language.cp, language.dp, 1), names),
+            GridShape((language.tp, language.cp, language.dp, language.pp), names),
         )
 
     def bridge_layout(self) -> BridgeLayout:
@@ -187,8 +187,13 @@ class TokenBatch:
         return sum(self.held[:dp]) + np.arange(self.held[dp])
 
     def owned_rows(self, pair: Pair, rank: int) -> np.ndarray:
-        """Which rows of the global batch have their tokens in a rank's part of the sequence."""
+        """Which rows of the global batch have their tokens in a rank's part of the sequence.
+
+        None on later pipeline stages: the first one builds the sequence.
+        """
         at = pair.shapes[1].coords(rank)
+        if at["pp"] > 0:
+            return np.empty(0, dtype=np.int64)
         tokens = self.tokens[at["dp"]]
         row = np.full(tokens.batch * tokens.seq_len, -1)
         row[tokens.positions()] = np.arange(tokens.count)

@@ -78,7 +78,8 @@ def _once(path: Any, held: torch.Tensor, vocabulary: torch.Tensor) -> tuple[int,
     local = made[0]
     gradient = torch.ones_like(local)
     backward_peak = peak_bytes(backward)
-    return _largest(forward_peak - local.nbytes), _largest(backward_peak - held.nbytes)
+    peaks = forward_peak - local.nbytes, backward_peak - held.nbytes
+    return largest_of_ranks(peaks[0]), largest_of_ranks(peaks[1])
 
 
 def peak_bytes(run: Callable[[], None]) -> int:
@@ -101,7 +102,8 @@ def peak_bytes(run: Callable[[], None]) -> int:
     return peak
 
 
-def _largest(value: int) -> int:
+def largest_of_ranks(value: int) -> int:
+    """A number's largest value on any rank."""
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return max(found)

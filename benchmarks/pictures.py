@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of docs/bridge.md: who holds, who needs, what moves, for one small example.
+"""The pictures of docs/bridge.md and docs/pipeline.md: who holds, who needs, what moves.
 
 ``python -m benchmarks.pictures [FOLDER]`` draws them from the objects that the bridges execute:
 :class:`BridgeLayout` for the gather bridge, one :class:`RoutePlan` per rank for the routed one.
@@ -29,6 +29,7 @@ _COLORS = ("#0969da", "#bc4c00", "#1a7f37", "#8250df")
 _EMPTY = "#eef1f4"
 
 EXAMPLE = Pair(Layout(tp=1, dp=4), Layout(tp=1, cp=2, dp=2))
+STAGES = Pair(Layout(tp=1, dp=4), Layout(tp=1, cp=2, pp=2))
 
 
 @dataclass(frozen=True)
@@ -178,11 +179,13 @@ def _arrow(axes: Axes, sender: int, receiver: int, rows: int, crowded: bool) -> 
 
 
 def main(folder: Path) -> None:
-    """Draw ``bridge_gather.png`` and ``bridge_routed.png``."""
+    """Draw ``bridge_gather.png``, ``bridge_routed.png`` and ``pipeline_routes.png``."""
     batch = example_batch()
     total = sum(batch.held)
     draw(folder / "bridge_gather.png", gather_halves(EXAMPLE, batch), total)
     draw(folder / "bridge_routed.png", routed_halves(EXAMPLE, batch), total)
+    batch = example_batch(STAGES)
+    draw(folder / "pipeline_routes.png", routed_halves(STAGES, batch), sum(batch.held))
 
 
 if __name__ == "__main__":

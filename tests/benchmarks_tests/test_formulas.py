@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.cases import EQUAL_2, FAN_IN_4_4, FAN_OUT_2_2, PAIRS, Pair, TokenBatch
 from benchmarks.formulas import Rows, gather_rows, lower_bound, routed_rows
-from benchmarks.pictures import EXAMPLE, example_batch, gather_halves, routed_halves
+from benchmarks.pictures import EXAMPLE, STAGES, example_batch, gather_halves, routed_halves
 from megatron.core.models.mimo.comm.routes import plan_routes
 
 ROWS = 1024
@@ -66,6 +66,16 @@ def test_the_pictures_move_what_the_formulas_say():
         assert moved == [formula.forward * rows * ranks, formula.backward * rows * ranks]
         for half in halves:
             assert sorted(np.concatenate(half.left)) == sorted(np.concatenate(half.right))
+
+
+def test_the_picture_of_stages_has_all_rows_on_the_first():
+    batch = example_batch(STAGES)
+    forward, backward = routed_halves(STAGES, batch)
+    assert [rows.size for rows in forward.right] == [4, 4, 0, 0]
+    assert sorted(np.concatenate(forward.right)) == sorted(np.concatenate(forward.left))
+    for half, sent in ((forward, {0, 1}), (backward, {0, 1, 2, 3})):
+        assert {receiver for _, receiver, _ in half.moves} == sent
+        assert sum(count for _, _, count in half.moves) == 6
 
 
 @pytest.mark.parametrize("text_share", [0, 1, 2])

@@ -63,14 +63,14 @@ EIGHT_RANKS = {
         {"tp": 2, "dp": 4},
         {"tp": 2, "cp": 2, "dp": 2},
     ),
-    "routed fan-in": Parity(
-        "--vision tp=2,dp=4 --language tp=2,cp=2,dp=2 --bridge routed --no-evaluate",
-        {"tp": 2, "dp": 4},
-        {"tp": 2, "cp": 2, "dp": 2},
+    "pipelined": Parity(
+        "--vision tp=1,dp=8 --language tp=1,cp=2,pp=2,dp=2 --micro-batches 4 --encode-ahead 1",
+        {"tp": 1, "dp": 8},
+        {"tp": 1, "cp": 2, "pp": 2, "dp": 2},
     ),
     "fan-out": Parity(
         "--vision tp=4,dp=2 --language tp=1,cp=2,dp=4 --no-overlap-grad-reduce "
-        "--no-distributed-optimizer --no-evaluate",
+        "--no-distributed-optimizer --no-evaluate --bridge gather",
         {"tp": 4, "dp": 2},
         {"tp": 1, "cp": 2, "dp": 4},
     ),

@@ -126,6 +126,11 @@ def test_every_option_is_read() -> None:
             "try --vision tp=2,dp=4 --language tp=1,cp=2,dp=4",
         ),
         (
+            "--vision tp=1,dp=8 --language tp=1,cp=2,pp=4,dp=1 --bridge routed",
+            "language pp=4 does not divide its 2 layers into equal stages; "
+            "try --vision tp=1,dp=8 --language tp=1,cp=2,dp=4",
+        ),
+        (
             "--nproc 4",
             "vision tp=2,dp=4 and language tp=2,cp=2,dp=2 span 8 ranks, but the job has 4 ranks; "
             "try --vision tp=2,dp=2 --language tp=2,cp=2,dp=1",
@@ -144,6 +149,29 @@ def test_layouts_that_do_not_fit(arguments: str, message: str) -> None:
             place = kept.index(name)
             del kept[place : place + 2]
     parse_options([*kept, *suggested])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--bridge gather", "--language pp=2 needs --bridge routed, got gather, which feeds"),
+        (
+            "--virtual-stages 2 --micro-batches 4 --language-layers 2",
+            "pp=2 with 2 virtual stages each does not divide its 2 layers",
+        ),
+        ("--virtual-stages 2 --micro-batches 3", "2 interleaves groups of 2 microbatches, got"),
+        ("--virtual-stages 2 --micro-batches 4 --encode-ahead 2", "needs --virtual-stages 1, got"),
+        ("--language dp=8 --virtual-stages 2", "--virtual-stages is for a pipelined language"),
+        ("--language dp=8 --encode-ahead 1", "--encode-ahead is for a pipelined language"),
+    ],
+)
+def test_what_a_pipelined_language_model_needs(arguments: str, message: str) -> None:
+    base = "--language cp=2,pp=2,dp=2 --language-layers 4 --global-batch-size 96"
+    with pytest.raises(JobError, match=message):
+        parse_options([*base.split(), *arguments.split()])
+    options = _parse(f"{base} --virtual-stages 2 --micro-batches 4")
+    assert (options.language.pp, options.virtual_stages) == (2, 2)
+    assert _parse(f"{base} --micro-batches 4 --encode-ahead 1").encode_ahead == 1
 
 
 def test_layouts_that_fit_no_batch_of_the_given_ranks_change_the_batch_too() -> None:
@@ -200,7 +228,7 @@ def test_the_sequence_rule_is_the_models(cp: int, tp: int, sequence_parallel: bo
     [
         ("--vision tp=2,pp=2", r"--vision 'tp=2,pp=2': 'pp=2' is not an axis .* axes are tp, dp,"),
         ("--vision 8", r"'8' is not an axis and its size"),
-        ("--language tp=2,", r"'' is not an axis and its size; the axes are tp, cp, dp,"),
+        ("--language tp=2,", r"'' is not an axis and its size; the axes are tp, cp, pp, dp,"),
         ("--language tp=2,tp=2", r"tp is given twice; give it once"),
         ("--language tp=0", r"tp must be a whole number from 1 to 16384, got '0'"),
         ("--language tp=-2", r"tp must be a whole number from 1 to 16384, got '-2'"),

@@ -243,20 +243,32 @@ def test_the_layout_picture_of_any_bridge(
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_the_layout_picture_of_a_routed_bridge(tmp_path: Path, sequence_parallel: bool) -> None:
     """Every owner of tokens is reached, from ranks that encode its samples only."""
-    layout = _bridge((2, 4), (2, 2, 2))
-    grids = [GridShape((2, 4), ("tp", "dp")), GridShape((2, 2, 2), ("tp", "cp", "dp"))]
-    routes = RouteLayout.from_grids(*grids, sequence_parallel=sequence_parallel)
-    picture = LayoutPicture(layout, 8, 32, sequence_parallel, routes)
-    sends = [pair for group in routes.groups() for pair in picture.sends(group)]
-    assert len(set(sends)) == len(sends)
-    for target in layout.ranks:
-        sources = [source for source, to in sends if to == target]
-        encoded = sorted({cell for source in sources for cell in picture.source(source)})
-        assert encoded == list(picture.destination(target))
-    for name, drawn in (("routed", routes), ("gather", None)):
-        plot_layout(tmp_path / f"{name}.png", layout, 8, 32, routes=drawn)
+    src, dest = GridShape((2, 4), ("tp", "dp")), GridShape((2, 2, 2), ("tp", "cp", "dp"))
+    routes = RouteLayout.from_grids(src, dest, sequence_parallel=sequence_parallel)
+    _check_sends(LayoutPicture(routes, 8, 32, sequence_parallel), routes.ranks)
+    for name, drawn in (("routed", routes), ("gather", _bridge((2, 4), (2, 2, 2)))):
+        plot_layout(tmp_path / f"{name}.png", drawn, 8, 32)
     assert imread(tmp_path / "routed.png").shape[1] == 13 * 130
     assert (tmp_path / "routed.png").read_bytes() != (tmp_path / "gather.png").read_bytes()
+
+
+def test_the_layout_picture_of_pipeline_stages(tmp_path: Path) -> None:
+    """Rows go to the first stage; all ranks encode."""
+    dest = GridShape((1, 2, 2, 2), ("tp", "cp", "dp", "pp"))
+    routes = RouteLayout.from_grids(GridShape((1, 8), ("tp", "dp")), dest)
+    _check_sends(LayoutPicture(routes, 8, 32), range(4))
+    plot_layout(tmp_path / "stages.png", routes, 8, 32)
+    assert imread(tmp_path / "stages.png").shape[1] == 13 * 130
+
+
+def _check_sends(picture: LayoutPicture, owners: range) -> None:
+    sends = [pair for group in picture.layout.groups() for pair in picture.sends(group)]
+    assert len(set(sends)) == len(sends)
+    assert {source for source, _ in sends} == set(picture.layout.ranks)
+    for target in picture.layout.ranks:
+        sources = [source for source, to in sends if to == target]
+        encoded = sorted({cell for source in sources for cell in picture.source(source)})
+        assert encoded == (list(picture.destination(target)) if target in owners else [])
 
 
 def test_the_layout_picture_draws_the_object_it_is_given(tmp_path: Path) -> None:

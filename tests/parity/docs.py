@@ -21,7 +21,8 @@ Every row trains a small model on several ranks and compares it with the same mo
 process, unsharded**, fed the same samples in one microbatch. Nothing is copied from one run to the
 other: initial weights are a function of the seed and of the weights' names, batches of the seed
 and of the step. Rows named `text-` are the language model alone, over pipeline stages too, on
-Megatron-Core's own schedules; all others are an encoder and a language model on the same ranks.
+Megatron-Core's own schedules; all others are an encoder and a language model on the same ranks,
+those named `pp` with pipeline stages of the language model.
 The task is reading handwritten digits, which both learn in a few steps.
 """
 
@@ -159,6 +160,10 @@ def _options(row: Row, summary: Summary) -> str:
     said += ["overlap"] if row.overlap else []
     said += ["frozen encoder"] if row.freeze_vision else []
     said += ["experts"] if row.experts else []
+    said += [f"{row.images} samples with images"] if row.images != "all" else []
+    said += [f"{row.layers} layers"] if row.layers != 2 else []
+    said += [f"{row.virtual_stages} virtual stages"] if row.virtual_stages > 1 else []
+    said += [f"{row.encode_ahead} mb encoded ahead"] if row.encode_ahead else []
     said += [row.dtype] if row.dtype != "float32" else []
     return ", ".join(said)
 

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from data import SEQUENCE_LENGTH, VOCABULARY_SIZE, Batch, DigitsBatches
+from data import SEQUENCE_LENGTH, VOCABULARY_SIZE, Batch
 from layouts import Layout
 from model import LANGUAGE, DigitsModel, ModelOptions, transformer_configs
 from trainer import Trainer
@@ -61,9 +60,15 @@ class LanguageOnly(StateDicts, DDPMethods, MegatronModule):
         """Hand what came from the stage before to the stage."""
         unwrap_model(self.language_model).set_input_tensor(input_tensor)
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The stage's output."""
-        return self.language_model(*args, **kwargs)
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        labels: torch.Tensor | None,
+        loss_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The stage's output and the loss mask, as a ``MimoModel`` returns them."""
+        return self.language_model(input_ids, position_ids, None, labels=labels), loss_mask
 
     def destroy(self) -> None:
         """There is nothing to release."""
@@ -122,33 +127,11 @@ def _stage(
 
 
 class LanguageTrainer(Trainer):
-    """The digits job's trainer with the pipeline schedules and without an encoder."""
-
-    def gradients(self, batches: DigitsBatches, step: int) -> tuple[float, int]:
-        """As :meth:`Trainer.gradients`; the last stage tells the others the loss."""
-        self.model.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        outputs = self._schedule(self._microbatches(batches, step), self.options.micro_batches)
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        if outputs:
-            sums = torch.stack(outputs).sum(dim=0)
-            dist.all_reduce(sums, group=self.groups.dp_cp)
-        dist.broadcast(sums, self._last_stage(), group=self.groups.pp)
-        loss_sum, tokens = sums.tolist()
-        return loss_sum / max(tokens, 1.0), int(tokens)
-
-    def logits(self, batches: DigitsBatches, step: int) -> torch.Tensor | None:
-        """``(b, S, V)`` of this rank's samples on the last stage, None on the others."""
-        batch = batches.local_batch(step, 0, 1, **self._dp_coordinates()).to(self.device)
-        unlabelled = dataclasses.replace(batch, labels=None)
-        with torch.no_grad():
-            outputs = self._schedule(iter([unlabelled]), 1, forward_only=True)
-        return self._whole_logits(outputs[0]) if outputs else None
+    """The digits job's trainer on Megatron-Core's own pipeline schedule and without an encoder."""
 
     def _schedule(
-        self, data: Iterator[Batch], micro_batches: int, *, forward_only: bool = False
+        self, microbatches: Iterator[dict[str, Any]], count: int, *, forward_only: bool = False
     ) -> list[torch.Tensor]:
-        samples = self._samples // (micro_batches * self.groups.dp.size())
         keywords: dict[str, Any] = {}
         schedule = forward_backward_no_pipelining
         if self.groups.pp.size() > 1:
@@ -156,39 +139,22 @@ class LanguageTrainer(Trainer):
             keywords["p2p_communicator"] = P2PCommunicator(self.groups.pp, self.model.config)
         return schedule(
             forward_step_func=self._forward_step,
-            data_iterator=data,
+            data_iterator=microbatches,
             model=[self.model],
-            num_microbatches=micro_batches,
+            num_microbatches=count,
             seq_length=SEQUENCE_LENGTH,
-            micro_batch_size=samples,
+            micro_batch_size=self.options.global_batch_size // (count * self.groups.dp.size()),
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
             pg_collection=self.groups,
             **keywords,
         )
 
-    @property
-    def _samples(self) -> int:
-        return self.options.global_batch_size
-
-    def _last_stage(self) -> int:
-        return dist.get_global_rank(self.groups.pp, self.groups.pp.size() - 1)
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        inputs = super()._inputs(batch)
+        del inputs["modality_inputs"], inputs["route_plan"]
+        return inputs
 
     def _dp_coordinates(self) -> dict[str, int]:
         dp = self.groups.dp
         return {"src_dp_rank": 0, "src_dp": 1, "dest_dp_rank": dp.rank(), "dest_dp": dp.size()}
-
-    def _forward_step(self, data_iterator: Iterator[Batch], model: torch.nn.Module) -> Any:
-        batch = next(data_iterator)
-        output = model(batch.input_ids, batch.position_ids, None, labels=batch.labels)
-
-        def loss_func(output: torch.Tensor, non_loss_data: bool = False) -> Any:
-            """The logits, or (sum of token losses, counted tokens, both to be reported)."""
-            if non_loss_data:
-                return output.detach()
-            mask = batch.loss_mask.to(output.dtype)
-            loss, tokens = (output * mask).sum(), mask.sum()
-            return loss, tokens.to(torch.int), torch.stack([loss.detach(), tokens]).double()
-
-        return output, loss_func
-

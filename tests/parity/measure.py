@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -58,6 +59,7 @@ def measure(row: Row, reference: Reference, micro_batches: int, steps: int) -> M
             global_batch_size=reference.batch,
             micro_batches=row.resolved_micro_batches(micro_batches),
             warmup_steps=2,
+            encode_ahead=row.encode_ahead or None,
         )
         trainer = kind(built, options, row.distributed_optimizer)
         return _measure(trainer, batches(reference), steps)
@@ -92,22 +94,18 @@ def _measure(trainer: Trainer, data: DigitsBatches, steps: int) -> Measurement:
     )
 
 
-@torch.no_grad()
-def _logits(trainer: Trainer, data: DigitsBatches) -> tuple[int, torch.Tensor | None]:
+def _logits(trainer: Trainer, data: DigitsBatches) -> tuple[int, torch.Tensor]:
     """(first sample, logits) of this rank's share of the first step, in one microbatch."""
     dp = trainer.groups.dp
     start, _ = even_slice(data.global_batch_size, dp.rank(), dp.size(), "batch", "DP ranks")
-    if isinstance(trainer, LanguageTrainer):
-        return start, trainer.logits(data, 0)
-    batch = data.local_batch(0, 0, 1, **trainer._dp_coordinates()).to(trainer.device)
-    logits, _ = trainer._run(batch, batch.input_ids, None, None)
-    return start, trainer._whole_logits(logits)
+    batch = trainer._local_batch(data, 0, 0, 1)
+    return start, trainer.logits(batch)
 
 
 @contextmanager
 def _built(row: Row) -> Iterator[DigitsModel]:
     options = ModelOptions(
-        size=SIZE if row.vision else TEXT_SIZE,
+        size=dataclasses.replace(SIZE, language_layers=row.layers) if row.vision else TEXT_SIZE,
         dtype=getattr(torch, row.dtype),
         sequence_parallel=row.sequence_parallel,
         bridge=row.bridge,
@@ -115,6 +113,8 @@ def _built(row: Row) -> Iterator[DigitsModel]:
         overlap_grad_reduce=row.overlap,
         freeze_vision=row.freeze_vision,
         experts=EXPERTS if row.experts else None,
+        tied=row.tied,
+        virtual_stages=row.virtual_stages,
     )
     if row.vision:
         vision = Layout.parse(row.vision, "vision")
@@ -141,4 +141,6 @@ def one_process(reference: Reference) -> Row:
         freeze_vision=reference.freeze_vision,
         dtype=reference.dtype,
         experts=reference.experts,
+        images=reference.images,
+        layers=reference.layers,
     )

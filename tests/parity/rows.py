@@ -12,6 +12,7 @@ from dataclasses import dataclass
 # After these training steps the change of the weights is compared; no row trains fewer.
 CHANGE_STEPS = 3
 MASKS = ("uniform", "uneven", "one_sample", "none")
+IMAGES = ("all", "mixed", "none")
 
 
 class UnknownRowError(ValueError):
@@ -40,6 +41,8 @@ class Reference:
         freeze_vision: the encoder and the projection do not train.
         dtype: of weights and activations.
         experts: the language model's layers have experts, and the router's losses are on.
+        images: which samples have any, see ``tasks.py``.
+        layers: of the language model beside an encoder.
     """
 
     task: str
@@ -49,6 +52,8 @@ class Reference:
     freeze_vision: bool = False
     dtype: str = "float32"
     experts: bool = False
+    images: str = "all"
+    layers: int = 2
 
     @property
     def name(self) -> str:
@@ -57,6 +62,8 @@ class Reference:
         parts += ["tied"] if self.tied else []
         parts += ["frozen"] if self.freeze_vision else []
         parts += ["experts"] if self.experts else []
+        parts += [f"{self.images}-images"] if self.images != "all" else []
+        parts += [f"{self.layers}layers"] if self.layers != 2 else []
         return "reference-" + "-".join(parts)
 
 
@@ -69,8 +76,11 @@ class Row:
         language: sizes of the language model's axes, such as ``"tp=2,cp=2,dp=2"``.
         vision: sizes of the encoder's axes; empty for the language model alone.
         micro_batches: per step; 0 stands for the option ``MICRO_BATCHES``.
-        masks, tied, freeze_vision, dtype, experts: as in :class:`Reference`.
+        masks, tied, freeze_vision, dtype, experts, images, layers: as in
+            :class:`Reference`.
         sequence_parallel, distributed_optimizer, overlap, bridge: as in the digits job.
+        virtual_stages: of the language model on each rank.
+        encode_ahead: microbatches that are encoded together, for pipeline stages; 0 for all.
     """
 
     name: str
@@ -86,6 +96,10 @@ class Row:
     overlap: bool = False
     bridge: str = "routed"
     experts: bool = False
+    images: str = "all"
+    layers: int = 2
+    virtual_stages: int = 1
+    encode_ahead: int = 0
 
     @property
     def world_size(self) -> int:
@@ -113,6 +127,8 @@ class Row:
             freeze_vision=self.freeze_vision,
             dtype=self.dtype,
             experts=self.experts,
+            images=self.images,
+            layers=self.layers,
         )
 
 
@@ -169,6 +185,39 @@ _IMAGE_ROWS = (
     Row("bf16", **FAN_IN, masks="uneven", dtype="bfloat16"),
 )  # fmt: skip
 
+# Pipeline stages of the language model beside an encoder on all ranks.
+_STAGES = (
+    Row("pp2-dp2-tp2", "tp=2,pp=2,dp=2", "tp=4,dp=2"),
+    Row("pp2-cp2-dp2-4mb-mixed", "tp=1,cp=2,pp=2,dp=2", "tp=1,dp=8", micro_batches=4,
+        masks="uneven", images="mixed"),
+    Row("pp2-cp2-tp2-4mb-tied", "tp=2,cp=2,pp=2,dp=1", "tp=2,dp=4", micro_batches=4,
+        masks="uneven", tied=True, **_FULL),
+    Row("pp4-cp2-4mb-ahead", "tp=1,cp=2,pp=4,dp=1", "tp=2,dp=4", micro_batches=4, masks="uneven",
+        tied=True, layers=4, encode_ahead=1, overlap=True),
+    Row("pp2-cp2-dp2-4mb-virtual", "tp=1,cp=2,pp=2,dp=2", "tp=2,dp=4", micro_batches=4,
+        masks="uneven", tied=True, layers=4, virtual_stages=2, distributed_optimizer=True),
+)  # fmt: skip
+
+
+def _nightly_stages() -> Iterator[Row]:
+    """Every cut of 8 ranks into stages of one size, beside two encoder layouts."""
+    powers = (1, 2, 4, 8)
+    for tp, cp, pp in itertools.product(powers, powers, (2, 4)):
+        if tp * cp * pp > 8:
+            continue
+        dp = 8 // (tp * cp * pp)
+        language = f"tp={tp},cp={cp},pp={pp},dp={dp}"
+        for vision in ("tp=1,dp=8", "tp=4,dp=2"):
+            name = f"stages-{vision}-{language}".replace("=", "").replace(",", "")
+            layouts = {"language": language, "vision": vision, "layers": 4, "masks": "uneven"}
+            yield Row(f"{name}-plain", **layouts)
+            yield Row(f"{name}-mixed", **layouts, micro_batches=4, images="mixed", encode_ahead=2)
+            yield Row(f"{name}-text", **layouts, micro_batches=4, images="none", overlap=True)
+            yield Row(f"{name}-full", **layouts, micro_batches=4, tied=True, **_FULL)
+            if pp == 2:
+                yield Row(f"{name}-virtual", **layouts, micro_batches=4, tied=True,
+                          images="mixed", virtual_stages=2)  # fmt: skip
+
 
 def _nightly_rows() -> Iterator[Row]:
     """Every pair of 8-rank layouts, plain and with everything that may be on."""
@@ -199,7 +248,13 @@ def _nightly_expert_rows() -> Iterator[Row]:
 
 
 DEFAULT_ROWS = (*_text_rows(), *_IMAGE_ROWS)
-NIGHTLY_ROWS = (*DEFAULT_ROWS, *_nightly_rows(), *_nightly_expert_rows())
+NIGHTLY_ROWS = (
+    *DEFAULT_ROWS,
+    *_STAGES,
+    *_nightly_rows(),
+    *_nightly_expert_rows(),
+    *_nightly_stages(),
+)
 
 
 def choose(rows: Sequence[Row], patterns: Sequence[str]) -> tuple[Row, ...]:

@@ -9,9 +9,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from data import TOKENS_PER_IMAGE, Batch, DigitsBatches, Token
+from data import (
+    IMAGES_PER_SAMPLE,
+    TOKENS_PER_IMAGE,
+    Batch,
+    DigitsBatches,
+    Token,
+    even_slice,
+)
 
-from tests.parity.rows import MASKS, Reference
+from tests.parity.rows import IMAGES, MASKS, Reference
 
 SEED = 7
 # Tokens that show a digit to a model without an encoder: digit d is one of these, not ZERO + d.
@@ -43,16 +50,59 @@ class TextBatches(DigitsBatches):
 
     def batch(self, step: int) -> Batch:
         whole = super().batch(step)
-        shown = _SHOWN + whole.digits.repeat_interleave(TOKENS_PER_IMAGE, dim=1)
-        input_ids = whole.input_ids.clone()
-        places = input_ids == int(Token.IMAGE)
-        input_ids[places] = shown.flatten()
-        return replace(whole, input_ids=input_ids, images=torch.empty(0))
+        everywhere = torch.ones(len(whole.digits), dtype=torch.bool)
+        return replace(whole, input_ids=named(whole, everywhere), images=torch.empty(0))
+
+
+class MixedBatches(DigitsBatches):
+    """Batches of which only some samples have images; the others name their digits in tokens.
+
+    ``"mixed"``: every third sample has images, so some replicas and microbatches have none.
+    ``"none"``: no sample has.
+    """
+
+    def __init__(self, batch: int, images: str, *, uneven_loss_mask: bool) -> None:
+        super().__init__(SEED, "train", batch, uneven_loss_mask=uneven_loss_mask)
+        self._shown = torch.arange(batch) % 3 == 1
+        if images == "none":
+            self._shown[:] = False
+
+    def batch(self, step: int) -> Batch:
+        """The global batch; its images are still those of all samples."""
+        whole = super().batch(step)
+        return replace(whole, input_ids=named(whole, ~self._shown))
+
+    def local_batch(
+        self, step: int, microbatch: int, num_microbatches: int, **ranks: int
+    ) -> Batch:
+        part = super().local_batch(step, microbatch, num_microbatches, **ranks)
+        start, size = even_slice(
+            self.global_batch_size, microbatch, num_microbatches, "batch", "microbatches"
+        )
+        first, count = even_slice(
+            size, ranks["src_dp_rank"], ranks["src_dp"], "microbatch", "vision DP ranks"
+        )
+        kept = self._shown[start + first : start + first + count]
+        return replace(part, images=part.images[kept.repeat_interleave(IMAGES_PER_SAMPLE)])
+
+
+def named(whole: Batch, samples: torch.Tensor) -> torch.Tensor:
+    """``input_ids`` in which some samples' image tokens are replaced by tokens for the digits."""
+    shown = _SHOWN + whole.digits.repeat_interleave(TOKENS_PER_IMAGE, dim=1)
+    input_ids = whole.input_ids.clone()
+    places = (input_ids == int(Token.IMAGE)) & samples[:, None]
+    input_ids[places] = shown[samples].flatten()
+    return input_ids
 
 
 def batches(reference: Reference) -> DigitsBatches:
     """The data of a reference and of all rows that are compared with it."""
     assert reference.masks in MASKS, reference.masks
+    assert reference.images in IMAGES, reference.images
+    if reference.images != "all":
+        assert reference.masks in ("uniform", "uneven"), reference.masks
+        uneven = reference.masks == "uneven"
+        return MixedBatches(reference.batch, reference.images, uneven_loss_mask=uneven)
     if reference.masks in ("one_sample", "none"):
         return MaskedBatches(reference.batch, reference.masks)
     kind = TextBatches if reference.task == "text" else DigitsBatches

@@ -15,6 +15,7 @@ from tests.parity.rows import DEFAULT_ROWS, NIGHTLY_ROWS, Row
 from layouts import Layout, Limits, Pair, misfits  # isort: skip
 
 IMAGES = [row for row in DEFAULT_ROWS if row.vision]
+STAGES = [row for row in NIGHTLY_ROWS if row.name.startswith("pp")]
 TEXT = [row for row in DEFAULT_ROWS if not row.vision]
 
 
@@ -63,6 +64,17 @@ def test_the_default_rows_have_every_option_both_ways(values) -> None:
     assert {getattr(row, field) for row in IMAGES} == wanted
 
 
+def test_rows_with_stages_have_every_other_way_to_cut_too() -> None:
+    cuts = [layouts(row).language for row in STAGES]
+    assert {cut.pp for cut in cuts} == {2, 4}
+    for axis in ("tp", "cp", "dp"):
+        assert {getattr(cut, axis) for cut in cuts} == {1, 2}
+    assert {row.micro_batches for row in STAGES} == {1, 4}
+    assert {row.images for row in STAGES} == {"all", "mixed"}
+    assert {row.virtual_stages for row in STAGES} == {1, 2}
+    assert {row.encode_ahead for row in STAGES} == {0, 1}
+
+
 def test_every_row_fits_its_model_and_batch() -> None:
     for row in NIGHTLY_ROWS:
         if row.vision:
@@ -75,6 +87,8 @@ def test_every_row_fits_its_model_and_batch() -> None:
                 vision_heads=SIZE.vision_heads,
                 language_heads=SIZE.language_query_groups,
                 experts=EXPERTS.count if row.experts else 0,
+                language_layers=row.layers,
+                virtual_stages=row.virtual_stages,
             )
             assert misfits(layouts(row), limits) == [], row.name
         else:

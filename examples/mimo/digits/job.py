@@ -17,14 +17,12 @@ from data import SEQUENCE_LENGTH, DigitsBatches
 from errors import JobError, writing
 from launch import init_distributed
 from layout_picture import plot_layout
-from model import LANGUAGE, VISION, DigitsModel, Experts, ModelOptions, build_model
+from model import LANGUAGE, VISION, DigitsModel, Experts, ModelOptions, ModelSize, build_model
 from options import Options
 from pictures import plot_loss, plot_predictions
 from report import MetricsWriter, Progress, print_table, read_metrics, write_summary
 from trainer import StepResult, Trainer, TrainOptions
 
-from megatron.core.models.mimo.comm.bridge_layout import BridgeLayout
-from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
 from megatron.core.models.mimo.training.checkpoint import (
     CheckpointError,
     CheckpointStore,
@@ -33,7 +31,16 @@ from megatron.core.models.mimo.training.checkpoint import (
 )
 
 # Changing one of these in mid-run would train on other data or another schedule than recorded.
-_FIXED = ("seed", "steps", "global_batch_size", "micro_batches", "lr", "uneven_loss_mask", "dtype")
+_FIXED = (
+    "seed",
+    "steps",
+    "global_batch_size",
+    "micro_batches",
+    "lr",
+    "uneven_loss_mask",
+    "dtype",
+    "language_layers",
+)
 
 
 class Run:
@@ -54,6 +61,7 @@ class Run:
                 steps=options.steps,
                 global_batch_size=options.global_batch_size,
                 micro_batches=options.micro_batches,
+                encode_ahead=options.encode_ahead,
                 lr=options.lr,
                 min_lr=options.lr / 10,
                 clip_grad=options.clip_grad,
@@ -194,14 +202,12 @@ class _Reporter:
             self.out.mkdir(parents=True, exist_ok=True)
         self.metrics = MetricsWriter(self.out / "metrics.jsonl", done + 1 if done else 0)
         bridge = run.trainer.model.colocated_comms[(VISION, LANGUAGE)]
-        grids = run.trainer.built.grids
         plot_layout(
             self.out / "layout.png",
-            BridgeLayout.from_grids(grids[VISION], grids[LANGUAGE], VISION, LANGUAGE),
+            bridge.layout,
             options.global_batch_size // options.micro_batches,
             SEQUENCE_LENGTH,
             sequence_parallel=options.sequence_parallel,
-            routes=bridge.layout if isinstance(bridge, RoutedBridge) else None,
         )
         self.progress = Progress(done, options.steps, options.global_batch_size * SEQUENCE_LENGTH)
 
@@ -265,6 +271,8 @@ class _Reporter:
 
 def _build(options: Options, backend: str) -> DigitsModel:
     model_options = ModelOptions(
+        size=ModelSize(language_layers=options.language_layers),
+        virtual_stages=options.virtual_stages,
         seed=options.seed,
         dtype=getattr(torch, options.dtype),
         sequence_parallel=options.sequence_parallel,

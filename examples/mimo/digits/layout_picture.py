@@ -43,18 +43,40 @@ class LayoutPicture:
     """What is drawn.
 
     Attributes:
-        layout: the bridge's own layout.
+        layout: the bridge's own: of the gather bridge, or the routes of the routed one.
         samples: of one global microbatch.
         sequence_length: tokens of a sample.
         sequence_parallel: the language side's TP ranks cut the sequence further.
-        routes: of a routed bridge; ``None``: the layout's gather bridge is drawn.
     """
 
-    layout: BridgeLayout
+    layout: BridgeLayout | RouteLayout
     samples: int
     sequence_length: int
     sequence_parallel: bool = False
-    routes: RouteLayout | None = None
+
+    @property
+    def routed(self) -> bool:
+        """Whether the routed bridge is drawn."""
+        return isinstance(self.layout, RouteLayout)
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages of the language side; rows go to the first."""
+        return int(self.layout.dest_pp.max()) + 1 if self.routed else 1
+
+    def source_at(self, rank: int) -> tuple[int, int]:
+        """A rank's (dp, tp) on the encoder's side."""
+        if not self.routed:
+            return self.layout.rank_to_src_pos[rank]
+        place = rank - self.layout.rank_offset
+        return int(self.layout.src_dp[place]), int(self.layout.src_tp[place])
+
+    def destination_at(self, rank: int) -> tuple[int, int, int, int]:
+        """A rank's (dp, tp, cp, pp) on the language side."""
+        if not self.routed:
+            return (*self.layout.rank_to_dest_coords[rank], 0)
+        at, place = self.layout, rank - self.layout.rank_offset
+        return tuple(int(c[place]) for c in (at.dest_dp, at.dest_tp, at.dest_cp, at.dest_pp))
 
     @property
     def cells(self) -> int:
@@ -70,17 +92,19 @@ class LayoutPicture:
 
     def source(self, rank: int) -> range:
         """Blocks of samples that a rank encodes."""
-        part = self.layout.src_slice(rank, self.cells)
-        return range(part.start, part.start + part.size)
+        return self._part(self.source_at(rank)[0], self.layout.src_dp_size)
 
     def destination(self, rank: int) -> range:
         """Blocks of samples that a rank's language model sees."""
-        part = self.layout.dest_slice(rank, self.cells)
-        return range(part.start, part.start + part.size)
+        return self._part(self.destination_at(rank)[0], self.layout.dest_dp_size)
+
+    def _part(self, dp: int, dp_size: int) -> range:
+        size = self.cells // dp_size
+        return range(dp * size, (dp + 1) * size)
 
     def positions(self, rank: int) -> list[int]:
         """Token positions that a rank's language model works on."""
-        _, tp, cp = self.layout.rank_to_dest_coords[rank]
+        _, tp, cp, _ = self.destination_at(rank)
         tp_part = (tp, self.layout.dest_tp_size) if self.sequence_parallel else (0, 1)
         return dense_positions(self.sequence_length, cp, self.layout.dest_cp_size, *tp_part)
 
@@ -101,12 +125,11 @@ class LayoutPicture:
 
 def plot_layout(
     path: Path,
-    layout: BridgeLayout,
+    layout: BridgeLayout | RouteLayout,
     samples: int,
     sequence_length: int,
     *,
     sequence_parallel: bool = False,
-    routes: RouteLayout | None = None,
 ) -> None:
     """Draw the bridge: encoder ranks on the left, the same ranks' language side on the right.
 
@@ -116,9 +139,8 @@ def plot_layout(
         samples: of one global microbatch.
         sequence_length: tokens of a sample.
         sequence_parallel: the language side's TP ranks cut the sequence further.
-        routes: of a routed bridge; ``None``: the layout's gather bridge is drawn.
     """
-    picture = LayoutPicture(layout, samples, sequence_length, sequence_parallel, routes)
+    picture = LayoutPicture(layout, samples, sequence_length, sequence_parallel)
     rows = len(picture.shown)
     figure = Figure(figsize=(13, 0.5 * rows + 2.6), layout="constrained")
     axes = figure.subplots()
@@ -129,7 +151,7 @@ def plot_layout(
     for row, rank in enumerate(picture.shown):
         _draw_source(axes, picture, rank, row * _ROW)
         _draw_destination(axes, picture, rank, row * _ROW)
-    (_draw_moves if routes is None else _draw_routes)(axes, picture)
+    (_draw_routes if picture.routed else _draw_moves)(axes, picture)
     axes.text(-2.5, rows * _ROW + 0.25, _caption(picture), va="top", fontsize=9.5, color=INK)
     save_figure(figure, path, "the layout's picture")
 
@@ -138,8 +160,9 @@ def _draw_headers(axes: Axes, picture: LayoutPicture) -> None:
     layout = picture.layout
     cp = f" · CP {layout.dest_cp_size}" if layout.dest_cp_size > 1 else ""
     left = f"{layout.src_name}: TP {layout.src_tp_size} · DP {layout.src_dp_size}"
-    right = f"{layout.dest_name}: TP {layout.dest_tp_size}{cp} · DP {layout.dest_dp_size}"
-    middle = f"{layout.direction.value.replace('_', '-')}, scale {layout.scale}"
+    pp = f" · PP {picture.stages}" if picture.stages > 1 else ""
+    right = f"{layout.dest_name}: TP {layout.dest_tp_size}{cp}{pp} · DP {layout.dest_dp_size}"
+    middle = _direction(layout.src_dp_size, layout.dest_dp_size)
     per_cell = picture.samples // picture.cells
     what = "one sample" if per_cell == 1 else f"{per_cell} samples"
     legends = (
@@ -153,6 +176,19 @@ def _draw_headers(axes: Axes, picture: LayoutPicture) -> None:
         _draw_scale(axes, picture, start)
     center = (_LEFT + _STRIP + _RIGHT) / 2 - 0.1
     axes.text(center, -1.45, middle, fontsize=13, weight="bold", color=INK, ha="center")
+
+
+def _direction(src_dp: int, dest_dp: int) -> str:
+    """In words.
+
+    >>> _direction(4, 2), _direction(2, 2), _direction(2, 3)
+    ('fan-in, scale 2', 'equal, scale 1', 'DP 2 to 3')
+    """
+    low, high = sorted((src_dp, dest_dp))
+    if high % low:
+        return f"DP {src_dp} to {dest_dp}"
+    word = "equal" if low == high else "fan-in" if src_dp > dest_dp else "fan-out"
+    return f"{word}, scale {high // low}"
 
 
 def _draw_scale(axes: Axes, picture: LayoutPicture, start: float) -> None:
@@ -176,7 +212,7 @@ def _box(axes: Axes, x: float, y: float, width: float, color: object, edge: str 
 
 
 def _draw_source(axes: Axes, picture: LayoutPicture, rank: int, y: float) -> None:
-    dp, tp = picture.layout.rank_to_src_pos[rank]
+    dp, tp = picture.source_at(rank)
     name = {"va": "center", "ha": "right"}
     axes.text(-0.2, y + 0.34, f"rank {rank}", fontsize=10.5, weight="bold", color=INK, **name)
     axes.text(-0.2, y + 0.7, f"dp {dp} tp {tp}", fontsize=8, color=MUTED, **name)
@@ -187,8 +223,9 @@ def _draw_source(axes: Axes, picture: LayoutPicture, rank: int, y: float) -> Non
 
 
 def _draw_destination(axes: Axes, picture: LayoutPicture, rank: int, y: float) -> None:
-    dp, tp, cp = picture.layout.rank_to_dest_coords[rank]
+    dp, tp, cp, pp = picture.destination_at(rank)
     coordinates = f"dp {dp} tp {tp}" + (f" cp {cp}" if picture.layout.dest_cp_size > 1 else "")
+    coordinates += f" stage {pp}" if picture.stages > 1 else ""
     x = _RIGHT + _STRIP + 0.2
     axes.text(x, y + 0.34, f"rank {rank}", fontsize=10.5, weight="bold", color=INK, va="center")
     spans = ", ".join(f"{start}–{stop - 1}" for start, stop in _spans(picture.positions(rank)))
@@ -203,7 +240,9 @@ def _draw_destination(axes: Axes, picture: LayoutPicture, rank: int, y: float) -
         for start, stop in _spans(picture.positions(rank)):
             token = (width - 0.06) / picture.sequence_length
             part = (left + 0.03 + start * token, (stop - start) * token)
-            _box(axes, part[0], y, part[1], _color(picture, cell), "none")
+            # Later stages get hidden states of these tokens, no rows.
+            faint = 1.0 if pp == 0 else 0.3
+            _box(axes, part[0], y, part[1], (*_color(picture, cell)[:3], faint), "none")
         axes.add_patch(
             Rectangle((left + 0.03, y + 0.14), width - 0.06, _ROW - 0.28, fill=False, ec=_EDGE)
         )
@@ -240,7 +279,7 @@ def _draw_moves(axes: Axes, picture: LayoutPicture) -> None:
 
 def _draw_routes(axes: Axes, picture: LayoutPicture) -> None:
     """Arrows from who encodes to who owns, in the colours of the exchange groups."""
-    for number, group in enumerate(picture.routes.groups()):
+    for number, group in enumerate(picture.layout.groups()):
         for source, target in picture.sends(group):
             color = _GROUP_COLORS[number % len(_GROUP_COLORS)]
             _arrow(axes, picture, source, target, color, "forward")
@@ -267,15 +306,17 @@ def _arrow(
 def _caption(picture: LayoutPicture) -> str:
     rest = picture.layout.size - len(picture.shown)
     more = f"\n{rest} more ranks follow the same pattern" if rest else ""
-    return (_gather_caption(picture) if picture.routes is None else _routed_caption(picture)) + more
+    return (_routed_caption(picture) if picture.routed else _gather_caption(picture)) + more
 
 
 def _routed_caption(picture: LayoutPicture) -> str:
     owners = "the rank" if picture.sequence_parallel else "the TP ranks"
+    later = "\npale: later stages, which get hidden states" if picture.stages > 1 else ""
     return (
         f"forward (arrows): each image row goes once, from a rank that encoded it to {owners} "
         "that own its token; a level arrow moves nothing\n"
         "backward: each row's gradient goes once, from an owner to every rank that encoded the row"
+        + later
     )
 
 

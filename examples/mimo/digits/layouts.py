@@ -11,13 +11,13 @@ that does; :func:`check_layouts` puts both into one sentence.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from errors import JobError
 
 MAX_RANKS = 16_384
-_AXES = {"vision": ("tp", "dp"), "language": ("tp", "cp", "dp")}
+_AXES = {"vision": ("tp", "dp"), "language": ("tp", "cp", "pp", "dp")}
 # Another cut of the language model's ranks, for its experts.
 _EXPERT_AXES = ("ep", "etp")
 
@@ -34,17 +34,19 @@ class Layout:
     dp: int = 1
     ep: int = 1
     etp: int = 0
+    pp: int = 1
 
     @property
     def size(self) -> int:
         """Ranks that the layout spans."""
-        return self.tp * self.cp * self.dp
+        return self.tp * self.cp * self.dp * self.pp
 
     def __str__(self) -> str:
         cp = f"cp={self.cp}," if self.cp > 1 else ""
         ep = f",ep={self.ep}" if self.ep > 1 else ""
         etp = f",etp={self.etp}" if self.etp not in (0, self.tp) else ""
-        return f"tp={self.tp},{cp}dp={self.dp}{ep}{etp}"
+        pp = f"pp={self.pp}," if self.pp > 1 else ""
+        return f"tp={self.tp},{cp}{pp}dp={self.dp}{ep}{etp}"
 
     @property
     def expert_tp(self) -> int:
@@ -107,6 +109,8 @@ class Limits:
         sequence_length: tokens per sample.
         vision_heads, language_heads: attention heads (key/value heads if there are fewer).
         experts: of each layer of the language model, 0 without.
+        language_layers: layers of the language model, cut over its pipeline stages.
+        virtual_stages: stages per rank.
     """
 
     global_batch_size: int
@@ -118,6 +122,8 @@ class Limits:
     vision_heads: int = 8
     language_heads: int = 8
     experts: int = 0
+    language_layers: int = 2
+    virtual_stages: int = 1
 
 
 def misfits(pair: Pair, limits: Limits) -> list[str]:
@@ -181,6 +187,13 @@ def _model_misfits(pair: Pair, limits: Limits) -> Iterator[str]:
         if heads % layout.tp:
             yield f"{name} tp={layout.tp} does not divide its {heads} attention heads"
     language = pair.language
+    stages = language.pp * limits.virtual_stages
+    if limits.language_layers % stages:
+        virtual = f" with {limits.virtual_stages} virtual stages each" * (stages > language.pp)
+        yield (
+            f"language pp={language.pp}{virtual} does not divide its {limits.language_layers} "
+            "layers into equal stages"
+        )
     parts = 2 * language.cp if language.cp > 1 else 1
     by = f"2 * cp={language.cp}" if language.cp > 1 else ""
     if limits.sequence_parallel and language.tp > 1:
@@ -265,18 +278,28 @@ def _nearest(pair: Pair, limits: Limits) -> Pair | None:
     if limits.world_size is None:
         worlds += [[size] for size in range(min(asked[0] - 1, 256), 0, -1)]
     for sizes in worlds:
-        every = (other for size in sizes if size <= MAX_RANKS for other in every_pair(size))
+        stages = {1, pair.language.pp}
+        every = (o for size in sizes if size <= MAX_RANKS for o in every_pair(size, stages))
         fits = [other for other in every if not misfits(other, limits)]
         if fits:
             return min(fits, key=lambda other: _distance(pair, other))
     return None
 
 
-def every_pair(world: int) -> Iterator[Pair]:
-    """All layouts of ``world`` ranks, whether or not anything else fits."""
+def every_pair(world: int, stages: Collection[int] = (1,)) -> Iterator[Pair]:
+    """All layouts of ``world`` ranks, whether or not anything else fits.
+
+    Args:
+        world: ranks.
+        stages: pipeline sizes of the language model to try.
+    """
     sizes = [size for size in range(1, world + 1) if world % size == 0]
     languages = [
-        Layout(tp, cp, world // (tp * cp)) for tp in sizes for cp in sizes if world % (tp * cp) == 0
+        Layout(tp, cp, world // (tp * cp * pp), pp=pp)
+        for pp in sorted(stages)
+        for tp in sizes
+        for cp in sizes
+        if world % (tp * cp * pp) == 0
     ]
     for tp in sizes:
         for language in languages:
@@ -284,10 +307,10 @@ def every_pair(world: int) -> Iterator[Pair]:
 
 
 def _distance(pair: Pair, other: Pair) -> tuple[float, ...]:
-    """Few changed axes first (DP before CP before TP), then small changes, then few ranks."""
+    """Few changed axes first (DP, CP, TP, PP in this order), then small changes, then few ranks."""
     changed, far = 0.0, 0.0
     for old, new in ((pair.vision, other.vision), (pair.language, other.language)):
-        for axis, weight in (("dp", 1.0), ("cp", 1.01), ("tp", 1.02)):
+        for axis, weight in (("dp", 1.0), ("cp", 1.01), ("tp", 1.02), ("pp", 1.03)):
             was, now = getattr(old, axis), getattr(new, axis)
             changed += weight * (was != now)
             far += abs(math.log2(now / was))

@@ -110,6 +110,8 @@ class ModelOptions:
     overlap_grad_reduce: bool = True
     freeze_vision: bool = False
     experts: Experts | None = None
+    tied: bool = False
+    virtual_stages: int = 1
 
 
 class DigitEncoder(MegatronModule):
@@ -223,6 +225,13 @@ def transformer_configs(
         normalization="RMSNorm",
         tensor_model_parallel_size=language.tp,
         context_parallel_size=language.cp,
+        pipeline_model_parallel_size=language.pp,
+        virtual_pipeline_model_parallel_size=(
+            options.virtual_stages if options.virtual_stages > 1 else None
+        ),
+        # Two stages that interleave exchange in both directions at once.
+        overlap_p2p_comm=options.virtual_stages > 1,
+        batch_p2p_comm=options.virtual_stages == 1,
         sequence_parallel=options.sequence_parallel and language.tp > 1,
         **(options.experts.settings(language) if options.experts else {}),
         **common,
@@ -255,14 +264,34 @@ def _vision_spec(
     )
 
 
-def _language_spec(config: TransformerConfig, groups: ProcessGroupCollection) -> ModuleSpec:
+def _language_specs(
+    config: TransformerConfig, groups: ProcessGroupCollection, options: ModelOptions
+) -> list[ModuleSpec]:
+    """One per virtual stage of this rank; without virtual stages there is one."""
+    if options.virtual_stages == 1:
+        return [_language_spec(config, groups, options, None)]
+    virtual = range(options.virtual_stages)
+    return [_language_spec(config, groups, options, vp_stage) for vp_stage in virtual]
+
+
+def _language_spec(
+    config: TransformerConfig,
+    groups: ProcessGroupCollection,
+    options: ModelOptions,
+    vp_stage: int | None,
+) -> ModuleSpec:
+    stage, stages, virtual = groups.pp.rank(), groups.pp.size(), vp_stage or 0
     return ModuleSpec(
         module=ExactLossGPTModel,
         params={
             "config": config,
-            "transformer_layer_spec": language_layer_spec(config),
+            "transformer_layer_spec": language_layer_spec(config, pp_rank=stage, vp_stage=vp_stage),
             "vocab_size": VOCABULARY_SIZE,
             "max_sequence_length": SEQUENCE_LENGTH,
+            "pre_process": stage == 0 and virtual == 0,
+            "post_process": stage == stages - 1 and virtual == options.virtual_stages - 1,
+            "vp_stage": vp_stage,
+            "share_embeddings_and_output_weights": options.tied,
             "position_embedding_type": "rope",
             # MimoModel shards the fused sequence itself, after images and text are merged.
             "scatter_embedding_sequence_parallel": False,
@@ -289,9 +318,17 @@ def build_model(
         options: of the model.
         backend: of the process groups, PyTorch's default one if None.
         rank_offset: the first of the ranks.
+
+    Raises:
+        ValueError: an encoder without a layout of its own beside several pipeline stages.
     """
+    if vision is None and language.pp > 1:
+        raise ValueError(
+            f"An encoder on the language model's layout {language} would have pipeline stages; "
+            "give it a layout of its own"
+        )
     place: dict[str, Any] = {"rank_offset": rank_offset, "backend": backend}
-    axes = {"tp": language.tp, "cp": language.cp, "dp": language.dp}
+    axes = {"tp": language.tp, "cp": language.cp, "dp": language.dp, "pp": language.pp}
     if options.experts:
         axes |= {"ep": language.ep, "expt_tp": language.expert_tp}
     grids = {
@@ -306,8 +343,12 @@ def build_model(
         collections[VISION].cp = collections[LANGUAGE].pp
     configs = transformer_configs(vision or language, language, options)
     seed_everything(options.seed)
+    language_spec, *virtual_stage_specs = _language_specs(
+        configs[LANGUAGE], collections[LANGUAGE], options
+    )
     mimo_config = MimoModelConfig(
-        language_model_spec=_language_spec(configs[LANGUAGE], collections[LANGUAGE]),
+        language_model_spec=language_spec,
+        virtual_stage_specs=virtual_stage_specs,
         modality_submodules_spec={VISION: _vision_spec(configs, collections[VISION])},
         special_token_ids={VISION: int(Token.IMAGE)},
         module_to_grid_map=grids if vision else None,
@@ -326,7 +367,7 @@ def build_model(
         )
     if options.freeze_vision:
         model.modality_submodules[VISION].requires_grad_(False)
-    randomness = ModuleRandomness(dict(iter_modules(model)), collections, options.seed)
+    randomness = ModuleRandomness(iter_modules(model), collections, options.seed)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=options.overlap_grad_reduce,

@@ -83,6 +83,14 @@ class Options:
     seed: int = _option(1234, "of the initial weights and of the order of the images", _whole(0))
     global_batch_size: int = _option(32, "samples per step over all ranks", _whole(1))
     micro_batches: int = _option(1, "microbatches per step", _whole(1))
+    encode_ahead: int | None = _option(
+        None, "microbatches that are encoded together, with a pipelined language model (pp > 1); "
+        "all of a step by default", _whole(1),
+    )  # fmt: skip
+    language_layers: int = _option(2, "layers of the language model", _whole(1))
+    virtual_stages: int = _option(
+        1, "stages per rank of a pipelined language model, which then interleaves", _whole(1)
+    )
     eval_batch_size: int = _option(32, "samples per held-out batch", _whole(1))
     lr: float = _option(1.5e-3, "peak learning rate", _real(0.0, low_included=False))
     clip_grad: float = _option(
@@ -154,6 +162,34 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_pipeline(options: Options) -> None:
+    """What a pipelined language model needs besides a layout that fits.
+
+    Raises:
+        JobError: the first thing that is missing.
+    """
+    stages, virtual = options.language.pp, options.virtual_stages
+    if stages > 1 and options.bridge != "routed":
+        raise JobError(
+            f"--language pp={stages} needs --bridge routed, got {options.bridge}, which feeds a "
+            "language model of one stage"
+        )
+    wanted = {"--virtual-stages": virtual > 1, "--encode-ahead": options.encode_ahead is not None}
+    for flag, given in wanted.items():
+        if given and stages == 1:
+            raise JobError(f"{flag} is for a pipelined language model; add pp=2 to --language")
+    if virtual > 1 and options.micro_batches % stages:
+        raise JobError(
+            f"--virtual-stages {virtual} interleaves groups of {stages} microbatches, got "
+            f"--micro-batches {options.micro_batches}; use a multiple of {stages}"
+        )
+    if virtual > 1 and (options.encode_ahead or options.micro_batches) < options.micro_batches:
+        raise JobError(
+            f"--encode-ahead {options.encode_ahead} needs --virtual-stages 1, got {virtual}: with "
+            "virtual stages all microbatches of a step are encoded together"
+        )
+
+
 def parse_options(
     argv: Sequence[str],
     world_size: int | None = None,
@@ -187,8 +223,11 @@ def parse_options(
         vision_heads=vision_heads,
         language_heads=language_heads,
         experts=options.experts,
+        language_layers=options.language_layers,
+        virtual_stages=options.virtual_stages,
     )
     check_layouts(options.pair, limits)
+    _check_pipeline(options)
     if world_size is not None and options.nproc not in (None, world_size):
         raise JobError(
             f"--nproc {options.nproc} was given, but {world_size} ranks were started; leave it out"

@@ -14,6 +14,7 @@ from data import (
     IMAGES_PER_SAMPLE,
     READING_POSITIONS,
     SEQUENCE_LENGTH,
+    VOCABULARY_SIZE,
     Batch,
     DigitsBatches,
     Token,
@@ -26,6 +27,7 @@ from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
 from megatron.core.models.mimo.comm.routes import RoutePlan
 from megatron.core.models.mimo.optimizer import get_mimo_optimizer
 from megatron.core.models.mimo.partition.sequence_order import dense_positions
+from megatron.core.models.mimo.training.pipeline_step import forward_backward_pipelined
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
@@ -56,12 +58,15 @@ class StepResult:
 class TrainOptions:
     """How the weights are moved.
 
-    ``steps`` is the length of the learning-rate schedule; a run may stop earlier.
+    ``steps`` is the length of the learning-rate schedule; a run may stop earlier. ``encode_ahead``
+    is for a pipelined language model: microbatches that are encoded together, all of them by
+    default.
     """
 
     steps: int
     global_batch_size: int
     micro_batches: int = 1
+    encode_ahead: int | None = None
     lr: float = 1.5e-3
     min_lr: float = 1.5e-4
     warmup_steps: int = 20
@@ -140,19 +145,39 @@ class Trainer:
         """
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = forward_backward_no_pipelining(
-            forward_step_func=self._forward_step,
-            data_iterator=self._microbatches(batches, step),
-            model=[self.model],
-            num_microbatches=self.options.micro_batches,
-            seq_length=0,
-            micro_batch_size=0,
-            pg_collection=self.groups,
-        )
-        sums = torch.stack(outputs).sum(dim=0)
+        microbatches = map(self._inputs, self._microbatches(batches, step))
+        outputs = self._schedule(microbatches, self.options.micro_batches)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        if outputs:
+            sums = torch.stack(outputs).sum(dim=0)
         dist.all_reduce(sums, group=self.groups.dp_cp)
-        loss_sum, tokens = sums.tolist()
+        loss_sum, tokens = self._from_last_stage(sums).tolist()
         return loss_sum / max(tokens, 1.0), int(tokens)
+
+    def _schedule(
+        self, microbatches: Iterator[dict[str, Any]], count: int, *, forward_only: bool = False
+    ) -> list[torch.Tensor]:
+        """One step of Megatron-Core's schedule; what the last stage reports, or its logits."""
+        keywords: dict[str, Any] = {
+            "forward_step_func": self._forward_step,
+            "data_iterator": microbatches,
+            "model": [self.model],
+            "num_microbatches": count,
+            "pg_collection": self.groups,
+            "forward_only": forward_only,
+            "collect_non_loss_data": forward_only,
+        }
+        if self.groups.pp.size() > 1:
+            ahead = self.options.encode_ahead
+            return forward_backward_pipelined(**keywords, encode_ahead=ahead)
+        return forward_backward_no_pipelining(**keywords, seq_length=0, micro_batch_size=0)
+
+    def _from_last_stage(self, value: torch.Tensor) -> torch.Tensor:
+        """What the last pipeline stage has, on all stages; of one shape everywhere."""
+        pp = self.groups.pp
+        if pp.size() > 1:
+            dist.broadcast(value, dist.get_global_rank(pp, pp.size() - 1), group=pp)
+        return value
 
     def step(self, batches: DigitsBatches, step: int) -> StepResult:
         """One training step."""
@@ -198,45 +223,48 @@ class Trainer:
         }
 
     def _forward_step(
-        self, data_iterator: Iterator[Batch], _model: torch.nn.Module
+        self, data_iterator: Iterator[dict[str, Any]], model: torch.nn.Module
     ) -> tuple[torch.Tensor, LossFunction]:
-        batch = next(data_iterator)
-        losses, loss_mask = self._run(batch, batch.input_ids, batch.labels, batch.loss_mask)
+        output, loss_mask = model(**next(data_iterator))
 
-        def loss_func(
-            token_losses: torch.Tensor,
-        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        def loss_func(token_losses: torch.Tensor, non_loss_data: bool = False) -> Any:
             """(sum of token losses, counted tokens, what is reported), all of this rank."""
+            if non_loss_data:
+                return token_losses
             mask = loss_mask.to(token_losses.dtype)
             loss, tokens = (token_losses * mask).sum(), mask.sum()
             report = torch.stack([loss.detach(), tokens]).double()
             return loss, tokens.to(torch.int), report
 
-        return losses, loss_func
+        return output, loss_func
 
-    def _run(
-        self,
-        batch: Batch,
-        input_ids: torch.Tensor,
-        labels: torch.Tensor | None,
-        loss_mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        inputs = {
-            "input_ids": input_ids,
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """What the model is called with."""
+        inputs: dict[str, Any] = {
+            "input_ids": batch.input_ids,
             "position_ids": batch.position_ids,
-            "labels": labels,
-            "loss_mask": loss_mask,
+            "labels": batch.labels,
+            "loss_mask": batch.loss_mask,
         }
-        packing = None
         if self.packed:
-            packing = _packing(input_ids)
             inputs = {k: None if v is None else v.reshape(1, -1) for k, v in inputs.items()}
-        return self.model(
-            **inputs,
-            modality_inputs={VISION: {"digits": {"images": batch.images}}},
-            packing_kwargs=packing,
-            route_plan=batch.routes,
-        )
+            inputs["packing_kwargs"] = _packing(batch.input_ids)
+        images = {"digits": {"images": batch.images}} if len(batch.images) else None
+        return {**inputs, "modality_inputs": {VISION: images}, "route_plan": batch.routes}
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """``(b, S, V)`` of this rank's samples, on every stage."""
+        inputs = self._inputs(replace(batch, labels=None, loss_mask=None))
+        # Virtual stages work on as many microbatches as there are stages; one answer is enough.
+        virtual = self.model.config.virtual_pipeline_model_parallel_size
+        count = self.groups.pp.size() if virtual else 1
+        outputs = self._schedule(iter([inputs] * count), count, forward_only=True)
+        if outputs:
+            return self._from_last_stage(self._whole_logits(outputs[0]).contiguous())
+        shape = (*batch.input_ids.shape, VOCABULARY_SIZE)
+        dtype = self.model.config.params_dtype
+        return self._from_last_stage(torch.empty(shape, dtype=dtype, device=self.device))
 
     # ---- reading --------------------------------------------------------------------------
 
@@ -252,8 +280,8 @@ class Trainer:
         read = batch.input_ids.new_zeros((len(batch.input_ids), 0))
         for position in READING_POSITIONS:
             input_ids = with_answer(batch.input_ids, read.clamp(min=0))
-            logits, _ = self._run(batch, input_ids, None, None)
-            token = self._whole_logits(logits)[:, position].argmax(dim=-1)
+            logits = self.logits(replace(batch, input_ids=input_ids))
+            token = logits[:, position].argmax(dim=-1)
             digit = token - int(Token.ZERO)
             digit = torch.where((digit >= 0) & (digit <= 9), digit, -1)
             read = torch.cat([read, digit[:, None]], dim=1)

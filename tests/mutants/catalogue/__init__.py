@@ -7,6 +7,7 @@ from tests.mutants.catalogue.files import FILES
 from tests.mutants.catalogue.model import MODEL
 from tests.mutants.catalogue.routing import ROUTING
 from tests.mutants.catalogue.sequence import ATTENTION, SHARDING
+from tests.mutants.catalogue.stages import STAGES
 from tests.mutants.catalogue.training import (
     CHECKPOINTS,
     EXPERTS,
@@ -29,4 +30,5 @@ MUTANTS = (
     *OPTIMIZER,
     *CHECKPOINTS,
     *FILES,
+    *STAGES,
 )

@@ -96,7 +96,7 @@ EXCHANGE = (
     Mutant(
         name="encoder-without-images-stays-out",
         file=_SIDE,
-        old="if plan.group_rows or self._encoder_takes_part(name, modality_inputs):",
+        old="if plans[name].group_rows or self._encoder_takes_part(name, modality_inputs):",
         new="if rows[name].size(0):",
         tests=(_MODEL_TESTS + "test_any_number_of_tokens_against_one_rank",),
         why="a rank whose samples have no image leaves its peers waiting, or gets no rows",

@@ -28,13 +28,13 @@ from megatron.core.tensor_parallel.random import (
 from tests.unit_tests.mimo.model_stubs import StubGroup
 
 SEED = 3
-AXES = ("dp", "cp", "tp", "ep")
+AXES = ("dp", "cp", "pp", "tp", "ep")
 # What each state depends on besides the module, as the table in randomness.py says.
 DEPENDS_ON = {
-    "default": {"dp", "cp"},
-    "model-parallel-rng": {"dp", "cp", "tp"},
+    "default": {"dp", "cp", "pp"},
+    "model-parallel-rng": {"dp", "cp", "pp", "tp"},
     get_data_parallel_rng_tracker_name(): set(),
-    get_expert_parallel_rng_tracker_name(): {"dp", "cp", "tp", "ep"},
+    get_expert_parallel_rng_tracker_name(): {"dp", "cp", "pp", "tp", "ep"},
 }
 
 

@@ -79,6 +79,8 @@ class World:
     def owned_places(self, rank: int, tokens: TokenRuns) -> dict[int, int]:
         """Flattened place in a replica's batch -> flattened place in the rank's local batch."""
         at = self.dest.coords(rank)
+        if at.get("pp", 0) > 0:
+            return {}  # the first pipeline stage builds the sequence
         cp, tp = self.dest.dim_size("cp"), self.dest.dim_size("tp")
         if tokens.cu_seqlens is not None:
             mine = packed_positions(tokens.cu_seqlens, at.get("cp", 0), cp)

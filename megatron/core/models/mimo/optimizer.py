@@ -295,21 +295,22 @@ def _module_info(
     mimo_model: MimoModel, name: str, grid: HyperCommGrid, config: OptimizerConfig
 ) -> ModuleOptimizerInfo:
     from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
+    from megatron.core.models.mimo.model.stage_side import stages_of
 
     active = grid.is_current_rank_in_grid()
     if name == MIMO_LANGUAGE_MODULE_KEY:
-        module = mimo_model.language_model
+        modules = stages_of(mimo_model)
     else:
-        module = mimo_model.modality_submodules[name] if active else None
+        modules = [mimo_model.modality_submodules[name]] if active else []
     # Also on ranks outside the grid: making a group takes every rank of the world.
     collection = _get_pg_collection_for_optimizer(grid)
-    present = active and module is not None
-    trained = present and any(p.requires_grad for p in module.parameters())
+    present = active and bool(modules)
+    trained = present and any(p.requires_grad for m in modules for p in m.parameters())
     trained_on: list[bool] = [False] * dist.get_world_size()
     dist.all_gather_object(trained_on, trained)
     optimizer = None
     if trained:
-        optimizer = _inner_optimizer(name, module, config, collection)
+        optimizer = _inner_optimizer(name, modules, config, collection)
     elif any(trained_on):
         _attend_optimizer_construction(config)
     return ModuleOptimizerInfo(optimizer, grid, collection if present else None, active)
@@ -334,11 +335,14 @@ def _attend_optimizer_construction(config: OptimizerConfig) -> None:
 
 
 def _inner_optimizer(
-    name: str, module: torch.nn.Module, config: OptimizerConfig, collection: ProcessGroupCollection
+    name: str,
+    modules: list[torch.nn.Module],
+    config: OptimizerConfig,
+    collection: ProcessGroupCollection,
 ) -> MegatronOptimizer:
     from megatron.core.optimizer import get_megatron_optimizer
 
-    ddp_config = getattr(module, "ddp_config", None)
+    ddp_config = getattr(modules[0], "ddp_config", None)
     instances = getattr(ddp_config, "num_distributed_optimizer_instances", 1)
     if instances != 1:
         raise ValueError(
@@ -347,7 +351,7 @@ def _inner_optimizer(
         )
     optimizer = get_megatron_optimizer(
         config=config,
-        model_chunks=[module],
+        model_chunks=modules,
         pg_collection=collection,
         use_gloo_process_groups=False,
     )

@@ -263,8 +263,12 @@ def _gather_groups(
     return tuple(tuple(members[key]) for key in sorted(members))
 
 
-def check_grids(src_grid: Grid, dest_grid: Grid) -> None:
+def check_grids(src_grid: Grid, dest_grid: Grid, *, dest_stages: bool = False) -> None:
     """Refuse grids that no bridge can lie between, whatever their DP sizes.
+
+    Args:
+        src_grid, dest_grid: encoder's and language model's grid.
+        dest_stages: the language model may have several pipeline stages.
 
     Raises:
         ValueError: the grids do not cover the same ranks, one lacks ``tp`` or ``dp``, a size that
@@ -282,7 +286,7 @@ def check_grids(src_grid: Grid, dest_grid: Grid) -> None:
             "other ranks need no bridge of this kind."
         )
     _check_dims("src", src_grid, bridged=("tp", "dp"))
-    _check_dims("dest", dest_grid, bridged=("tp", "cp", "dp"))
+    _check_dims("dest", dest_grid, bridged=("tp", "cp", "dp", *(["pp"] if dest_stages else [])))
 
 
 def _check_dims(side: str, grid: Grid, bridged: tuple[str, ...]) -> None:
@@ -295,10 +299,11 @@ def _check_dims(side: str, grid: Grid, bridged: tuple[str, ...]) -> None:
             )
     for name in names:
         if grid.dim_size(name) > 1 and name not in bridged:
+            stages = " or use bridge='routed', which feeds a first stage" if name == "pp" else ""
             raise ValueError(
                 f"{side} {name.upper()} must be 1 for a colocated bridge, got "
                 f"{grid.dim_size(name)} in {_dims(grid)}. Only {bridged} may be larger on this "
-                "side; give those ranks to DP or TP."
+                f"side; give those ranks to DP or TP{stages if side == 'dest' else ''}."
             )
     if side == "dest" and "cp" in names and names.index("dp") < names.index("cp"):
         raise ValueError(

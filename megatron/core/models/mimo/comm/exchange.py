@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from megatron.core.models.mimo.comm.routes import RoutePlan
+from megatron.core.models.mimo.comm.merged_routes import Routes
 
 
 def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
@@ -41,7 +41,7 @@ def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.
 
 @dataclass(frozen=True, eq=False)
 class PlanTensors:
-    """A :class:`RoutePlan` as the device needs it; see there for the indices.
+    """A :class:`.RoutePlan` (or merged ones) as the device needs it; see there for the indices.
 
     Attributes:
         held, own, local: numbers of rows.
@@ -62,7 +62,7 @@ class PlanTensors:
     place: torch.Tensor
 
     @classmethod
-    def of(cls, plan: RoutePlan, device: torch.device) -> PlanTensors:
+    def of(cls, plan: Routes, device: torch.device) -> PlanTensors:
         """Upload a plan's indices; may be done ahead, in a data loader's thread."""
         splits = [
             (leg.send_splits.tolist(), leg.recv_splits.tolist()) if leg.moves else None
@@ -91,6 +91,11 @@ class Flight:
         # What a running all-to-all reads and writes lives until it was waited for.
         self._under_way: tuple[Any, torch.Tensor] | None = None
         self._gradients: torch.Tensor | None = None
+
+    @property
+    def place(self) -> torch.Tensor:
+        """Where the own rows go, see :class:`.RoutePlan`."""
+        return self.plan.place
 
     def arrive(self) -> torch.Tensor:
         """This rank's own rows ``(own, H)``, in the order of the plan's ``place``; call it once.

@@ -10,6 +10,9 @@ beside DP 2 on 6 ranks is one group, DP 6 beside DP 4 on 12 ranks makes two::
     destination replicas        0         |          1
     ranks                 0   1   |   2   |   3   |   4   5
 
+With pipeline stages on the destination side, the first stage's ranks own the rows. Those of other
+stages encode like all others, so they send rows and get gradients, and own nothing.
+
 Everything is linear in the number of ranks and vectorised over them.
 """
 
@@ -42,7 +45,8 @@ class RouteLayout:
         rank_offset, size: the ranks are ``rank_offset .. rank_offset + size - 1``.
         sequence_parallel: each destination TP rank owns its own part of the CP-local sequence.
             Without it all TP ranks of a CP rank need the same rows.
-        src_dp, src_tp, dest_dp, dest_tp, dest_cp: coordinate of each rank, int64 ``(size,)``.
+        src_dp, src_tp, dest_dp, dest_tp, dest_cp, dest_pp: coordinate of each rank, int64
+            ``(size,)``.
         component: number of each rank's exchange group, ``(size,)``.
         group_count: how many there are.
     """
@@ -62,6 +66,7 @@ class RouteLayout:
     dest_dp: np.ndarray
     dest_tp: np.ndarray
     dest_cp: np.ndarray
+    dest_pp: np.ndarray
     component: np.ndarray
     group_count: int
 
@@ -79,7 +84,8 @@ class RouteLayout:
         """Lay out the exchange between two grids.
 
         Args:
-            src_grid, dest_grid: encoder's and language model's grid, over the same ranks.
+            src_grid, dest_grid: encoder's and language model's grid, over the same ranks; the
+                language model's may have pipeline stages.
             src_name, dest_name: for messages.
             sequence_parallel: the language model cuts its sequence over TP too.
             one_group: let every rank exchange with every other, for batches that are not cut
@@ -89,7 +95,7 @@ class RouteLayout:
             ValueError: the grids do not cover the same ranks, one lacks ``tp`` or ``dp``, a size
                 that must be 1 is not, or ``dp`` is named before ``cp``.
         """
-        check_grids(src_grid, dest_grid)
+        check_grids(src_grid, dest_grid, dest_stages=True)
         src_dp, src_tp = (_coordinates(src_grid, dim) for dim in ("dp", "tp"))
         dest_dp, dest_tp, dest_cp = (_coordinates(dest_grid, d) for d in ("dp", "tp", "cp"))
         sizes = src_grid.dim_size("dp"), dest_grid.dim_size("dp")
@@ -110,6 +116,7 @@ class RouteLayout:
             dest_dp=dest_dp,
             dest_tp=dest_tp,
             dest_cp=dest_cp,
+            dest_pp=_coordinates(dest_grid, "pp"),
             component=component,
             group_count=int(component.max()) + 1,
         )
@@ -145,7 +152,8 @@ class ExchangeGroup:
     """The ranks that exchange rows with one another, numbered by their place in the group.
 
     An *owner* is a destination coordinate that owns sequence positions: (dp, cp), with sequence
-    parallelism (dp, cp, tp). It is one rank with sequence parallelism, else ``copies`` TP ranks.
+    parallelism (dp, cp, tp). It is one rank with sequence parallelism, else ``copies`` TP ranks,
+    all on the first pipeline stage.
 
     Attributes:
         layout: of the whole bridge.
@@ -204,9 +212,10 @@ class ExchangeGroup:
 
     @cached_property
     def owner_of(self) -> np.ndarray:
-        """The owner that each rank is (a copy of), numbered as :meth:`owner`."""
+        """The owner that each rank is (a copy of), numbered as :meth:`owner`; -1 for none."""
         at = self.layout
-        return self.owner(self.dest_of, at.dest_cp[self.members], at.dest_tp[self.members])
+        owner = self.owner(self.dest_of, at.dest_cp[self.members], at.dest_tp[self.members])
+        return np.where(at.dest_pp[self.members] == 0, owner, -1)
 
     @cached_property
     def owner_copy(self) -> np.ndarray:
@@ -243,7 +252,8 @@ class ExchangeGroup:
         """Places in the group of every owner's copies, ``(owners, copies)``."""
         parts = self.sequence_parts[0] * self.sequence_parts[1]
         table = np.empty((self.dest_dps.size * parts, self.copies), dtype=np.int64)
-        table[self.owner_of, self.owner_copy] = np.arange(self.size)
+        first = np.flatnonzero(self.owner_of >= 0)
+        table[self.owner_of[first], self.owner_copy[first]] = first
         return table
 
     def signature(self) -> tuple[np.ndarray, ...]:

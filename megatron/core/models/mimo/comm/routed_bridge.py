@@ -21,6 +21,7 @@ from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.comm.bridge_layout import BridgeDirection
 from megatron.core.models.mimo.comm.colocated_communicator import common_backend
 from megatron.core.models.mimo.comm.exchange import Flight, PlanTensors, issue_exchange
+from megatron.core.models.mimo.comm.merged_routes import MergedPlan, Routes
 from megatron.core.models.mimo.comm.plan_guard import Agreed, Statement, agree
 from megatron.core.models.mimo.comm.route_layout import ExchangeGroup, RouteLayout
 from megatron.core.models.mimo.comm.routes import GroupRoutes, RoutePlan
@@ -43,7 +44,7 @@ class RoutedBridge:
 
     Args:
         src_grid: the encoder's grid: tp and dp, any other dim of size 1.
-        dest_grid: the language model's grid: tp, cp before dp, pp of size 1.
+        dest_grid: the language model's grid: tp, cp before dp; rows go to its first pp stage.
         src_module_name, dest_module_name: for messages.
         sequence_parallel: the language model cuts its sequence over TP too.
         guard: compare plan, dtype, width and ``requires_grad`` in the exchange group before rows
@@ -94,6 +95,7 @@ class RoutedBridge:
             logger.debug("Bridge %s: rank %d in %s", self.name, self.current_rank, self.exchange)
         self._confirmed = 0
         self._plans: OrderedDict[bytes, RoutePlan] = OrderedDict()
+        self._merged: OrderedDict[tuple[RoutePlan, ...], MergedPlan] = OrderedDict()
         self._tensors: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self._destroyed = False
 
@@ -186,12 +188,22 @@ class RoutedBridge:
         elif problem is not None:
             raise ValueError(f"Bridge {self.name}: {problem}")
 
-    def issue(self, rows: torch.Tensor, plan: RoutePlan) -> Flight:
+    def merge(self, plans: Sequence[RoutePlan]) -> MergedPlan:
+        """The plans of several microbatches as one exchange; kept for batches like these."""
+        key = tuple(plans)
+        merged = self._merged.pop(key, None) or MergedPlan.of(plans)
+        self._merged[key] = merged
+        if len(self._merged) > _PLANS_KEPT:
+            self._merged.popitem(last=False)
+        return merged
+
+    def issue(self, rows: torch.Tensor, plan: Routes) -> Flight:
         """Start moving rows; ``arrive`` of what comes back waits for them. Differentiable.
 
         Args:
             rows: this rank's encoder output ``(held, H)``.
-            plan: this rank's; of its ranks all call this, those without rows too.
+            plan: this rank's, of one microbatch or merged; of its ranks all call this, those
+                without rows too.
 
         Raises:
             ValueError: another number of rows than planned.
@@ -204,7 +216,7 @@ class RoutedBridge:
         """:meth:`issue` and ``arrive`` in one: rows ``(held, H)`` -> own rows ``(own, H)``."""
         return self.issue(rows, plan).arrive()
 
-    def tensors(self, plan: RoutePlan, device: torch.device) -> PlanTensors:
+    def tensors(self, plan: Routes, device: torch.device) -> PlanTensors:
         """A plan's indices on a device, uploaded once per plan."""
         known = self._tensors.get(plan)
         if known is None or known[0] != device:

@@ -21,6 +21,8 @@ class MimoModelConfig:
 
     Attributes:
         language_model_spec: the language model; ``params["config"]`` is its transformer config.
+        virtual_stage_specs: with an interleaved pipeline, the language model's further parts on
+            this rank: ``language_model_spec`` is its first virtual stage, these are the next ones.
         modality_submodules_spec: modality name -> spec of its ``ModalitySubmodules``.
         special_token_ids: modality name -> the id that stands in ``input_ids`` for one row
             (one embedding) of that modality, e.g. ``{"images": 32000}``.
@@ -54,6 +56,7 @@ class MimoModelConfig:
     bridge: str = "routed"
     bridge_guard: str = "always"
     encoder_balance: dict[str, EncoderBalance] = field(default_factory=dict)
+    virtual_stage_specs: list[ModuleSpec] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._check_names()

@@ -65,7 +65,7 @@ class RankRole:
             RuntimeError: the rank is in no grid.
         """
         if module_to_grid_map is None or cls._all_grids_colocated(module_to_grid_map):
-            return cls._colocated(modality_module_names)
+            return cls._colocated(modality_module_names, module_to_grid_map or {})
         return cls._from_grid_map(module_to_grid_map)
 
     @staticmethod
@@ -74,9 +74,13 @@ class RankRole:
         return len(spans) <= 1
 
     @classmethod
-    def _colocated(cls, modality_module_names: Iterable[str]) -> RankRole:
+    def _colocated(
+        cls,
+        modality_module_names: Iterable[str],
+        module_to_grid_map: Mapping[str, HyperCommGrid],
+    ) -> RankRole:
         names = [*modality_module_names, MIMO_LANGUAGE_MODULE_KEY]
-        stages = {name: ModuleStageInfo(is_first_stage=True, is_last_stage=True) for name in names}
+        stages = {name: _colocated_stage(module_to_grid_map.get(name)) for name in names}
         return cls(modules=stages, mode=ModuleLayout.COLOCATED)
 
     @classmethod
@@ -136,6 +140,16 @@ def _stage_in(grid: HyperCommGrid) -> ModuleStageInfo:
         return ModuleStageInfo(is_first_stage=True, is_last_stage=True)
     group = grid.get_pg("pp")
     stage, stages = group.rank(), group.size()
+    return ModuleStageInfo(is_first_stage=stage == 0, is_last_stage=stage == stages - 1)
+
+
+def _colocated_stage(grid: HyperCommGrid | None) -> ModuleStageInfo:
+    """This rank's stage where all modules share their ranks; no process group is asked."""
+    names = [] if grid is None else list(grid.dim_names)
+    stages = grid.shape[names.index("pp")] if "pp" in names else 1
+    if stages == 1 or dist.get_rank() not in _span(grid):
+        return ModuleStageInfo(is_first_stage=True, is_last_stage=True)
+    stage = grid.coords(dist.get_rank())["pp"]
     return ModuleStageInfo(is_first_stage=stage == 0, is_last_stage=stage == stages - 1)
 
 

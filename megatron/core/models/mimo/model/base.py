@@ -23,9 +23,14 @@ from megatron.core.models.mimo.config.role import (
 )
 from megatron.core.models.mimo.model.ddp_methods import DDPMethods
 from megatron.core.models.mimo.model.encoder_side import EncoderSide
-from megatron.core.models.mimo.model.language_groups import language_group, refuse_other_cp_size
+from megatron.core.models.mimo.model.language_groups import (
+    language_group,
+    refuse_other_cp_size,
+    refuse_other_pp_size,
+)
 from megatron.core.models.mimo.model.language_side import LanguageSide
 from megatron.core.models.mimo.model.routed_side import RoutedSide
+from megatron.core.models.mimo.model.stage_side import StageSide, stages_of
 from megatron.core.models.mimo.model.state_dicts import StateDicts
 from megatron.core.models.mimo.model.token_rows import TEXT
 from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig
@@ -37,7 +42,9 @@ from megatron.core.utils import unwrap_model
 _DEFAULT_MAX_SEQ_LEN = 4096
 
 
-class MimoModel(EncoderSide, LanguageSide, RoutedSide, StateDicts, DDPMethods, MegatronModule):
+class MimoModel(
+    EncoderSide, LanguageSide, RoutedSide, StageSide, StateDicts, DDPMethods, MegatronModule
+):
     """Encoders and a language model that reads their rows among its text tokens.
 
     Colocated, one forward pass on every rank is::
@@ -51,6 +58,10 @@ class MimoModel(EncoderSide, LanguageSide, RoutedSide, StateDicts, DDPMethods, M
 
     With ``bridge="routed"`` the bridge ends at the last line: rows go straight to their places in
     the cut sequence, and only the text tokens of this rank's part are embedded.
+
+    With pipeline stages of the language model (routed bridge only) the encoders still run on every
+    rank. The rows go to the first stage, and ``training.pipeline_step`` runs the step in place of
+    ``forward``.
 
     Non-colocated, an encoder rank stops after the rows and returns them by module name; a
     language rank gets them through :meth:`set_input_tensor` and starts at the placing.
@@ -66,7 +77,8 @@ class MimoModel(EncoderSide, LanguageSide, RoutedSide, StateDicts, DDPMethods, M
         colocated_comms: ``(modality, "language")`` -> bridge.
         partition_adapter: cuts the fused sequence; ``None`` without CP and SP.
         modality_submodules: modality -> its module, bare or wrapped.
-        language_model: the language model, bare or wrapped; ``None`` on encoder ranks.
+        language_model: the language model, bare or wrapped; ``None`` on encoder ranks. With
+            virtual pipeline stages their first one; ``virtual_stages`` has the others.
         special_token_ids: modality -> token id.
 
     Raises:
@@ -112,6 +124,8 @@ class MimoModel(EncoderSide, LanguageSide, RoutedSide, StateDicts, DDPMethods, M
         grid = (self.mimo_config.module_to_grid_map or {}).get(MIMO_LANGUAGE_MODULE_KEY)
         needs_cp, needs_sp = config.context_parallel_size > 1, config.sequence_parallel
         refuse_other_cp_size(grid, cp_group, config.context_parallel_size)
+        if self.role.mode is ModuleLayout.COLOCATED:
+            refuse_other_pp_size(grid, config.pipeline_model_parallel_size)
         cp_group = language_group(grid, "cp", cp_group, needs_cp)
         tp_group = language_group(grid, "tp", tp_group, needs_sp)
         if not needs_cp and not needs_sp:
@@ -167,7 +181,11 @@ class MimoModel(EncoderSide, LanguageSide, RoutedSide, StateDicts, DDPMethods, M
         self.language_model = None
         if self.role.has_language_module:
             self.language_model = build_module(self.mimo_config.language_model_spec)
+            if self.mimo_config.virtual_stage_specs:
+                specs = self.mimo_config.virtual_stage_specs
+                self.virtual_stages = nn.ModuleList(build_module(spec) for spec in specs)
             self._refuse_embedding_scatter()
+            self._refuse_other_stages()
 
     def destroy(self) -> None:
         """Release the process groups that this model made. May be called again."""
@@ -177,10 +195,16 @@ class MimoModel(EncoderSide, LanguageSide, RoutedSide, StateDicts, DDPMethods, M
 
     # -- the modules of this rank ----------------------------------------------------------
 
+    def language_stages(self) -> list[nn.Module]:
+        """The language model's stages on this rank, bare or wrapped, in order.
+
+        One, or several virtual ones of an interleaved pipeline; none on encoder ranks.
+        """
+        return stages_of(self)
+
     def _active_submodules(self) -> Iterator[nn.Module]:
         """The language model, then the modalities, as far as this rank has them."""
-        if self.language_model is not None:
-            yield self.language_model
+        yield from self.language_stages()
         for submodule in self.modality_submodules.values():
             if submodule is not None:
                 yield submodule
@@ -243,7 +267,7 @@ class MimoModel(EncoderSide, LanguageSide, RoutedSide, StateDicts, DDPMethods, M
 
         Raises:
             ValueError: rows and tokens do not match; a sequence that cannot be cut; a route plan
-                without a routed bridge.
+                without a routed bridge; a language model in pipeline stages.
             RuntimeError: an attention mask under CP; special tokens without inputs.
         """
         self._refuse_plan_without_routes(route_plan)
@@ -276,6 +300,7 @@ class MimoModel(EncoderSide, LanguageSide, RoutedSide, StateDicts, DDPMethods, M
         route_plan: Mapping[str, RoutePlan] | None = None,
     ) -> tuple[Any, torch.Tensor | None]:
         """Colocated: encoders, bridges, placing, cutting, language model."""
+        self._refuse_pipeline()
         self._refuse_mask_under_cp(attention_mask)
         if self._routed_bridges():
             fused, packed = self._fuse_routed(
@@ -371,9 +396,10 @@ class MimoModel(EncoderSide, LanguageSide, RoutedSide, StateDicts, DDPMethods, M
         attention_mask: torch.Tensor | None,
         labels: torch.Tensor | None,
         packed: PackedSeqParams | None,
+        language_model: nn.Module | None = None,
     ) -> Any:
-        """The language model on inputs that are cut."""
-        return self.language_model(
+        """The language model, or the given stage of it, on inputs that are cut."""
+        return (language_model or self.language_model)(
             input_ids=None,
             # Not cut: multimodal rotary embeddings read them whole and cut by themselves.
             position_ids=position_ids,

@@ -33,6 +33,20 @@ def refuse_other_cp_size(
         )
 
 
+def refuse_other_pp_size(grid: HyperCommGrid | None, config_size: int) -> None:
+    """The number of pipeline stages must be one: in the config and in the grid.
+
+    Raises:
+        ValueError: they differ.
+    """
+    grid_size = _grid_size(grid, "pp") or 1
+    if grid is not None and grid_size != config_size:
+        raise ValueError(
+            f"The language grid has pp size {grid_size}, the language config has "
+            f"pipeline_model_parallel_size {config_size}; they must be equal, change one of them"
+        )
+
+
 def language_group(
     grid: HyperCommGrid | None, dim: str, given: ProcessGroup | None, needed: bool
 ) -> ProcessGroup | None:

@@ -106,8 +106,10 @@ class LanguageSide:
         config = self.mimo_config.language_model_spec.params["config"]
         if getattr(config, "fp32_residual_connection", False):
             return torch.float32
-        weight = next(unwrap_model(self.language_model).embedding.parameters())
-        return weight.dtype
+        language_model = unwrap_model(self.language_model)
+        # A later pipeline stage has no embedding; its first weight is of the same dtype.
+        owner = getattr(language_model, "embedding", None) or language_model
+        return next(owner.parameters()).dtype
 
     def _build_packed_seq_params(
         self, packing_kwargs: Mapping[str, Any] | None

@@ -9,14 +9,15 @@ meanwhile, and the rows are put among them as they arrive.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from megatron.core.models.mimo.comm.collectives import sum_gradients
-from megatron.core.models.mimo.comm.exchange import Flight, to_device
+from megatron.core.models.mimo.comm.exchange import to_device
 from megatron.core.models.mimo.comm.input_balance import InputBalance
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
 from megatron.core.models.mimo.comm.routes import RoutePlan, RowCountError
@@ -29,6 +30,32 @@ from megatron.core.models.mimo.model.encoder_side import (
 from megatron.core.models.mimo.model.local_text import LocalText
 from megatron.core.models.mimo.model.token_rows import TEXT, fill_places
 from megatron.core.packed_seq_params import PackedSeqParams
+
+
+@dataclass(frozen=True, eq=False)
+class Brought:
+    """What one microbatch brings to the routed bridges; by modality.
+
+    Attributes:
+        rows: this rank's encoder output ``(n, H)``.
+        plans: where the rows go.
+        tokens: where the tokens of the rank's language replica stand.
+        moving: the modalities whose exchange the rank enters.
+    """
+
+    rows: dict[str, torch.Tensor]
+    plans: dict[str, RoutePlan]
+    tokens: dict[str, TokenRuns]
+    moving: list[str]
+
+
+class Arriving(Protocol):
+    """Rows on their way: a :class:`.Flight`, or rows that are there."""
+
+    place: torch.Tensor
+
+    def arrive(self) -> torch.Tensor:
+        """The own rows ``(own, H)``, in the order of ``place``."""
 
 
 class RoutedSide:
@@ -66,26 +93,51 @@ class RoutedSide:
             RuntimeError: special tokens of a modality of which no rank of the group has inputs.
         """
         packed = self._build_packed_seq_params(packing_kwargs)
+        brought = self._bring_rows(input_ids, modality_inputs, packed, route_plan)
+        flights = {
+            name: self._routed_bridges()[name].issue(brought.rows.pop(name), brought.plans[name])
+            for name in brought.moving
+        }
+        return self._place_local(input_ids, position_ids, brought.tokens, flights), packed
+
+    def _bring_rows(
+        self,
+        input_ids: torch.Tensor,
+        modality_inputs: Mapping[str, Any] | None,
+        packed: PackedSeqParams | None,
+        route_plan: Mapping[str, RoutePlan] | None,
+        problem: str | None = None,
+    ) -> Brought:
+        """Run the encoders on one microbatch and agree on where their rows go; moves nothing.
+
+        Args:
+            input_ids, modality_inputs, route_plan: as for ``forward``.
+            packed: of a packed batch.
+            problem: why this rank cannot go on, for its exchange groups to hear.
+
+        Raises:
+            ValueError, RuntimeError: as :meth:`_fuse_routed`.
+        """
         plans = dict(route_plan or {})
-        lengths, problem = self._try_to_cut(input_ids, packed)
+        lengths, cannot_cut = self._try_to_cut(input_ids, packed)
         tokens = self._places_on_host(input_ids, lengths, plans)
         modality_inputs, held = self._balance_inputs(modality_inputs, plans)
         rows = self._rows_to_bring(modality_inputs, self._embedding_dtype())
-        flights: dict[str, Flight] = {}
+        moving = []
         for name, bridge in self._routed_bridges().items():
             own_problem = (
                 problem
+                or cannot_cut
                 or self._inputs_problem(name, modality_inputs)
                 or self._plan_problem(name, plans.get(name), input_ids, lengths)
             )
-            plan = self._agree_on_plan(
+            plans[name] = self._agree_on_plan(
                 name, bridge, rows[name], tokens, plans, own_problem, held.get(name)
             )
-            tokens[name] = plan.tokens
-            if plan.group_rows or self._encoder_takes_part(name, modality_inputs):
-                flights[name] = bridge.issue(rows[name], plan)
-        del rows
-        return self._place_local(input_ids, position_ids, tokens, flights), packed
+            tokens[name] = plans[name].tokens
+            if plans[name].group_rows or self._encoder_takes_part(name, modality_inputs):
+                moving.append(name)
+        return Brought(rows, plans, tokens, moving)
 
     @property
     def encoder_spread(self) -> dict[str, tuple[float, float]]:
@@ -228,7 +280,7 @@ class RoutedSide:
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None,
         tokens: Mapping[str, TokenRuns],
-        flights: Mapping[str, Flight],
+        flights: Mapping[str, Arriving],
     ) -> torch.Tensor:
         """Text of this rank's part, and among it the rows that arrive: ``(S_local, B, H)``."""
         self._refuse_embedding_scatter()
@@ -249,6 +301,6 @@ class RoutedSide:
             embedded = embedded.index_select(0, kept)
         rows, places = {TEXT: embedded}, {TEXT: place}
         for name, flight in flights.items():
-            rows[name], places[name] = flight.arrive(), flight.plan.place
+            rows[name], places[name] = flight.arrive(), flight.place
         length = batch.seq_len // (cp[1] * (tp[1] if tp else 1))
         return fill_places(rows, places, length * batch.batch).view(length, batch.batch, -1)

@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.mimo import compat
+from megatron.core.models.mimo.model.stage_side import LANGUAGE_MODEL, VIRTUAL_STAGES
 from megatron.core.transformer.module import Float16Module
 
 
@@ -36,11 +38,13 @@ class StateDicts:
             inner, _ = compat.peel(module, "", wrappers)
             groups = getattr(inner, "pg_collection", None)
             child = (f"{prefix}{path}.", module)
-            state.update(
-                compat.sharded_state_dict_of_children(
-                    [child], sharded_offsets, metadata, groups, path, wrappers
-                )
+            part = compat.sharded_state_dict_of_children(
+                [child], sharded_offsets, metadata, groups, path, wrappers
             )
+            if path.startswith(f"{VIRTUAL_STAGES}."):
+                # On disk there is one language model, whatever its stages.
+                replace_prefix_for_sharding(part, f"{prefix}{path}.", f"{prefix}{LANGUAGE_MODEL}.")
+            state.update(part)
         return state
 
     def load_state_dict(
@@ -63,9 +67,9 @@ class StateDicts:
         return super().load_state_dict(named, strict=strict, assign=assign)
 
     def _named_modules_of_rank(self) -> Iterator[tuple[str, nn.Module]]:
-        """(path, module) of the modalities and of every other child, in child order."""
+        """(path, module) of modalities, virtual stages and every other child, in child order."""
         for name, child in self.named_children():
-            if name == "modality_submodules":
-                yield from ((f"{name}.{modality}", module) for modality, module in child.items())
+            if name in ("modality_submodules", VIRTUAL_STAGES):
+                yield from ((f"{name}.{key}", module) for key, module in child.named_children())
             else:
                 yield name, child

@@ -2,7 +2,7 @@
 """Names of modules that do not depend on the layout or on wrapping.
 
 They are those of ``named_modules`` with wrappers (DDP, Float16Module) left out, layers counted
-over all pipeline stages and experts over all expert-parallel ranks.
+over all pipeline stages (virtual ones, too) and experts over all expert-parallel ranks.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch.nn import Module
 
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.mimo.model.stage_side import LANGUAGE_MODEL, VIRTUAL_STAGES
 from megatron.core.transformer.module import Float16Module
 
 _WRAPPERS = (DistributedDataParallel, Float16Module, torch.nn.parallel.DistributedDataParallel)
@@ -29,6 +30,9 @@ def global_modules(module: Module, name: str = "") -> Iterator[tuple[str, Module
     for key, child in module.named_children():
         if isinstance(module, _WRAPPERS):
             yield from global_modules(child, name)
+        elif key == VIRTUAL_STAGES:
+            for stage in child.children():
+                yield from global_modules(stage, join(name, LANGUAGE_MODEL))
         elif key == "local_experts" and hasattr(module, "ep_group"):
             yield from _global_experts(child, join(name, key), module)
         else:

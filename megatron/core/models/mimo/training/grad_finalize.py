@@ -21,6 +21,7 @@ from megatron.core.distributed.distributed_data_parallel_config import (
     DistributedDataParallelConfig,
 )
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
+from megatron.core.models.mimo.model.stage_side import stages_of
 from megatron.core.models.mimo.training.experts import check_expert_sizes, mark_expert_parameters
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
@@ -30,9 +31,12 @@ if TYPE_CHECKING:
 
 
 def iter_modules(mimo_model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """(name, module) of the modules on this rank: the language model, then the modalities."""
-    if mimo_model.language_model is not None:
-        yield MIMO_LANGUAGE_MODULE_KEY, mimo_model.language_model
+    """(name, module) of the modules on this rank: the language model, then the modalities.
+
+    Virtual pipeline stages of the language model come one by one, under its name.
+    """
+    for stage in stages_of(mimo_model):
+        yield MIMO_LANGUAGE_MODULE_KEY, stage
     for name, module in mimo_model.modality_submodules.items():
         if module is not None:
             yield name, module
@@ -64,6 +68,7 @@ def wrap_modules_with_ddp(
                 "gradients over its own DP size, which differs between modules; set it to True"
             )
         check_expert_sizes(name, configs[name], collections[name])
+    stages = []
     for name, module in modules:
         mark_expert_parameters(module)
         wrapped = DistributedDataParallel(
@@ -73,9 +78,13 @@ def wrap_modules_with_ddp(
             pg_collection=collections[name],
         )
         if name == MIMO_LANGUAGE_MODULE_KEY:
-            mimo_model.language_model = wrapped
+            stages.append(wrapped)
         else:
             mimo_model.modality_submodules[name] = wrapped
+    if stages:
+        mimo_model.language_model = stages[0]
+    for number, stage in enumerate(stages[1:]):
+        mimo_model.virtual_stages[number] = stage
 
 
 class MimoGradFinalizer:
@@ -132,17 +141,19 @@ class MimoGradFinalizer:
             force_all_reduce: as in Megatron-Core.
         """
         mimo_model = unwrap_model(model[0])
-        modules = list(iter_modules(mimo_model))
-        for name, module in modules:
+        modules: dict[str, list[torch.nn.Module]] = {}
+        for name, module in iter_modules(mimo_model):
+            modules.setdefault(name, []).append(module)
+        for name, parts in modules.items():
             finalize_model_grads(
-                [module], None, self.collections[name], force_all_reduce=force_all_reduce
+                parts, None, self.collections[name], force_all_reduce=force_all_reduce
             )
         if num_tokens is None:
             return
         self.reduce_token_count(num_tokens)
         # A batch without a single valid token has zero gradients; 1 keeps them zero, not nan.
         scaling = 1.0 / torch.clamp(num_tokens, min=1)
-        for _, module in modules:
+        for _, module in iter_modules(mimo_model):
             module.scale_gradients(scaling)
 
     def reduce_token_count(self, num_tokens: torch.Tensor) -> torch.Tensor:

@@ -11,10 +11,10 @@ Which coordinates a seed depends on decides who agrees:
 ========================  ============================  =====================================
 state                     depends on                    used for
 ========================  ============================  =====================================
-default                   module, dp, cp                activations replicated over TP
-``model-parallel-rng``    module, dp, cp, tp            activations and weights sharded over TP
+default                   module, dp, cp, pp            activations replicated over TP
+``model-parallel-rng``    module, dp, cp, pp, tp        activations and weights sharded over TP
 ``data-parallel-rng``     module                        what must agree everywhere
-``expert-parallel-rng``   module, dp, cp, tp, ep        expert layers
+``expert-parallel-rng``   module, dp, cp, pp, tp, ep    expert layers
 ========================  ============================  =====================================
 
 A run that goes on in the layout that saved gets its states back. In another layout they have no
@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -62,24 +62,27 @@ class ModuleRandomness:
     """Switches a module's own random states in around its forward.
 
     Args:
-        modules: module name -> module, as built (before or inside DDP wrapping).
+        modules: (module name, module), as built (before or inside DDP wrapping); a mapping, or
+            pairs where several virtual pipeline stages go by one name.
         collections: module name -> its process groups (``tp``, ``cp``, ``dp``, ``ep`` are read).
         seed: the run's seed.
     """
 
     def __init__(
         self,
-        modules: dict[str, torch.nn.Module],
+        modules: Mapping[str, torch.nn.Module] | Iterable[tuple[str, torch.nn.Module]],
         collections: dict[str, ProcessGroupCollection],
         seed: int,
     ) -> None:
         self.seed = seed
-        self._collections = {name: collections[name] for name in modules}
+        modules = list(modules.items() if isinstance(modules, Mapping) else modules)
+        self._collections = {name: collections[name] for name, _ in modules}
         self._states: dict[str, dict[str, Any]] = {}
         self._outside: dict[str, list[dict[str, Any]]] = {}
-        for name, module in modules.items():
-            self._states[name] = _initial_state(name, collections[name], seed)
+        for name, groups in self._collections.items():
+            self._states[name] = _initial_state(name, groups, seed)
             self._outside[name] = []
+        for name, module in modules:
             module.register_forward_pre_hook(self._entering(name))
             # always_call: an exception in forward must not leave the module's state behind.
             module.register_forward_hook(self._leaving(name), always_call=True)
@@ -134,14 +137,19 @@ class ModuleRandomness:
 def _initial_state(name: str, groups: ProcessGroupCollection, seed: int) -> dict[str, Any]:
     tp, cp, dp = groups.tp.rank(), groups.cp.rank(), groups.dp.rank()
     ep = groups.ep.rank() if groups.ep is not None else 0
+    pp = groups.pp.rank() if getattr(groups, "pp", None) is not None else 0
+    # The first stage draws what a model without stages does; a later one something else, since
+    # its layers are others.
+    stage = ("pp", pp) if pp else ()
+    expert = derive_seed(seed, name, "ep", dp, cp, tp, ep, *stage)
     seeds = {
-        _MODEL_PARALLEL: derive_seed(seed, name, "tp", dp, cp, tp),
+        _MODEL_PARALLEL: derive_seed(seed, name, "tp", dp, cp, tp, *stage),
         get_data_parallel_rng_tracker_name(): derive_seed(seed, name, "all"),
-        get_expert_parallel_rng_tracker_name(): derive_seed(seed, name, "ep", dp, cp, tp, ep),
+        get_expert_parallel_rng_tracker_name(): expert,
     }
     outside = _capture()
     states = {key: _state_of_seed(value) for key, value in seeds.items()}
-    default = _state_of_seed(derive_seed(seed, name, "default", dp, cp))
+    default = _state_of_seed(derive_seed(seed, name, "default", dp, cp, *stage))
     _restore(outside)
     return {"default": default, "tracker": states}
 

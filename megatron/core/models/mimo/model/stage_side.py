@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A language model in pipeline stages: encoders run ahead of it, their gradients come back after.
+
+The encoders of all ranks run on several microbatches and one exchange per modality brings the
+rows to the first stage. There they become *leaves*, one per microbatch: the pipeline's backward
+passes end at them. Once the gradients of all microbatches are there, one exchange takes them back
+and the encoders run backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
+from megatron.core.models.mimo.comm.token_runs import TokenRuns
+from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY, ModuleLayout
+from megatron.core.models.mimo.model.routed_side import Brought
+from megatron.core.utils import unwrap_model
+
+# The attributes of a model that hold its language model, and the further virtual stages of it.
+LANGUAGE_MODEL, VIRTUAL_STAGES = "language_model", "virtual_stages"
+
+
+@dataclass(frozen=True, eq=False)
+class LandedRows:
+    """A modality's rows of one microbatch that have arrived.
+
+    Attributes:
+        rows: a leaf ``(own, H)``; no rows on later stages.
+        place: as of :class:`.RoutePlan`, on the device.
+    """
+
+    rows: torch.Tensor
+    place: torch.Tensor
+
+    def arrive(self) -> torch.Tensor:
+        """The rows."""
+        return self.rows
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedMicrobatch:
+    """One microbatch, encoded: what the first language stage reads instead of encoder inputs.
+
+    Attributes:
+        tokens: modality -> where its tokens stand in the rank's language batch.
+        rows: modality -> its rows, for modalities that brought any.
+    """
+
+    tokens: dict[str, TokenRuns]
+    rows: dict[str, LandedRows]
+
+
+class EncodedMicrobatches:
+    """Several microbatches, encoded together, and the way back for their gradients.
+
+    Attributes:
+        microbatches: in the order in which they were given.
+    """
+
+    def __init__(self, microbatches: list[EncodedMicrobatch], ends: list[torch.Tensor]) -> None:
+        self.microbatches = microbatches
+        self._ends = ends
+
+    def backward(self) -> None:
+        """Send the leaves' gradients to the encoders and run these backward.
+
+        All ranks call it together, once, when the first stages have run backward on every one of
+        the microbatches. Without encoders that train it does nothing.
+        """
+        ends, self._ends = self._ends, []
+        # One modality after the other: all ranks enter the exchanges in one order.
+        for end in reversed(ends):
+            end.backward()
+
+
+class StageSide:
+    """Mixin of :class:`MimoModel`: the two ends of a pipelined language model."""
+
+    @property
+    def is_pipelined(self) -> bool:
+        """Whether this rank holds some of the language model's stages only."""
+        stage = self.role.modules.get(MIMO_LANGUAGE_MODULE_KEY)
+        return stage is not None and not (stage.is_first_stage and stage.is_last_stage)
+
+    def encode_microbatches(
+        self, microbatches: Sequence[Mapping[str, Any]], problem: str | None = None
+    ) -> EncodedMicrobatches:
+        """Run the encoders on microbatches and bring their rows to the first language stage.
+
+        Every rank calls it with the same number of microbatches, whatever its stage. Encoders run
+        once per microbatch; then there is one exchange per modality.
+
+        Args:
+            microbatches: ``forward``'s keyword arguments of each. Read are ``input_ids``,
+                ``modality_inputs``, ``packing_kwargs`` and ``route_plan``.
+            problem: why this rank cannot go on; the ranks it exchanges rows with raise it too.
+
+        Raises:
+            ValueError, RuntimeError: as ``forward`` over a routed bridge.
+        """
+        brought = [
+            self._bring_rows(
+                batch["input_ids"],
+                batch.get("modality_inputs"),
+                self._build_packed_seq_params(batch.get("packing_kwargs")),
+                batch.get("route_plan"),
+                problem,
+            )
+            for batch in microbatches
+        ]
+        landed: list[dict[str, LandedRows]] = [{} for _ in brought]
+        ends = []
+        for name, bridge in self._routed_bridges().items():
+            if any(name in each.moving for each in brought):
+                end, rows = _move_together(name, bridge, brought)
+                for each, row in zip(landed, rows, strict=True):
+                    each[name] = row
+                if end.requires_grad:
+                    ends.append(end)
+        encoded = [EncodedMicrobatch(b.tokens, r) for b, r in zip(brought, landed, strict=True)]
+        return EncodedMicrobatches(encoded, ends)
+
+    def forward_stage(
+        self,
+        language_model: nn.Module,
+        encoded: EncodedMicrobatch,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        packing_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One microbatch through one stage of the language model.
+
+        Args:
+            language_model: the stage, bare or wrapped. A later one than the first was given its
+                input by ``set_input_tensor``.
+            encoded: the microbatch, from :meth:`encode_microbatches`.
+            input_ids, position_ids, attention_mask, loss_mask, labels, packing_kwargs: as for
+                ``forward``; the same on all stages.
+
+        Returns:
+            (output, CP-local loss mask). The output is hidden states before the last stage.
+        """
+        self._refuse_mask_under_cp(attention_mask)
+        fused = None
+        if getattr(unwrap_model(language_model), "pre_process", True):
+            fused = self._place_local(input_ids, position_ids, encoded.tokens, encoded.rows)
+        _, labels, loss_mask, packed = self._shard_language_inputs(
+            None, labels, loss_mask, self._build_packed_seq_params(packing_kwargs)
+        )
+        output = self._call_language_model(
+            fused, position_ids, None, labels, packed, language_model=language_model
+        )
+        return output, loss_mask
+
+
+    def _refuse_pipeline(self) -> None:
+        if self.is_pipelined:
+            raise ValueError(
+                "forward runs a whole language model, this rank has some pipeline stages of it "
+                f"(it is {self._stage_words()}); run steps with "
+                "megatron.core.models.mimo.training.pipeline_step.forward_backward_pipelined"
+            )
+
+    def _refuse_other_stages(self) -> None:
+        """The stages that were built must be those that the grid puts here.
+
+        Raises:
+            ValueError: one embeds or has a head where it must not, or the other way round; or
+                their number is not the config's.
+        """
+        if self.role.mode is not ModuleLayout.COLOCATED:
+            return
+        stage, built = self.role.modules[MIMO_LANGUAGE_MODULE_KEY], stages_of(self)
+        virtual = self.config.virtual_pipeline_model_parallel_size or 1
+        if len(built) != virtual:
+            raise ValueError(
+                f"The language config has virtual_pipeline_model_parallel_size {virtual}, but "
+                f"{len(built)} stages are given (language_model_spec and virtual_stage_specs); "
+                "give one spec per virtual stage"
+            )
+        for number, each in enumerate(map(unwrap_model, built)):
+            wanted = {
+                "pre_process": stage.is_first_stage and number == 0,
+                "post_process": stage.is_last_stage and number == virtual - 1,
+            }
+            for flag, value in wanted.items():
+                found = getattr(each, flag, value)
+                if found != value:
+                    raise ValueError(
+                        f"The language model's virtual stage {number} was built with "
+                        f"{flag}={found}, but by its grid this rank is {self._stage_words()}; "
+                        f"build it with {flag}={value}"
+                    )
+
+    def _stage_words(self) -> str:
+        stage = self.role.modules[MIMO_LANGUAGE_MODULE_KEY]
+        names = [
+            name
+            for name, holds in (("first", stage.is_first_stage), ("last", stage.is_last_stage))
+            if holds
+        ]
+        return f"on the {' and '.join(names)} stage" if names else "on a stage in the middle"
+
+
+def stages_of(model: Any) -> list[nn.Module]:
+    """The language model's stages on this rank, in order; see ``MimoModel.language_stages``."""
+    first = getattr(model, LANGUAGE_MODEL)
+    return [] if first is None else [first, *getattr(model, VIRTUAL_STAGES, ())]
+
+
+def _move_together(
+    name: str, bridge: RoutedBridge, brought: Sequence[Brought]
+) -> tuple[torch.Tensor, list[LandedRows]]:
+    """Exchange one modality's rows of all microbatches; (where backward starts, the leaves)."""
+    plans = [each.plans[name] for each in brought]
+    merged = bridge.merge(plans)
+    rows = torch.cat([each.rows.pop(name) for each in brought])
+    own = bridge.move(rows, merged)
+    indices = bridge.tensors(merged, own.device).place.split([i.size for i in merged.own_index])
+    leaves = _Leaves(list(indices), own.requires_grad)
+    end = _HandOver.apply(own, leaves)
+    places = [bridge.tensors(plan, own.device).place for plan in plans]
+    return end, [LandedRows(*pair) for pair in zip(leaves.rows, places, strict=True)]
+
+
+class _Leaves:
+    """The own rows of all microbatches, cut into one leaf per microbatch."""
+
+    def __init__(self, indices: list[torch.Tensor], requires_grad: bool) -> None:
+        self.indices, self.requires_grad = indices, requires_grad
+        self.rows: list[torch.Tensor] = []
+        self._size: torch.Size | None = None
+
+    def cut(self, own: torch.Tensor) -> None:
+        """Copy each microbatch's rows out of all of them."""
+        self._size = own.size()
+        cut = [own.detach().index_select(0, index) for index in self.indices]
+        self.rows = [rows.requires_grad_(self.requires_grad) for rows in cut]
+
+    def take_gradients(self) -> torch.Tensor:
+        """Those of all own rows; zeros where a microbatch's loss does not depend on a row."""
+        whole = self.rows[0].new_zeros(self._size)
+        for index, rows in zip(self.indices, self.rows, strict=True):
+            if rows.grad is not None:
+                whole.index_copy_(0, index, rows.grad)
+                rows.grad = None
+        return whole
+
+
+class _HandOver(torch.autograd.Function):
+    """Own rows -> a scalar to start backward from.
+
+    forward:  the rows become leaves; they themselves are not kept
+    backward: the leaves' gradients, put together
+    """
+
+    @staticmethod
+    def forward(ctx: Any, own: torch.Tensor, leaves: _Leaves) -> torch.Tensor:
+        ctx.leaves = leaves
+        leaves.cut(own)
+        return own.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.leaves.take_gradients(), None

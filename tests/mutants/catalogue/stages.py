@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mistakes with pipeline stages of the language model."""
+
+from tests.mutants.catalogue.places import MIMO, UNIT
+from tests.mutants.mutant import Mutant
+
+_STEP = MIMO + "training/pipeline_step.py"
+_SIDE = MIMO + "model/stage_side.py"
+_ROUTES = UNIT + "test_stage_routes.py::"
+_ON_THREADS = UNIT + "test_stage_side.py::test_rows_and_gradients_against_one_rank"
+_ON_RANKS = UNIT + "test_pipeline_step_8rank.py::"
+
+STAGES = (
+    Mutant(
+        name="rows-go-to-every-stage",
+        file=MIMO + "comm/route_layout.py",
+        old="return np.where(at.dest_pp[self.members] == 0, owner, -1)",
+        new="return owner",
+        tests=(_ROUTES + "test_every_layout_of_stages_against_the_oracle",),
+        why="rows go to stages that do not read them, and the first stage lacks them",
+    ),
+    Mutant(
+        name="merged-gradients-of-other-microbatches",
+        file=MIMO + "comm/merged_routes.py",
+        old="[own[p.backward.send_index] for p, own in zip(plans, own_index, strict=True)]",
+        new="[p.backward.send_index for p in plans]",
+        tests=(_ROUTES + "test_merged_routes_bring_every_microbatch_what_its_own_routes_do",),
+        why="an image's gradient is that of another microbatch's image",
+    ),
+    Mutant(
+        name="gradients-of-the-last-microbatch-only",
+        file=_SIDE,
+        old="whole.index_copy_(0, index, rows.grad)",
+        new="whole = whole.new_zeros(whole.shape).index_copy_(0, index, rows.grad)",
+        tests=(_ON_THREADS,),
+        why="encoders learn from one microbatch of the step",
+    ),
+    Mutant(
+        name="gradients-taken-back-a-window-early",
+        file=_STEP,
+        old="self._take_back(window - 1 - self._lag)",
+        new="self._take_back(window - self._lag)",
+        tests=(_ON_RANKS + "test_windows_of_microbatches",),
+        why="the first stage has not run backward on all of the window, so gradients are lost",
+        ranks=8,
+    ),
+    Mutant(
+        name="encoders-reduce-in-every-window-but-the-last",
+        file=_STEP,
+        old="if not last:",
+        new="if last:",
+        tests=(_ON_RANKS + "test_windows_of_microbatches",),
+        why="the encoder's replicas train on different gradients",
+        ranks=8,
+    ),
+    Mutant(
+        name="a-window-is-not-taken-back-at-the-end",
+        file=_STEP,
+        old="for window in sorted(self._under_way):",
+        new="for window in sorted(self._under_way)[1:]:",
+        tests=(_ON_RANKS + "test_microbatches_with_and_without_images",),
+        why="encoders do not learn from the windows that are under way when the pipeline ends",
+        ranks=8,
+    ),
+)

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps of a pipelined language model on 8 ranks: what microbatches may be, and windows of them.
+
+The model is the digits job's, with four language layers whose head is the word embeddings. The
+oracle is the same model on one process, one stage, microbatch by microbatch through ``forward``.
+Loss and every gradient are compared before the optimizer. Layouts with uniform batches are tried
+in ``test_end_to_end_8rank``; a rank that waits in vain ends with the test's deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron.core.models.mimo.comm.token_runs import split_items
+from megatron.core.models.mimo.model.stage_side import EncodedMicrobatches, StageSide
+from tests.parity.compare import GRADIENTS, tensor_checks, worst_by_kind
+from tests.parity.tasks import named
+from tests.parity.tensors import local_gradients, whole_tensors
+from tests.unit_tests.mimo.test_end_to_end_8rank import names_on_all_stages
+
+from data import IMAGES_PER_SAMPLE, Batch, DigitsBatches  # isort: skip
+from layouts import Layout  # isort: skip
+from model import DigitsModel, ModelOptions, ModelSize, build_model  # isort: skip
+from trainer import Trainer, TrainOptions  # isort: skip
+
+pytestmark = pytest.mark.ranks(8, timeout=120)
+
+SIZE = ModelSize(
+    vision_hidden=32,
+    vision_layers=1,
+    language_hidden=32,
+    language_layers=4,
+    language_query_groups=4,
+)
+OPTIONS = ModelOptions(size=SIZE, tied=True, distributed_optimizer=False, overlap_grad_reduce=True)
+SAMPLES = 4
+# Which samples of each microbatch have images: all, some, none, one.
+MIXED = ([1, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1])
+TEXT_ONLY = ([0, 0, 0, 0],) * 2
+# One number, so fp32 rounding is not averaged over a tensor.
+LOSS_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Pipe:
+    """A layout of the language model; the encoder is data-parallel over all 8 ranks."""
+
+    name: str
+    language: str
+    virtual_stages: int = 1
+
+
+PIPES = [
+    Pipe("pp2_cp2_dp2", "tp=1,cp=2,pp=2,dp=2"),
+    Pipe("pp4_cp2", "tp=1,cp=2,pp=4,dp=1"),
+    Pipe("virtual_pp2_cp2_dp2", "tp=1,cp=2,pp=2,dp=2", virtual_stages=2),
+]
+
+
+def microbatches(images: tuple[list[int], ...]) -> list[Batch]:
+    """Global microbatches in which some samples show their digits in tokens."""
+    whole = DigitsBatches(7, "train", SAMPLES * len(images), uneven_loss_mask=True).batch(0)
+    made = []
+    for number, has_images in enumerate(images):
+        start = number * SAMPLES
+        batch = whole.language(start, SAMPLES).vision(start, SAMPLES)
+        kept = torch.tensor(has_images, dtype=torch.bool)
+        pixels = batch.images[kept.repeat_interleave(IMAGES_PER_SAMPLE)]
+        made.append(replace(batch, input_ids=named(batch, ~kept), images=pixels))
+    return made
+
+
+def local(trainer: Trainer, batch: Batch) -> dict[str, Any]:
+    """One rank's inputs: the samples of its language replica, and a run of all images."""
+    at = trainer._dp_coordinates()
+    size = SAMPLES // at["dest_dp"]
+    mine = split_items(len(batch.images), at["src_dp"])[at["src_dp_rank"]]
+    part = replace(
+        batch.language(at["dest_dp_rank"] * size, size), images=batch.images[mine.start : mine.stop]
+    )
+    return trainer._inputs(part.to(trainer.device))
+
+
+@dataclass
+class Result:
+    """Sums over the global step, and whole gradients (none without a backward pass)."""
+
+    loss: float
+    tokens: int
+    gradients: dict[str, torch.Tensor]
+
+
+@dataclass
+class Model:
+    """A built model that runs given microbatches."""
+
+    built: DigitsModel
+    trainer: Trainer
+
+    def step(self, images: tuple[list[int], ...], *, forward_only: bool = False) -> Result:
+        trainer = self.trainer
+        trainer.model.zero_grad_buffer()
+        inputs = [local(trainer, batch) for batch in microbatches(images)]
+        with contextlib.ExitStack() as stack:
+            if forward_only:
+                step = trainer._forward_step
+                stack.callback(setattr, trainer, "_forward_step", step)
+                trainer._forward_step = reporting(step)
+            sums = trainer._schedule(iter(inputs), len(inputs), forward_only=forward_only)
+        total = torch.stack(sums).sum(dim=0) if sums else torch.zeros(2, dtype=torch.float64)
+        total = total.to(trainer.device)
+        dist.all_reduce(total, group=trainer.groups.dp_cp)
+        loss, tokens = trainer._from_last_stage(total).tolist()
+        gradients = {} if forward_only else local_gradients(self.built.model)
+        whole = whole_tensors(self.built.model, self.built.collections, gradients)
+        return Result(loss, int(tokens), whole)
+
+
+def reporting(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward step whose loss is collected as data, as evaluation does."""
+
+    def reported(data: Any, model: Any) -> Any:
+        output, loss_func = step(data, model)
+        return output, lambda losses, non_loss_data: loss_func(losses)[2]
+
+    return reported
+
+
+@contextlib.contextmanager
+def model(vision: str, language: str, options: ModelOptions, **place: int) -> Iterator[Model]:
+    layouts = Layout.parse(vision, "vision"), Layout.parse(language, "language")
+    built = build_model(*layouts, options, **place)
+    try:
+        yield Model(built, Trainer(built, TrainOptions(steps=10, global_batch_size=8), False))
+    finally:
+        dist.barrier()
+        built.destroy()
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Iterator[Callable[[tuple[list[int], ...]], Result]]:
+    """What one process finds, by the images of the microbatches."""
+    known: dict[str, Result] = {}
+    alone = {"rank_offset": dist.get_rank()}
+    with model("tp=1,dp=1", "tp=1,dp=1", OPTIONS, **alone) as made:
+
+        def compute(images: tuple[list[int], ...]) -> Result:
+            if str(images) not in known:
+                known[str(images)] = made.step(images)
+            return known[str(images)]
+
+        yield compute
+
+
+@pytest.fixture(scope="module", params=PIPES, ids=lambda pipe: pipe.name)
+def pipe(request: pytest.FixtureRequest) -> Iterator[Model]:
+    options = replace(OPTIONS, virtual_stages=request.param.virtual_stages)
+    with model("tp=1,dp=8", request.param.language, options) as made:
+        yield made
+
+
+def check(found: Result, expected: Result) -> None:
+    assert found.tokens == expected.tokens
+    assert found.loss == pytest.approx(expected.loss, rel=LOSS_TOLERANCE)
+    assert names_on_all_stages(found.gradients) == set(expected.gradients)
+    checks = list(tensor_checks("gradients", found.gradients, expected.gradients, GRADIENTS))
+    (worst,) = worst_by_kind(checks)
+    assert worst.passed, f"{worst.where}: {worst.error:.2e}"
+
+
+@pytest.mark.parametrize("images", [MIXED, TEXT_ONLY], ids=["mixed", "text_only"])
+def test_microbatches_with_and_without_images(images, pipe, oracle):
+    check(pipe.step(images), oracle(images))
+
+
+def test_the_fewest_microbatches(pipe, oracle):
+    """One, or one for each stage if the schedule interleaves."""
+    virtual = pipe.built.model.config.virtual_pipeline_model_parallel_size
+    count = pipe.trainer.groups.pp.size() if virtual else 1
+    check(pipe.step(MIXED[1 : 1 + count]), oracle(MIXED[1 : 1 + count]))
+
+
+def test_evaluation_has_no_gradients(pipe, oracle):
+    expected = oracle(MIXED)
+    for grad_enabled in (True, False):
+        with torch.set_grad_enabled(grad_enabled):
+            found = pipe.step(MIXED, forward_only=True)
+        assert found.tokens == expected.tokens
+        assert found.loss == pytest.approx(expected.loss, rel=LOSS_TOLERANCE)
+        assert not any(p.main_grad.any() for p in pipe.built.model.parameters())
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_windows_of_microbatches(ahead, pipe, oracle, monkeypatch):
+    """Gradients as ever, and no more microbatches encoded at a time than stated."""
+    stages = pipe.trainer.groups.pp.size()
+    images = MIXED + MIXED[:2]
+    live = Counter(monkeypatch)
+    pipe.trainer.options = replace(pipe.trainer.options, encode_ahead=ahead)
+    try:
+        if pipe.built.model.config.virtual_pipeline_model_parallel_size:
+            with pytest.raises(ValueError, match="virtual ones: its first stage begins"):
+                pipe.step(images)
+            return
+        check(pipe.step(images), oracle(images))
+        assert live.now == 0
+        assert live.most <= stages - 2 + 2 * ahead
+        assert live.most < len(images) or ahead > 1
+        pipe.step(images, forward_only=True)
+    finally:
+        pipe.trainer.options = replace(pipe.trainer.options, encode_ahead=None)
+
+
+class Counter:
+    """Counts the microbatches whose encoders have run forward and not backward yet."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = self.most = 0
+        encode, backward = StageSide.encode_microbatches, EncodedMicrobatches.backward
+
+        def counted_encode(model: Any, batches: Any, problem: Any = None) -> Any:
+            self.now += len(batches)
+            self.most = max(self.most, self.now)
+            return encode(model, batches, problem)
+
+        def counted_backward(encoded: Any) -> None:
+            backward(encoded)
+            self.now -= len(encoded.microbatches)
+
+        monkeypatch.setattr(StageSide, "encode_microbatches", counted_encode)
+        monkeypatch.setattr(EncodedMicrobatches, "backward", counted_backward)
+
+
+def test_what_does_not_fit_is_an_error_on_all_ranks(pipe):
+    """And the ranks can go on afterwards."""
+    trainer = pipe.trainer
+    batches = [local(trainer, batch) for batch in microbatches(MIXED)]
+    with pytest.raises(ValueError, match="forward runs a whole language model, this rank has some"):
+        trainer.model(**batches[0])
+    with pytest.raises(ValueError, match="data_iterator ended before 5 microbatches were read"):
+        trainer._schedule(iter(batches), 5)
+    with pytest.raises(ValueError, match="num_microbatches must be 1 or more, got 0"):
+        trainer._schedule(iter(batches), 0)
+    if dist.get_rank() == 3:
+        short = {k: batches[1][k][..., :16] for k in ("input_ids", "labels", "position_ids")}
+        batches[1] = {**batches[1], **short}
+    with pytest.raises(ValueError, match=r"rank 3: microbatches .* got input_ids \(\d, 16\) after"):
+        trainer._schedule(iter(batches), 4)
+    trainer.model.zero_grad_buffer()

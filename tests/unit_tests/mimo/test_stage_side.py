@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoders ahead of a language model in stages, all ranks as threads of one process.
+
+Language models are stand-ins, so the first stage's input and its gradient are in the test's hands:
+the pipeline between them is played by feeding a gradient. The oracle is one rank with the whole
+batch. Megatron-Core's schedules run in ``test_pipeline_step_8rank``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.models.mimo import MimoModel
+from megatron.core.models.mimo.config.role import ModuleStageInfo
+from megatron.core.models.mimo.partition.sequence_order import dense_positions
+from megatron.core.transformer.spec_utils import ModuleSpec
+from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
+from tests.unit_tests.mimo.model_stubs import (
+    HIDDEN,
+    IMAGE,
+    StubLanguageModel,
+    language_config,
+    mimo_config,
+)
+
+LENGTH = 16
+# Images of every sample of three microbatches; two tokens each.
+IMAGES = ([2, 0, 1, 3], [0, 0, 0, 0], [1, 1, 0, 0])
+
+
+class StubStage(StubLanguageModel):
+    """Says which stage it is, as Megatron's models do."""
+
+    def __init__(self, pre_process: bool = True, post_process: bool = True, **params: Any) -> None:
+        super().__init__(embedding=pre_process, **params)
+        self.pre_process, self.post_process = pre_process, post_process
+
+
+@dataclass
+class Result:
+    """What a rank leaves: the first stage's input of each microbatch, the encoder's gradients."""
+
+    fused: list[torch.Tensor]
+    gradients: dict[str, torch.Tensor | None]
+
+
+@dataclass
+class Case:
+    """(tp, dp) of the encoder, (tp, cp, pp, dp) of the language model, and what is done to it."""
+
+    src: tuple[int, int] = (1, 4)
+    dest: tuple[int, int, int, int] = (1, 1, 2, 2)
+    sequence_parallel: bool = False
+    frozen: bool = False
+    flags: Callable[[int, int], dict[str, bool]] | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        return self.src[0] * self.src[1]
+
+    def run(self, body: Callable[[Case, int, MimoModel], Any]) -> list[Any]:
+        def on_rank(rank: int) -> Any:
+            model, grids = self.build(rank)
+            try:
+                return body(self, rank, model)
+            finally:
+                model.destroy()
+                for grid in grids.values():
+                    grid.destroy()
+
+        return InProcessWorld(self.size).run(on_rank)
+
+    def build(self, rank: int) -> tuple[MimoModel, dict[str, HyperCommGrid]]:
+        tp, cp, pp, dp = self.dest
+        grids = {
+            "images": HyperCommGrid(list(self.src), ["tp", "dp"]),
+            "language": HyperCommGrid([tp, cp, dp, pp], ["tp", "cp", "dp", "pp"]),
+        }
+        for dim in ("tp", "cp"):
+            grids["language"].create_pg(dim)
+        sizes = {
+            "tensor_model_parallel_size": tp,
+            "context_parallel_size": cp,
+            "pipeline_model_parallel_size": pp,
+            "pipeline_dtype": torch.float32,
+            "sequence_parallel": self.sequence_parallel,
+            "num_layers": 8,
+        }
+        stage = grids["language"].coords(rank)["pp"]
+        flags = {"pre_process": stage == 0, "post_process": stage == pp - 1}
+        if self.flags is not None:
+            flags = self.flags(stage, pp)
+        params = {"config": language_config(**{**sizes, **self.config}), **flags}
+        torch.manual_seed(3)
+        config = mimo_config(
+            module_to_grid_map=grids,
+            language_model_spec=ModuleSpec(module=StubStage, params=params),
+            **{"bridge": "routed", **self.options},
+        )
+        model = MimoModel(config)
+        model.modality_submodules["images"].requires_grad_(not self.frozen)
+        return model, grids
+
+    def inputs(self, rank: int, microbatch: int) -> dict[str, Any]:
+        """The rank's language samples, and its encoder replica's run of all images."""
+        images = IMAGES[microbatch]
+        ids = torch.arange(len(images) * LENGTH).view(len(images), LENGTH) % 40
+        for sample, count in enumerate(images):
+            ids[sample, 1 : 1 + 2 * count] = IMAGE
+        pixels = torch.linspace(-1, 1 + microbatch, sum(images) * 8).view(-1, 2, 4)
+        mine = pixels.tensor_split(self.src[1])[rank // self.src[0]]
+        part = ids.chunk(self.dest[3])[self.coordinate(rank, "dp")]
+        return {
+            "input_ids": part,
+            "position_ids": torch.arange(LENGTH).expand_as(part),
+            "labels": part,
+            "loss_mask": torch.ones(part.shape),
+            "modality_inputs": {"images": {"linear": {"x": mine}} if len(mine) else None},
+        }
+
+    def coordinate(self, rank: int, dim: str) -> int:
+        tp, cp, _, dp = self.dest
+        strides = {"tp": (1, tp), "cp": (tp, cp), "dp": (tp * cp, dp), "pp": (tp * cp * dp, 99)}
+        stride, size = strides[dim]
+        return rank // stride % size
+
+    def part(self, rank: int, whole: torch.Tensor) -> torch.Tensor:
+        """A rank's part of ``(S, B, H)`` over the global microbatch."""
+        tp = (self.coordinate(rank, "tp"), self.dest[0]) if self.sequence_parallel else (0, 1)
+        kept = dense_positions(LENGTH, self.coordinate(rank, "cp"), self.dest[1], *tp)
+        return whole.chunk(self.dest[3], dim=1)[self.coordinate(rank, "dp")][kept]
+
+
+def gradient_of(microbatch: int) -> torch.Tensor:
+    """What the language model sends back, ``(S, B, H)``: nothing at two places alike."""
+    generator = torch.Generator().manual_seed(microbatch)
+    return torch.randn(LENGTH, len(IMAGES[0]), HIDDEN, generator=generator)
+
+
+def step(case: Case, rank: int, model: MimoModel) -> Result:
+    """Encode all microbatches, play the pipeline, take the gradients back."""
+    batches = [case.inputs(rank, microbatch) for microbatch in range(len(IMAGES))]
+    encoded = model.encode_microbatches(batches)
+    fused = []
+    for number, (batch, each) in enumerate(zip(batches, encoded.microbatches, strict=True)):
+        del batch["modality_inputs"]
+        if case.coordinate(rank, "pp") > 0:
+            model.language_model.set_input_tensor(torch.zeros(1, HIDDEN))
+        model.forward_stage(model.language_model, each, **batch)
+        given = model.language_model.called_with["decoder_input"]
+        if given is not None:
+            given.backward(case.part(rank, gradient_of(number)))
+            fused.append(given.detach())
+    encoded.backward()
+    encoder = model.modality_submodules["images"]
+    return Result(fused, {name: p.grad for name, p in encoder.named_parameters()})
+
+
+LAYOUTS = {
+    "stages": Case(),
+    "stages_cp": Case((1, 8), (1, 2, 2, 2)),
+    "stages_tp_copies": Case((2, 4), (2, 2, 2, 1)),
+    "stages_sp": Case((2, 4), (2, 2, 2, 1), sequence_parallel=True),
+    "four_stages": Case((1, 8), (1, 2, 4, 1)),
+    "eight_stages": Case((2, 4), (1, 1, 8, 1)),
+    "fan_out": Case((4, 2), (1, 1, 2, 4)),
+    "one_stage": Case((1, 4), (1, 4, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_rows_and_gradients_against_one_rank(name):
+    case = LAYOUTS[name]
+    (whole,) = Case((1, 1), (1, 1, 1, 1)).run(step)
+    results = case.run(step)
+    for rank, result in enumerate(results):
+        if case.coordinate(rank, "pp") > 0:
+            assert result.fused == []  # hidden states come from the stage before
+            continue
+        for part, expected in zip(result.fused, whole.fused, strict=True):
+            assert torch.equal(part, case.part(rank, expected))
+    for key, expected in whole.gradients.items():
+        # Encoder replicas have a part of the images each; their TP ranks have copies.
+        total = torch.stack([result.gradients[key] for result in results]).sum(dim=0)
+        torch.testing.assert_close(total / case.src[0], expected, rtol=1e-5, atol=1e-6)
+    assert whole.gradients["input_projections.0.weight"].norm() > 1
+
+
+def test_frozen_encoders_get_nothing():
+    results = Case((1, 8), (1, 2, 2, 2), frozen=True).run(step)
+    assert {g is None for result in results for g in result.gradients.values()} == {True}
+
+
+def test_every_rank_knows_its_stage():
+    def roles(_case: Case, _rank: int, model: MimoModel) -> tuple[ModuleStageInfo, bool]:
+        return model.role.modules["language"], model.is_pipelined
+
+    found = Case((1, 8), (1, 1, 4, 2)).run(roles)
+    first, middle, last = (
+        ModuleStageInfo(*flags) for flags in ((True, False), (False, False), (False, True))
+    )
+    assert found == [(stage, True) for stage in (first, middle, middle, last) for _ in range(2)]
+    assert Case((1, 4), (1, 1, 1, 4)).run(roles) == [(ModuleStageInfo(True, True), False)] * 4
+
+
+def build_only(_case: Case, _rank: int, _model: MimoModel) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (
+            Case(flags=lambda stage, _: {"pre_process": True, "post_process": stage == 1}),
+            "virtual stage 0 was built with pre_process=True, but by its grid this rank is on the "
+            "last stage; build it with pre_process=False",
+        ),
+        (
+            Case(flags=lambda stage, _: {"pre_process": stage == 0, "post_process": True}),
+            "built with post_process=True, but by its grid this rank is on the first stage",
+        ),
+        (
+            Case(config={"pipeline_model_parallel_size": 4}),
+            "language grid has pp size 2, the language config has pipeline_model_parallel_size 4",
+        ),
+        (
+            Case(config={"virtual_pipeline_model_parallel_size": 2}),
+            "virtual_pipeline_model_parallel_size 2, but 1 stages are given",
+        ),
+        (Case(options={"bridge": "gather"}), "dest PP must be 1 .* or use bridge='routed'"),
+    ],
+    ids=["embeds", "has_a_head", "other_size", "virtual", "gather"],
+)
+def test_models_that_do_not_fit_the_grid_are_refused_on_every_rank_they_are_on(case, message):
+    with pytest.raises(ValueError, match=message):
+        case.run(build_only)
+
+
+def test_a_rank_with_a_problem_stops_all():
+    def problem_on_rank_1(case: Case, rank: int, model: MimoModel) -> str:
+        batches = [case.inputs(rank, microbatch) for microbatch in range(2)]
+        with pytest.raises(ValueError, match="rank 1: out of images") as refused:
+            model.encode_microbatches(batches, "out of images" if rank == 1 else None)
+        return re.sub(r"\s+", " ", str(refused.value))
+
+    assert len(set(Case().run(problem_on_rank_1))) == 1
+
+
+def test_forward_needs_a_whole_language_model():
+    def forward(case: Case, rank: int, model: MimoModel) -> None:
+        with pytest.raises(ValueError, match="forward runs a whole language model, this rank has"):
+            model(**case.inputs(rank, 0))
+
+    Case().run(forward)
