@@ -60,7 +60,7 @@ reshape: setup ## checkpoints from one layout to another, then killed saves; ARG
 	@MIMO_KILLS=20 $(VENV)/bin/python -m pytest -q -s tests/functional/test_killed_saves.py
 
 bench: setup ## measure the bridges: bytes, time, memory, overlap, the whole step; ARGS="--quick"
-	@$(VENV)/bin/python -m benchmarks $(ARGS)
+	@$(VENV)/bin/python -W ignore -m benchmarks $(ARGS)
 
 clean: ## remove the environments and caches; runs/ stays, it is yours
 	rm -rf $(VENV) $(VENV_NEWEST) build dist .pytest_cache .ruff_cache .hypothesis

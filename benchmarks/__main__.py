@@ -53,6 +53,9 @@ class Results:
             docs.update(self._options.docs, kind, cells, self._command)
         if kind.name == "step":
             report.plot_steps(folder / "step.png", cells)
+            if self._options.docs is not None:
+                page = self._options.docs
+                report.plot_steps(page.with_name(f"{page.stem}_step.png"), cells)
         self._console.print(report.table(kind, kind.load().COLUMNS, cells))
         print(f"written to {path}\n", flush=True)
 

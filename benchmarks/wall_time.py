@@ -45,7 +45,7 @@ _QUICK = ((1024, 64), (4096, 256))
 # The bounds: with CP and more than a MiB of payload, and everywhere else.
 BOUND, BOUND_ELSEWHERE, LARGE = 0.6, 1.1, 2**20
 # Seconds that a cell may take, and repetitions of each bridge at least and at most.
-_SECONDS, _REPETITIONS = 2.0, (3, 100)
+_SECONDS, _REPETITIONS = 2.0, (5, 100)
 Path = Callable[[torch.Tensor, Any], torch.Tensor]
 COLUMNS = {
     "layout": "layout (encoder/language)",
