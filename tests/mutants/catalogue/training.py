@@ -144,6 +144,15 @@ EXPERTS = (
         ranks=8,
     ),
     Mutant(
+        name="expert-biases-summed-over-tp",
+        file=MIMO + "training/experts.py",
+        old="parameter.sequence_parallel = False",
+        new="pass",
+        tests=(_EXPERT_TESTS + "test_loss_gradients_and_norm_equal_the_unsharded_model",),
+        why="under sequence parallelism the biases of different experts get one gradient",
+        ranks=8,
+    ),
+    Mutant(
         name="every-ep-rank-draws-the-same-experts",
         file=MIMO + "training/global_names.py",
         old="first = rank * len(list(experts.children()))",

@@ -74,8 +74,12 @@ def mark_expert_parameters(module: torch.nn.Module) -> None:
     Stock does so from EP 2 on. At EP 1 it treats experts as dense weights, which is wrong where
     expert TP is not TP (0.16), and gives a checkpoint that fits EP 1 only: the chain of optimizers
     has one link less.
+
+    Biases of experts are not summed over TP either, as stock does under sequence parallelism: TP
+    ranks hold different experts, or copies whose gradients the expert groups have summed already.
     """
     for layer in module.modules():
         if isinstance(layer, BaseMoELayer):
             for parameter in layer.experts.parameters():
                 parameter.allreduce = False
+                parameter.sequence_parallel = False
