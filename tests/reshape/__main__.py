@@ -23,6 +23,7 @@ from tests.reshape.results import Results, Verdict
 CHECKPOINTS = "checkpoints"
 _WORK = "tests.reshape.worker:work"
 _POLL_S = 0.2
+_INTERRUPTED = 130
 # Between two versions of the summary; the results themselves are kept at once.
 _WRITE_S = 2.0
 
@@ -137,7 +138,11 @@ def main(argv: Sequence[str]) -> int:
     with tqdm(total=total, unit="task", dynamic_ncols=True) as bar:
         command = Command(options.out, options.cases, cases, bar.write, bar.update)
         bar.update(total - sum(len(command.left(tasks)) for tasks in launches(cases)))
-        verdicts = command.run()
+        try:
+            verdicts = command.run()
+        except KeyboardInterrupt:
+            bar.write("interrupted; run it again to continue")
+            return _INTERRUPTED
     known.print_table(verdicts, sys.stdout)
     passed = sum(verdict.status == "PASS" for verdict in verdicts.values())
     print(

@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -119,6 +120,7 @@ def _rank(rank: int, world: int, folder: str, function: str, arguments: tuple) -
     log = os.open(Path(folder, f"log-{rank}"), os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    threading.Thread(target=_end_with_the_command, daemon=True).start()
     gc.freeze()  # as tests/harness/garbage.py has it, without looking for garbage first
     try:
         with _process_group(rank, world, folder):
@@ -130,6 +132,12 @@ def _rank(rank: int, world: int, folder: str, function: str, arguments: tuple) -
         Path(folder, f"error-{rank}").write_text(f"{first}\n{traceback.format_exc()}")
         os._exit(1)  # without waiting for threads that wait for peers
     os._exit(0)
+
+
+def _end_with_the_command() -> None:
+    """A command that is killed leaves no ranks behind that do what its next run does again."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 @contextlib.contextmanager

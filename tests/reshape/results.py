@@ -23,7 +23,15 @@ SUMMARY = "summary.json"
 # tensor's moment lost changes the losses by 1e-3 of themselves, a learning rate of one step earlier
 # by 2e-3, other data, all moments or the step count by 1e-2 and more.
 TOLERANCE = 3e-6
-_CODE = ("megatron", "examples/mimo/digits", "tests/reshape", "tests/unit_tests/mimo")
+# What results depend on; they are forgotten when any of it changes.
+_CODE = (
+    "megatron/**/*.py",
+    "mimo_colocated/*.py",
+    "examples/mimo/digits/*.py",
+    "tests/parity/*.py",
+    "tests/reshape/*.py",
+    "tests/unit_tests/mimo/digits_runs.py",
+)
 
 
 @dataclass(frozen=True)
@@ -45,8 +53,8 @@ def fingerprint() -> str:
     """Changes with the code and the versions that results depend on."""
     versions = [platform.python_version(), version("torch"), version("megatron-core")]
     digest = hashlib.sha256(json.dumps(versions).encode())
-    for folder in _CODE:
-        for path in sorted((ROOT / folder).rglob("*.py")):
+    for files in _CODE:
+        for path in sorted(ROOT.glob(files)):
             digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
@@ -60,11 +68,12 @@ class Results:
     """
 
     def __init__(self, out: Path, mark: str) -> None:
-        self.path, self.mark = out / RESULTS, mark
+        self.path, self.mark, self._read = out / RESULTS, mark, 0
         self.by_key: dict[str, dict[str, Any]] = {}
         if not self._is_mine():
             out.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps({"fingerprint": mark}) + "\n")
+        self._end_line()
         self.read()
 
     def _is_mine(self) -> bool:
@@ -76,13 +85,18 @@ class Results:
 
     def read(self) -> list[str]:
         """Take in what is new; returns its keys. A line that is cut short is not there yet."""
+        with self.path.open("rb") as file:
+            file.seek(self._read)
+            text = file.read()
+        text = text[: text.rfind(b"\n") + 1]
+        self._read += len(text)
         new = []
-        for line in self.path.read_text().split("\n")[1:-1]:
+        for line in text.splitlines():
             try:
                 result = json.loads(line)
                 key = result.pop("key")
             except (ValueError, KeyError):
-                continue  # cut short by a kill
+                continue  # cut short by a kill, or the first line
             if key not in self.by_key:
                 new.append(key)
             self.by_key[key] = result
@@ -90,9 +104,15 @@ class Results:
 
     def add(self, key: str, **result: Any) -> None:
         """Add one of the command's own: a task that brought its launch down."""
-        cut_short = not self.path.read_text().endswith("\n")
+        self._end_line()
         with self.path.open("a") as file:
-            file.write(("\n" if cut_short else "") + json.dumps({"key": key, **result}) + "\n")
+            file.write(json.dumps({"key": key, **result}) + "\n")
+
+    def _end_line(self) -> None:
+        """What is added next does not go on with a line that a kill has cut short."""
+        if not self.path.read_bytes().endswith(b"\n"):
+            with self.path.open("a") as file:
+                file.write("\n")
 
     def is_done(self, task: Task, checkpoints: Path) -> bool:
         """Whether its losses are known and what it saves is there."""

@@ -87,6 +87,13 @@ def test_a_line_cut_short_is_no_result_and_spoils_no_other(tmp_path: Path) -> No
     assert results.read() == []
     results.add("b", losses=[1.0])
     assert results.read() == ["b"]
+    with results.path.open("a") as file:
+        file.write('{"key": "a", "los')
+    again = Results(tmp_path, "mark")
+    with again.path.open("a") as file:  # as ranks do
+        file.write('{"key": "c", "losses": [2.0]}\n')
+    assert again.read() == ["c"]
+    assert set(again.by_key) == {"b", "c"}
 
 
 def test_a_task_is_done_when_its_checkpoint_is_there(results: Results, tmp_path: Path) -> None:
