@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.reshape import __main__ as command
 from tests.reshape import results as known
 from tests.reshape.plan import Case, Place, launches
 from tests.reshape.results import TOLERANCE, Results, Verdict, compare
@@ -131,3 +132,14 @@ def test_the_fingerprint_follows_the_code(tmp_path: Path, monkeypatch: pytest.Mo
     assert known.fingerprint() == before
     file.write_text("2")
     assert known.fingerprint() != before
+
+
+def test_an_interrupted_command_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupted(_: command.Command) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.Command, "run", interrupted)
+    assert command.main(["--quick", "--out", str(tmp_path)]) == 130
+    assert "interrupted; run it again to continue" in capsys.readouterr().out

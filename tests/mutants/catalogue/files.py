@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistakes in what is checked before a checkpoint is loaded."""
+"""Mistakes in what a checkpoint says of itself and in what is checked before one is loaded."""
 
 from tests.mutants.catalogue.places import MIMO, UNIT
 from tests.mutants.mutant import Mutant
@@ -10,7 +10,27 @@ _MANIFEST = MIMO + "training/manifest.py"
 _PICKLE_TESTS = UNIT + "test_safe_pickles.py::"
 _INTEGRITY_TESTS = UNIT + "test_checkpoint_integrity.py::"
 
+_PIPELINE_TESTS = UNIT + "test_checkpoint_pipeline_8rank.py::"
+
 FILES = (
+    Mutant(
+        name="manifest-of-the-first-stage",
+        file=MIMO + "training/global_tensors.py",
+        old="return joined(parts)",
+        new="return parts[0]",
+        tests=(_PIPELINE_TESTS + "test_stages_of_different_models_are_an_error_on_all_ranks",),
+        why="checkpoints of pipelined runs are of another model as soon as the stages change",
+        ranks=8,
+    ),
+    Mutant(
+        name="tied-head-saved-under-its-own-name",
+        file=MIMO + "compat.py",
+        old="replace(own, key=embeddings, replica_id=copy, allow_shape_mismatch=True)",
+        new="replace(own, replica_id=(0, *copy[1:]), allow_shape_mismatch=True)",
+        tests=(_PIPELINE_TESTS + "test_the_manifest_names_the_tensors_of_all_stages",),
+        why="a pipelined run's checkpoint has a weight that no other layout of the model has",
+        ranks=8,
+    ),
     Mutant(
         name="flipped-byte-not-noticed",
         file=_INTEGRITY,
