@@ -135,9 +135,12 @@ def main(argv: Sequence[str]) -> int:
         shutil.rmtree(options.out, ignore_errors=True)
     cases = SETS[options.cases]()
     total = sum(map(len, launches(cases)))
-    with tqdm(total=total, unit="task", dynamic_ncols=True) as bar:
+    # The time left is that of the last tasks: those of a launch differ from another one's.
+    with tqdm(total=total, unit="task", dynamic_ncols=True, smoothing=0.05) as bar:
         command = Command(options.out, options.cases, cases, bar.write, bar.update)
-        bar.update(total - sum(len(command.left(tasks)) for tasks in launches(cases)))
+        # Known results took no time; with them the bar would promise too much.
+        bar.initial = bar.n = total - sum(len(command.left(tasks)) for tasks in launches(cases))
+        bar.refresh()
         try:
             verdicts = command.run()
         except KeyboardInterrupt:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = "results.jsonl"
 SUMMARY = "summary.json"
 # Two layouts sum the same numbers in another order: 1e-7 of each sum, which Adam's first steps,
-# that divide a gradient by its own size, pass on to the weights. The worst of the usual set is
+# that divide a gradient by its own size, pass on to the weights. The worst of the usual set was
 # 2.6e-7; ten times that leaves room for other machines. What is to be found is far larger: one
 # tensor's moment lost changes the losses by 1e-3 of themselves, a learning rate of one step earlier
 # by 2e-3, other data, all moments or the step count by 1e-2 and more.
