@@ -32,7 +32,8 @@ def run_at(place: Place, seed: int) -> Iterator[Run]:
     """
     if place.vision:
         pair = place.vision, place.language
-        with run(pair, place.distributed, seed, place.sequence_parallel) as one:
+        options = {"sequence_parallel": place.sequence_parallel}
+        with run(pair, place.distributed, seed, **options) as one:
             yield one
         return
     options = ModelOptions(
