@@ -121,6 +121,11 @@ def test_every_option_is_read() -> None:
             "try --vision tp=2,dp=4 --language tp=2,cp=2,dp=2",
         ),
         (
+            "--vision tp=1,dp=8 --language tp=1,cp=2,pp=2,dp=2,ep=8 --experts 8",
+            "language ep=8 with 1 ranks for each expert does not divide its 4 ranks of a stage; "
+            "try --vision tp=1,dp=8 --language tp=1,cp=2,pp=2,dp=2",
+        ),
+        (
             "--experts 4",
             "language tp=2 with experts needs --sequence-parallel; "
             "try --vision tp=2,dp=4 --language tp=1,cp=2,dp=4",

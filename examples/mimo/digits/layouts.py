@@ -211,10 +211,11 @@ def _expert_misfits(language: Layout, limits: Limits) -> Iterator[str]:
         return
     if limits.experts % ep:
         yield f"language ep={ep} does not divide its {limits.experts} experts"
-    if language.size % (ep * etp):
+    ranks, stage = language.size // language.pp, " of a stage" if language.pp > 1 else ""
+    if ranks % (ep * etp):
         yield (
             f"language ep={ep} with {etp} ranks for each expert does not divide its "
-            f"{_ranks(language.size)}"
+            f"{_ranks(ranks)}{stage}"
         )
     if language.tp > 1 and not limits.sequence_parallel:
         yield f"language tp={language.tp} with experts needs --sequence-parallel"
