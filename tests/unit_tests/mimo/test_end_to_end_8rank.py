@@ -78,6 +78,8 @@ PIPELINED = [
     Case("pp2_cp2_tp2_sp", "tp=2,dp=4", "tp=2,cp=2,pp=2,dp=1", micro_batches=4, masks="uneven",
          sequence_parallel=True, overlap=True),
     Case("pp2_dp4_one_microbatch", "tp=4,dp=2", "tp=1,pp=2,dp=4", masks="uneven"),
+    Case("pp2_packed", "tp=2,dp=4", "tp=1,cp=2,pp=2,dp=2", micro_batches=2, masks="uneven",
+         packed=True),
     Case("pp2_frozen_vision", "tp=1,dp=8", "tp=2,cp=2,pp=2,dp=1", masks="uneven", micro_batches=2,
          freeze_vision=True),
 ]  # fmt: skip

@@ -25,14 +25,18 @@ from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
 from tests.unit_tests.mimo.model_stubs import (
     HIDDEN,
     IMAGE,
+    SOUND,
     StubLanguageModel,
     language_config,
     mimo_config,
+    modality_spec,
 )
 
 LENGTH = 16
 # Images of every sample of three microbatches; two tokens each.
 IMAGES = ([2, 0, 1, 3], [0, 0, 0, 0], [1, 1, 0, 0])
+# Sounds of the same samples, two tokens each, in models that hear.
+SOUNDS = ([0, 2, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0])
 
 
 class StubStage(StubLanguageModel):
@@ -53,12 +57,16 @@ class Result:
 
 @dataclass
 class Case:
-    """(tp, dp) of the encoder, (tp, cp, pp, dp) of the language model, and what is done to it."""
+    """(tp, dp) of the encoder, (tp, cp, pp, dp) of the language model, and what is done to it.
+
+    ``hears``: (tp, dp) of an encoder of sounds.
+    """
 
     src: tuple[int, int] = (1, 4)
     dest: tuple[int, int, int, int] = (1, 1, 2, 2)
     sequence_parallel: bool = False
     frozen: bool = False
+    hears: tuple[int, int] | None = None
     flags: Callable[[int, int], dict[str, bool]] | None = None
     config: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
@@ -85,6 +93,8 @@ class Case:
             "images": HyperCommGrid(list(self.src), ["tp", "dp"]),
             "language": HyperCommGrid([tp, cp, dp, pp], ["tp", "cp", "dp", "pp"]),
         }
+        if self.hears:
+            grids["sounds"] = HyperCommGrid(list(self.hears), ["tp", "dp"])
         for dim in ("tp", "cp"):
             grids["language"].create_pg(dim)
         sizes = {
@@ -102,6 +112,7 @@ class Case:
         params = {"config": language_config(**{**sizes, **self.config}), **flags}
         torch.manual_seed(3)
         config = mimo_config(
+            modalities={name: modality_spec() for name in grids if name != "language"},
             module_to_grid_map=grids,
             language_model_spec=ModuleSpec(module=StubStage, params=params),
             **{"bridge": "routed", **self.options},
@@ -116,16 +127,29 @@ class Case:
         ids = torch.arange(len(images) * LENGTH).view(len(images), LENGTH) % 40
         for sample, count in enumerate(images):
             ids[sample, 1 : 1 + 2 * count] = IMAGE
-        pixels = torch.linspace(-1, 1 + microbatch, sum(images) * 8).view(-1, 2, 4)
-        mine = pixels.tensor_split(self.src[1])[rank // self.src[0]]
+        given = {"images": self.share(rank, self.src, sum(images), 1 + microbatch)}
+        if self.hears:
+            sounds = SOUNDS[microbatch]
+            for sample, count in enumerate(sounds):
+                ids[sample, LENGTH - 2 * count :] = SOUND
+            given["sounds"] = self.share(rank, self.hears, sum(sounds), 3 + microbatch)
         part = ids.chunk(self.dest[3])[self.coordinate(rank, "dp")]
         return {
             "input_ids": part,
             "position_ids": torch.arange(LENGTH).expand_as(part),
             "labels": part,
             "loss_mask": torch.ones(part.shape),
-            "modality_inputs": {"images": {"linear": {"x": mine}} if len(mine) else None},
+            "modality_inputs": {
+                name: {"linear": {"x": x}} if len(x) else None for name, x in given.items()
+            },
         }
+
+    def share(
+        self, rank: int, layout: tuple[int, int], count: int, top: float
+    ) -> torch.Tensor:
+        """An encoder replica's run of all items ``(n, 2, 4)``, every value another one."""
+        items = torch.linspace(-1, top, count * 8).view(-1, 2, 4)
+        return items.tensor_split(layout[1])[rank // layout[0]]
 
     def coordinate(self, rank: int, dim: str) -> int:
         tp, cp, _, dp = self.dest
@@ -161,8 +185,8 @@ def step(case: Case, rank: int, model: MimoModel) -> Result:
             given.backward(case.part(rank, gradient_of(number)))
             fused.append(given.detach())
     encoded.backward()
-    encoder = model.modality_submodules["images"]
-    return Result(fused, {name: p.grad for name, p in encoder.named_parameters()})
+    encoders = model.modality_submodules
+    return Result(fused, {name: p.grad for name, p in encoders.named_parameters()})
 
 
 LAYOUTS = {
@@ -174,13 +198,14 @@ LAYOUTS = {
     "eight_stages": Case((2, 4), (1, 1, 8, 1)),
     "fan_out": Case((4, 2), (1, 1, 2, 4)),
     "one_stage": Case((1, 4), (1, 4, 1, 1)),
+    "two_encoders": Case((1, 8), (1, 2, 2, 2), hears=(2, 4)),
 }
 
 
 @pytest.mark.parametrize("name", list(LAYOUTS))
 def test_rows_and_gradients_against_one_rank(name):
     case = LAYOUTS[name]
-    (whole,) = Case((1, 1), (1, 1, 1, 1)).run(step)
+    (whole,) = Case((1, 1), (1, 1, 1, 1), hears=(1, 1) if case.hears else None).run(step)
     results = case.run(step)
     for rank, result in enumerate(results):
         if case.coordinate(rank, "pp") > 0:
@@ -189,10 +214,11 @@ def test_rows_and_gradients_against_one_rank(name):
         for part, expected in zip(result.fused, whole.fused, strict=True):
             assert torch.equal(part, case.part(rank, expected))
     for key, expected in whole.gradients.items():
-        # Encoder replicas have a part of the images each; their TP ranks have copies.
+        # Encoder replicas have a part of the items each; their TP ranks have copies.
         total = torch.stack([result.gradients[key] for result in results]).sum(dim=0)
-        torch.testing.assert_close(total / case.src[0], expected, rtol=1e-5, atol=1e-6)
-    assert whole.gradients["input_projections.0.weight"].norm() > 1
+        copies = (case.src if key.startswith("images") else case.hears)[0]
+        torch.testing.assert_close(total / copies, expected, rtol=1e-5, atol=1e-6)
+        assert expected.norm() > 0.5
 
 
 def test_frozen_encoders_get_nothing():
