@@ -32,8 +32,10 @@ STAGES = (
         file=_SIDE,
         old="whole.index_copy_(0, index, rows.grad)",
         new="whole = whole.new_zeros(whole.shape).index_copy_(0, index, rows.grad)",
-        tests=(_ON_THREADS,),
+        # On threads the oracle is the same code on one rank; here it is the model's forward.
+        tests=(_ON_RANKS + "test_microbatches_with_and_without_images",),
         why="encoders learn from one microbatch of the step",
+        ranks=8,
     ),
     Mutant(
         name="gradients-taken-back-a-window-early",
