@@ -13,7 +13,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,16 @@ from layouts import Limits, every_pair, misfits  # noqa: E402
 from tests.parity.rows import axis_sizes  # noqa: E402
 
 BATCH = 16
-# Of the language model alone: enough for stages to work on different ones.
+# Of models that may have pipeline stages: enough for stages to work on different ones.
 MICRO_BATCHES = 2
 # The model of tests/unit_tests/mimo/digits_runs.py: 8 vision heads, 4 key/value heads.
-_LIMITS = {
-    sequence_parallel: Limits(
-        global_batch_size=BATCH,
-        vision_heads=8,
-        language_heads=4,
-        sequence_parallel=sequence_parallel,
-    )
-    for sequence_parallel in (False, True)
-}
-# TEXT_SIZE of tests/parity/measure.py: layers, key/value heads.
-_TEXT_LAYERS, _TEXT_HEADS = 4, 4
+_LIMITS = Limits(
+    global_batch_size=BATCH, micro_batches=MICRO_BATCHES, vision_heads=8, language_heads=4
+)
+# Layers of language models that may have pipeline stages.
+LAYERS = 4
+# TEXT_SIZE of tests/parity/measure.py: key/value heads.
+_TEXT_HEADS = 4
 # Steps before the save: two, so that Adam's moments and step count are not those of the first.
 SAVED_STEPS = 2
 NEXT_STEPS = 5
@@ -53,10 +49,12 @@ class Place:
 
     Attributes:
         vision, language: as the job's options take them, "tp=2,dp=4". Without a vision side it is
-            the language model alone, which may have pipeline stages: "tp=2,pp=2,dp=2".
+            the language model alone.
         distributed: the optimizer's state is sharded over DP.
         sequence_parallel: of the language model, whose TP is more than 1 then.
-        tied: the language model's embeddings are its head, too.
+        tied: the language model's embeddings are its head, too. This one and the language model
+            alone may have pipeline stages: "tp=2,pp=2,dp=2".
+        virtual_stages: of the language model on each rank.
     """
 
     vision: str
@@ -64,6 +62,7 @@ class Place:
     distributed: bool
     sequence_parallel: bool = False
     tied: bool = False
+    virtual_stages: int = 1
 
     @property
     def world(self) -> int:
@@ -73,19 +72,21 @@ class Place:
     @property
     def model(self) -> str:
         """Which model it is a place of; only runs of one model continue each other."""
-        return "images" if self.vision else "text-tied" if self.tied else "text"
+        return ("images" if self.vision else "text") + "-tied" * self.tied
 
     @property
     def key(self) -> str:
         """Name for files: ``v-tp2-dp4_l-tp2-cp2-dp2_sharded_sp``, ``text_l-tp1-pp4-dp1_whole``."""
         kind = "sharded" if self.distributed else "whole"
-        first = f"v-{self.vision}" if self.vision else self.model
+        first = f"v-{self.vision}{'-tied' * self.tied}" if self.vision else self.model
         text = f"{first}_l-{self.language}_{kind}" + "_sp" * self.sequence_parallel
+        text += f"_vp{self.virtual_stages}" if self.virtual_stages > 1 else ""
         return re.sub(r"=", "", text).replace(",", "-")
 
     def __str__(self) -> str:
-        first = f"{self.vision} |" if self.vision else self.model
-        return f"{first} {self.language}" + " SP" * self.sequence_parallel
+        first = f"{'tied ' * self.tied}{self.vision} |" if self.vision else self.model
+        text = f"{first} {self.language}" + " SP" * self.sequence_parallel
+        return text + (f" VP{self.virtual_stages}" if self.virtual_stages > 1 else "")
 
 
 @dataclass(frozen=True, order=True)
@@ -144,7 +145,21 @@ def places(world: int, distributed: bool = True) -> list[Place]:
         Place(str(pair.vision), str(pair.language), distributed, sequence_parallel)
         for pair in every_pair(world)
         for sequence_parallel in ((False, True) if pair.language.tp > 1 else (False,))
-        if not misfits(pair, _LIMITS[sequence_parallel])
+        if not misfits(pair, replace(_LIMITS, sequence_parallel=sequence_parallel))
+    ]
+
+
+def stage_places(world: int) -> list[Place]:
+    """Layouts of ``world`` ranks with pipeline stages or one, virtual ones too, sharded optimizer.
+
+    The encoder's is one of them, TP 1: what it does elsewhere does not depend on stages.
+    """
+    return [
+        Place(str(pair.vision), str(pair.language), True, tied=True, virtual_stages=virtual)
+        for pair in every_pair(world, (1, 2, 4))
+        for virtual in ((1, 2) if pair.language.pp == MICRO_BATCHES else (1,))
+        if pair.vision.tp == 1
+        and not misfits(pair, replace(_LIMITS, language_layers=LAYERS, virtual_stages=virtual))
     ]
 
 
@@ -155,7 +170,7 @@ def text_places(world: int, distributed: bool, tied: bool) -> list[Place]:
         Place("", f"tp={tp},pp={pp},dp={dp}", distributed, tp > 1 and not tied, tied)
         for tp, pp, dp in itertools.product(sizes, repeat=3)
         if tp * pp * dp == world
-        and _TEXT_HEADS % tp == _TEXT_LAYERS % pp == (BATCH // MICRO_BATCHES) % dp == 0
+        and _TEXT_HEADS % tp == LAYERS % pp == (BATCH // MICRO_BATCHES) % dp == 0
     ]
 
 
@@ -166,6 +181,8 @@ def all_cases() -> list[Case]:
         tables = [[p for world in worlds for p in places(world, distributed)]]
         for tied in (False, True):
             tables.append([p for w in worlds for p in text_places(w, distributed, tied)])
+        if distributed:
+            tables.append([p for w in worlds for p in stage_places(w)])
         cases += [Case(pair) for table in tables for pair in itertools.product(table, repeat=2)]
     return [*cases, *_chains()]
 
@@ -234,6 +251,29 @@ _TEXT = (
     ((_DP4, _TP2_PP2), False, False),
 )
 
+# The digits model with pipeline stages: kept, made virtual, left, entered, cut otherwise.
+_STAGES = ("tp=2,dp=4", "tp=1,cp=2,pp=2,dp=2")
+_UNSTAGED = ("tp=1,dp=8", "tp=2,cp=2,dp=2")
+_FOUR_STAGES = ("tp=2,dp=2", "tp=1,pp=4,dp=1")
+_STAGED_CASES = tuple(
+    Case(
+        tuple(
+            Place(*place, distributed, tied=True, virtual_stages=virtual)
+            for place, virtual in places
+        )
+    )
+    for distributed, places in (
+        (True, ((_STAGES, 1), (_STAGES, 1))),
+        (True, ((_STAGES, 1), (_STAGES, 2))),
+        (True, ((_STAGES, 2), (_UNSTAGED, 1))),
+        (True, ((_UNSTAGED, 1), (_STAGES, 2))),
+        (True, ((_STAGES, 2), (_STAGES, 2))),
+        (True, ((_STAGES, 2), (_FOUR_STAGES, 1), (_ONE, 1), (_STAGES, 1))),
+        (False, ((_STAGES, 1), (_FOUR_STAGES, 1))),
+        (False, ((_UNSTAGED, 1), (_STAGES, 2))),
+    )
+)
+
 # Vision, language, and whether with sequence parallelism: without, if it is not there.
 Name = tuple[str, str] | tuple[str, str, bool]
 
@@ -261,7 +301,8 @@ def usual_cases() -> list[Case]:
     """Pairs with the sharded optimizer, some with the whole one, and the chains."""
     sharded = [_case(pair, True) for pair in _SHARDED]
     whole = [_case(pair, False) for pair in _WHOLE]
-    return [*sharded, *whole, *_chains(), *(_text_case(*case) for case in _TEXT)]
+    text = [_text_case(*case) for case in _TEXT]
+    return [*sharded, *whole, *_chains(), *text, *_STAGED_CASES]
 
 
 def quick_cases() -> list[Case]:
