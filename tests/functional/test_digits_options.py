@@ -122,7 +122,7 @@ def test_every_option_is_read() -> None:
         ),
         (
             "--vision tp=1,dp=8 --language tp=1,cp=2,pp=2,dp=2,ep=8 --experts 8",
-            "language ep=8 with 1 ranks for each expert does not divide its 4 ranks of a stage; "
+            "language ep=8 with 1 rank for each expert does not divide its 4 ranks of a stage; "
             "try --vision tp=1,dp=8 --language tp=1,cp=2,pp=2,dp=2",
         ),
         (

@@ -214,7 +214,7 @@ def _expert_misfits(language: Layout, limits: Limits) -> Iterator[str]:
     ranks, stage = language.size // language.pp, " of a stage" if language.pp > 1 else ""
     if ranks % (ep * etp):
         yield (
-            f"language ep={ep} with {etp} ranks for each expert does not divide its "
+            f"language ep={ep} with {_ranks(etp)} for each expert does not divide its "
             f"{_ranks(ranks)}{stage}"
         )
     if language.tp > 1 and not limits.sequence_parallel:

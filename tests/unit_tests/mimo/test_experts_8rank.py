@@ -88,6 +88,7 @@ CASES = [
     Case("tp=2,cp=2,dp=2,ep=4,etp=1", micro_batches=2, sequence_parallel=True, overlap=True),
     Case("tp=2,cp=2,dp=2,ep=1,etp=1", ROUTER_LOSSES, sequence_parallel=True),
     Case("tp=1,cp=2,dp=4,ep=2,etp=2", distributed_optimizer=True, overlap=True),
+    Case("tp=1,cp=2,pp=2,dp=2,ep=4", ROUTER_LOSSES, micro_batches=2, distributed_optimizer=True),
     # Biases of experts are whole on every rank that has the expert; TP ranks have different ones.
     Case("tp=2,cp=2,dp=2,ep=4,etp=1", sequence_parallel=True, config=(("add_bias_linear", True),)),
     Case(
