@@ -34,7 +34,8 @@ def test_every_option_is_read() -> None:
         "--vision dp=2,tp=1 --language cp=2 --steps 7 --seed 0 --global-batch-size 8 --lr 1e-3 "
         "--micro-batches 2 --eval-batch-size 4 --clip-grad 0 --sequence-parallel --fresh "
         "--no-distributed-optimizer --no-overlap-grad-reduce --dtype bfloat16 --backend gloo "
-        "--timeout 9 --out a/b --save-every 3 --no-evaluate --uneven-loss-mask"
+        "--timeout 9 --out a/b --save-every 3 --no-evaluate --uneven-loss-mask "
+        "--freeze encoder+projector --dropout 0.1 --recompute full"
     )
     assert options.vision == Layout(1, 1, 2)
     assert options.language == Layout(1, 2, 1)
@@ -42,6 +43,8 @@ def test_every_option_is_read() -> None:
     assert (options.micro_batches, options.eval_batch_size, options.save_every) == (2, 4, 3)
     assert (options.lr, options.clip_grad, options.timeout) == (1e-3, 0.0, 9)
     assert (options.dtype, options.backend, options.out) == ("bfloat16", "gloo", Path("a/b"))
+    assert (options.freeze, options.dropout) == ("encoder+projector", 0.1)
+    assert options.recompute == "full"
     assert options.sequence_parallel
     assert options.fresh
     assert options.uneven_loss_mask
@@ -244,8 +247,18 @@ def test_the_sequence_rule_is_the_models(cp: int, tp: int, sequence_parallel: bo
         ("--seed -1", r"--seed: must be a whole number from 0 to 2147483647, got '-1'"),
         ("--lr 0", r"--lr: must be a number above 0, got '0'"),
         ("--lr nan", r"--lr: must be a number above 0, got 'nan'"),
+        ("--dropout 1", r"--dropout: must be a number from 0 to below 1, got '1'"),
+        (
+            "--freeze encoder+head",
+            r"--freeze: must be parts of encoder, lower-encoder, projector, language, joined by "
+            r"'\+', got 'encoder\+head'",
+        ),
+        (
+            "--freeze encoder+projector+language",
+            r"--freeze: must leave something to train, got 'encoder\+projector\+language'",
+        ),
         ("--clip-grad -1", r"--clip-grad: must be a number at least 0, got '-1'"),
-        ("--dtype float16", r"--dtype: invalid choice: 'float16'"),
+        ("--dtype float64", r"--dtype: invalid choice: 'float64'"),
         ("--step 3", r"unrecognized arguments: --step 3; --help lists all options"),
         ("--vision", r"--vision: expected one argument"),
     ],

@@ -41,6 +41,7 @@ _FIXED = (
     "uneven_loss_mask",
     "dtype",
     "language_layers",
+    "dropout",
 )
 
 
@@ -285,6 +286,9 @@ def _build(options: Options, backend: str) -> DigitsModel:
         distributed_optimizer=options.distributed_optimizer,
         overlap_grad_reduce=options.overlap_grad_reduce,
         experts=_experts(options.experts),
+        freeze=options.freeze,
+        dropout=options.dropout,
+        recompute=options.recompute,
     )
     return build_model(options.vision, options.language, model_options, backend)
 

@@ -7,6 +7,7 @@ Both are stock Megatron-Core modules over their own process groups; ``MimoModel`
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from data import (
     image_patches,
 )
 from layouts import Layout
+from options import parts_to_freeze
 
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.mimo import MimoModel, MimoModelConfig, VisionModalitySubmodules
@@ -31,6 +33,7 @@ from megatron.core.models.mimo.training.grad_finalize import (
 from megatron.core.models.mimo.training.groups import create_process_groups, make_grid
 from megatron.core.models.mimo.training.initial_weights import initialize_weights
 from megatron.core.models.mimo.training.randomness import ModuleRandomness, seed_everything
+from megatron.core.models.mimo.training.recompute import recomputable
 from megatron.core.models.mimo.transformer.exact_loss import ExactLossGPTModel
 from megatron.core.models.mimo.transformer.layer_specs import (
     encoder_layer_spec,
@@ -47,6 +50,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 VISION, LANGUAGE = "images", "language"
 PATCH_PIXELS = PATCH_SIDE * PATCH_SIDE
+
+
+# What Megatron-Core computes again in backward instead of keeping it.
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective"},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -108,10 +123,13 @@ class ModelOptions:
     packed: bool = False
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = True
-    freeze_vision: bool = False
     experts: Experts | None = None
     tied: bool = False
     virtual_stages: int = 1
+    freeze: str = ""
+    freeze_vision: bool = False  # short for encoder+projector
+    dropout: float = 0.0
+    recompute: str = "none"
 
 
 class DigitEncoder(MegatronModule):
@@ -138,6 +156,7 @@ class DigitEncoder(MegatronModule):
         """Encode images; raises ``ValueError`` for images of another shape."""
         patches = image_patches(images).transpose(0, 1).to(self.patch_embedding.weight.dtype)
         hidden = self.patch_embedding(patches) + self.position_embedding
+        hidden = recomputable(hidden, self.transformer)
         return self.transformer(hidden_states=hidden, attention_mask=None)
 
 
@@ -187,17 +206,19 @@ def transformer_configs(
     common: dict[str, Any] = {
         # Larger than Megatron's default of 0.02, which is meant for widths of thousands.
         "init_method_std": 0.08,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
+        "attention_dropout": options.dropout,
+        "hidden_dropout": options.dropout,
         "add_bias_linear": False,
         "params_dtype": options.dtype,
         "bf16": options.dtype is torch.bfloat16,
+        "fp16": options.dtype is torch.float16,
         "pipeline_dtype": options.dtype,
         "calculate_per_token_loss": True,
         "bias_dropout_fusion": False,
         "bias_activation_fusion": False,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
+        **_RECOMPUTE[options.recompute],
     }
     encoder = TransformerConfig(
         num_layers=size.vision_layers,
@@ -300,6 +321,26 @@ def _language_spec(
     )
 
 
+def freeze(model: MimoModel, parts: Iterable[str]) -> None:
+    """Stop the training of parts of ``options.FREEZABLE``, before DDP wraps the modules.
+
+    DDP makes gradient buffers of what trains when it wraps, and the optimizer state likewise.
+    """
+    vision = model.modality_submodules[VISION]
+    encoder = vision.encoders["digits"]
+    layers = encoder.transformer.layers
+    lower = [encoder.patch_embedding, encoder.position_embedding, *layers[: len(layers) // 2]]
+    known: dict[str, list[Any]] = {
+        "encoder": [encoder],
+        "lower-encoder": lower,
+        "projector": list(vision.input_projections),
+        "language": [module for name, module in iter_modules(model) if name == LANGUAGE],
+    }
+    for part in parts:
+        for module in known[part]:
+            module.requires_grad_(False)
+
+
 def build_model(
     vision: Layout | None,
     language: Layout,
@@ -365,8 +406,8 @@ def build_model(
         initialize_weights(
             module, options.seed, name_prefix=f"{name}.", tp_group=collections[name].tp
         )
-    if options.freeze_vision:
-        model.modality_submodules[VISION].requires_grad_(False)
+    parts = "encoder+projector" if options.freeze_vision else options.freeze
+    freeze(model, parts_to_freeze(parts))
     randomness = ModuleRandomness(iter_modules(model), collections, options.seed)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

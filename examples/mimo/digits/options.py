@@ -20,6 +20,8 @@ from layouts import Layout, Limits, Pair, check_layouts
 
 HEADS = 8
 SEQUENCE_LENGTH = 32
+# What --freeze may name; the lower encoder is its embeddings and the lower half of its layers.
+FREEZABLE = ("encoder", "lower-encoder", "projector", "language")
 
 
 def _option(default: Any, text: str, parse: Callable[[str], Any], *choices: str) -> Any:
@@ -59,6 +61,34 @@ def _real(low: float, *, low_included: bool) -> Callable[[str], float]:
         return value
 
     return parse
+
+
+def _share(text: str) -> float:
+    value = _real(0.0, low_included=True)(text)
+    if value >= 1.0:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to below 1, got {text!r}")
+    return value
+
+
+def parts_to_freeze(text: str) -> tuple[str, ...]:
+    """Parts of the model that ``--freeze`` names, such as ``"encoder+projector"``.
+
+    Raises:
+        argparse.ArgumentTypeError: an unknown part, or nothing is left to train.
+    """
+    parts = tuple(part for part in text.split("+") if part)
+    for part in parts:
+        if part not in FREEZABLE:
+            raise argparse.ArgumentTypeError(
+                f"must be parts of {', '.join(FREEZABLE)}, joined by '+', got {text!r}"
+            )
+    if {"encoder", "projector", "language"} <= set(parts):
+        raise argparse.ArgumentTypeError(f"must leave something to train, got {text!r}")
+    return parts
+
+
+def _freeze(text: str) -> str:
+    return "+".join(parts_to_freeze(text))
 
 
 def _vision(text: str) -> Layout:
@@ -108,8 +138,20 @@ class Options:
     )  # fmt: skip
     distributed_optimizer: bool = _switch(True, "shard the optimizer's state over DP")
     overlap_grad_reduce: bool = _switch(True, "reduce gradients while backward still runs")
+    freeze: str = _option(
+        "", f"what does not train, such as encoder+projector: any of {', '.join(FREEZABLE)}; may "
+        "change when the run resumes", _freeze,
+    )  # fmt: skip
     uneven_loss_mask: bool = _switch(False, "count only some of each sample's answer digits")
-    dtype: str = _option("float32", "of the weights and activations", str, "float32", "bfloat16")
+    dtype: str = _option(
+        "float32", "of the weights and activations; gradients are summed in float32", str,
+        "float32", "bfloat16", "float16",
+    )  # fmt: skip
+    dropout: float = _option(0.0, "probability, in both modules", _share)
+    recompute: str = _option(
+        "none", "what is computed again in backward instead of kept: nothing, attention "
+        "(selective) or whole layers (full), in both modules", str, "none", "selective", "full",
+    )  # fmt: skip
     backend: str = _option(
         "auto", "of the process groups; auto is nccl with enough GPUs, else gloo", str,
         "auto", "nccl", "gloo",

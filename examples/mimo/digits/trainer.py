@@ -72,6 +72,8 @@ class TrainOptions:
     warmup_steps: int = 20
     weight_decay: float = 0.01
     clip_grad: float = 1.0
+    # Of float16; dynamic: halved after gradients that are not finite, doubled after a while.
+    initial_loss_scale: float = 2.0**15
 
 
 class Trainer:
@@ -106,6 +108,8 @@ class Trainer:
                 clip_grad=options.clip_grad,
                 use_distributed_optimizer=distributed_optimizer,
                 bf16=built.configs[LANGUAGE].bf16,
+                fp16=built.configs[LANGUAGE].fp16,
+                initial_loss_scale=options.initial_loss_scale,
                 params_dtype=built.configs[LANGUAGE].params_dtype,
             ),
         )

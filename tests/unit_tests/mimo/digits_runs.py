@@ -83,12 +83,12 @@ class Run:
 
 @contextlib.contextmanager
 def run(
-    pair: tuple[str, str], distributed: bool = True, seed: int = 5, **more: Any
+    pair: tuple[str, str], distributed: bool = True, seed: int = 5, **options: Any
 ) -> Iterator[Run]:
     built = build_model(
         Layout.parse(pair[0], "vision"),
         Layout.parse(pair[1], "language"),
-        ModelOptions(size=SIZE, seed=seed, distributed_optimizer=distributed, **more),
+        ModelOptions(**{"size": SIZE, **options}, seed=seed, distributed_optimizer=distributed),
     )
     with ended(built):
         yield Run(built, Trainer(built, train_options(), distributed))
@@ -97,7 +97,12 @@ def run(
 def train_options(micro_batches: int = 1) -> TrainOptions:
     """Of all runs; the schedule is longer than any of them."""
     return TrainOptions(
-        steps=10, global_batch_size=BATCH, micro_batches=micro_batches, warmup_steps=1
+        steps=10,
+        global_batch_size=BATCH,
+        micro_batches=micro_batches,
+        warmup_steps=1,
+        # float16: low enough that no step is skipped.
+        initial_loss_scale=2.0**8,
     )
 
 

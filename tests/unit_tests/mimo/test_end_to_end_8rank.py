@@ -51,7 +51,7 @@ class Case:
     masks: str = "uniform"
     sequence_parallel: bool = False
     overlap: bool = False
-    freeze_vision: bool = False
+    freeze: str = ""
     bridge: str = "routed"
     packed: bool = False
 
@@ -71,7 +71,7 @@ CASES = [
     Case("packed_cp2_sp", **FAN_IN, masks="uneven", sequence_parallel=True, packed=True),
     Case("packed_cp4_2mb", "tp=1,dp=8", "tp=2,cp=4,dp=1", 2, masks="uneven", packed=True),
     Case("packed_cp1", "tp=1,dp=8", "tp=4,dp=2", packed=True),
-    Case("frozen_vision", **FAN_IN, masks="uneven", freeze_vision=True),
+    Case("frozen_vision", **FAN_IN, masks="uneven", freeze="encoder+projector"),
 ]
 PIPELINED = [
     Case("pp2_cp2_dp2", "tp=1,dp=8", "tp=1,cp=2,pp=2,dp=2", micro_batches=2, masks="uneven"),
@@ -81,7 +81,7 @@ PIPELINED = [
     Case("pp2_packed", "tp=2,dp=4", "tp=1,cp=2,pp=2,dp=2", micro_batches=2, masks="uneven",
          packed=True),
     Case("pp2_frozen_vision", "tp=1,dp=8", "tp=2,cp=2,pp=2,dp=1", masks="uneven", micro_batches=2,
-         freeze_vision=True),
+         freeze="encoder+projector"),
 ]  # fmt: skip
 # One of each kind over the other bridge.
 CASES += [
@@ -113,7 +113,7 @@ def options(case: Case) -> ModelOptions:
         sequence_parallel=case.sequence_parallel,
         bridge=case.bridge,
         packed=case.packed,
-        freeze_vision=case.freeze_vision,
+        freeze=case.freeze,
     )
 
 
@@ -171,7 +171,7 @@ def test_loss_and_every_gradient_equal_the_unsharded_model(case: Case, oracle: C
         built.destroy()
     assert run_tokens == tokens
     assert run_loss == pytest.approx(loss, rel=LOSS_TOLERANCE, abs=LOSS_TOLERANCE)
-    trained = [n for n in whole if not (case.freeze_vision and n.startswith("modality"))]
+    trained = [n for n in whole if not (case.freeze and n.startswith("modality"))]
     assert names_on_all_stages(found) == set(trained)
     # Where the oracle has zeros, as without any counted token, nothing but zeros passes.
     (worst,) = worst_by_kind(list(tensor_checks("gradients", found, whole, GRADIENTS)))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from megatron.core.models.mimo.training.frozen_state import FRESH
 from megatron.core.models.mimo.training.optimizer_state import (
     load_inner_state,
     sharded_inner_state,
@@ -182,6 +183,9 @@ class MimoOptimizer(MegatronOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` or a loaded ``sharded_state_dict`` holds.
 
+        With dynamic loss scaling all ranks call it together: a module that starts fresh takes the
+        loss scale of those that go on.
+
         Raises:
             ValueError: if a module of this rank is missing from ``state_dict``.
         """
@@ -193,6 +197,24 @@ class MimoOptimizer(MegatronOptimizer):
                     f"optimizer state has no module '{name}'; it holds {sorted(state_dict)}"
                 )
             load_inner_state(info.optimizer, state_dict[name], name)
+        if self.config.fp16 and self.config.loss_scale is None:
+            self._agree_on_loss_scale(state_dict)
+
+    def _agree_on_loss_scale(self, loaded: dict[str, Any]) -> None:
+        """Give all modules on all ranks the scaler state of one that was loaded."""
+        going_on = [
+            info.optimizer
+            for name, info in self.module_infos.items()
+            if info.is_active and info.optimizer and FRESH not in loaded[name]
+        ]
+        mine = [scaler.state_dict() for scaler in _dynamic_scalers(going_on)]
+        # On the host: the ranks' devices differ.
+        states: list = [None] * dist.get_world_size()
+        first = {**mine[0], "scale": mine[0]["scale"].cpu()} if mine else None
+        dist.all_gather_object(states, first)
+        known = next((state for state in states if state is not None), None)
+        for scaler in _dynamic_scalers(self._active_optimizers) if known else []:
+            scaler.load_state_dict(known)
 
     def sharded_state_dict(
         self, model_sharded_state_dict: dict, is_loading: bool = False, **kwargs: Any

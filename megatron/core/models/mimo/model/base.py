@@ -34,6 +34,7 @@ from megatron.core.models.mimo.model.stage_side import StageSide, stages_of
 from megatron.core.models.mimo.model.state_dicts import StateDicts
 from megatron.core.models.mimo.model.token_rows import TEXT
 from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig
+from megatron.core.models.mimo.training.recompute import recomputable
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
@@ -399,6 +400,8 @@ class MimoModel(
         language_model: nn.Module | None = None,
     ) -> Any:
         """The language model, or the given stage of it, on inputs that are cut."""
+        if embeddings is not None:
+            embeddings = recomputable(embeddings, language_model or self.language_model)
         return (language_model or self.language_model)(
             input_ids=None,
             # Not cut: multimodal rotary embeddings read them whole and cut by themselves.

@@ -10,7 +10,7 @@ that too is a comparison of own rows with own tokens, so it costs no communicati
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from megatron.core.models.mimo import compat
 from megatron.core.models.mimo.comm.token_runs import count_mismatch
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY, ModuleLayout
 from megatron.core.models.mimo.model.token_rows import TEXT
+from megatron.core.utils import unwrap_model
 
 # Attribute on an encoder's output that stock's pipeline bridge reads.
 _SPLIT_SIZES = "_mimo_bridge_split_sizes"
@@ -70,9 +71,26 @@ class EncoderSide:
             moving = self._apply_colocated_comms(moving)
         moved = {**rows, **moving}
         for name, submodule in self.modality_submodules.items():
-            if name not in moved and tokens.get(name) == 0 and waits_for_gradients(submodule):
+            if name not in moved and tokens.get(name) == 0 and self._needs_empty_rows(name):
                 moved[name] = _tied_to_parameters(self._empty_encoder_output(name), submodule)
         return moved
+
+    def _needs_empty_rows(self, name: str) -> bool:
+        """Whether a modality without rows in a batch brings an empty tensor to backward.
+
+        With overlap its DDP wrapper waits for a gradient of every parameter. And where the text
+        embedding does not train, rows alone decide whether the fused sequence needs a gradient:
+        ranks of a language replica that disagreed would wait for each other in its backward pass,
+        and a step without any rows would have no gradient at all.
+        """
+        submodule = self.modality_submodules[name]
+        if not torch.is_grad_enabled() or not trains(submodule):
+            return False
+        embedding = getattr(unwrap_model(self.language_model), "embedding", None)
+        text_is_frozen = isinstance(embedding, nn.Module) and not any(
+            parameter.requires_grad for parameter in embedding.parameters()
+        )
+        return text_is_frozen or waits_for_gradients(submodule)
 
     def _apply_colocated_comms(
         self, modality_embeddings: dict[str, torch.Tensor]
@@ -98,7 +116,7 @@ class EncoderSide:
             encoded = None if inputs is None else _call(submodule, encoder_inputs=inputs)
             if encoded is None:
                 encoded = self._empty_encoder_output(name).detach()
-                if torch.is_grad_enabled() and any(p.requires_grad for p in submodule.parameters()):
+                if torch.is_grad_enabled() and trains(submodule):
                     encoded = _tied_to_parameters(encoded, submodule)
             rows[name] = encoded.to(dtype)
         return rows
@@ -265,11 +283,25 @@ def waits_for_gradients(submodule: nn.Module) -> bool:
     return torch.is_grad_enabled() and getattr(config, "overlap_grad_reduce", False) is True
 
 
+def _row_parameters(submodule: nn.Module) -> Iterator[nn.Parameter]:
+    """What rows are made with: decoders and output projections have no part in them."""
+    inner = unwrap_model(submodule)
+    parts = [getattr(inner, part, None) for part in ("encoders", "input_projections")]
+    for part in [part for part in parts if isinstance(part, nn.Module)] or [inner]:
+        yield from part.parameters()
+
+
+def trains(submodule: nn.Module) -> bool:
+    """Whether rows of a modality need a gradient; the same on all ranks, with inputs or without."""
+    return any(parameter.requires_grad for parameter in _row_parameters(submodule))
+
+
 def _tied_to_parameters(empty: torch.Tensor, submodule: nn.Module) -> torch.Tensor:
-    """An empty tensor whose backward pass gives every trainable parameter a zero gradient.
+    """An empty tensor whose backward pass gives every parameter that trains a zero gradient.
 
     A rank whose microbatch has no inputs takes part in the reduction that its peers start. The
     sums are over no elements, so weights that are not finite leave zeros, too.
     """
-    zeros = [p.reshape(-1)[:0].sum().float() for p in submodule.parameters() if p.requires_grad]
+    trained = [p for p in _row_parameters(submodule) if p.requires_grad]
+    zeros = [p.reshape(-1)[:0].sum().float() for p in trained]
     return empty + torch.stack(zeros).sum().to(empty.dtype) if zeros else empty

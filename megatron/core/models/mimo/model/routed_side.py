@@ -25,7 +25,6 @@ from megatron.core.models.mimo.comm.token_runs import Runs, TokenRuns
 from megatron.core.models.mimo.model.encoder_side import (
     missing_inputs,
     refuse_unknown_modalities,
-    waits_for_gradients,
 )
 from megatron.core.models.mimo.model.local_text import LocalText
 from megatron.core.models.mimo.model.token_rows import TEXT, fill_places
@@ -273,7 +272,7 @@ class RoutedSide:
     def _encoder_takes_part(self, name: str, modality_inputs: Mapping[str, Any] | None) -> bool:
         """Whether an encoder without rows has a backward pass: it ran, or is waited for."""
         ran = (modality_inputs or {}).get(name) is not None
-        return ran or waits_for_gradients(self.modality_submodules[name])
+        return ran or self._needs_empty_rows(name)
 
     def _place_local(
         self,

@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.mimo.compat import fully_parallel_load, fully_parallel_save
 from megatron.core.models.mimo.training import global_tensors, integrity, safe_pickles
 from megatron.core.models.mimo.training.agreement import Failure, run_together
+from megatron.core.models.mimo.training.frozen_state import Frozen, start_fresh, whole_stacks
 from megatron.core.models.mimo.training.manifest import FORMAT, MANIFEST, Manifest
 from megatron.core.models.mimo.training.randomness import ModuleRandomness
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
@@ -142,6 +143,8 @@ class CheckpointStore:
         if final.exists():
             return final
         state = self._sharded_state(model, optimizer, is_loading=False)
+        frozen = Frozen.find(state["model"], state["optimizer"])
+        state["frozen"] = whole_stacks(frozen, state["model"])
         weights, moments = (_tensors(state[part]) for part in ("model", "optimizer"))
         size = global_tensors.total_bytes(weights) + global_tensors.total_bytes(moments)
         manifest = Manifest(
@@ -151,6 +154,7 @@ class CheckpointStore:
             shapes=global_tensors.shapes(weights),
             extra=extra or {},
             distributed_optimizer=optimizer.config.use_distributed_optimizer,
+            frozen=sorted(frozen.names),
         )
         try:
             self._on_rank_0(lambda: self._prepare(partial, size), f"write checkpoint {final}")
@@ -222,6 +226,8 @@ class CheckpointStore:
         rank's state has no counterpart: they are seeded from the run's seed, ``step`` and the
         rank's coordinates (``ModuleRandomness.reseed``).
 
+        What trains may differ from when the checkpoint was saved, see ``frozen_state``.
+
         Returns:
             The checkpoint's manifest.
 
@@ -236,6 +242,7 @@ class CheckpointStore:
         self._check_same_model(manifest, global_tensors.shapes(_tensors(state["model"])))
         if not self.same_layout(manifest):
             state.pop("rng")
+        self._request_what_was_trained(state, frozenset(manifest.frozen or ()))
         path = self.path(step)
         self._check_files(path, manifest)
         self._check_pickles(path)
@@ -253,6 +260,14 @@ class CheckpointStore:
         elif self.randomness:
             self.randomness.reseed(step)
         return manifest
+
+    @staticmethod
+    def _request_what_was_trained(state: dict[str, Any], then: frozenset[str]) -> None:
+        """Fit the request to a checkpoint in which the weights ``then`` did not train."""
+        now = Frozen.find(state["model"], state["optimizer"])
+        state["frozen"] = whole_stacks(now, state["model"], skip=then)
+        if then:
+            state["optimizer"] = start_fresh(state["optimizer"], state["model"], then)
 
     def _check_files(self, path: Path, manifest: Manifest) -> None:
         """Compare all files with the manifest, each rank its share."""

@@ -39,26 +39,37 @@ def _sharded_tensors(state: dict[str, Any]) -> Iterable[ShardedTensor]:
 def of_all_ranks(own: Described) -> Described:
     """What any rank describes, the same on all ranks, which call it together.
 
-    The ranks exchange digests. Of those that describe the same, as all data parallel replicas of
-    a stage do, only the first sends its description, and nobody does where all are the same.
-
     Args:
         own: what this rank describes.
 
     Raises:
         ValueError: on all ranks if two describe a tensor differently.
     """
+    parts = different_parts(own, _digest(own))
+    return own if len(parts) == 1 else joined(parts)
+
+
+def different_parts(own: Any, digest: str) -> dict[int, Any]:
+    """What ranks have to say, each of it once, under the first rank that does.
+
+    The ranks exchange digests. Of those that say the same, as all data parallel replicas of a
+    stage do, only the first sends it, and nobody does where all are the same.
+
+    Args:
+        own: what this rank says.
+        digest: of it, the same for equal ones.
+    """
     digests: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(digests, _digest(own))
+    dist.all_gather_object(digests, digest)
     first = {digest: rank for rank, digest in reversed(list(enumerate(digests)))}
     if len(first) == 1:
-        return own
-    parts: dict[int, Described] = {}
+        return {0: own}
+    parts: dict[int, Any] = {}
     for rank in sorted(first.values()):
         part = [own]
         dist.broadcast_object_list(part, src=rank)
         parts[rank] = part[0]
-    return joined(parts)
+    return parts
 
 
 def joined(parts: dict[int, Described]) -> Described:

@@ -139,10 +139,14 @@ class MimoGradFinalizer:
                 to the global count. ``None`` leaves gradients undivided.
             pg_collection: ignored; each module has its own groups.
             force_all_reduce: as in Megatron-Core.
+
+        Raises:
+            ValueError: a parameter was frozen or unfrozen after its module was wrapped.
         """
         mimo_model = unwrap_model(model[0])
         modules: dict[str, list[torch.nn.Module]] = {}
         for name, module in iter_modules(mimo_model):
+            refuse_late_freezing(name, module)
             modules.setdefault(name, []).append(module)
         for name, parts in modules.items():
             finalize_model_grads(
@@ -175,6 +179,27 @@ class MimoGradFinalizer:
             dist.broadcast(num_tokens, src=last, group=groups.pp)
         dist.all_reduce(num_tokens, group=groups.dp_cp)
         return num_tokens
+
+
+def refuse_late_freezing(name: str, module: torch.nn.Module) -> None:
+    """What trains is settled when DDP wraps a module: it makes gradient buffers of just that.
+
+    A parameter frozen later keeps its buffer and its optimizer state, so that momentum and weight
+    decay go on moving it. One unfrozen later has neither and would never move.
+
+    Raises:
+        ValueError: a parameter of ``module`` was frozen or unfrozen since.
+    """
+    if not isinstance(module, DistributedDataParallel):
+        return
+    for key, parameter in module.named_parameters():
+        if parameter.requires_grad is not hasattr(parameter, "main_grad"):
+            now = "unfrozen" if parameter.requires_grad else "frozen"
+            raise ValueError(
+                f"parameter '{key}' of module '{name}' was {now} after the module was wrapped in "
+                "DistributedDataParallel; set requires_grad before wrapping. In mid-run: save a "
+                "checkpoint, build the model anew with what is to train, and load it"
+            )
 
 
 def _counts_tokens(groups: ProcessGroupCollection) -> bool:

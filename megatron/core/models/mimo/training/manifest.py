@@ -27,6 +27,8 @@ class Manifest:
             not wanted; None in checkpoints that are older than digests.
         distributed_optimizer: whether the optimizer's state is that of the distributed one; None
             in older checkpoints.
+        frozen: names of the weights that did not train, of which the optimizer has no state; None
+            in older checkpoints.
     """
 
     step: int
@@ -36,6 +38,7 @@ class Manifest:
     extra: dict[str, Any]
     files: dict[str, dict[str, Any]] | None = None
     distributed_optimizer: bool | None = None
+    frozen: list[str] | None = None
     format: int = FORMAT
 
     def to_json(self) -> str:

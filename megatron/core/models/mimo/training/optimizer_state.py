@@ -18,9 +18,15 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
 )
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
-from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.models.mimo.training.frozen_state import FRESH
+from megatron.core.optimizer.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    param_group_identifier_keys,
+)
 
 _COMMON_KEY = "_mimo_common"
+_MAIN_COPIES = "fp32_from_fp16_params"
 
 
 def sharded_inner_state(
@@ -63,16 +69,38 @@ def load_inner_state(optimizer: MegatronOptimizer, state: dict[str, Any], name: 
     """Load what ``state_dict`` returned, or what a sharded state was loaded into.
 
     Raises:
-        ValueError: the numbers of parameter groups differ.
+        ValueError: settings of the parameter groups differ.
     """
+    if FRESH in state:
+        _start_anew(optimizer)
+        return
     state = dict(state)
     common = state.pop(_COMMON_KEY, None)
     if common is not None:
         state = merge(common, state)
     state = _listed(state, optimizer)
     for part, inner in _parts(state, optimizer):
-        _adopt_param_ids(part, inner, name)
+        _list_main_copies(part)
+        _adopt_param_groups(part, inner, name)
     _load(optimizer, state)
+
+
+def _start_anew(optimizer: MegatronOptimizer) -> None:
+    """As before the first step, from the weights as they are."""
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner.optimizer.state.clear()
+        for group in inner.optimizer.param_groups:
+            group.pop("step", None)  # where fused Adams count
+    optimizer.reload_model_params()
+
+
+def _list_main_copies(state: Any) -> None:
+    """Make lists of what ``start_fresh`` made dicts of."""
+    groups = state.get(_MAIN_COPIES) if isinstance(state, dict) else None
+    if isinstance(groups, dict):
+        state[_MAIN_COPIES] = [
+            [group[index] for index in sorted(group)] for _, group in sorted(groups.items())
+        ]
 
 
 def _without_local(value: Any) -> Any:
@@ -143,22 +171,35 @@ def _load(optimizer: MegatronOptimizer, state: Any) -> None:
                 adam_state["step"] = step.clone()
 
 
-def _adopt_param_ids(state: dict, optimizer: MegatronOptimizer, name: str) -> None:
+def _adopt_param_groups(state: dict, optimizer: MegatronOptimizer, name: str) -> None:
     """Point loaded parameter groups at this run's parameters: their numbering is local.
 
+    Groups are known by their settings. Where other parameters train than when the checkpoint was
+    saved, one of this run's may be missing from it: its settings are this run's then.
+
     Raises:
-        ValueError: if the numbers of groups differ.
+        ValueError: the checkpoint has no group with the settings of one of this run's.
     """
     # The fp32 optimizer's state is the torch optimizer's own; the others nest it.
     inner_state = state.get("optimizer", state)
     if not isinstance(inner_state, dict) or "param_groups" not in inner_state:
         return
     current = optimizer.optimizer.state_dict()["param_groups"]
-    loaded = inner_state["param_groups"]
-    if len(loaded) != len(current):
+    loaded = {_settings(group): group for group in inner_state["param_groups"]}
+    if not any(_settings(group) in loaded for group in current):
         raise ValueError(
-            f"optimizer of module '{name}': the checkpoint has {len(loaded)} parameter groups, "
-            f"this run has {len(current)}; load it with the same weight-decay settings"
+            f"optimizer of module '{name}': the parameter groups of the checkpoint have the "
+            f"settings {sorted(loaded, key=str)}, those of this run "
+            f"{sorted(map(_settings, current), key=str)} (each {param_group_identifier_keys}); "
+            "load it with the same multipliers of weight decay and learning rate"
         )
-    for loaded_group, current_group in zip(loaded, current, strict=True):
-        loaded_group["params"] = current_group["params"]
+    steps = {key: value for g in loaded.values() for key, value in g.items() if key == "step"}
+    inner_state["param_groups"] = [
+        {**loaded.get(_settings(group), {**group, **steps}), "params": group["params"]}
+        for group in current
+    ]
+
+
+def _settings(group: dict[str, Any]) -> tuple:
+    """What Megatron-Core tells parameter groups apart by, under either of the names it uses."""
+    return tuple(group.get(key, group.get(f"pre_{key}")) for key in param_group_identifier_keys)
