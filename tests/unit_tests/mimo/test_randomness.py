@@ -250,3 +250,51 @@ def test_reseeding_repeats_no_numbers_of_another_step() -> None:
     for one, other in itertools.combinations([first, *later], 2):
         assert not any(torch.equal(one[name], other[name]) for name in DEPENDS_ON)
     assert not torch.equal(drawn_after(5)[1], drawn_after(6)[1])
+
+
+# ---- the embedding of a language model --------------------------------------------------------
+
+
+class Embedding(torch.nn.Module):
+    """Drops some of what it returns, as Megatron-Core's does."""
+
+    def forward(self) -> torch.Tensor:
+        """4 numbers of the default state."""
+        return torch.rand(4)
+
+
+class Language(torch.nn.Module):
+    """Calls its embedding unless it is given one's result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = Embedding()
+
+    def forward(self, embedded: torch.Tensor | None = None) -> torch.Tensor:
+        """8 numbers: the embedding's and its own."""
+        return torch.cat([self.embedding() if embedded is None else embedded, torch.rand(4)])
+
+
+def test_an_embedding_that_is_called_by_itself_draws_the_modules_numbers() -> None:
+    before = process_state()
+    modules = [Language(), Language()]
+    for module in modules:
+        ModuleRandomness({"language": module}, {"language": groups(dp=1)}, SEED)
+    whole = modules[0](), modules[0]()
+    apart = modules[1](modules[1].embedding()), modules[1]()
+    assert all(torch.equal(one, other) for one, other in zip(whole, apart, strict=True))
+    assert torch.equal(whole[0], torch.cat([first_numbers(dp=1), first_numbers(4, dp=1)]))
+    assert equal(process_state(), before)
+
+
+def first_numbers(skipped: int = 0, **ranks: int) -> torch.Tensor:
+    """Of the language model's default state, four after those that are skipped."""
+
+    class Plain(torch.nn.Module):
+        def forward(self) -> torch.Tensor:
+            torch.rand(skipped)
+            return torch.rand(4)
+
+    module = Plain()
+    ModuleRandomness({"language": module}, {"language": groups(**ranks)}, SEED)
+    return module()

@@ -187,6 +187,7 @@ class MimoModel(
                 self.virtual_stages = nn.ModuleList(build_module(spec) for spec in specs)
             self._refuse_embedding_scatter()
             self._refuse_other_stages()
+            self._drop_text_alike_over_tp()
 
     def destroy(self) -> None:
         """Release the process groups that this model made. May be called again."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from megatron.core.models.mimo import compat
 from megatron.core.models.mimo.comm.token_runs import count_mismatch
@@ -150,6 +151,26 @@ class LanguageSide:
                 "disabled: text and modality rows are fused first and scattered together. Build "
                 "the language model with scatter_embedding_sequence_parallel=False."
             )
+
+    def _drop_text_alike_over_tp(self) -> None:
+        """Under SP, drop the same elements of the embedded text on all TP ranks.
+
+        Megatron-Core draws them per TP rank there, which is right for an embedding that scatters.
+        Here every TP rank embeds all text tokens and keeps its part later. An embedding's gradient
+        goes to all ranks that hold a part of the vocabulary, through their own mask: with masks
+        that differ it would be another function's.
+        """
+        adapter = self.partition_adapter
+        embedding = getattr(unwrap_model(self.language_model), "embedding", None)
+        dropout = getattr(embedding, "embedding_dropout", None)
+        if adapter is None or not adapter.cfg.seq_parallel or not isinstance(dropout, nn.Dropout):
+            return
+        share, dropout.p = dropout.p, 0.0
+
+        def drop(module: nn.Module, _args: Any, embedded: torch.Tensor) -> torch.Tensor:
+            return nn.functional.dropout(embedded, share, module.training)
+
+        embedding.register_forward_hook(drop)
 
     def _refuse_mask_under_cp(self, attention_mask: torch.Tensor | None) -> None:
         adapter = self.partition_adapter

@@ -39,6 +39,7 @@ from megatron.core.tensor_parallel.random import (
     get_expert_parallel_rng_tracker_name,
     model_parallel_cuda_manual_seed,
 )
+from megatron.core.utils import unwrap_model
 
 _MODEL_PARALLEL = "model-parallel-rng"
 
@@ -61,6 +62,8 @@ def seed_everything(seed: int) -> None:
 class ModuleRandomness:
     """Switches a module's own random states in around its forward.
 
+    So around that of a language model's ``embedding``, which ``MimoModel`` calls by itself.
+
     Args:
         modules: (module name, module), as built (before or inside DDP wrapping); a mapping, or
             pairs where several virtual pipeline stages go by one name.
@@ -78,14 +81,16 @@ class ModuleRandomness:
         modules = list(modules.items() if isinstance(modules, Mapping) else modules)
         self._collections = {name: collections[name] for name, _ in modules}
         self._states: dict[str, dict[str, Any]] = {}
-        self._outside: dict[str, list[dict[str, Any]]] = {}
+        self._outside: dict[str, list[dict[str, Any] | None]] = {}
         for name, groups in self._collections.items():
             self._states[name] = _initial_state(name, groups, seed)
             self._outside[name] = []
         for name, module in modules:
-            module.register_forward_pre_hook(self._entering(name))
-            # always_call: an exception in forward must not leave the module's state behind.
-            module.register_forward_hook(self._leaving(name), always_call=True)
+            for part in (module, getattr(unwrap_model(module), "embedding", None)):
+                if isinstance(part, torch.nn.Module):
+                    part.register_forward_pre_hook(self._entering(name))
+                    # always_call: an exception must not leave the module's state behind.
+                    part.register_forward_hook(self._leaving(name), always_call=True)
 
     def get_states(self) -> dict[str, Any]:
         """States of all modules, for a checkpoint."""
@@ -119,6 +124,9 @@ class ModuleRandomness:
 
     def _entering(self, name: str) -> Callable[..., None]:
         def hook(_module: torch.nn.Module, _args: Any) -> None:
+            if self._outside[name]:  # within the module already: its states are switched in
+                self._outside[name].append(None)
+                return
             self._outside[name].append(_capture())
             _restore(self._states[name])
 
@@ -128,8 +136,10 @@ class ModuleRandomness:
         def hook(_module: torch.nn.Module, _args: Any, _output: Any) -> None:
             if not self._outside[name]:  # the pre-hook itself failed
                 return
-            self._states[name] = _capture()
-            _restore(self._outside[name].pop())
+            outside = self._outside[name].pop()
+            if outside is not None:
+                self._states[name] = _capture()
+                _restore(outside)
 
         return hook
 
