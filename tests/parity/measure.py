@@ -60,6 +60,8 @@ def measure(row: Row, reference: Reference, micro_batches: int, steps: int) -> M
             micro_batches=row.resolved_micro_batches(micro_batches),
             warmup_steps=2,
             encode_ahead=row.encode_ahead or None,
+            # float16: far from its largest number, so that no step is skipped.
+            initial_loss_scale=2.0**8,
         )
         trainer = kind(built, options, row.distributed_optimizer)
         return _measure(trainer, batches(reference), steps)
@@ -111,7 +113,7 @@ def _built(row: Row) -> Iterator[DigitsModel]:
         bridge=row.bridge,
         distributed_optimizer=row.distributed_optimizer,
         overlap_grad_reduce=row.overlap,
-        freeze_vision=row.freeze_vision,
+        freeze=row.freeze,
         experts=EXPERTS if row.experts else None,
         tied=row.tied,
         virtual_stages=row.virtual_stages,
@@ -138,7 +140,7 @@ def one_process(reference: Reference) -> Row:
         "tp=1,dp=1" if images else "",
         masks=reference.masks,
         tied=reference.tied,
-        freeze_vision=reference.freeze_vision,
+        freeze=reference.freeze,
         dtype=reference.dtype,
         experts=reference.experts,
         images=reference.images,

@@ -38,7 +38,7 @@ class Reference:
         batch: samples per step.
         masks: which answer tokens count, see ``tasks.py``.
         tied: the language model's embedding is its head, too.
-        freeze_vision: the encoder and the projection do not train.
+        freeze: what does not train, as the digits job's ``--freeze``.
         dtype: of weights and activations.
         experts: the language model's layers have experts, and the router's losses are on.
         images: which samples have any, see ``tasks.py``.
@@ -49,7 +49,7 @@ class Reference:
     batch: int
     masks: str = "uniform"
     tied: bool = False
-    freeze_vision: bool = False
+    freeze: str = ""
     dtype: str = "float32"
     experts: bool = False
     images: str = "all"
@@ -60,7 +60,7 @@ class Reference:
         """Of its file and of its line in the output."""
         parts = [self.task, f"{self.batch}samples", self.masks, self.dtype]
         parts += ["tied"] if self.tied else []
-        parts += ["frozen"] if self.freeze_vision else []
+        parts += [f"frozen-{self.freeze}"] if self.freeze else []
         parts += ["experts"] if self.experts else []
         parts += [f"{self.images}-images"] if self.images != "all" else []
         parts += [f"{self.layers}layers"] if self.layers != 2 else []
@@ -76,7 +76,7 @@ class Row:
         language: sizes of the language model's axes, such as ``"tp=2,cp=2,dp=2"``.
         vision: sizes of the encoder's axes; empty for the language model alone.
         micro_batches: per step; 0 stands for the option ``MICRO_BATCHES``.
-        masks, tied, freeze_vision, dtype, experts, images, layers: as in
+        masks, tied, freeze, dtype, experts, images, layers: as in
             :class:`Reference`.
         sequence_parallel, distributed_optimizer, overlap, bridge: as in the digits job.
         virtual_stages: of the language model on each rank.
@@ -89,7 +89,7 @@ class Row:
     micro_batches: int = 1
     masks: str = "uniform"
     tied: bool = False
-    freeze_vision: bool = False
+    freeze: str = ""
     dtype: str = "float32"
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
@@ -124,7 +124,7 @@ class Row:
             batch=4 * micro_batches if text else 32,
             masks=self.masks,
             tied=self.tied,
-            freeze_vision=self.freeze_vision,
+            freeze=self.freeze,
             dtype=self.dtype,
             experts=self.experts,
             images=self.images,
@@ -177,11 +177,16 @@ _IMAGE_ROWS = (
         distributed_optimizer=True),
     Row("empty-on-some-ranks", **FAN_IN, masks="one_sample"),
     Row("empty-everywhere", **FAN_IN, masks="none"),
-    Row("frozen-encoder", **FAN_IN, masks="uneven", freeze_vision=True),
+    Row("frozen-encoder", **FAN_IN, masks="uneven", freeze="encoder+projector"),
+    Row("frozen-projector-only", **FAN_OUT, masks="uneven", freeze="encoder+language", **_FULL),
+    Row("frozen-language", **FAN_IN, masks="uneven", freeze="language", **_FULL),
+    Row("frozen-lower-encoder-gather", **FAN_OUT, micro_batches=4, masks="uneven",
+        freeze="lower-encoder", bridge="gather"),
     Row("experts-ep4-4mb", "tp=1,cp=2,dp=4,ep=4", "tp=4,dp=2", micro_batches=4, masks="uneven",
         experts=True),
     Row("experts-ep4-etp1-sp-distopt", "tp=2,cp=2,dp=2,ep=4,etp=1", "tp=2,dp=4", masks="uneven",
         experts=True, **_FULL),
+    Row("fp16", **FAN_OUT, masks="uneven", dtype="float16", **_FULL),
     Row("bf16", **FAN_IN, masks="uneven", dtype="bfloat16"),
 )  # fmt: skip
 

@@ -127,7 +127,6 @@ class ModelOptions:
     tied: bool = False
     virtual_stages: int = 1
     freeze: str = ""
-    freeze_vision: bool = False  # short for encoder+projector
     dropout: float = 0.0
     recompute: str = "none"
 
@@ -406,8 +405,7 @@ def build_model(
         initialize_weights(
             module, options.seed, name_prefix=f"{name}.", tp_group=collections[name].tp
         )
-    parts = "encoder+projector" if options.freeze_vision else options.freeze
-    freeze(model, parts_to_freeze(parts))
+    freeze(model, parts_to_freeze(options.freeze))
     randomness = ModuleRandomness(iter_modules(model), collections, options.seed)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
