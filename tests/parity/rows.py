@@ -250,6 +250,11 @@ def _nightly_expert_rows() -> Iterator[Row]:
                 name = f"experts-tp{tp}cp{cp}-ep{ep}etp{etp}"
                 full = _FULL if ep == 2 else {"sequence_parallel": True}
                 yield Row(name, axes, "tp=2,dp=4", masks="uneven", experts=True, **full)
+    staged = {"experts-pp2cp2-ep4": "tp=1,cp=2,pp=2,dp=2,ep=4",
+              "experts-pp2tp2-ep4etp1": "tp=2,cp=1,pp=2,dp=2,ep=4,etp=1"}  # fmt: skip
+    for name, axes in staged.items():
+        full = {"micro_batches": 4, "masks": "uneven", "experts": True, **_FULL}
+        yield Row(name, axes, "tp=2,dp=4", **full)
 
 
 DEFAULT_ROWS = (*_text_rows(), *_IMAGE_ROWS)
