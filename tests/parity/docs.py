@@ -164,7 +164,9 @@ def _options(row: Row, summary: Summary) -> str:
     said += ["overlap"] if row.overlap else []
     said += [f"{row.freeze} frozen"] if row.freeze else []
     said += ["experts"] if row.experts else []
-    said += [f"{row.images} samples with images"] if row.images != "all" else []
+    said += {"all": [], "mixed": ["images in a third of the samples"], "none": ["no images"]}[
+        row.images
+    ]
     said += [f"{row.layers} layers"] if row.layers != 2 else []
     said += [f"{row.virtual_stages} virtual stages"] if row.virtual_stages > 1 else []
     said += [f"{row.encode_ahead} mb encoded ahead"] if row.encode_ahead else []

@@ -257,10 +257,9 @@ def _nightly_expert_rows() -> Iterator[Row]:
         yield Row(name, axes, "tp=2,dp=4", **full)
 
 
-DEFAULT_ROWS = (*_text_rows(), *_IMAGE_ROWS)
+DEFAULT_ROWS = (*_text_rows(), *_IMAGE_ROWS, *_STAGES)
 NIGHTLY_ROWS = (
     *DEFAULT_ROWS,
-    *_STAGES,
     *_nightly_rows(),
     *_nightly_expert_rows(),
     *_nightly_stages(),
