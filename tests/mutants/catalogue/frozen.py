@@ -31,12 +31,12 @@ FROZEN = (
         ranks=8,
     ),
     Mutant(
-        name="frozen-layers-of-a-stack-left-out",
+        name="frozen-layers-saved-as-zeros",
         file=_STATE,
-        old="if not _is_frozen(entry) or entry.key in skip:",
-        new="if True:",
+        old="data = weight.to(dtype) if is_weight else torch.zeros_like(weight, dtype=dtype)",
+        new="data = torch.zeros_like(weight, dtype=dtype)",
         tests=(_UNFROZEN,),
-        why="a run with some layers of a stack frozen cannot save",
+        why="layers of a stack that begin to train start from zero weights",
         ranks=8,
     ),
     Mutant(
