@@ -163,6 +163,8 @@ def _options(row: Row, summary: Summary) -> str:
     said += ["distributed optimizer"] if row.distributed_optimizer else []
     said += ["overlap"] if row.overlap else []
     said += [f"{row.freeze} frozen"] if row.freeze else []
+    said += [f"{row.bridge} bridge"] if row.bridge != "routed" else []
+    said += ["packed"] if row.packed else []
     said += ["experts"] if row.experts else []
     said += {"all": [], "mixed": ["images in a third of the samples"], "none": ["no images"]}[
         row.images

@@ -111,6 +111,7 @@ def _built(row: Row) -> Iterator[DigitsModel]:
         dtype=getattr(torch, row.dtype),
         sequence_parallel=row.sequence_parallel,
         bridge=row.bridge,
+        packed=row.packed,
         distributed_optimizer=row.distributed_optimizer,
         overlap_grad_reduce=row.overlap,
         freeze=row.freeze,

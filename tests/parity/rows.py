@@ -78,7 +78,7 @@ class Row:
         micro_batches: per step; 0 stands for the option ``MICRO_BATCHES``.
         masks, tied, freeze, dtype, experts, images, layers: as in
             :class:`Reference`.
-        sequence_parallel, distributed_optimizer, overlap, bridge: as in the digits job.
+        sequence_parallel, distributed_optimizer, overlap, bridge, packed: as in the digits job.
         virtual_stages: of the language model on each rank.
         encode_ahead: microbatches that are encoded together, for pipeline stages; 0 for all.
     """
@@ -95,6 +95,7 @@ class Row:
     distributed_optimizer: bool = False
     overlap: bool = False
     bridge: str = "routed"
+    packed: bool = False
     experts: bool = False
     images: str = "all"
     layers: int = 2
@@ -163,11 +164,13 @@ _FULL = {"sequence_parallel": True, "distributed_optimizer": True, "overlap": Tr
 
 _IMAGE_ROWS = (
     Row("fan-in-cp2", **FAN_IN),
+    Row("fan-in-cp2-gather", **FAN_IN, masks="uneven", bridge="gather", **_FULL),
     Row("fan-in-cp2-4mb-uneven", **FAN_IN, micro_batches=4, masks="uneven"),
     Row("fan-in-cp2-sp-distopt", **FAN_IN, masks="uneven", **_FULL),
     Row("fan-in-cp1", "tp=4,dp=2", "tp=1,dp=8", micro_batches=4, masks="uneven"),
     Row("fan-in-cp4-sp", "tp=2,cp=4,dp=1", "tp=1,dp=8", masks="uneven", sequence_parallel=True),
     Row("fan-out-cp2", **FAN_OUT),
+    Row("fan-out-cp2-gather", **FAN_OUT, masks="uneven", bridge="gather"),
     Row("fan-out-cp2-4mb-distopt", **FAN_OUT, micro_batches=4, masks="uneven", **_FULL),
     Row("fan-out-cp4", "tp=1,cp=4,dp=2", "tp=8,dp=1", masks="uneven"),
     Row("fan-out-cp1", "tp=1,dp=8", "tp=4,dp=2", distributed_optimizer=True),
@@ -175,6 +178,9 @@ _IMAGE_ROWS = (
     Row("equal-cp2-sp", "tp=2,cp=2,dp=2", "tp=4,dp=2", masks="uneven", sequence_parallel=True),
     Row("equal-cp4-4mb-distopt", "tp=1,cp=4,dp=2", "tp=4,dp=2", micro_batches=4,
         distributed_optimizer=True),
+    Row("packed-cp2-sp", **FAN_IN, masks="uneven", packed=True, sequence_parallel=True),
+    Row("packed-cp4-4mb", "tp=2,cp=4,dp=1", "tp=1,dp=8", micro_batches=4, masks="uneven",
+        packed=True),
     Row("empty-on-some-ranks", **FAN_IN, masks="one_sample"),
     Row("empty-everywhere", **FAN_IN, masks="none"),
     Row("frozen-encoder", **FAN_IN, masks="uneven", freeze="encoder+projector"),
