@@ -69,7 +69,7 @@ def test_defaults():
     assert config.special_token_ids == {}
     assert config.module_to_grid_map is None
     assert config.kv_format == "sbhd"
-    assert (config.bridge, config.bridge_guard) == ("gather", "always")
+    assert (config.bridge, config.bridge_guard) == ("routed", "always")
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,9 @@ UNEVEN = {
     "one_group_without": (FAN_IN, [0, 0, 0, 0, 1, 2, 3, 1], [0, 0, 3, 4]),
     "within_one_sample": (((1, 8), (2, 4, 1)), [7], [1, 1, 0, 1, 1, 1, 2, 0]),
     "3_to_2": (RATIO, [3, 1, 0, 4], [3, 2, 3]),
+    # Language replicas of three and of two samples.
+    "batch_of_5": (FAN_IN, [2, 0, 1, 3, 1], [1, 2, 4, 0]),
+    "3_to_2_batch_of_5": (RATIO, [3, 1, 0, 4, 2], [3, 2, 5]),
     "nothing": (FAN_IN, [0] * 4, [0] * 4),
 }
 
@@ -233,13 +236,13 @@ def test_any_number_of_tokens_against_one_rank(name, balanced, sequence_parallel
     case = Case(src, dest, images, encoded, sequence_parallel, balanced=balanced)
     case.ahead = name == "uneven_images" and not balanced
     found, expected = case.run(), whole(case)
-    samples = len(images) // dp
+    batches = torch.arange(len(images)).chunk(dp)
     totals: dict[str, torch.Tensor] = {}
     for rank, result in enumerate(found):
         at = coords(dest, rank)
         kept = dense_positions(case.length(), at["cp"], cp, at["tp"] * sequence_parallel,
                                tp if sequence_parallel else 1)  # fmt: skip
-        mine = slice(at["dp"] * samples, (at["dp"] + 1) * samples)
+        mine = batches[at["dp"]]
         assert torch.equal(result.fused, expected.fused[kept][:, mine])
         for name, gradient in result.gradients.items():
             # Copies of a gradient: the encoder's TP ranks, and the language model's, whose text
