@@ -37,22 +37,16 @@ from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipeli
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from tests.parity.compare import GRADIENTS, tensor_checks, worst_by_kind
 from tests.parity.tensors import local_gradients, whole_tensors
+from tests.unit_tests.mimo.digits_runs import SIZE
 
 from layouts import Layout  # isort: skip
-from model import ModelOptions, ModelSize, _language_spec, _vision_spec, transformer_configs  # isort: skip
+from model import ModelOptions, _language_spec, _vision_spec, transformer_configs  # isort: skip
 
 pytestmark = pytest.mark.ranks(8)
 
 ENCODERS = {"images": VisionModalitySubmodules, "sounds": AudioModalitySubmodules}
 LANGUAGE, LENGTH, ROWS = "language", 32, 4
 SPECIAL = {"images": 4, "sounds": 40}
-SIZE = ModelSize(
-    vision_hidden=32,
-    vision_layers=1,
-    language_hidden=64,
-    language_layers=1,
-    language_query_groups=4,
-)
 # Items of each of the 8 samples, per microbatch. The second encoder replica of the sounds, and
 # the last one of the images, have nothing to encode at first.
 COUNTS = (
