@@ -64,4 +64,20 @@ STAGES = (
         why="encoders do not learn from the windows that are under way when the pipeline ends",
         ranks=8,
     ),
+    Mutant(
+        name="problems-of-other-ranks-are-not-heard",
+        file=_SIDE,
+        old="problems = bridge.hear(problems, count)",
+        new="bridge.hear(problems, count)",
+        tests=(UNIT + "test_stage_side.py::test_a_rank_with_a_problem_stops_all",),
+        why="a rank whose data ended raises alone and the others wait for its rows",
+    ),
+    Mutant(
+        name="a-failed-encoder-is-not-told",
+        file=MIMO + "model/routed_side.py",
+        old="return self._rows_to_bring(None, dtype), error",
+        new="raise",
+        tests=(UNIT + "test_stage_side.py::test_an_encoder_that_fails_stops_all",),
+        why="replicas wait for the rows of one whose encoder raised",
+    ),
 )

@@ -91,12 +91,24 @@ class StubLanguageModel(nn.Module):
         return self.head(self.received if hidden is None else hidden)
 
 
+class RowLinear(nn.Linear):
+    """A linear layer whose rows do not depend on how many there are.
+
+    Some CPUs choose another kernel for a product of other row counts, which rounds otherwise; then
+    one rank with all rows and several with a part each would not agree to the last bit.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply row by row."""
+        return (x.unsqueeze(-2) * self.weight).sum(dim=-1) + self.bias
+
+
 class LinearEncoder(nn.Module):
     """``(b, s, 4)`` -> ``(b, s, 6)``."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.Linear(4, 6)
+        self.layer = RowLinear(4, 6)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Encode."""
@@ -112,7 +124,7 @@ def language_config(**overrides: Any) -> TransformerConfig:
 
 def modality_spec(submodules_class: type = VisionModalitySubmodules, **params: Any) -> ModuleSpec:
     """One linear encoder and a projection to the language model's width."""
-    projection = ModuleSpec(module=nn.Linear, params={"in_features": 6, "out_features": HIDDEN})
+    projection = ModuleSpec(module=RowLinear, params={"in_features": 6, "out_features": HIDDEN})
     return ModuleSpec(
         module=submodules_class,
         params=params,

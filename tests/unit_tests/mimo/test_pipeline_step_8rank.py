@@ -254,3 +254,36 @@ def test_what_does_not_fit_is_an_error_on_all_ranks(pipe):
     with pytest.raises(ValueError, match=r"rank 3: microbatches .* got input_ids \(\d, 16\) after"):
         trainer._schedule(iter(batches), 4)
     trainer.model.zero_grad_buffer()
+
+
+def reading(batches: list[Any], error: Exception | None) -> Iterator[Any]:
+    """A loader that ends after these batches, or fails."""
+    yield from batches
+    if error is not None:
+        raise error
+
+
+@pytest.mark.parametrize("ahead", [None, 1], ids=["first_window", "later_window"])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (None, "rank 5: data_iterator ended before 4 microbatches were read"),
+        (OSError("disk gone"), "rank 5: reading data_iterator raised OSError: disk gone"),
+        (KeyError("x"), "rank 5: reading data_iterator raised KeyError: 'x'"),
+    ],
+    ids=["ended", "disk", "key"],
+)
+def test_a_loader_that_fails_on_one_rank_stops_all(error, message, ahead, pipe):
+    """All raise the same sentence, in the middle of a step too; nobody waits in vain."""
+    trainer = pipe.trainer
+    if ahead and pipe.built.model.config.virtual_pipeline_model_parallel_size:
+        return  # encodes all of a step together
+    batches = [local(trainer, batch) for batch in microbatches(MIXED)]
+    data = reading(batches[:2], error) if dist.get_rank() == 5 else iter(batches)
+    trainer.options = replace(trainer.options, encode_ahead=ahead)
+    try:
+        with pytest.raises(ValueError, match="^Nothing was encoded. " + message):
+            trainer._schedule(data, 4)
+    finally:
+        trainer.options = replace(trainer.options, encode_ahead=None)
+    trainer.model.zero_grad_buffer()

@@ -8,6 +8,7 @@ batch. Megatron-Core's schedules run in ``test_pipeline_step_8rank``.
 
 from __future__ import annotations
 
+import doctest
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import torch
 
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo import MimoModel
+from megatron.core.models.mimo.comm import plan_guard
 from megatron.core.models.mimo.config.role import ModuleStageInfo
 from megatron.core.models.mimo.partition.sequence_order import dense_positions
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -279,6 +281,70 @@ def test_a_rank_with_a_problem_stops_all():
         return re.sub(r"\s+", " ", str(refused.value))
 
     assert len(set(Case().run(problem_on_rank_1))) == 1
+
+
+def test_other_numbers_of_microbatches_stop_all():
+    def fewer_on_rank_2(case: Case, rank: int, model: MimoModel) -> str:
+        batches = [case.inputs(rank, microbatch) for microbatch in range(1 if rank == 2 else 2)]
+        with pytest.raises(ValueError, match="rank 2: it encodes 1 microbatches, others 2") as told:
+            model.encode_microbatches(batches)
+        return str(told.value)
+
+    assert len(set(Case().run(fewer_on_rank_2))) == 1
+
+
+def test_a_problem_is_told_in_the_exchange_groups_of_every_encoder():
+    """Images go in one group of all ranks here, sounds in two of four."""
+
+    def problem_on_rank_5(case: Case, rank: int, model: MimoModel) -> str:
+        with pytest.raises(ValueError) as refused:
+            model.encode_microbatches([case.inputs(rank, 0)], "no disk" if rank == 5 else None)
+        return str(refused.value)
+
+    case = Case((8, 1), (1, 2, 1, 4), hears=(2, 4))
+    assert set(case.run(problem_on_rank_5)) == {"Nothing was encoded. rank 5: no disk"}
+
+
+@pytest.mark.parametrize("one_stage", [False, True], ids=["stages", "forward"])
+def test_an_encoder_that_fails_stops_all(one_stage):
+    """Its TP ranks fail together; the ranks that wait for its rows hear why."""
+
+    def wrong_images_on_rank_1(case: Case, rank: int, model: MimoModel) -> tuple[str, str]:
+        batch = case.inputs(rank, 0)
+        if rank == 1:
+            batch["modality_inputs"] = {"images": {"linear": {"x": torch.ones(3, 2, 5)}}}
+        with pytest.raises(ValueError, match="rank 1: an encoder raised RuntimeError: ") as told:
+            model(**batch) if one_stage else model.encode_microbatches([batch])
+        return str(told.value), type(told.value.__cause__).__name__
+
+    case = Case((1, 4), (1, 4, 1, 1)) if one_stage else Case()
+    found = case.run(wrong_images_on_rank_1)
+    assert len({message for message, _ in found}) == 1
+    assert [cause for _, cause in found] == ["NoneType", "RuntimeError", "NoneType", "NoneType"]
+
+
+def test_sentences_of_problems():
+    outcome = doctest.testmod(plan_guard)
+    assert outcome.attempted >= 2
+    assert outcome.failed == 0
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+    assert plan_guard.problem_of(lost, "an encoder") is None
+    assert plan_guard.problem_of(RuntimeError(), "it") == "it raised RuntimeError"
+
+
+def test_an_encoder_whose_peer_is_lost_raises_at_once():
+    """The others lose the peer too; waiting for them would only add to it."""
+
+    class Lost(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("Connection closed by peer")
+
+    def lost(case: Case, rank: int, model: MimoModel) -> None:
+        model.modality_submodules["images"].encoders["linear"] = Lost()
+        with pytest.raises(RuntimeError, match="^Connection closed by peer$"):
+            model.encode_microbatches([case.inputs(rank, 0)])
+
+    Case((1, 1), (1, 1, 1, 1)).run(lost)
 
 
 def test_forward_needs_a_whole_language_model():

@@ -13,7 +13,8 @@ message (more than about 20 stretches of tokens per replica) cost a second all-g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +44,8 @@ _HEADER = (
 )
 _INLINE = MESSAGE - len(_HEADER)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What communication says when another rank is gone or does not answer.
+LOST_PEER = re.compile(r"gloo|NCCL|[Tt]imed out|Connection (closed|reset|refused)|Broken pipe")
 _AT = {name: column for column, name in enumerate(_HEADER)}
 
 
@@ -209,6 +212,66 @@ def agree(
     return Agreed(rows[:, 0].tolist(), tokens, rows.tobytes() + stated.tobytes())
 
 
+def problem_of(error: BaseException, what: str) -> str | None:
+    """The sentence that tells other ranks of an error of this one's.
+
+    ``None`` for a lost peer: the others lose it too, and waiting for them would only add to it.
+
+    >>> problem_of(KeyError("pixels"), "the encoder of images")
+    "the encoder of images raised KeyError: 'pixels'"
+    """
+    text = str(error).strip()
+    if isinstance(error, RuntimeError) and LOST_PEER.search(text):
+        return None
+    return f"{what} raised {type(error).__name__}" + (f": {text}" if text else "")
+
+
+def hear(
+    group: ExchangeGroup,
+    control: dist.ProcessGroup | None,
+    problems: Mapping[int, str],
+    count: int,
+) -> dict[int, str]:
+    """Everybody's problems before anything is encoded; every rank of the group calls this.
+
+    One all-gather of two integers, and the words only if there are any.
+
+    Args:
+        group, control: as for :func:`agree`.
+        problems: rank -> why it cannot go on, as far as this rank knows.
+        count: of the microbatches that this rank is about to encode.
+
+    Returns:
+        rank -> its problem; the same on every rank. Another number of microbatches than most
+        ranks have is a problem too.
+    """
+    table = _all_gather(np.array([bool(problems), count], dtype=np.int64), control)
+    if table[:, 0].any():
+        told: list[Mapping[int, str]] = [problems] * group.size
+        if control is not None:
+            dist.all_gather_object(told, dict(problems), group=control)
+        return {rank: text for each in told for rank, text in each.items()}
+    values, counts = np.unique(table[:, 1], return_counts=True)
+    usual = values[counts.argmax()]
+    return {
+        int(rank): f"it encodes {number} microbatches, others {usual}; give all ranks as many"
+        for rank, number in zip(group.ranks, table[:, 1], strict=True)
+        if number != usual
+    }
+
+
+def words_of(problems: Mapping[int, str]) -> str:
+    """Problems by rank as one sentence; ranks with the same one are named together.
+
+    >>> words_of({3: "out of images", 2: "out of images", 5: "no labels"})
+    'ranks 2-3: out of images; rank 5: no labels'
+    """
+    ranks: dict[str, list[int]] = {}
+    for rank, text in sorted(problems.items()):
+        ranks.setdefault(text, []).append(rank)
+    return "; ".join(f"{_ranks(np.array(found))}: {text}" for text, found in ranks.items())
+
+
 def _all_gather(message: np.ndarray, control: dist.ProcessGroup | None) -> np.ndarray:
     """Everybody's integers: ``(n,)`` -> ``(ranks, n)``."""
     if control is None:
@@ -238,11 +301,8 @@ def _refuse_problems(
     problems = [problem] * group.size
     if control is not None:
         dist.all_gather_object(problems, problem, group=control)
-    ranks: dict[str, list[int]] = {}
-    for rank, text in zip(group.ranks.tolist(), problems, strict=True):
-        if text is not None:
-            ranks.setdefault(text, []).append(rank)
-    said = "; ".join(f"{_ranks(np.array(found))}: {text}" for text, found in ranks.items())
+    told = zip(group.ranks.tolist(), problems, strict=True)
+    said = words_of({rank: text for rank, text in told if text is not None})
     raise ValueError(f"{where}: nothing was moved. {said}")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from megatron.core.models.mimo.comm.bridge_layout import BridgeDirection
 from megatron.core.models.mimo.comm.colocated_communicator import common_backend
 from megatron.core.models.mimo.comm.exchange import Flight, PlanTensors, issue_exchange
 from megatron.core.models.mimo.comm.merged_routes import MergedPlan, Routes
-from megatron.core.models.mimo.comm.plan_guard import Agreed, Statement, agree
+from megatron.core.models.mimo.comm.plan_guard import Agreed, Statement, agree, hear
 from megatron.core.models.mimo.comm.route_layout import ExchangeGroup, RouteLayout
 from megatron.core.models.mimo.comm.routes import GroupRoutes, RoutePlan
 from megatron.core.models.mimo.comm.token_runs import Runs, TokenRuns
@@ -128,6 +128,24 @@ class RoutedBridge:
         return not self._confirmed
 
     # -- one microbatch ----------------------------------------------------------------------
+
+    def hear(self, problems: Mapping[int, str], count: int) -> dict[int, str]:
+        """Everybody's problems before encoders run; all ranks of the group call it.
+
+        Encoders have collectives of their own, so a rank that cannot run its encoder must say so
+        before the others run theirs.
+
+        Args:
+            problems: rank -> why it cannot go on, as far as this rank knows.
+            count: of the microbatches that this rank is about to encode.
+
+        Returns:
+            The same of the whole exchange group; of this rank alone where ``guard`` is not due.
+        """
+        self._check_alive()
+        return hear(self.exchange, self.control, problems, count) if self.guard_due else {
+            **problems
+        }
 
     def plan(
         self,

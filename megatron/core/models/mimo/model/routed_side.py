@@ -19,6 +19,7 @@ import torch
 from megatron.core.models.mimo.comm.collectives import sum_gradients
 from megatron.core.models.mimo.comm.exchange import to_device
 from megatron.core.models.mimo.comm.input_balance import InputBalance
+from megatron.core.models.mimo.comm.plan_guard import problem_of
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
 from megatron.core.models.mimo.comm.routes import RoutePlan, RowCountError
 from megatron.core.models.mimo.comm.token_runs import Runs, TokenRuns
@@ -40,12 +41,14 @@ class Brought:
         plans: where the rows go.
         tokens: where the tokens of the rank's language replica stand.
         moving: the modalities whose exchange the rank enters.
+        packed: of a packed batch.
     """
 
     rows: dict[str, torch.Tensor]
     plans: dict[str, RoutePlan]
     tokens: dict[str, TokenRuns]
     moving: list[str]
+    packed: PackedSeqParams | None
 
 
 class Arriving(Protocol):
@@ -91,52 +94,52 @@ class RoutedSide:
                 rows, tokens or plans do not match.
             RuntimeError: special tokens of a modality of which no rank of the group has inputs.
         """
-        packed = self._build_packed_seq_params(packing_kwargs)
-        brought = self._bring_rows(input_ids, modality_inputs, packed, route_plan)
+        brought = self._bring_rows(input_ids, modality_inputs, packing_kwargs, route_plan)
         flights = {
             name: self._routed_bridges()[name].issue(brought.rows.pop(name), brought.plans[name])
             for name in brought.moving
         }
-        return self._place_local(input_ids, position_ids, brought.tokens, flights), packed
+        fused = self._place_local(input_ids, position_ids, brought.tokens, flights)
+        return fused, brought.packed
 
     def _bring_rows(
         self,
         input_ids: torch.Tensor,
         modality_inputs: Mapping[str, Any] | None,
-        packed: PackedSeqParams | None,
+        packing_kwargs: Mapping[str, Any] | None,
         route_plan: Mapping[str, RoutePlan] | None,
-        problem: str | None = None,
     ) -> Brought:
         """Run the encoders on one microbatch and agree on where their rows go; moves nothing.
 
         Args:
-            input_ids, modality_inputs, route_plan: as for ``forward``.
-            packed: of a packed batch.
-            problem: why this rank cannot go on, for its exchange groups to hear.
+            input_ids, modality_inputs, packing_kwargs, route_plan: as for ``forward``.
 
         Raises:
             ValueError, RuntimeError: as :meth:`_fuse_routed`.
         """
         plans = dict(route_plan or {})
-        lengths, cannot_cut = self._try_to_cut(input_ids, packed)
+        packed, lengths, problem = self._try_to_cut(input_ids, packing_kwargs)
         tokens = self._places_on_host(input_ids, lengths, plans)
         modality_inputs, held = self._balance_inputs(modality_inputs, plans)
-        rows = self._rows_to_bring(modality_inputs, self._embedding_dtype())
+        rows, failure = self._try_to_encode(modality_inputs)
+        problem = problem or (failure and problem_of(failure, "an encoder"))
         moving = []
         for name, bridge in self._routed_bridges().items():
             own_problem = (
                 problem
-                or cannot_cut
                 or self._inputs_problem(name, modality_inputs)
                 or self._plan_problem(name, plans.get(name), input_ids, lengths)
             )
-            plans[name] = self._agree_on_plan(
-                name, bridge, rows[name], tokens, plans, own_problem, held.get(name)
-            )
+            try:
+                plans[name] = self._agree_on_plan(
+                    name, bridge, rows[name], tokens, plans, own_problem, held.get(name)
+                )
+            except ValueError as error:
+                raise error from (failure or error.__cause__)
             tokens[name] = plans[name].tokens
             if plans[name].group_rows or self._encoder_takes_part(name, modality_inputs):
                 moving.append(name)
-        return Brought(rows, plans, tokens, moving)
+        return Brought(rows, plans, tokens, moving, packed)
 
     @property
     def encoder_spread(self) -> dict[str, tuple[float, float]]:
@@ -170,16 +173,34 @@ class RoutedSide:
         return modality_inputs, held
 
     def _try_to_cut(
-        self, input_ids: torch.Tensor, packed: PackedSeqParams | None
-    ) -> tuple[list[int] | None, str | None]:
-        """(cumulative lengths of a packed batch under CP, why the batch cannot be cut)."""
-        if self.partition_adapter is None:
-            return None, None
+        self, input_ids: torch.Tensor, packing_kwargs: Mapping[str, Any] | None
+    ) -> tuple[PackedSeqParams | None, list[int] | None, str | None]:
+        """(packing, cumulative lengths of a packed batch under CP, why it cannot be cut)."""
+        packed = lengths = problem = None
         try:
-            return self.partition_adapter.check(*input_ids.shape, packed), None
+            packed = self._build_packed_seq_params(packing_kwargs)
+            if self.partition_adapter is not None:
+                lengths = self.partition_adapter.check(*input_ids.shape, packed)
         except ValueError as error:
             # The replicas that share an exchange group with this one hear of it.
-            return None, str(error)
+            problem = str(error)
+        return packed, lengths, problem
+
+    def _try_to_encode(
+        self, modality_inputs: Mapping[str, Any] | None
+    ) -> tuple[dict[str, torch.Tensor], Exception | None]:
+        """(rows by modality, what an encoder raised); with an error no rows at all.
+
+        An encoder that fails does so on all TP ranks of a replica, which have the same inputs.
+        The replicas that wait for its rows hear of it.
+        """
+        dtype = self._embedding_dtype()
+        try:
+            return self._rows_to_bring(modality_inputs, dtype), None
+        except Exception as error:
+            if problem_of(error, "") is None:
+                raise
+            return self._rows_to_bring(None, dtype), error
 
     def _places_on_host(
         self,

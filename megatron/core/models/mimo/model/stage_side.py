@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from megatron.core.models.mimo.comm.plan_guard import words_of
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
 from megatron.core.models.mimo.comm.token_runs import TokenRuns
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY, ModuleLayout
@@ -100,18 +102,20 @@ class StageSide:
         Args:
             microbatches: ``forward``'s keyword arguments of each. Read are ``input_ids``,
                 ``modality_inputs``, ``packing_kwargs`` and ``route_plan``.
-            problem: why this rank cannot go on; the ranks it exchanges rows with raise it too.
+            problem: why this rank cannot go on (its data ended, say). Told before any encoder
+                runs; the ranks that it exchanges rows with raise it too.
 
         Raises:
-            ValueError, RuntimeError: as ``forward`` over a routed bridge.
+            ValueError, RuntimeError: as ``forward`` over a routed bridge; a rank has a problem;
+                ranks have different numbers of microbatches.
         """
+        self._refuse_problems(problem, len(microbatches))
         brought = [
             self._bring_rows(
                 batch["input_ids"],
                 batch.get("modality_inputs"),
-                self._build_packed_seq_params(batch.get("packing_kwargs")),
+                batch.get("packing_kwargs"),
                 batch.get("route_plan"),
-                problem,
             )
             for batch in microbatches
         ]
@@ -162,6 +166,20 @@ class StageSide:
         )
         return output, loss_mask
 
+
+    def _refuse_problems(self, problem: str | None, count: int) -> None:
+        """Raise what any rank has to say against encoding so many microbatches.
+
+        Raises:
+            ValueError: on every rank of an exchange group that has one with a problem in it.
+        """
+        rank = dist.get_rank()
+        problems = {} if problem is None else {rank: problem}
+        # Groups differ between modalities: what was heard in one is told in the next.
+        for bridge in self._routed_bridges().values():
+            problems = bridge.hear(problems, count)
+        if problems:
+            raise ValueError(f"Nothing was encoded. {words_of(problems)}")
 
     def _refuse_pipeline(self) -> None:
         if self.is_pipelined:

@@ -24,9 +24,10 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron.core.models.mimo.comm.plan_guard import LOST_PEER
+
 # How long a rank that failed waits for the reasons of ranks that failed with it.
 _PATIENCE_S = 5.0
-_LOST_PEER = re.compile(r"gloo|NCCL|[Tt]imed out|Connection (closed|reset|refused)|Broken pipe")
 # Megatron-Core's writers pass on an error's text, not the error.
 _DISK_FULL = re.compile("|".join(re.escape(os.strerror(n)) for n in (errno.ENOSPC, errno.EDQUOT)))
 _calls = itertools.count()
@@ -111,7 +112,7 @@ def _failure_of(error: BaseException, overheard: list[str]) -> Failure:
             return Failure(rank, "another rank failed", distance=2)
         other, (error, _) = min(error.failures.items(), key=lambda item: item[0])
         return Failure(other, _short(error), distance=int(other != rank))
-    lost = isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
+    lost = isinstance(error, RuntimeError) and LOST_PEER.search(str(error)) is not None
     return Failure(rank, _short(error), distance=2 if lost else 0)
 
 

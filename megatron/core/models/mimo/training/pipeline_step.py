@@ -15,6 +15,7 @@ stage has all of them, so that what the encoders keep does not grow with the mic
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from torch import nn
 
 from megatron.core.enums import ModelType
+from megatron.core.models.mimo.comm.plan_guard import problem_of
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY, ModuleLayout
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.models.mimo.model.stage_side import EncodedMicrobatches
@@ -82,8 +84,9 @@ def forward_backward_pipelined(
         What ``loss_func`` reported for each microbatch, on ranks of the last stage; else nothing.
 
     Raises:
-        ValueError: arguments that do not fit the model; too few microbatches; microbatches of
-            different shapes; what the routed bridge refuses.
+        ValueError: arguments that do not fit the model; on every rank, naming the rank: too few
+            microbatches, an iterator that raised, microbatches of different shapes; what the
+            routed bridge refuses.
     """
     (mimo,) = model if isinstance(model, Sequence) else (model,)
     mimo = unwrap_model(mimo)
@@ -93,7 +96,8 @@ def forward_backward_pipelined(
     config = _schedule_config(mimo, counted, backward)
     window, stages = encode_ahead or num_microbatches, pg_collection.pp.size()
     encoders = _Encoders(mimo, data_iterator, num_microbatches, window, stages, backward)
-    samples, length = encoders.first_shape()
+    encoders.ask(0)
+    samples, length = encoders.shape
     schedule, keywords = _schedule(mimo, encoders, config, pg_collection)
     with torch.set_grad_enabled(backward):
         reports = schedule(
@@ -121,8 +125,7 @@ def _schedule(
     """Megatron-Core's schedule for the model's stages, and what else it is called with."""
     virtual = len(mimo.language_stages())
     if virtual > 1:
-        # Its first stage begins microbatches in groups, so all of them are encoded before.
-        encoders.ask(0)
+        # Its first stage begins microbatches in groups, so all of them were encoded before.
         return forward_backward_pipelining_with_interleaving, {
             "data_iterator": encoders.batches_for(virtual),
             "p2p_communicator": P2PCommunicator(groups.pp, config),
@@ -186,21 +189,16 @@ class _Encoders:
         # Windows that a window outlives, apart from its own.
         self._lag = -(-(stages - 1) // window)
         self._variable = bool(model.config.variable_seq_lengths)
-        self._read: list[Microbatch] = []
         self._language: dict[int, dict[str, Any]] = {}
         self._under_way: dict[int, EncodedMicrobatches] = {}
-        self._shape: tuple[int, int] | None = None
-        self._taken = 0
-
-    def first_shape(self) -> tuple[int, int]:
-        """(B, S) of the first microbatch."""
-        self._read_window()
-        return self._shape
+        self._encoded = 0
+        self.shape: tuple[int, ...] | None = None
 
     def ask(self, number: int) -> None:
         """To be called before microbatch ``number``; runs encoders where it is their turn."""
-        window, place = divmod(number, self._window)
-        if place == 0:
+        window = number // self._window
+        if window == self._encoded:
+            self._encoded += 1
             self._take_back(window - 1 - self._lag)
             self._encode(window)
 
@@ -222,9 +220,8 @@ class _Encoders:
             self._take_back(window)
 
     def _encode(self, window: int) -> None:
-        problem = self._read_window()
-        first, batches = window * self._window, self._read
-        self._read = []
+        first = window * self._window
+        batches, problem = self._read(min(self._window, self._count - first))
         with torch.set_grad_enabled(self._backward):
             encoded = self._model.encode_microbatches(batches, problem)
         for number, (batch, rows) in enumerate(zip(batches, encoded.microbatches, strict=True)):
@@ -243,30 +240,31 @@ class _Encoders:
                 stack.enter_context(_no_sync(self._model.modality_submodules.values()))
             encoded.backward()
 
-    def _read_window(self) -> str | None:
-        """Read the next window, if it is not there yet; returns what is wrong with its shapes."""
-        if not self._read:
-            size = min(self._window, self._count - self._taken)
-            self._read = [self._next() for _ in range(size)]
-            self._taken += size
-        shapes = [tuple(batch["input_ids"].shape) for batch in self._read]
-        self._shape = self._shape or shapes[0]
-        other = [shape for shape in shapes if shape != self._shape]
-        if other and not self._variable:
-            return (
-                f"microbatches of a pipelined step must have one shape, got input_ids {other[0]} "
-                f"after {self._shape}; pad them, or set variable_seq_lengths in the language config"
-            )
-        return None
-
-    def _next(self) -> Microbatch:
-        batch = next(self._data, None)
-        if batch is None:
-            raise ValueError(
+    def _read(self, count: int) -> tuple[list[Microbatch], str | None]:
+        """(the next microbatches, what is wrong with them); every rank hears what is wrong."""
+        batches: list[Microbatch] = []
+        try:
+            self._data = iter(self._data)
+            batches += itertools.islice(self._data, count)
+            shapes = [tuple(batch["input_ids"].shape) for batch in batches]
+        except Exception as error:  # the user's loader
+            problem = problem_of(error, "reading data_iterator")
+            if problem is None:
+                raise
+            return batches, problem
+        if len(batches) < count:
+            return batches, (
                 f"data_iterator ended before {self._count} microbatches were read; give as many "
                 "as num_microbatches"
             )
-        return batch
+        self.shape = self.shape or shapes[0]
+        other = [shape for shape in shapes if shape != self.shape]
+        if other and not self._variable:
+            return batches, (
+                f"microbatches of a pipelined step must have one shape, got input_ids {other[0]} "
+                f"after {self.shape}; pad them, or set variable_seq_lengths in the language config"
+            )
+        return batches, None
 
 
 class _EncodingP2P(P2PCommunicator):
