@@ -14,6 +14,7 @@ from layouts import Layout
 from model import LANGUAGE, DigitsModel, Experts, ModelOptions, ModelSize, build_model
 from trainer import Trainer, TrainOptions
 
+from megatron.core.models.mimo.memory.policy import EncoderMemory
 from tests.parity.compare import Measurement
 from tests.parity.language import LanguageTrainer, build_language_model
 from tests.parity.rows import CHANGE_STEPS, Reference, Row, axis_sizes
@@ -118,6 +119,8 @@ def _built(row: Row) -> Iterator[DigitsModel]:
         experts=EXPERTS if row.experts else None,
         tied=row.tied,
         virtual_stages=row.virtual_stages,
+        recompute=row.recompute,
+        memory=EncoderMemory(row.encoder_memory, row.projector_memory, offload_from=0),
     )
     if row.vision:
         vision = Layout.parse(row.vision, "vision")

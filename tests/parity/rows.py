@@ -81,6 +81,8 @@ class Row:
         sequence_parallel, distributed_optimizer, overlap, bridge, packed: as in the digits job.
         virtual_stages: of the language model on each rank.
         encode_ahead: microbatches that are encoded together, for pipeline stages; 0 for all.
+        recompute: in both modules, as the digits job's option.
+        encoder_memory, projector_memory: as the digits job's options.
     """
 
     name: str
@@ -101,6 +103,9 @@ class Row:
     layers: int = 2
     virtual_stages: int = 1
     encode_ahead: int = 0
+    recompute: str = "none"
+    encoder_memory: str = "keep"
+    projector_memory: str = "keep"
 
     @property
     def world_size(self) -> int:
@@ -192,6 +197,11 @@ _IMAGE_ROWS = (
         experts=True),
     Row("experts-ep4-etp1-sp-distopt", "tp=2,cp=2,dp=2,ep=4,etp=1", "tp=2,dp=4", masks="uneven",
         experts=True, **_FULL),
+    Row("recompute-full", **FAN_IN, masks="uneven", recompute="full", **_FULL),
+    Row("memory-recompute", **FAN_OUT, masks="uneven", encoder_memory="recompute",
+        projector_memory="recompute", **_FULL),
+    Row("memory-offload-4mb", **FAN_IN, micro_batches=4, masks="uneven", encoder_memory="offload",
+        projector_memory="offload", overlap=True),
     Row("fp16", **FAN_OUT, masks="uneven", dtype="float16", **_FULL),
     Row("bf16", **FAN_IN, masks="uneven", dtype="bfloat16"),
 )  # fmt: skip
@@ -207,6 +217,12 @@ _STAGES = (
         tied=True, layers=4, encode_ahead=1, overlap=True),
     Row("pp2-cp2-dp2-4mb-virtual", "tp=1,cp=2,pp=2,dp=2", "tp=2,dp=4", micro_batches=4,
         masks="uneven", tied=True, layers=4, virtual_stages=2, distributed_optimizer=True),
+    Row("pp2-memory-offload-ahead-mixed", "tp=1,cp=2,pp=2,dp=2", "tp=2,dp=4", micro_batches=4,
+        masks="uneven", images="mixed", encode_ahead=1, encoder_memory="offload",
+        projector_memory="recompute", overlap=True),
+    Row("pp2-memory-recompute-mixed", "tp=1,cp=2,pp=2,dp=2", "tp=2,dp=4", micro_batches=4,
+        masks="uneven", images="mixed", encode_ahead=2, encoder_memory="recompute",
+        projector_memory="offload", overlap=True),
 )  # fmt: skip
 
 

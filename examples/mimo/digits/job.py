@@ -24,6 +24,7 @@ from pictures import plot_loss, plot_predictions
 from report import MetricsWriter, Progress, print_table, read_metrics, write_summary
 from trainer import StepResult, Trainer, TrainOptions
 
+from megatron.core.models.mimo.memory.policy import EncoderMemory
 from megatron.core.models.mimo.training.checkpoint import (
     CheckpointError,
     CheckpointStore,
@@ -289,6 +290,8 @@ def _build(options: Options, backend: str) -> DigitsModel:
         freeze=options.freeze,
         dropout=options.dropout,
         recompute=options.recompute,
+        # The images are small, so that little would be worth a copy with the default.
+        memory=EncoderMemory(options.encoder_memory, options.projector_memory, offload_from=1024),
     )
     return build_model(options.vision, options.language, model_options, backend)
 

@@ -25,6 +25,7 @@ from options import parts_to_freeze
 
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.mimo import MimoModel, MimoModelConfig, VisionModalitySubmodules
+from megatron.core.models.mimo.memory.policy import EncoderMemory
 from megatron.core.models.mimo.training.grad_finalize import (
     MimoGradFinalizer,
     iter_modules,
@@ -129,6 +130,7 @@ class ModelOptions:
     freeze: str = ""
     dropout: float = 0.0
     recompute: str = "none"
+    memory: EncoderMemory = field(default_factory=EncoderMemory)
 
 
 class DigitEncoder(MegatronModule):
@@ -392,6 +394,7 @@ def build_model(
         modality_submodules_spec={VISION: _vision_spec(configs, collections[VISION])},
         special_token_ids={VISION: int(Token.IMAGE)},
         module_to_grid_map=grids if vision else None,
+        encoder_memory={VISION: options.memory},
         bridge=options.bridge,
         kv_format="thd" if options.packed else "sbhd",
     )

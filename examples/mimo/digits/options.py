@@ -152,6 +152,18 @@ class Options:
         "none", "what is computed again in backward instead of kept: nothing, attention "
         "(selective) or whole layers (full), in both modules", str, "none", "selective", "full",
     )  # fmt: skip
+    encoder_memory: str = _option(
+        "keep", "what becomes of the encoder's activations while the language model runs: they "
+        "stay (keep), are computed again (recompute), or wait in host memory (offload)", str,
+        "keep", "recompute", "offload",
+    )  # fmt: skip
+    projector_memory: str = _option(
+        "keep", "the same of the encoder's output and the projector's activations", str,
+        "keep", "recompute", "offload",
+    )  # fmt: skip
+    memory_plan: bool = _switch(
+        False, "print what each way to hold the encoder's activations would save, and end"
+    )
     backend: str = _option(
         "auto", "of the process groups; auto is nccl with enough GPUs, else gloo", str,
         "auto", "nccl", "gloo",

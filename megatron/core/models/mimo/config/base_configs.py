@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.comm.balance import EncoderBalance
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
+from megatron.core.models.mimo.memory.policy import EncoderMemory
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 KV_FORMATS = ("sbhd", "thd")
@@ -40,12 +41,14 @@ class MimoModelConfig:
         encoder_balance: for ``"routed"``: modality -> when and how its items (images) are spread
             over the encoder replicas of an exchange group by cost. A modality whose routes are
             planned ahead is left alone: there the loader does it, with ``plan_balance``.
+        encoder_memory: modality -> what becomes of its activations between its forward and its
+            backward pass; those of other modalities stay on the device.
 
     Raises:
         ValueError: the grid map's keys are not the modality names plus ``"language"``, a modality
             is called ``"language"`` or ``"text"``, or ``kv_format``,
             ``bridge`` or ``bridge_guard`` is unknown; ``encoder_balance`` for an unknown modality
-            or without the routed bridge.
+            or without the routed bridge; ``encoder_memory`` for an unknown modality.
     """
 
     language_model_spec: ModuleSpec
@@ -56,6 +59,7 @@ class MimoModelConfig:
     bridge: str = "routed"
     bridge_guard: str = "always"
     encoder_balance: dict[str, EncoderBalance] = field(default_factory=dict)
+    encoder_memory: dict[str, EncoderMemory] = field(default_factory=dict)
     virtual_stage_specs: list[ModuleSpec] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -73,6 +77,12 @@ class MimoModelConfig:
             raise ValueError(
                 f"encoder_balance is for {sorted(self.encoder_balance)}; it needs bridge='routed' "
                 f"(got {self.bridge!r}) and modalities of the model, which are "
+                f"{sorted(self.modality_submodules_spec)}"
+            )
+        unknown = set(self.encoder_memory) - set(self.modality_submodules_spec)
+        if unknown:
+            raise ValueError(
+                f"encoder_memory is for {sorted(unknown)}, but the model's modalities are "
                 f"{sorted(self.modality_submodules_spec)}"
             )
         if self.module_to_grid_map:

@@ -173,9 +173,12 @@ class MimoModel(
         for name, spec in self.mimo_config.modality_submodules_spec.items():
             stage = self.role.modules.get(name)
             if stage is not None:
-                self.modality_submodules[name] = spec.module.from_spec(
+                built = spec.module.from_spec(
                     spec, is_first_stage=stage.is_first_stage, is_last_stage=stage.is_last_stage
                 )
+                if name in self.mimo_config.encoder_memory:
+                    built.use_memory(self.mimo_config.encoder_memory[name])
+                self.modality_submodules[name] = built
 
     def _initialize_language_model(self) -> None:
         """Build the language model, where this rank has a stage of it."""

@@ -19,6 +19,8 @@ from torch import nn
 from megatron.core.models.mimo import compat
 from megatron.core.models.mimo.comm.token_runs import count_mismatch
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY, ModuleLayout
+from megatron.core.models.mimo.memory.activations import latest_offloaded
+from megatron.core.models.mimo.memory.offload import reload_when_needed
 from megatron.core.models.mimo.model.token_rows import TEXT
 from megatron.core.utils import unwrap_model
 
@@ -99,7 +101,9 @@ class EncoderSide:
         for name in list(modality_embeddings):
             communicator = self.colocated_comms.get((name, MIMO_LANGUAGE_MODULE_KEY))
             if communicator is not None:
-                modality_embeddings[name] = communicator.communicate(modality_embeddings[name])
+                rows = communicator.communicate(modality_embeddings[name])
+                offloaded = latest_offloaded(self.modality_submodules[name])
+                modality_embeddings[name] = reload_when_needed(rows, offloaded)
         return modality_embeddings
 
     def _rows_to_bring(

@@ -23,6 +23,8 @@ from megatron.core.models.mimo.comm.plan_guard import problem_of
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
 from megatron.core.models.mimo.comm.routes import RoutePlan, RowCountError
 from megatron.core.models.mimo.comm.token_runs import Runs, TokenRuns
+from megatron.core.models.mimo.memory.activations import latest_offloaded
+from megatron.core.models.mimo.memory.offload import reload_when_needed
 from megatron.core.models.mimo.model.encoder_side import (
     missing_inputs,
     refuse_unknown_modalities,
@@ -321,6 +323,8 @@ class RoutedSide:
             embedded = embedded.index_select(0, kept)
         rows, places = {TEXT: embedded}, {TEXT: place}
         for name, flight in flights.items():
-            rows[name], places[name] = flight.arrive(), flight.place
+            offloaded = latest_offloaded(self.modality_submodules[name])
+            rows[name] = reload_when_needed(flight.arrive(), offloaded)
+            places[name] = flight.place
         length = batch.seq_len // (cp[1] * (tp[1] if tp else 1))
         return fill_places(rows, places, length * batch.batch).view(length, batch.batch, -1)

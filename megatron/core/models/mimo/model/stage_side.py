@@ -22,6 +22,8 @@ from megatron.core.models.mimo.comm.plan_guard import words_of
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
 from megatron.core.models.mimo.comm.token_runs import TokenRuns
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY, ModuleLayout
+from megatron.core.models.mimo.memory.activations import latest_offloaded
+from megatron.core.models.mimo.memory.offload import reload_when_needed
 from megatron.core.models.mimo.model.routed_side import Brought
 from megatron.core.utils import unwrap_model
 
@@ -122,12 +124,14 @@ class StageSide:
         landed: list[dict[str, LandedRows]] = [{} for _ in brought]
         ends = []
         for name, bridge in self._routed_bridges().items():
+            # That of the last microbatch, which runs backward first.
+            offloaded = latest_offloaded(self.modality_submodules[name])
             if any(name in each.moving for each in brought):
                 end, rows = _move_together(name, bridge, brought)
                 for each, row in zip(landed, rows, strict=True):
                     each[name] = row
                 if end.requires_grad:
-                    ends.append(end)
+                    ends.append(reload_when_needed(end, offloaded))
         encoded = [EncodedMicrobatch(b.tokens, r) for b, r in zip(brought, landed, strict=True)]
         return EncodedMicrobatches(encoded, ends)
 

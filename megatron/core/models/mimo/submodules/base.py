@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from megatron.core.models.mimo import compat
+from megatron.core.models.mimo.memory.activations import ActivationMemory
+from megatron.core.models.mimo.memory.policy import EncoderMemory
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.utils import unwrap_model
 
@@ -42,6 +44,9 @@ class ModalitySubmodules(ABC, nn.Module):
         pg_collection: the modality's process groups; ``dp_cp`` (and ``tp``) are used to save.
         sequence_first_encoders: names of encoders that return ``(s, b, h)``.
 
+    Attributes:
+        activation_memory: what becomes of activations until backward; see :meth:`use_memory`.
+
     Raises:
         ValueError: ``sequence_first_encoders`` names an encoder that is not there, or an
             encoder's ``output_layout`` is unknown.
@@ -68,6 +73,21 @@ class ModalitySubmodules(ABC, nn.Module):
         self._is_first_stage = is_first_stage
         self._is_last_stage = is_last_stage
         self.sequence_first_encoders = self._resolve_layouts(sequence_first_encoders)
+        self.use_memory(EncoderMemory())
+
+    def use_memory(self, policy: EncoderMemory) -> None:
+        """Choose what becomes of this modality's activations between forward and backward.
+
+        Raises:
+            ValueError: a part that the policy cannot be used with; a class with a ``forward`` of
+                its own, which would not follow it.
+        """
+        if type(self).forward is not ModalitySubmodules.forward and policy != EncoderMemory():
+            raise ValueError(
+                f"{type(self).__name__} has a forward of its own, which does not follow "
+                f"{policy}; leave forward to ModalitySubmodules, or keep the activations"
+            )
+        self.activation_memory = ActivationMemory(policy, self.encoders, self.input_projections)
 
     @property
     def is_first_stage(self) -> bool:
@@ -184,13 +204,21 @@ class ModalitySubmodules(ABC, nn.Module):
                 "encoder_inputs and hidden_states are mutually exclusive: give inputs to encode "
                 "or rows that are encoded already"
             )
-        combined = hidden_states
-        if combined is None:
-            rows = self.encode(encoder_inputs) if encoder_inputs and self.is_first_stage else []
-            if not rows:
-                return None
-            combined = self.combine_embeddings(rows)
-        return self.project_embeddings([combined]) if self.is_last_stage else combined
+        if hidden_states is not None:
+            return self.activation_memory.run(None, self._project, hidden_states)
+        if not (encoder_inputs and self.is_first_stage):
+            return None
+
+        def encode() -> torch.Tensor | None:
+            rows = self.encode(encoder_inputs)
+            return self.combine_embeddings(rows) if rows else None
+
+        return self.activation_memory.run(encode, self._project, None)
+
+    def _project(self, rows: torch.Tensor | None) -> torch.Tensor | None:
+        if rows is None or not self.is_last_stage:
+            return rows
+        return self.project_embeddings([rows])
 
     def sharded_state_dict(
         self,

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes between a device and host memory: at once, or on a stream of their own.
+
+All that is asked of an accelerator is in :class:`DeviceStreams`; the order of copies, waits and
+releases is in :class:`SideStream`, which tests run on streams that are played.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+
+HOST = torch.device("cpu")
+
+
+class Transfers(Protocol):
+    """How storages travel, as flat tensors of bytes."""
+
+    def to_host(self, data: torch.Tensor) -> torch.Tensor:
+        """Start copying; ``data`` may be released at once. Returns the bytes on the host."""
+
+    def to_device(self, host: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """Start copying back; (the bytes on the device, what :meth:`arrived` needs to know)."""
+
+    def arrived(self, data: torch.Tensor, event: Any) -> None:
+        """From here on the caller's stream may read what :meth:`to_device` returned."""
+
+
+class AtOnce:
+    """Where the device is the host itself: plain copies."""
+
+    def to_host(self, data: torch.Tensor) -> torch.Tensor:
+        """A copy."""
+        return data.clone()
+
+    def to_device(self, host: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Another copy; the one on the host stays what it is."""
+        return host.clone(), None
+
+    def arrived(self, data: torch.Tensor, event: None) -> None:
+        """It is there."""
+
+
+class DeviceStreams:
+    """One accelerator's streams.
+
+    Args:
+        device: the accelerator.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._module = torch.get_device_module(device)
+        self.side = self._module.Stream(device=device)
+
+    def current(self) -> Any:
+        """The stream that computes."""
+        return self._module.current_stream(self._device)
+
+    def on_side(self) -> AbstractContextManager[Any]:
+        """Within it, work and memory belong to the side stream."""
+        return self._module.stream(self.side)
+
+    def empty_on_host(self, size: int) -> torch.Tensor:
+        """Page-locked bytes, which a copy can run from and to beside the host's work.
+
+        PyTorch keeps released ones for the next copy, and until copies from and to them have ended.
+        """
+        return torch.empty(size, dtype=torch.uint8, device=HOST, pin_memory=True)
+
+    def empty_on_device(self, size: int) -> torch.Tensor:
+        """Bytes that belong to the stream in whose context this is called."""
+        return torch.empty(size, dtype=torch.uint8, device=self._device)
+
+    def copy(self, into: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy on the stream in whose context this is called; the host goes on."""
+        into.copy_(source, non_blocking=True)
+
+    def keep_until_done(self, data: torch.Tensor, stream: Any) -> None:
+        """Once released, the memory is not used again before ``stream``'s work so far is done."""
+        data.record_stream(stream)
+
+
+class SideStream:
+    """Copies beside the computation, on a stream of their own.
+
+    Everything that touches the bytes on the host runs on that one stream, in order. So a copy back
+    needs no wait for the copy that brought them.
+
+    Args:
+        streams: of the device.
+    """
+
+    def __init__(self, streams: DeviceStreams) -> None:
+        self._streams = streams
+
+    def to_host(self, data: torch.Tensor) -> torch.Tensor:
+        """Copy when what writes ``data`` is done; its memory lives until the copy is."""
+        streams = self._streams
+        host = streams.empty_on_host(data.numel())
+        streams.side.wait_stream(streams.current())
+        with streams.on_side():
+            streams.copy(host, data)
+        streams.keep_until_done(data, streams.side)
+        return host
+
+    def to_device(self, host: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """Copy back; the memory is the side stream's, so this waits for no computation."""
+        streams = self._streams
+        with streams.on_side():
+            data = streams.empty_on_device(host.numel())
+            streams.copy(data, host)
+            return data, streams.side.record_event()
+
+    def arrived(self, data: torch.Tensor, event: Any) -> None:
+        """The computing stream waits for the copy, and the memory for the computing stream."""
+        current = self._streams.current()
+        current.wait_event(event)
+        self._streams.keep_until_done(data, current)
+
+
+@functools.cache
+def transfers_of(device: torch.device) -> Transfers:
+    """The transfers between a device and the host; one side stream per device."""
+    return AtOnce() if device.type == HOST.type else SideStream(DeviceStreams(device))
