@@ -5,6 +5,7 @@ from tests.mutants.catalogue.bridge import BRIDGE, GRIDS
 from tests.mutants.catalogue.exchange import EXCHANGE
 from tests.mutants.catalogue.files import FILES
 from tests.mutants.catalogue.frozen import FROZEN
+from tests.mutants.catalogue.memory import MEMORY
 from tests.mutants.catalogue.model import MODEL
 from tests.mutants.catalogue.routing import ROUTING
 from tests.mutants.catalogue.sequence import ATTENTION, SHARDING
@@ -33,4 +34,5 @@ MUTANTS = (
     *FILES,
     *STAGES,
     *FROZEN,
+    *MEMORY,
 )
