@@ -35,7 +35,8 @@ def test_every_option_is_read() -> None:
         "--micro-batches 2 --eval-batch-size 4 --clip-grad 0 --sequence-parallel --fresh "
         "--no-distributed-optimizer --no-overlap-grad-reduce --dtype bfloat16 --backend gloo "
         "--timeout 9 --out a/b --save-every 3 --no-evaluate --uneven-loss-mask "
-        "--freeze encoder+projector --dropout 0.1 --recompute full"
+        "--freeze encoder+projector --dropout 0.1 --recompute full "
+        "--encoder-memory recompute --projector-memory offload --memory-plan"
     )
     assert options.vision == Layout(1, 1, 2)
     assert options.language == Layout(1, 2, 1)
@@ -45,6 +46,8 @@ def test_every_option_is_read() -> None:
     assert (options.dtype, options.backend, options.out) == ("bfloat16", "gloo", Path("a/b"))
     assert (options.freeze, options.dropout) == ("encoder+projector", 0.1)
     assert options.recompute == "full"
+    assert (options.encoder_memory, options.projector_memory) == ("recompute", "offload")
+    assert options.memory_plan
     assert options.sequence_parallel
     assert options.fresh
     assert options.uneven_loss_mask

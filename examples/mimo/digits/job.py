@@ -276,7 +276,12 @@ class _Reporter:
 
 
 def _build(options: Options, backend: str) -> DigitsModel:
-    model_options = ModelOptions(
+    return build_model(options.vision, options.language, model_options(options), backend)
+
+
+def model_options(options: Options) -> ModelOptions:
+    """How the job's options have the model built."""
+    return ModelOptions(
         size=ModelSize(language_layers=options.language_layers),
         virtual_stages=options.virtual_stages,
         seed=options.seed,
@@ -293,7 +298,6 @@ def _build(options: Options, backend: str) -> DigitsModel:
         # The images are small, so that little would be worth a copy with the default.
         memory=EncoderMemory(options.encoder_memory, options.projector_memory, offload_from=1024),
     )
-    return build_model(options.vision, options.language, model_options, backend)
 
 
 def _experts(count: int) -> Experts | None:

@@ -50,6 +50,7 @@ def run(
     argv: Sequence[str],
     parse: Callable[[Sequence[str], int | None], _Options],
     job: Callable[[_Options, str], None],
+    instead: Callable[[_Options, str], bool] = lambda *_: False,
 ) -> int:
     """Run ``job`` on every rank; call it as ``sys.exit(run(__file__, sys.argv[1:], ...))``.
 
@@ -59,6 +60,7 @@ def run(
         parse: from ``argv`` and the world size (None before ranks exist) to options; raises
             :class:`JobError`.
         job: what one rank does with the options and the backend's name.
+        instead: does what needs no ranks, and says whether that was all.
 
     Returns:
         The exit code: 0, 2 for a wrong command line, 130 after Ctrl-C, else 1.
@@ -69,6 +71,8 @@ def run(
         options = parse(argv, None)
         require_packages()
         backend = choose_backend(options.backend, options.world_size, _gpus())
+        if instead(options, backend):
+            return 0
         return _launch(script, argv, options, backend)
     except JobError as error:
         return _complain(str(error), 2)

@@ -10,6 +10,7 @@ as one rank under torchrun. ``--help`` lists all options.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -27,17 +28,35 @@ def parse(argv: Sequence[str], world_size: int | None) -> Options:
     return parse_options(argv, world_size=world_size)
 
 
+def plan(options: Options, backend: str) -> bool:
+    """``--memory-plan``: print it; whether that was asked for."""
+    if options.memory_plan:
+        _hush()
+        from memory_plan import print_memory_plan
+
+        print_memory_plan(options, accelerated=backend == "nccl")
+    return options.memory_plan
+
+
 def job(options: Options, backend: str) -> None:
     """What one rank does."""
-    # Megatron-Core warns of optional packages, once per rank; none is needed here.
-    warnings.simplefilter("ignore")
-    # Nor are the libraries' notes to their developers; what a user has to know comes as an error.
-    for name in ("megatron", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    if options.memory_plan:  # under torchrun
+        if os.environ["RANK"] == "0":
+            plan(options, backend)
+        return
+    _hush()
     from job import run_job
 
     run_job(options, backend)
 
 
+def _hush() -> None:
+    # Megatron-Core warns of optional packages, once per rank; none is needed here.
+    warnings.simplefilter("ignore")
+    # Nor are the libraries' notes to their developers; what a user has to know comes as an error.
+    for name in ("megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 if __name__ == "__main__":
-    sys.exit(run(__file__, sys.argv[1:], parse, job))
+    sys.exit(run(__file__, sys.argv[1:], parse, job, plan))

@@ -72,7 +72,7 @@ MEMORY = (
         file=_TRANSFERS,
         old="        streams.side.wait_stream(streams.current())\n",
         new="",
-        tests=(_STREAMS + "test_bytes_go_to_the_host_and_back",),
+        tests=(_STREAMS + "test_a_copy_waits_for_what_writes_the_bytes",),
         why="the host gets what stood in the memory before",
     ),
     Mutant(

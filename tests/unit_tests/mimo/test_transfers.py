@@ -161,6 +161,13 @@ def test_bytes_go_to_the_host_and_back(streams: Streams):
     assert found == bytes([7] * 8)
 
 
+def test_a_copy_waits_for_what_writes_the_bytes(streams: Streams):
+    data = written(streams, 7)
+    host = SideStream(streams).to_host(data)
+    streams.side.run()  # before anything else has run
+    assert host.tolist() == [7] * 8
+
+
 def test_nothing_waits_for_a_copy_before_it_is_needed(streams: Streams):
     side = SideStream(streams)
     data = written(streams, 7)

@@ -30,11 +30,15 @@ class Transfers(Protocol):
 
 
 class AtOnce:
-    """Where the device is the host itself: plain copies."""
+    """Where the device is the host itself: plain copies.
+
+    Those "on the host" lie in NumPy's memory, so that PyTorch's allocator counts the device's part
+    here as it does on an accelerator.
+    """
 
     def to_host(self, data: torch.Tensor) -> torch.Tensor:
         """A copy."""
-        return data.clone()
+        return torch.from_numpy(data.numpy().copy())
 
     def to_device(self, host: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Another copy; the one on the host stays what it is."""

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recomputed and offloaded encoders in a real model: gradients, and bytes that were predicted.
+
+Encoder TP2 DP4 with dropout, language model TP2 CP2 DP2 or in pipeline stages. Gradients are
+bit-equal to those with everything kept: the same operations run on the same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron.core.models.mimo.memory.kept import part_bytes
+from megatron.core.models.mimo.memory.plan import transformer_bytes
+from megatron.core.models.mimo.memory.policy import EncoderMemory
+from megatron.core.utils import unwrap_model
+from tests.parity.tasks import MixedBatches
+from tests.parity.tensors import local_gradients
+from tests.unit_tests.mimo.digits_runs import BATCH, FAN_IN, SIZE, run, train_options
+
+from data import DigitsBatches  # isort: skip
+from memory_plan import encoder_shape  # isort: skip
+from model import VISION, ModelOptions  # isort: skip
+
+pytestmark = pytest.mark.ranks(8, timeout=120)
+
+POLICIES = [("keep", "keep"), ("recompute", "recompute"), ("offload", "offload"),
+            ("recompute", "offload"), ("offload", "recompute")]  # fmt: skip
+STAGES = ("tp=2,dp=4", "tp=1,cp=2,pp=2,dp=2")
+
+
+@pytest.mark.parametrize(
+    "pair, changes",
+    [
+        (FAN_IN, {"bridge": "routed"}),
+        (FAN_IN, {"bridge": "gather", "recompute": "full"}),
+        (STAGES, {"size": replace(SIZE, language_layers=2)}),
+    ],
+    ids=["routed", "gather-full", "stages"],
+)
+def test_gradients_are_those_of_kept_activations(pair: tuple[str, str], changes: dict) -> None:
+    """Two microbatches; with stages some ranks have no images in one, or in either."""
+    stages = "pp" in pair[1]
+    batches = MixedBatches(BATCH, "mixed", uneven_loss_mask=True) if stages else None
+    batches = batches or DigitsBatches(7, "train", BATCH)
+    known = []
+    for policy in POLICIES:
+        memory = EncoderMemory(*policy, offload_from=0)
+        with run(pair, memory=memory, dropout=0.25, **changes) as one:
+            trainer = one.trainer
+            trainer.options = replace(train_options(2), encode_ahead=1 if stages else None)
+            trainer.model.train()
+            losses = [trainer.gradients(batches, 0)]
+            gradients = {n: g.clone() for n, g in local_gradients(one.built.model).items()}
+            # The next step draws on from where this one ended.
+            losses.append(trainer.gradients(batches, 1))
+            module = unwrap_model(trainer.model.modality_submodules[VISION])
+            host = module.activation_memory.host
+        assert host.now == 0
+        assert (host.moved > 0) is ("offload" in policy)
+        known.append((losses, gradients))
+    losses, gradients = known[0]
+    assert any(gradient.any() for gradient in gradients.values())
+    for policy, (other, found) in zip(POLICIES[1:], known[1:], strict=True):
+        assert other == losses, policy
+        assert found.keys() == gradients.keys()
+        assert all(torch.equal(found[name], gradients[name]) for name in gradients), policy
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dropout": 0.25},
+        {"recompute": "selective"},
+        {"recompute": "full", "dropout": 0.25},
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.bfloat16, "dropout": 0.25},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())) or "plain",
+)
+def test_the_formula_counts_what_the_layers_keep(changes: dict) -> None:
+    size = replace(SIZE, vision_layers=2)
+    with run(FAN_IN, size=size, **changes) as one:
+        model = one.trainer.model.train()
+        device = next(model.parameters()).device
+        images = torch.rand(24, 1, 8, 8, device=device)
+        module = unwrap_model(model.modality_submodules[VISION])
+        counted = part_bytes(module, {"digits": {"images": images}})
+        options = ModelOptions(size=size, **changes)
+        accelerated = device.type != torch.empty(0).device.type
+        shape = encoder_shape(one.built.layouts()[VISION]["tp"], options, accelerated)
+    expected = replace(transformer_bytes(shape, 24), encoder_flops=0, projector_flops=0)
+    assert counted.inputs == expected.inputs
+    assert counted.rows == expected.rows
+    # Random numbers' seeds, a few bytes.
+    assert abs(counted.projector - expected.projector) <= 64
+    assert abs(counted.encoder - expected.encoder) <= 64 * size.vision_layers
