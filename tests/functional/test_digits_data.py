@@ -102,6 +102,43 @@ def test_uneven_masks_count_a_leading_part_that_varies_and_change_nothing_else()
     assert torch.equal(uneven.labels, even.labels)
 
 
+def test_varied_samples_show_one_to_four_images_and_end_after_them() -> None:
+    plain = DigitsBatches(5, "train", 64).batch(2)
+    varied = DigitsBatches(5, "train", 64, varied=True).batch(2)
+    assert set(varied.image_counts) == {1, 2, 3, 4}
+    assert torch.equal(varied.digits, plain.digits)
+    image = [Token.IMAGE_START, *[Token.IMAGE] * 4]
+    for sample, count in enumerate(varied.image_counts):
+        answer = [Token.ZERO + d for d in varied.digits[sample, :count].tolist()]
+        prompt = [Token.BOS, *image * count, Token.READ, Token.NUMBER, Token.COLON]
+        tokens = [*prompt, *answer, Token.EOS]
+        assert varied.lengths[sample] == len(tokens)
+        assert varied.input_ids[sample, : len(tokens)].tolist() == tokens
+        assert not varied.input_ids[sample, len(tokens) :].any()
+        counted = varied.labels[sample][varied.loss_mask[sample].bool()]
+        assert counted.tolist() == answer
+        assert varied.counted[sample].sum() == count
+    shown = torch.arange(4).expand(64, 4) < torch.tensor(varied.image_counts)[:, None]
+    assert torch.equal(varied.images, plain.images[shown.reshape(-1)])
+    assert set(plain.lengths) == {29}
+    assert DigitsBatches(5, "held_out", 64, varied=True).batch(0).image_counts == (4,) * 64
+
+
+def test_local_batches_of_varied_samples_have_their_own_images() -> None:
+    batches = DigitsBatches(1, "train", 16, varied=True)
+    whole, ranks = batches.batch(3), {"src_dp": 4, "dest_dp": 2}
+    parts = [
+        batches.local_batch(3, 1, 2, src_dp_rank=rank, dest_dp_rank=rank // 2, **ranks)
+        for rank in range(4)
+    ]
+    seen = torch.cat([part.images for part in parts])
+    assert torch.equal(seen, whole.images[sum(whole.image_counts[:8]) :])
+    assert parts[3].image_counts == whole.image_counts[14:]
+    assert parts[3].lengths == whole.lengths[12:]
+    assert batches.lengths(3, 1, 2).tolist() == list(whole.lengths[8:])
+    assert int((parts[3].input_ids == Token.IMAGE).sum()) == 4 * sum(whole.image_counts[12:])
+
+
 def test_a_batch_depends_on_seed_and_step_only() -> None:
     batches = DigitsBatches(7, "train", 8)
     later = batches.batch(5)

@@ -165,6 +165,7 @@ def _options(row: Row, summary: Summary) -> str:
     said += [f"{row.freeze} frozen"] if row.freeze else []
     said += [f"{row.bridge} bridge"] if row.bridge != "routed" else []
     said += ["packed"] if row.packed else []
+    said += ["samples of 1 to 4 images"] if row.varied else []
     said += ["experts"] if row.experts else []
     said += {"all": [], "mixed": ["images in a third of the samples"], "none": ["no images"]}[
         row.images

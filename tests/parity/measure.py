@@ -98,11 +98,17 @@ def _measure(trainer: Trainer, data: DigitsBatches, steps: int) -> Measurement:
 
 
 def _logits(trainer: Trainer, data: DigitsBatches) -> tuple[int, torch.Tensor]:
-    """(first sample, logits) of this rank's share of the first step, in one microbatch."""
+    """(first sample, logits) of this rank's share of the first step, in one microbatch.
+
+    Zero behind the end of a sample, where logits mean nothing and packed samples have none.
+    """
     dp = trainer.groups.dp
     start, _ = even_slice(data.global_batch_size, dp.rank(), dp.size(), "batch", "DP ranks")
     batch = trainer._local_batch(data, 0, 0, 1)
-    return start, trainer.logits(batch)
+    logits = trainer.logits(batch)
+    ends = torch.tensor(batch.lengths, device=logits.device)
+    content = torch.arange(logits.size(1), device=logits.device) < ends[:, None]
+    return start, logits * content[..., None]
 
 
 @contextmanager
@@ -113,6 +119,7 @@ def _built(row: Row) -> Iterator[DigitsModel]:
         sequence_parallel=row.sequence_parallel,
         bridge=row.bridge,
         packed=row.packed,
+        varied_lengths=row.varied,
         distributed_optimizer=row.distributed_optimizer,
         overlap_grad_reduce=row.overlap,
         freeze=row.freeze,
@@ -149,4 +156,5 @@ def one_process(reference: Reference) -> Row:
         experts=reference.experts,
         images=reference.images,
         layers=reference.layers,
+        varied=reference.varied,
     )

@@ -43,6 +43,7 @@ class Reference:
         experts: the language model's layers have experts, and the router's losses are on.
         images: which samples have any, see ``tasks.py``.
         layers: of the language model beside an encoder.
+        varied: samples show one to four images, so their lengths differ.
     """
 
     task: str
@@ -54,6 +55,7 @@ class Reference:
     experts: bool = False
     images: str = "all"
     layers: int = 2
+    varied: bool = False
 
     @property
     def name(self) -> str:
@@ -64,6 +66,7 @@ class Reference:
         parts += ["experts"] if self.experts else []
         parts += [f"{self.images}-images"] if self.images != "all" else []
         parts += [f"{self.layers}layers"] if self.layers != 2 else []
+        parts += ["varied"] if self.varied else []
         return "reference-" + "-".join(parts)
 
 
@@ -76,7 +79,7 @@ class Row:
         language: sizes of the language model's axes, such as ``"tp=2,cp=2,dp=2"``.
         vision: sizes of the encoder's axes; empty for the language model alone.
         micro_batches: per step; 0 stands for the option ``MICRO_BATCHES``.
-        masks, tied, freeze, dtype, experts, images, layers: as in
+        masks, tied, freeze, dtype, experts, images, layers, varied: as in
             :class:`Reference`.
         sequence_parallel, distributed_optimizer, overlap, bridge, packed: as in the digits job.
         virtual_stages: of the language model on each rank.
@@ -106,6 +109,7 @@ class Row:
     recompute: str = "none"
     encoder_memory: str = "keep"
     projector_memory: str = "keep"
+    varied: bool = False
 
     @property
     def world_size(self) -> int:
@@ -135,6 +139,7 @@ class Row:
             experts=self.experts,
             images=self.images,
             layers=self.layers,
+            varied=self.varied,
         )
 
 
@@ -186,6 +191,11 @@ _IMAGE_ROWS = (
     Row("packed-cp2-sp", **FAN_IN, masks="uneven", packed=True, sequence_parallel=True),
     Row("packed-cp4-4mb", "tp=2,cp=4,dp=1", "tp=1,dp=8", micro_batches=4, masks="uneven",
         packed=True),
+    Row("packed-varied-cp2-sp", **FAN_IN, packed=True, varied=True, sequence_parallel=True),
+    Row("packed-varied-fan-out-4mb", **FAN_OUT, micro_batches=4, masks="uneven", packed=True,
+        varied=True, **_FULL),
+    Row("packed-varied-cp4", "tp=2,cp=4,dp=1", "tp=1,dp=8", masks="uneven", packed=True,
+        varied=True),
     Row("empty-on-some-ranks", **FAN_IN, masks="one_sample"),
     Row("empty-everywhere", **FAN_IN, masks="none"),
     Row("frozen-encoder", **FAN_IN, masks="uneven", freeze="encoder+projector"),
@@ -215,6 +225,8 @@ _STAGES = (
         masks="uneven", tied=True, **_FULL),
     Row("pp4-cp2-4mb-ahead", "tp=1,cp=2,pp=4,dp=1", "tp=2,dp=4", micro_batches=4, masks="uneven",
         tied=True, layers=4, encode_ahead=1, overlap=True),
+    Row("pp2-cp2-dp2-4mb-packed-varied", "tp=1,cp=2,pp=2,dp=2", "tp=1,dp=8", micro_batches=4,
+        masks="uneven", images="mixed", packed=True, varied=True),
     Row("pp2-cp2-dp2-4mb-virtual", "tp=1,cp=2,pp=2,dp=2", "tp=2,dp=4", micro_batches=4,
         masks="uneven", tied=True, layers=4, virtual_stages=2, distributed_optimizer=True),
     Row("pp2-memory-offload-ahead-mixed", "tp=1,cp=2,pp=2,dp=2", "tp=2,dp=4", micro_batches=4,

@@ -61,8 +61,8 @@ class MixedBatches(DigitsBatches):
     ``"none"``: no sample has.
     """
 
-    def __init__(self, batch: int, images: str, *, uneven_loss_mask: bool) -> None:
-        super().__init__(SEED, "train", batch, uneven_loss_mask=uneven_loss_mask)
+    def __init__(self, batch: int, images: str, **options: bool) -> None:
+        super().__init__(SEED, "train", batch, **options)
         self._shown = torch.arange(batch) % 3 == 1
         if images == "none":
             self._shown[:] = False
@@ -83,15 +83,18 @@ class MixedBatches(DigitsBatches):
             size, ranks["src_dp_rank"], ranks["src_dp"], "microbatch", "vision DP ranks"
         )
         kept = self._shown[start + first : start + first + count]
-        return replace(part, images=part.images[kept.repeat_interleave(IMAGES_PER_SAMPLE)])
+        of_images = kept.repeat_interleave(torch.tensor(part.image_counts))
+        return replace(part, images=part.images[of_images])
 
 
 def named(whole: Batch, samples: torch.Tensor) -> torch.Tensor:
     """``input_ids`` in which some samples' image tokens are replaced by tokens for the digits."""
     shown = _SHOWN + whole.digits.repeat_interleave(TOKENS_PER_IMAGE, dim=1)
+    counts = torch.tensor(whole.image_counts)[:, None]
+    there = (torch.arange(IMAGES_PER_SAMPLE) < counts).repeat_interleave(TOKENS_PER_IMAGE, dim=1)
     input_ids = whole.input_ids.clone()
     places = (input_ids == int(Token.IMAGE)) & samples[:, None]
-    input_ids[places] = shown[samples].flatten()
+    input_ids[places] = shown[there & samples[:, None]]
     return input_ids
 
 
@@ -101,9 +104,12 @@ def batches(reference: Reference) -> DigitsBatches:
     assert reference.images in IMAGES, reference.images
     if reference.images != "all":
         assert reference.masks in ("uniform", "uneven"), reference.masks
-        uneven = reference.masks == "uneven"
-        return MixedBatches(reference.batch, reference.images, uneven_loss_mask=uneven)
+        options = {"uneven_loss_mask": reference.masks == "uneven", "varied": reference.varied}
+        return MixedBatches(reference.batch, reference.images, **options)
     if reference.masks in ("one_sample", "none"):
         return MaskedBatches(reference.batch, reference.masks)
     kind = TextBatches if reference.task == "text" else DigitsBatches
-    return kind(SEED, "train", reference.batch, uneven_loss_mask=reference.masks == "uneven")
+    uneven = reference.masks == "uneven"
+    return kind(
+        SEED, "train", reference.batch, uneven_loss_mask=uneven, varied=reference.varied
+    )

@@ -6,8 +6,9 @@ The 1,797 images come with scikit-learn (``load_digits``, 8x8 pixels of 0..16). 
     <bos> [<img> * * * *] x 4  <read> <number> <:>  d d d d  <eos>  <pad> <pad> <pad>
 
 where every ``*`` is replaced by one row of the vision encoder's output (one row per 4x4 patch) and
-every ``d`` is an answer digit. A batch is a pure function of (seed, step): every rank computes any
-slice of it without asking another rank, whatever the layout.
+every ``d`` is an answer digit; with varied samples there are one to four of both. A batch is a pure
+function of (seed, step): every rank computes any slice of it without asking another rank, whatever
+the layout.
 """
 
 from __future__ import annotations
@@ -49,7 +50,14 @@ class Token(enum.IntEnum):
 
 
 _QUESTION = (Token.READ, Token.NUMBER, Token.COLON)
-ANSWER_START = 1 + IMAGES_PER_SAMPLE * (1 + TOKENS_PER_IMAGE) + len(_QUESTION)
+
+
+def answer_start(images: int) -> int:
+    """The first position of the answer in a sample of so many images."""
+    return 1 + images * (1 + TOKENS_PER_IMAGE) + len(_QUESTION)
+
+
+ANSWER_START = answer_start(IMAGES_PER_SAMPLE)
 ANSWER_SLOTS = range(ANSWER_START, ANSWER_START + IMAGES_PER_SAMPLE)
 """Positions of ``input_ids`` that hold the answer digits."""
 READING_POSITIONS = range(ANSWER_START - 1, ANSWER_START - 1 + IMAGES_PER_SAMPLE)
@@ -101,9 +109,14 @@ class Batch:
         labels: ``(b, 32)`` int64, ``input_ids`` shifted left by one.
         loss_mask: ``(b, 32)`` float32, 1 where an answer digit is predicted and counted.
         position_ids: ``(b, 32)`` int64.
-        images: ``(v * 4, 1, 8, 8)`` float32 in -1..1, all of a sample before the next sample.
-        digits: ``(b, 4)`` int64, what the language side's samples show.
-        counted: ``(b, 4)`` bool, false for repeats that only fill up the last held-out batch.
+        images: ``(v * 4, 1, 8, 8)`` float32 in -1..1, all of a sample before the next sample; fewer
+            with varied samples.
+        digits: ``(b, 4)`` int64, what the language side's samples show; those of varied samples
+            that show fewer are at the front.
+        counted: ``(b, 4)`` bool, false for repeats that only fill up the last held-out batch, and
+            for what is not shown.
+        lengths: tokens of each of the language side's samples up to its ``<eos>``.
+        image_counts: images of each of the vision side's samples.
         routes: modality -> this rank's way over the bridge, if it was planned with the batch.
     """
 
@@ -114,6 +127,8 @@ class Batch:
     images: torch.Tensor
     digits: torch.Tensor
     counted: torch.Tensor
+    lengths: tuple[int, ...]
+    image_counts: tuple[int, ...]
     routes: Mapping[str, RoutePlan] | None = None
 
     def to(self, device: torch.device) -> Batch:
@@ -123,13 +138,14 @@ class Batch:
 
     def language(self, start: int, size: int) -> Batch:
         """Narrow everything but the images to ``size`` samples from ``start``."""
-        names = ("input_ids", "labels", "loss_mask", "position_ids", "digits", "counted")
+        names = ("input_ids", "labels", "loss_mask", "position_ids", "digits", "counted", "lengths")
         return replace(self, **{name: getattr(self, name)[start : start + size] for name in names})
 
     def vision(self, start: int, size: int) -> Batch:
         """Narrow the images to those of ``size`` samples from ``start``."""
-        begin = start * IMAGES_PER_SAMPLE
-        return replace(self, images=self.images[begin : begin + size * IMAGES_PER_SAMPLE])
+        counts = self.image_counts[start : start + size]
+        begin = sum(self.image_counts[:start])
+        return replace(self, images=self.images[begin : begin + sum(counts)], image_counts=counts)
 
 
 @functools.lru_cache(maxsize=1)
@@ -178,6 +194,7 @@ class DigitsBatches:
         images: DigitImages | None = None,
         augment: bool = True,
         uneven_loss_mask: bool = False,
+        varied: bool = False,
     ) -> None:
         """Choose the images.
 
@@ -188,6 +205,7 @@ class DigitsBatches:
             images: other images than scikit-learn's, split in the same way.
             augment: shift training images; held-out ones never are.
             uneven_loss_mask: count only the first 0..4 answer digits of each sample.
+            varied: training samples show one to four images, so their lengths differ too.
 
         Raises:
             ValueError: for a negative seed, a batch size below 1, or an unknown split.
@@ -200,6 +218,7 @@ class DigitsBatches:
         self.seed, self.split, self.global_batch_size = seed, split, global_batch_size
         self.augment = augment and split == "train"
         self.uneven_loss_mask = uneven_loss_mask
+        self.varied = varied and split == "train"
         # Microbatches of one step follow each other: one batch is worth keeping.
         self._cached = functools.lru_cache(maxsize=1)(self._make_batch)
 
@@ -259,6 +278,17 @@ class DigitsBatches:
         )
         return (self.batch(step).input_ids[start : start + size] == int(Token.IMAGE)).numpy()
 
+    def lengths(self, step: int, microbatch: int, num_microbatches: int) -> np.ndarray:
+        """Tokens of each of a microbatch's samples, all replicas': int64 ``(samples,)``.
+
+        Raises:
+            ValueError: as :meth:`local_batch`.
+        """
+        start, size = even_slice(
+            self.global_batch_size, microbatch, num_microbatches, "global batch", "microbatches"
+        )
+        return np.array(self.batch(step).lengths[start : start + size])
+
     def _make_batch(self, step: int) -> Batch:
         chosen, counted = self._choose(step)
         rng = np.random.default_rng([self.seed, step, 1])
@@ -266,12 +296,16 @@ class DigitsBatches:
         if self.augment:
             pixels = _shift(pixels, rng.integers(-1, 2, size=(len(pixels), 2)))
         digits = self.images.digits[chosen].reshape(-1, IMAGES_PER_SAMPLE)
-        counted = counted.reshape(digits.shape)
+        shown = np.full(len(digits), IMAGES_PER_SAMPLE)
+        if self.varied:
+            draw = np.random.default_rng([self.seed, step, 2])
+            shown = draw.integers(1, IMAGES_PER_SAMPLE + 1, size=len(digits))
+        counted = counted.reshape(digits.shape) & (np.arange(IMAGES_PER_SAMPLE) < shown[:, None])
         in_loss = counted
         if self.uneven_loss_mask:
             kept = rng.integers(0, IMAGES_PER_SAMPLE + 1, size=(len(digits), 1))
             in_loss = counted & (np.arange(IMAGES_PER_SAMPLE) < kept)
-        return _to_tensors(pixels, digits, counted, in_loss)
+        return _to_tensors(pixels, digits, shown, counted, in_loss)
 
     def _choose(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Indices of the step's images and whether each counts, both ``(batch * 4,)``."""
@@ -344,17 +378,25 @@ def _shift(pixels: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 
 def _to_tensors(
-    pixels: np.ndarray, digits: np.ndarray, counted: np.ndarray, in_loss: np.ndarray
+    pixels: np.ndarray,
+    digits: np.ndarray,
+    shown: np.ndarray,
+    counted: np.ndarray,
+    in_loss: np.ndarray,
 ) -> Batch:
+    """A global batch; ``shown`` ``(samples,)`` says how many of its digits a sample has."""
     count = len(digits)
-    one_image = [Token.IMAGE_START] + [Token.IMAGE] * TOKENS_PER_IMAGE
-    prompt = [Token.BOS] + one_image * IMAGES_PER_SAMPLE + list(_QUESTION)
     tokens = np.full((count, SEQUENCE_LENGTH + 1), int(Token.PAD), dtype=np.int64)
-    tokens[:, : len(prompt)] = [int(token) for token in prompt]
-    tokens[:, ANSWER_SLOTS] = digits + int(Token.ZERO)
-    tokens[:, ANSWER_SLOTS.stop] = int(Token.EOS)
     loss_mask = np.zeros((count, SEQUENCE_LENGTH), dtype=np.float32)
-    loss_mask[:, READING_POSITIONS] = in_loss
+    one_image = [Token.IMAGE_START] + [Token.IMAGE] * TOKENS_PER_IMAGE
+    for images in np.unique(shown):
+        rows, start = np.flatnonzero(shown == images), answer_start(images)
+        prompt = [Token.BOS] + one_image * images + list(_QUESTION)
+        tokens[rows, :start] = [int(token) for token in prompt]
+        tokens[rows, start : start + images] = digits[rows, :images] + int(Token.ZERO)
+        tokens[rows, start + images] = int(Token.EOS)
+        loss_mask[rows, start - 1 : start - 1 + images] = in_loss[rows, :images]
+    pixels = pixels[(np.arange(IMAGES_PER_SAMPLE) < shown[:, None]).reshape(-1)]
     return Batch(
         input_ids=torch.from_numpy(tokens[:, :-1].copy()),
         labels=torch.from_numpy(tokens[:, 1:].copy()),
@@ -363,4 +405,6 @@ def _to_tensors(
         images=torch.from_numpy((pixels / (MAX_PIXEL / 2) - 1.0)[:, None].astype(np.float32)),
         digits=torch.from_numpy(digits.copy()),
         counted=torch.from_numpy(counted.copy()),
+        lengths=tuple((answer_start(shown) + shown + 1).tolist()),
+        image_counts=tuple(shown.tolist()),
     )

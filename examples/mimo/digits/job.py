@@ -40,6 +40,7 @@ _FIXED = (
     "micro_batches",
     "lr",
     "uneven_loss_mask",
+    "varied_samples",
     "dtype",
     "language_layers",
     "dropout",
@@ -83,6 +84,7 @@ class Run:
             "train",
             options.global_batch_size,
             uneven_loss_mask=options.uneven_loss_mask,
+            varied=options.varied_samples,
         )
 
     # ---- start ----------------------------------------------------------------------------
@@ -107,7 +109,9 @@ class Run:
         return manifest.step
 
     def _check_options(self, manifest: Manifest) -> None:
-        before, now = manifest.extra.get("options", {}), self.options.as_dict()
+        # A run that was saved before an option came had what is its default now.
+        before = Options().as_dict() | manifest.extra.get("options", {})
+        now = self.options.as_dict()
         changed = [name for name in _FIXED if before.get(name) != now[name]]
         if changed:
             name = changed[0]
@@ -288,6 +292,7 @@ def model_options(options: Options) -> ModelOptions:
         dtype=getattr(torch, options.dtype),
         sequence_parallel=options.sequence_parallel,
         packed=options.packed,
+        varied_lengths=options.varied_samples,
         bridge=options.bridge,
         distributed_optimizer=options.distributed_optimizer,
         overlap_grad_reduce=options.overlap_grad_reduce,

@@ -122,6 +122,7 @@ class ModelOptions:
     sequence_parallel: bool = False
     bridge: str = "routed"
     packed: bool = False
+    varied_lengths: bool = False  # packed batches need not be equally long
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = True
     experts: Experts | None = None
@@ -255,10 +256,22 @@ def transformer_configs(
         overlap_p2p_comm=options.virtual_stages > 1,
         batch_p2p_comm=options.virtual_stages == 1,
         sequence_parallel=options.sequence_parallel and language.tp > 1,
+        **_length_settings(language, options),
         **(options.experts.settings(language) if options.experts else {}),
         **common,
     )
     return {VISION: encoder, "projector": projector, LANGUAGE: decoder}
+
+
+def _length_settings(language: Layout, options: ModelOptions) -> dict[str, Any]:
+    """Stages tell each other the lengths of packed batches, where these differ."""
+    if not (options.packed and options.varied_lengths and language.pp > 1):
+        return {}
+    settings: dict[str, Any] = {"variable_seq_lengths": True}
+    if options.experts is None:
+        # Megatron-Core refuses its own default, with experts or without.
+        settings["moe_token_dispatcher_type"] = "alltoall"
+    return settings
 
 
 def _vision_spec(

@@ -127,7 +127,10 @@ class Options:
         1.0, "largest gradient norm, 0 for none", _real(0.0, low_included=True)
     )
     sequence_parallel: bool = _switch(False, "also cut the language sequence over TP")
-    packed: bool = _switch(False, "pack each language replica's samples into one sequence")
+    packed: bool = _switch(
+        False, "pack each language replica's samples into one sequence, each cut at its end"
+    )
+    varied_samples: bool = _switch(False, "samples show one to four digits instead of four")
     experts: int = _option(
         0, "experts in place of each MLP of the language model, 0 for none; its layout may have "
         "ep (ranks that share them out) and etp (ranks for each, tp by default)", _whole(0),
@@ -244,6 +247,27 @@ def _check_pipeline(options: Options) -> None:
         )
 
 
+def _check_varied(options: Options) -> None:
+    """What samples of different lengths need.
+
+    Raises:
+        JobError: the first thing that does not fit.
+    """
+    if not options.varied_samples:
+        return
+    if options.bridge == "gather":
+        raise JobError(
+            "--varied-samples needs --bridge routed, got gather, which moves equally many image "
+            "rows for every replica"
+        )
+    if options.packed and options.virtual_stages > 1 and options.language.pp == 2:
+        raise JobError(
+            f"--varied-samples with --packed and --virtual-stages {options.virtual_stages} needs "
+            "more than two pipeline stages: two that interleave cannot tell each other lengths "
+            "that differ; leave one of these out"
+        )
+
+
 def parse_options(
     argv: Sequence[str],
     world_size: int | None = None,
@@ -282,6 +306,7 @@ def parse_options(
     )
     check_layouts(options.pair, limits)
     _check_pipeline(options)
+    _check_varied(options)
     if world_size is not None and options.nproc not in (None, world_size):
         raise JobError(
             f"--nproc {options.nproc} was given, but {world_size} ranks were started; leave it out"

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +26,11 @@ from megatron.core.models.mimo.comm.batch_routes import plan_even_batch
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
 from megatron.core.models.mimo.comm.routes import RoutePlan
 from megatron.core.models.mimo.optimizer import get_mimo_optimizer
-from megatron.core.models.mimo.partition.sequence_order import dense_positions
+from megatron.core.models.mimo.partition.sequence_order import (
+    dense_positions,
+    packed_positions,
+    shard_factor,
+)
 from megatron.core.models.mimo.training.pipeline_step import forward_backward_pipelined
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -95,7 +99,12 @@ class Trainer:
         self.bridge = bridge if isinstance(bridge, RoutedBridge) else None
         self.packed = built.packed
         # Image tokens stand in the same places in every batch, so one plan serves many.
-        self._planned: tuple[np.ndarray, dict[str, RoutePlan]] | None = None
+        self._planned: tuple[np.ndarray, np.ndarray | None, dict[str, RoutePlan]] | None = None
+        config = built.configs[LANGUAGE]
+        # What the length of a packed sample is padded to.
+        self.multiple = shard_factor(
+            self.groups.cp.size(), self.groups.tp.size() if config.sequence_parallel else 1
+        )
         self.optimizer = get_mimo_optimizer(
             self.model,
             OptimizerConfig(
@@ -205,17 +214,20 @@ class Trainer:
         batch = batches.local_batch(step, microbatch, count, **self._dp_coordinates())
         if self.bridge is not None:
             image_tokens = batches.image_tokens(step, microbatch, count)
-            batch = replace(batch, routes=self._routes(self.bridge, image_tokens))
+            lengths = batches.lengths(step, microbatch, count) if self.packed else None
+            batch = replace(batch, routes=self._routes(self.bridge, image_tokens, lengths))
         return batch.to(self.device)
 
-    def _routes(self, bridge: RoutedBridge, image_tokens: np.ndarray) -> dict[str, RoutePlan]:
+    def _routes(
+        self, bridge: RoutedBridge, image_tokens: np.ndarray, lengths: np.ndarray | None
+    ) -> dict[str, RoutePlan]:
         """Planned on the host with the batch, so that the model does not look at its tokens."""
-        if self._planned is None or not np.array_equal(self._planned[0], image_tokens):
-            plan = plan_even_batch(
-                bridge.layout, dist.get_rank(), image_tokens, packed=self.packed
-            )
-            self._planned = (image_tokens, {VISION: plan})
-        return self._planned[1]
+        known = self._planned is not None and np.array_equal(self._planned[0], image_tokens)
+        if not known or not np.array_equal(self._planned[1], lengths):
+            padded = None if lengths is None else padded_lengths(lengths, self.multiple)
+            plan = plan_even_batch(bridge.layout, dist.get_rank(), image_tokens, packed=padded)
+            self._planned = (image_tokens, lengths, {VISION: plan})
+        return self._planned[2]
 
     def _dp_coordinates(self) -> dict[str, int]:
         source, dest = self.built.collections[VISION].dp, self.groups.dp
@@ -251,21 +263,23 @@ class Trainer:
             "loss_mask": batch.loss_mask,
         }
         if self.packed:
-            inputs = {k: None if v is None else v.reshape(1, -1) for k, v in inputs.items()}
-            inputs["packing_kwargs"] = _packing(batch.input_ids)
+            padded = padded_lengths(batch.lengths, self.multiple)
+            inputs = {k: None if v is None else pack(v, padded) for k, v in inputs.items()}
+            inputs["packing_kwargs"] = packing(batch.lengths, padded, self.device)
         images = {"digits": {"images": batch.images}} if len(batch.images) else None
         return {**inputs, "modality_inputs": {VISION: images}, "route_plan": batch.routes}
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> torch.Tensor:
-        """``(b, S, V)`` of this rank's samples, on every stage."""
+        """``(b, S, V)`` of this rank's samples, on every stage; zeros where a packed one is cut."""
         inputs = self._inputs(replace(batch, labels=None, loss_mask=None))
         # Virtual stages work on as many microbatches as there are stages; one answer is enough.
         virtual = self.model.config.virtual_pipeline_model_parallel_size
         count = self.groups.pp.size() if virtual else 1
         outputs = self._schedule(iter([inputs] * count), count, forward_only=True)
         if outputs:
-            return self._from_last_stage(self._whole_logits(outputs[0]).contiguous())
+            whole = self._whole_logits(outputs[0], batch.lengths)
+            return self._from_last_stage(whole.contiguous())
         shape = (*batch.input_ids.shape, VOCABULARY_SIZE)
         dtype = self.model.config.params_dtype
         return self._from_last_stage(torch.empty(shape, dtype=dtype, device=self.device))
@@ -292,36 +306,63 @@ class Trainer:
         assert read.shape[1] == IMAGES_PER_SAMPLE
         return _gather(read, self.groups.dp, dim=0)
 
-    def _whole_logits(self, logits: torch.Tensor) -> torch.Tensor:
+    def _whole_logits(self, logits: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """(b, S/cp, V/tp) on each rank -> (b, S, V), positions in their natural order.
 
-        Of a packed batch (1, b*S/cp, V/tp). Samples are equally long, so each is cut like one of
-        a batch that is not packed.
+        Of a packed batch (1, T/cp, V/tp), whose ``T`` tokens are those of samples that were cut.
         """
-        if self.packed:
-            logits = logits.view(-1, SEQUENCE_LENGTH // self.groups.cp.size(), logits.size(2))
         logits = _gather(logits, self.groups.tp, dim=2)
         parts, cp = _gather(logits, self.groups.cp, dim=1), self.groups.cp.size()
+        ends = np.cumsum([0, *padded_lengths(lengths, self.multiple)]).tolist()
         order = [
             position
             for rank in range(cp)
-            for position in dense_positions(parts.shape[1], rank, cp)
+            for position in (
+                packed_positions(ends, rank, cp)
+                if self.packed
+                else dense_positions(parts.shape[1], rank, cp)
+            )
         ]
         whole = torch.empty_like(parts)
         whole[:, order] = parts
-        return whole
+        if not self.packed:
+            return whole
+        samples = whole.new_zeros(len(lengths), SEQUENCE_LENGTH, whole.size(2))
+        for sample, start, length in zip(samples, ends, lengths, strict=False):
+            sample[:length] = whole[0, start : start + length]
+        return samples
 
 
-def _packing(input_ids: torch.Tensor) -> dict[str, Any]:
-    """Fields of ``PackedSeqParams`` for samples ``(b, S)`` one after another."""
-    samples, length = input_ids.shape
-    ends = torch.arange(0, samples * length + 1, length, device=input_ids.device).int()
-    return {
-        "cu_seqlens_q": ends,
-        "cu_seqlens_kv": ends,
-        "max_seqlen_q": length,
-        "max_seqlen_kv": length,
-    }
+def padded_lengths(lengths: Sequence[int] | np.ndarray, multiple: int) -> np.ndarray:
+    """Tokens of packed samples with the padding that CP and SP need, int64 ``(samples,)``.
+
+    >>> padded_lengths([11, 32, 17], 4).tolist()
+    [12, 32, 20]
+    """
+    return -(-np.asarray(lengths) // multiple) * multiple
+
+
+def pack(values: torch.Tensor, padded: np.ndarray) -> torch.Tensor:
+    """Samples ``(b, S)``, each cut to its padded length, one after another: ``(1, T)``."""
+    rows = zip(values, padded.tolist(), strict=True)
+    return torch.cat([row[:length] for row, length in rows]).unsqueeze(0)
+
+
+def packing(
+    lengths: Sequence[int], padded: np.ndarray, device: torch.device
+) -> dict[str, Any]:
+    """Fields of ``PackedSeqParams`` for samples one after another.
+
+    Args:
+        lengths: tokens of each sample that are no padding.
+        padded: tokens of each sample in the packed sequence.
+        device: of the cumulative lengths.
+    """
+    fields: dict[str, Any] = dict.fromkeys(("max_seqlen_q", "max_seqlen_kv"), int(padded.max()))
+    for suffix, counts in (("", lengths), ("_padded", padded)):
+        ends = torch.tensor(np.cumsum([0, *counts]), dtype=torch.int32, device=device)
+        fields |= {f"cu_seqlens_q{suffix}": ends, f"cu_seqlens_kv{suffix}": ends}
+    return fields
 
 
 def _gather(tensor: torch.Tensor, group: dist.ProcessGroup, dim: int) -> torch.Tensor:

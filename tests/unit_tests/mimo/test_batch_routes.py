@@ -47,6 +47,24 @@ def test_packed_replicas_own_the_same_rows_at_packed_places() -> None:
         assert packed.place.tolist() == (4 * sample + place).tolist()
 
 
+def test_packed_samples_that_are_cut_to_lengths_of_their_own() -> None:
+    layout = RouteLayout.from_grids(SRC, DEST)
+    lengths = [4, 0, 8, 4, 8, 4, 4, 8]
+    for rank in range(8):
+        first = 4 * (rank // 4)
+        mine = lengths[first : first + 4]
+        packed = plan_even_batch(layout, rank, batch(), packed=lengths)
+        ends = np.cumsum([0, *mine])
+        assert packed.tokens.cu_seqlens == tuple(ends.tolist())
+        assert packed.tokens.seq_len == sum(mine)
+        places = [
+            start + column
+            for start, count in zip(ends, COUNTS[first : first + 4], strict=False)
+            for column in range(count)
+        ]
+        assert packed.tokens.positions().tolist() == places
+
+
 def test_shares_that_do_not_nest_are_one_group() -> None:
     """DP 3 beside DP 2: six samples, two per encoder replica and three per language replica."""
     grids = GridShape((2, 3), ("tp", "dp")), GridShape((1, 3, 2), ("tp", "cp", "dp"))
@@ -55,6 +73,19 @@ def test_shares_that_do_not_nest_are_one_group() -> None:
     plans = [plan_even_batch(layout, rank, mask) for rank in range(6)]
     assert [plan.held for plan in plans] == [24] * 6
     assert [plan.own for plan in plans] == [12] * 6
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([8] * 7, r"a length of 0 to 8 for each of the 8 samples, got \[8, 8"),
+        ([8] * 7 + [9], "a length of 0 to 8"),
+        ([8, 8, 4, 8, 8, 8, 8, 8], "packed cuts sample 2 to 4 tokens, but later ones"),
+    ],
+)
+def test_lengths_that_do_not_fit_the_samples(lengths: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_even_batch(RouteLayout.from_grids(SRC, DEST), 0, batch(), packed=lengths)
 
 
 def test_batches_that_cannot_be_cut() -> None:

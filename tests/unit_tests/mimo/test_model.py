@@ -146,7 +146,14 @@ class TestForward:
         assert params.qkv_format == "thd"
         assert params.cu_seqlens_q.dtype == params.cu_seqlens_kv.dtype == torch.int32
         assert params.max_seqlen_q == 5
+        assert (params.max_seqlen_q, params.max_seqlen_kv) == (5, 5)  # the longest
         assert given == before
+
+    def test_packing_that_layers_would_misread(self, model):
+        with pytest.raises(ValueError, match="rows of 8 tokens and cu_seqlens that end at 4"):
+            model(tokens(0)[:1], packing_kwargs={"cu_seqlens_q": torch.tensor([0, 4])})
+        with pytest.raises(ValueError, match="needs cu_seqlens_q_padded or cu_seqlens_q"):
+            model(tokens(0)[:1], packing_kwargs={})
 
     def test_packing_with_an_unknown_field(self, model):
         with pytest.raises(ValueError, match=r"packing_kwargs has \['cu_seqlen'\].*'cu_seqlens_q'"):

@@ -303,10 +303,20 @@ def test_balancing_refuses_inputs_that_do_not_fit_on_all_ranks(rank, change, mes
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_packed_sequences(ahead):
+@pytest.mark.parametrize(
+    ("lengths", "images"),
+    [
+        ([0, 4, 4, 12, 16], [3, 6]),
+        ([0, 16], [3, 6]),  # one sequence
+        ([0, 4, 8, 12, 16], [3, 6]),  # a token per chunk; images in some sequences only
+        ([0, 4, 12, 16], [0, 0]),  # text only
+        ([0, 8, 16], [0, 2]),  # text only on one replica
+    ],
+)
+def test_packed_sequences(lengths, images, ahead):
     """One row of packed samples per replica, cut sample by sample."""
-    lengths = [0, 4, 4, 12, 16]
-    case = Case(*FAN_IN, [3, 6], [1, 2, 4, 2], packed=lengths, ahead=ahead)
+    encoded = {(3, 6): [1, 2, 4, 2], (0, 0): [0] * 4, (0, 2): [0, 0, 1, 1]}[tuple(images)]
+    case = Case(*FAN_IN, images, encoded, packed=lengths, ahead=ahead)
     found = case.run()
     for rank, result in enumerate(found):
         at = coords(case.dest, rank)
@@ -349,6 +359,55 @@ def pack(rank: int, inputs: dict[str, Any]) -> None:
     if rank < 4:
         lengths = torch.tensor([0, 8, 16], dtype=torch.int32)
         inputs["packing_kwargs"] = {"cu_seqlens_q": lengths, "cu_seqlens_kv": lengths}
+
+
+def packed_as(ends: list[int], padded: list[int] | None = None, **fields: Any) -> Any:
+    """All ranks but two pack properly; those two, copies of one replica, pack like this."""
+
+    def change(rank: int, inputs: dict[str, Any]) -> None:
+        lengths = torch.tensor(ends if rank < 2 else [0, 8, 16], dtype=torch.int32)
+        inputs["packing_kwargs"] = {"cu_seqlens_q": lengths, "cu_seqlens_kv": lengths}
+        if rank < 2:
+            inputs["packing_kwargs"] |= fields
+            if padded:
+                inputs["packing_kwargs"]["cu_seqlens_q_padded"] = torch.tensor(padded)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (packed_as([0, 12, 8, 16]), r"must not decrease, but entry 2 is 8 after 12"),
+        (packed_as([0, 8, 12]), "rows of 16 tokens and cu_seqlens that end at 12"),
+        (packed_as([4, 8, 16]), r"must start with 0 and hold .* got \[4, 8, 16\]"),
+        (packed_as([0, 6, 16]), r"sequence 0 has 6 tokens, .* not divisible by 2 \* cp = 4"),
+        (packed_as([0, 8, 16], max_seqlen_q=4), "max_seqlen_q is 4, but the longest .* has 8"),
+        (packed_as([0, 9, 16], [0, 8, 16]), "does not fit into cu_seqlens_q_padded"),
+        (packed_as([0, 8, 4], [0, 8, 16]), "does not fit into cu_seqlens_q_padded"),
+        (packed_as([0, 8, 16], cu_seqlens=3), r"packing_kwargs has \['cu_seqlens'\]"),
+    ],
+)
+@pytest.mark.parametrize("cp", [1, 2])
+def test_packing_that_does_not_fit_is_one_error_before_anything_moves(cp, change, message):
+    """Without CP too, where nothing is cut but layers would misread it."""
+    if cp == 1 and "2 \\* cp" in message:
+        return
+    dest = (2, cp, 2 // cp)
+
+    def body(rank: int) -> str:
+        case = Case((2, 2), dest, [2] * dest[2], [2 // cp] * 2, change=change)
+        if rank // 2 and cp == 1:  # in another exchange group
+            case._on_rank(rank)
+            return "fine"
+        with pytest.raises(ValueError) as caught:
+            case._on_rank(rank)
+        return str(caught.value)
+
+    found = InProcessWorld(4).run(body)
+    assert len(set(found[:2])) == 1
+    assert re.search(message, found[0]), found[0]
+    assert cp == 1 or len(set(found)) == 1
 
 
 def odd_length(rank: int, inputs: dict[str, Any]) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from megatron.core.models.mimo.comm.route_layout import RouteLayout
@@ -11,7 +13,7 @@ from megatron.core.models.mimo.comm.token_runs import TokenRuns
 
 
 def plan_even_batch(
-    layout: RouteLayout, rank: int, mask: np.ndarray, *, packed: bool = False
+    layout: RouteLayout, rank: int, mask: np.ndarray, *, packed: bool | Sequence[int] | None = None
 ) -> RoutePlan:
     """One rank's routes, if each side's replicas take equal runs of samples, in DP order.
 
@@ -31,25 +33,49 @@ def plan_even_batch(
         rank: global rank.
         mask: bool ``(B, S)`` of the whole microbatch, all replicas' samples in order: true where
             a token stands for a row.
-        packed: each language replica packs its samples, in order, into one sequence.
+        packed: each language replica packs its samples, in order, into one sequence: ``True`` as
+            they are, or cut to these many tokens each, padding included, ``(B,)``.
 
     Returns:
         The plan, for ``MimoModel.forward(..., route_plan={modality: plan})``.
 
     Raises:
-        ValueError: ``B`` cannot be divided by a DP size, a sequence cannot be cut, or the rank is
-            not on the bridge.
+        ValueError: ``B`` cannot be divided by a DP size, a sequence cannot be cut, ``packed`` does
+            not fit the samples, or the rank is not on the bridge.
     """
+    if isinstance(packed, bool) or packed is None:
+        lengths = np.full(len(mask), mask.shape[1]) if packed else None
+    else:
+        lengths = np.asarray(packed, dtype=np.int64)
+        _check_lengths(lengths, mask)
     group = layout.group_of(rank)
     dest = [_part(mask, dp, layout.dest_dp_size, layout.dest_name) for dp in group.dest_dps]
+    if lengths is None:
+        tokens = [TokenRuns.from_mask(part) for part in dest]
+    else:
+        kept = [_part(lengths, dp, layout.dest_dp_size, layout.dest_name) for dp in group.dest_dps]
+        tokens = [_pack(*pair) for pair in zip(dest, kept, strict=True)]
     src = [_part(mask, dp, layout.src_dp_size, layout.src_name) for dp in group.src_dps]
-    tokens = [_pack(part) if packed else TokenRuns.from_mask(part) for part in dest]
     return plan_routes(layout, rank, tokens, [int(part.sum()) for part in src])
 
 
-def _pack(part: np.ndarray) -> TokenRuns:
-    samples, length = part.shape
-    return TokenRuns.from_mask(part.reshape(1, -1), range(0, samples * length + 1, length))
+def _check_lengths(lengths: np.ndarray, mask: np.ndarray) -> None:
+    if lengths.shape != mask.shape[:1] or lengths.min() < 0 or lengths.max() > mask.shape[1]:
+        raise ValueError(
+            f"packed must have a length of 0 to {mask.shape[1]} for each of the {len(mask)} "
+            f"samples, got {lengths.tolist()}"
+        )
+    lost = np.flatnonzero((mask & (np.arange(mask.shape[1]) >= lengths[:, None])).any(axis=1))
+    if lost.size:
+        raise ValueError(
+            f"packed cuts sample {lost[0]} to {lengths[lost[0]]} tokens, but later ones of it "
+            "stand for rows; cut samples where their content ends"
+        )
+
+
+def _pack(part: np.ndarray, lengths: np.ndarray) -> TokenRuns:
+    kept = np.concatenate([row[:length] for row, length in zip(part, lengths, strict=True)])
+    return TokenRuns.from_mask(kept[None], np.cumsum([0, *lengths]).tolist())
 
 
 def _part(mask: np.ndarray, dp: int, dp_size: int, name: str) -> np.ndarray:

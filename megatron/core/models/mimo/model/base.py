@@ -29,6 +29,7 @@ from megatron.core.models.mimo.model.language_groups import (
     refuse_other_pp_size,
 )
 from megatron.core.models.mimo.model.language_side import LanguageSide
+from megatron.core.models.mimo.model.multimodal_rotary import rotary_positions_of
 from megatron.core.models.mimo.model.routed_side import RoutedSide
 from megatron.core.models.mimo.model.stage_side import StageSide, stages_of
 from megatron.core.models.mimo.model.state_dicts import StateDicts
@@ -315,6 +316,7 @@ class MimoModel(
                 None, labels, loss_mask, packed
             )
             return self._call_language_model(fused, position_ids, None, labels, packed), loss_mask
+        self._check_batch(input_ids, self._build_packed_seq_params(packing_kwargs))
         rows = self._encode_for_language(input_ids, modality_inputs)
         return self._run_first_stage(
             rows, input_ids, position_ids, None, loss_mask, labels, packing_kwargs
@@ -404,17 +406,21 @@ class MimoModel(
         language_model: nn.Module | None = None,
     ) -> Any:
         """The language model, or the given stage of it, on inputs that are cut."""
+        stage = language_model or self.language_model
         if embeddings is not None:
-            embeddings = recomputable(embeddings, language_model or self.language_model)
-        return (language_model or self.language_model)(
-            input_ids=None,
-            # Not cut: multimodal rotary embeddings read them whole and cut by themselves.
-            position_ids=position_ids,
-            decoder_input=embeddings,
-            labels=labels,
-            attention_mask=attention_mask,
-            packed_seq_params=packed,
-        )
+            embeddings = recomputable(embeddings, stage)
+        adapter = self.partition_adapter
+        cp_group = adapter.cfg.cp_group if adapter is not None and adapter.cfg.use_cp else None
+        with rotary_positions_of(stage, packed, cp_group):
+            return stage(
+                input_ids=None,
+                # Not cut: multimodal rotary embeddings read them whole and cut by themselves.
+                position_ids=position_ids,
+                decoder_input=embeddings,
+                labels=labels,
+                attention_mask=attention_mask,
+                packed_seq_params=packed,
+            )
 
 
 def _only(value: Any) -> Any:

@@ -13,6 +13,7 @@ from megatron.core.models.mimo import compat
 from megatron.core.models.mimo.comm.token_runs import count_mismatch
 from megatron.core.models.mimo.model.encoder_side import refuse_unknown_modalities
 from megatron.core.models.mimo.model.token_rows import TEXT, TokenRows
+from megatron.core.models.mimo.partition.packed_lengths import check_packing, longest_sequence
 from megatron.core.models.mimo.partition.utils import Sharded
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import unwrap_model
@@ -115,8 +116,39 @@ class LanguageSide:
     def _build_packed_seq_params(
         self, packing_kwargs: Mapping[str, Any] | None
     ) -> PackedSeqParams | None:
-        """Packed-sequence parameters of a ``thd`` batch; ``None`` for a dense one."""
-        return None if packing_kwargs is None else compat.packed_seq_params(packing_kwargs)
+        """Packed-sequence parameters of a ``thd`` batch; ``None`` for a dense one.
+
+        Raises:
+            ValueError: unknown fields, or ``max_seqlen`` is left out and there are no lengths.
+        """
+        if packing_kwargs is None:
+            return None
+        packed = compat.packed_seq_params(packing_kwargs)
+        for name in ("max_seqlen_q", "max_seqlen_kv"):
+            if getattr(packed, name) is None:
+                # Rotary embeddings are made for so many positions.
+                setattr(packed, name, longest_sequence(packed))
+        return packed
+
+    def _check_batch(
+        self, input_ids: torch.Tensor, packed: PackedSeqParams | None
+    ) -> list[int] | None:
+        """Refuse a batch that cannot be cut.
+
+        A packed batch costs one copy of its cumulative lengths to the host, which Megatron's
+        local layers need as well.
+
+        Returns:
+            The cumulative padded lengths of a packed batch under CP, else ``None``.
+
+        Raises:
+            SequenceShardError: a length or a shape that cannot be cut.
+        """
+        if self.partition_adapter is not None:
+            return self.partition_adapter.check(*input_ids.shape, packed)
+        if packed is not None:
+            check_packing(packed, *input_ids.shape)
+        return None
 
     def _shard_language_inputs(
         self,

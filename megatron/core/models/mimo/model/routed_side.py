@@ -181,8 +181,7 @@ class RoutedSide:
         packed = lengths = problem = None
         try:
             packed = self._build_packed_seq_params(packing_kwargs)
-            if self.partition_adapter is not None:
-                lengths = self.partition_adapter.check(*input_ids.shape, packed)
+            lengths = self._check_batch(input_ids, packed)
         except ValueError as error:
             # The replicas that share an exchange group with this one hear of it.
             problem = str(error)

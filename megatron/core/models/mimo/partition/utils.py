@@ -20,9 +20,9 @@ from torch.distributed import ProcessGroup
 
 from megatron.core import tensor_parallel
 from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.models.mimo.partition.packed_lengths import CU_SEQLENS, check_packing
 from megatron.core.models.mimo.partition.sequence_order import (
     SequenceShardError,
-    check_packed,
     cp_chunks,
     packed_spans,
     shard_factor,
@@ -141,7 +141,7 @@ class PartitionAdapter:
 
     def __init__(self, cfg: PartitionConfig) -> None:
         self.cfg = cfg
-        self._checked_lengths: tuple[torch.Tensor, int | None, list[int]] | None = None
+        self._checked_lengths: tuple[list[Any], Any, list[int] | None] | None = None
         self._index: tuple[list[int], torch.device, torch.Tensor] | None = None
 
     def shard(
@@ -213,7 +213,7 @@ class PartitionAdapter:
             with_embeddings: embeddings are cut too, not labels and loss mask alone.
 
         Returns:
-            The cumulative lengths of a packed batch under CP, else ``None``.
+            The cumulative padded lengths of a packed batch under CP, else ``None``.
 
         Raises:
             SequenceShardError: a length or a shape that cannot be cut.
@@ -242,25 +242,17 @@ class PartitionAdapter:
         self, params: PackedSeqParams | None, batch: int, seq_len: int, cp: int
     ) -> list[int] | None:
         """The cumulative lengths on the host, once per tensor: this is the only device sync."""
-        if cp == 1:
-            return None
-        cu_seqlens = _padded_lengths(params)
+        tensors = [getattr(params, name) for name in CU_SEQLENS]
         # Tensors of inference mode count no versions, so a change would not be seen: no memo.
-        version = None if cu_seqlens.is_inference() else cu_seqlens._version
+        known = not any(tensor is not None and tensor.is_inference() for tensor in tensors)
+        key = (batch, seq_len, [(id(t), t._version) for t in tensors if t is not None and known])
         memo = self._checked_lengths
-        known = version is not None and memo is not None
-        if known and memo[0] is cu_seqlens and memo[1] == version:
-            lengths = memo[2]
-        else:
-            lengths = cu_seqlens.flatten().tolist()
-            check_packed(lengths, cp)
-            self._checked_lengths = (cu_seqlens, version, lengths)
-        if batch != 1 or lengths[-1] != seq_len:
-            raise SequenceShardError(
-                "A packed batch is one row whose length is the last entry of cu_seqlens, got "
-                f"{batch} rows of {seq_len} tokens and cu_seqlens that end at {lengths[-1]}"
-            )
-        return lengths
+        if known and memo is not None and memo[1] == key:
+            return memo[2]
+        lengths = check_packing(params, batch, seq_len, cp)
+        # The tensors are kept, so that no other ones get their ids.
+        self._checked_lengths = (tensors, key, lengths if cp > 1 else None)
+        return self._checked_lengths[2]
 
     def _apply_context_parallel(
         self,
@@ -297,9 +289,12 @@ class PartitionAdapter:
             return memo[2]
         cp_size, cp_rank = get_pg_size(self.cfg.cp_group), get_pg_rank(self.cfg.cp_group)
         if _kernel_applies(device):
-            index = tex.thd_get_partitioned_indices(
-                _padded_lengths(params), lengths[-1], cp_size, cp_rank
-            )
+            bounds = params.cu_seqlens_q_padded
+            if bounds is None:
+                bounds = params.cu_seqlens_q
+            # One int32 dim on the device is what the kernel reads.
+            bounds = bounds.flatten().to(device, torch.int32)
+            index = tex.thd_get_partitioned_indices(bounds, lengths[-1], cp_size, cp_rank)
         else:
             index = packed_index(lengths, cp_rank, cp_size).to(device)
         self._index = (lengths, device, index)
@@ -327,17 +322,6 @@ def _kernel_applies(device: torch.device) -> bool:
 
 def _is_packed(params: PackedSeqParams | None) -> bool:
     return params is not None and getattr(params, "qkv_format", "sbhd") == "thd"
-
-
-def _padded_lengths(params: PackedSeqParams | None) -> torch.Tensor:
-    """Cumulative lengths with the padding between sequences counted, if there is any."""
-    padded = getattr(params, "cu_seqlens_q_padded", None)
-    lengths = padded if padded is not None else getattr(params, "cu_seqlens_q", None)
-    if lengths is None:
-        raise SequenceShardError(
-            "A packed batch under context parallelism needs cu_seqlens_q_padded or cu_seqlens_q"
-        )
-    return lengths
 
 
 def _dense_chunks(value: torch.Tensor, cp_rank: int, cp_size: int) -> torch.Tensor:

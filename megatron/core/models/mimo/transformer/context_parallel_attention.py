@@ -22,8 +22,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron.core import parallel_state
+from megatron.core.models.mimo.partition.packed_lengths import packed_lengths
 from megatron.core.models.mimo.partition.sequence_order import cp_chunks, dense_spans
-from megatron.core.models.mimo.transformer.packed_lengths import packed_lengths
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
