@@ -185,6 +185,25 @@ def test_what_a_pipelined_language_model_needs(arguments: str, message: str) -> 
     assert _parse(f"{base} --micro-batches 4 --encode-ahead 1").encode_ahead == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--bridge gather", "--varied-samples needs --bridge routed, got gather"),
+        (
+            "--language cp=2,pp=2,dp=2 --language-layers 4 --micro-batches 4 --virtual-stages 2 "
+            "--packed",
+            "--varied-samples with --packed and --virtual-stages 2 needs more than two pipeline",
+        ),
+    ],
+)
+def test_what_samples_of_different_lengths_need(arguments: str, message: str) -> None:
+    with pytest.raises(JobError, match=message):
+        _parse(f"--varied-samples {arguments}")
+    options = _parse("--varied-samples --packed --language cp=2,pp=2,dp=2")
+    assert options.varied_samples
+    assert options.packed
+
+
 def test_layouts_that_fit_no_batch_of_the_given_ranks_change_the_batch_too() -> None:
     with pytest.raises(
         JobError, match=r"has 5 ranks; try --vision tp=1,dp=5 .*-size 35 .*-size 35$"

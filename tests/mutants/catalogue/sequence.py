@@ -63,9 +63,9 @@ SHARDING = (
     ),
     Mutant(
         name="padding-of-packed-sequences-ignored",
-        file=_ADAPTER,
-        old="lengths = padded if padded is not None else",
-        new="lengths = padded if padded is None else",
+        file=MIMO + "partition/packed_lengths.py",
+        old='bounds = None if params is None else _host_ints(params, "cu_seqlens_q_padded")',
+        new='bounds = None if params is None else _host_ints(params, "cu_seqlens_q")',
         tests=(_ADAPTER_TESTS + "test_padded_lengths_win_and_plain_ones_do",),
         why="padded batches are cut at the boundaries of the unpadded ones",
     ),
@@ -84,6 +84,31 @@ SHARDING = (
         new="if memo is not None and memo[1] == device:",
         tests=(_ADAPTER_TESTS + "test_the_packed_index_is_made_once_per_batch",),
         why="every packed batch is cut as the first one was",
+    ),
+    Mutant(
+        name="multimodal-angles-cut-as-one-sequence",
+        file=MIMO + "model/multimodal_rotary.py",
+        old="None if packed is not None else cp_group",
+        new="cp_group",
+        tests=(
+            UNIT
+            + "test_packed_positions_ranks.py::"
+            + "test_position_ids_reach_the_tokens_they_were_given_for",
+        ),
+        why="tokens of packed sequences are rotated by other tokens' position ids",
+        ranks=2,
+    ),
+    Mutant(
+        name="packing-is-not-checked-without-cp",
+        file=MIMO + "model/language_side.py",
+        old="check_packing(packed, *input_ids.shape)",
+        new="pass",
+        tests=(
+            UNIT
+            + "test_routed_model.py::"
+            + "test_packing_that_does_not_fit_is_one_error_before_anything_moves",
+        ),
+        why="ranks whose lengths are wrong fail in their layers, and others wait for them",
     ),
 )
 
