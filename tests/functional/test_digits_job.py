@@ -290,6 +290,32 @@ sys.meta_path.insert(0, Hidden())
     assert not job.out.exists()
 
 
+def test_a_run_whose_numbers_are_not_finite_says_where_and_gives_up(tmp_path: Path) -> None:
+    """A learning rate of 1e38 leaves weights that no forward pass survives."""
+    arguments = f"{ONE_RANK} --steps 20 --lr 1e38 --max-skipped 3 --save-every 1"
+    job = Job(tmp_path / "run", arguments).wait()
+    skipped = [line for line in job.metrics() if "skipped" in line]
+    last = skipped[-1]
+    assert [line["step"] for line in skipped] == list(range(last["step"] - 2, last["step"] + 1))
+    assert last["skipped"].startswith(
+        "the loss is not finite: the output of images is not finite (rank 0); gradients of images "
+        "and language are not finite (rank 0: modality_submodules.images."
+    )
+    assert last["nonfinite"] == ["images", "language"]
+    assert f"step {last['step']} skipped: {last['skipped']}" in job.output
+    assert len({line["learning_rate"] for line in skipped}) == 1
+    assert job.error() == (
+        f"step {last['step']} was skipped, the last of 3 in a row: {last['skipped']}; use a "
+        "smaller --lr (now 1e+38) and --fresh, or look at what that part of the model reads"
+    )
+    again = Job(job.out, arguments).wait()
+    assert f"resuming after step {last['step'] - 1}" in again.output
+    # Skipped steps do not move the schedule, not even over a resume.
+    rates = [line["learning_rate"] for line in again.metrics() if "skipped" in line]
+    assert len(rates) == 5
+    assert set(rates) == {last["learning_rate"]}
+
+
 def test_a_killed_rank_is_named_and_the_others_end(tmp_path: Path) -> None:
     job = Job(tmp_path / "run", f"{FOUR_RANKS} --steps 5000 --save-every 0")
     job.wait_for(lambda: steps_done(job.out) >= 3)

@@ -36,7 +36,8 @@ def test_every_option_is_read() -> None:
         "--no-distributed-optimizer --no-overlap-grad-reduce --dtype bfloat16 --backend gloo "
         "--timeout 9 --out a/b --save-every 3 --no-evaluate --uneven-loss-mask "
         "--freeze encoder+projector --dropout 0.1 --recompute full "
-        "--encoder-memory recompute --projector-memory offload --memory-plan"
+        "--encoder-memory recompute --projector-memory offload --memory-plan "
+        "--max-skipped 4"
     )
     assert options.vision == Layout(1, 1, 2)
     assert options.language == Layout(1, 2, 1)
@@ -48,6 +49,7 @@ def test_every_option_is_read() -> None:
     assert options.recompute == "full"
     assert (options.encoder_memory, options.projector_memory) == ("recompute", "offload")
     assert options.memory_plan
+    assert options.max_skipped == 4
     assert options.sequence_parallel
     assert options.fresh
     assert options.uneven_loss_mask

@@ -58,6 +58,7 @@ class Run:
     def __init__(self, options: Options, backend: str) -> None:
         self.options, self.backend = options, backend
         self.rank = dist.get_rank()
+        self._skipped_in_a_row = 0
         self.built = _build(options, backend)
         self.trainer = Trainer(
             self.built,
@@ -102,7 +103,8 @@ class Run:
         manifest = self.store.manifest(steps[-1])
         self._check_options(manifest)
         self.store.load(manifest.step, self.trainer.model, self.trainer.optimizer)
-        self.trainer.resume_schedule(manifest.step)
+        # Skipped steps did not advance it.
+        self.trainer.resume_schedule(manifest.extra.get("schedule_step", manifest.step))
         where = self.store.path(manifest.step)
         moved = "" if self.store.same_layout(manifest) else ", saved in another layout"
         self.say(f"resuming after step {manifest.step} from {where}{moved}; --fresh starts anew")
@@ -154,11 +156,7 @@ class Run:
                 done += 1
                 if reporter:
                     reporter.step(done, result)
-                if not math.isfinite(result.loss):
-                    raise JobError(
-                        f"the loss is {result.loss} at step {done}; use a smaller --lr "
-                        f"(now {self.options.lr:g}) and --fresh"
-                    )
+                self._stop_if_stuck(done, result)
                 if self._is_save_step(done):
                     self.save(done)
                     if reporter:
@@ -171,6 +169,23 @@ class Run:
             reporter.finish(read)
         dist.barrier()
 
+    def _stop_if_stuck(self, done: int, result: StepResult) -> None:
+        """Give up after ``--max-skipped`` skipped steps in a row; the same on every rank.
+
+        Raises:
+            JobError: what was not finite in the last one.
+        """
+        if result.success or result.scaling:
+            self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= self.options.max_skipped:
+            raise JobError(
+                f"step {done} was skipped, the last of {self._skipped_in_a_row} in a row: "
+                f"{result.problem}; use a smaller --lr (now {self.options.lr:g}) and --fresh, or "
+                "look at what that part of the model reads"
+            )
+
     def _is_save_step(self, done: int) -> bool:
         every = self.options.save_every
         return every > 0 and (done % every == 0 or done == self.options.steps)
@@ -182,7 +197,10 @@ class Run:
                 done,
                 self.trainer.model,
                 self.trainer.optimizer,
-                extra={"options": self.options.as_dict()},
+                extra={
+                    "options": self.options.as_dict(),
+                    "schedule_step": self.trainer.scheduler.num_steps,
+                },
             )
         except CheckpointError as error:
             raise JobError(f"{error}; training stopped after step {done}") from error
@@ -224,6 +242,8 @@ class _Reporter:
     def step(self, done: int, result: StepResult) -> None:
         """Print and record one step."""
         seconds = self.progress.step(done, result.loss, result.grad_norm)
+        if not result.success:
+            self.progress.say(f"step {done} skipped: {result.problem}")
         self.metrics.write(
             done,
             loss=result.loss,
@@ -231,6 +251,7 @@ class _Reporter:
             counted_tokens=result.counted_tokens,
             learning_rate=result.learning_rate,
             seconds=seconds,
+            **({} if result.success else {"skipped": result.problem, "nonfinite": result.modules}),
         )
 
     def close(self) -> None:

@@ -126,6 +126,10 @@ class Options:
     clip_grad: float = _option(
         1.0, "largest gradient norm, 0 for none", _real(0.0, low_included=True)
     )
+    max_skipped: int = _option(
+        10, "steps in a row that may be skipped because of gradients that are not finite; the job "
+        "stops then. Those in which float16 looks for its loss scale do not count", _whole(1),
+    )  # fmt: skip
     sequence_parallel: bool = _switch(False, "also cut the language sequence over TP")
     packed: bool = _switch(
         False, "pack each language replica's samples into one sequence, each cut at its end"

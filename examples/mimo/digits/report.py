@@ -41,8 +41,8 @@ class MetricsWriter:
         with writing(path, "the metrics"):
             self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
 
-    def write(self, step: int, **values: float) -> None:
-        """Append one step's numbers; NaN and infinities become ``null``.
+    def write(self, step: int, **values: Any) -> None:
+        """Append what one step was like; NaN and infinities become ``null``.
 
         Raises:
             JobError: when the disk is full; the file then ends with the previous step's line.

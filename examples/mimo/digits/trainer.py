@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +32,12 @@ from megatron.core.models.mimo.partition.sequence_order import (
     packed_positions,
     shard_factor,
 )
+from megatron.core.models.mimo.training.grad_finalize import iter_modules
+from megatron.core.models.mimo.training.nonfinite import (
+    find_nonfinite_outputs,
+    gradients_sentence,
+    outputs_sentence,
+)
 from megatron.core.models.mimo.training.pipeline_step import forward_backward_pipelined
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -49,6 +56,9 @@ class StepResult:
         counted_tokens: tokens in the loss, over all ranks and microbatches.
         learning_rate: used by this step.
         success: False if the step was skipped because of an inf or nan.
+        problem: why it was skipped, in words: what was not finite, and where.
+        modules: whose gradients were not finite.
+        scaling: the step was skipped, but only to find the loss scale of float16.
     """
 
     loss: float
@@ -56,6 +66,9 @@ class StepResult:
     counted_tokens: int
     learning_rate: float
     success: bool
+    problem: str = ""
+    modules: tuple[str, ...] = ()
+    scaling: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,7 +158,7 @@ class Trainer:
         )
 
     def resume_schedule(self, step: int) -> None:
-        """Put the learning-rate schedule where it was after ``step`` steps."""
+        """Put the learning-rate schedule where it was after ``step`` steps, skipped ones aside."""
         self.scheduler.num_steps = 0
         self.scheduler.step(increment=step)
 
@@ -201,7 +214,43 @@ class Trainer:
         if success:
             self.scheduler.step(increment=1)
         norm = float("nan") if grad_norm is None else grad_norm
-        return StepResult(loss, norm, tokens, learning_rate, success)
+        result = StepResult(loss, norm, tokens, learning_rate, success)
+        return result if success else self._explain(result, batches, step)
+
+    def _explain(self, result: StepResult, batches: DigitsBatches, step: int) -> StepResult:
+        """The result of a skipped step with what was not finite; all ranks together."""
+        optimizer, said = self.optimizer, []
+        # TP ranks compute the loss each, so one of them may be alone with what it has.
+        losses = torch.full((), result.loss, dtype=torch.float64, device=self.device)
+        dist.all_reduce(losses)
+        result = replace(result, loss=result.loss if losses.isfinite() else math.nan)
+        if not math.isfinite(result.loss):
+            outputs = self._nonfinite_outputs(batches, step)
+            said.append(f"the loss is not finite: {outputs_sentence(outputs)}")
+        if optimizer.nonfinite_modules:
+            found = optimizer.nonfinite_gradients
+            said.append(gradients_sentence(optimizer.nonfinite_modules, found))
+        scale, lowest = float(optimizer.get_loss_scale()), optimizer.config.min_loss_scale
+        # Lowering the scale mends gradients, not a loss.
+        scaling = optimizer.config.fp16 and math.isfinite(result.loss) and scale > lowest
+        if optimizer.config.fp16:
+            said.append(f"the loss scale is {scale:g} now")
+        return replace(
+            result,
+            problem="; ".join(said),
+            modules=optimizer.nonfinite_modules,
+            scaling=scaling,
+        )
+
+    @torch.no_grad()
+    def _nonfinite_outputs(self, batches: DigitsBatches, step: int) -> dict[str, tuple[int, ...]]:
+        """Modules with such outputs, and on which ranks, in another forward pass of the step."""
+        self.model.eval()  # no dropout: random states stay as they are
+        microbatches, count = self._microbatches(batches, step), self.options.micro_batches
+        inputs = map(self._inputs, microbatches)
+        return find_nonfinite_outputs(
+            iter_modules(self.model), lambda: self._schedule(inputs, count, forward_only=True)
+        )
 
     def _microbatches(self, batches: DigitsBatches, step: int) -> Iterator[Batch]:
         for microbatch in range(self.options.micro_batches):

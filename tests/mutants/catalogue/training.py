@@ -13,6 +13,7 @@ _CHECKPOINT = MIMO + "training/checkpoint.py"
 _WEIGHT_TESTS = UNIT + "test_initial_weights.py::"
 _FINALIZE_TESTS = UNIT + "test_grad_finalize_8rank.py::"
 _OPTIMIZER_TESTS = UNIT + "test_mimo_optimizer_8rank.py::"
+_NONFINITE = UNIT + "test_nonfinite_8rank.py::"
 _CHECKPOINT_TESTS = UNIT + "test_checkpoint_8rank.py::"
 _REFUSED_TESTS = UNIT + "test_checkpoint_refused_8rank.py::"
 _COUNT = _FINALIZE_TESTS + "test_tokens_are_counted_once_over_dp_and_cp"
@@ -187,7 +188,7 @@ OPTIMIZER = (
     Mutant(
         name="every-rank-adds-the-norm",
         file=_OPTIMIZER,
-        old="if norm is not None and self._speaks_for(name):",
+        old="if norm is not None and (self._speaks_for(name) or not math.isfinite(norm)):",
         new="if norm is not None:",
         tests=(_NORM,),
         why="the norm grows with the number of ranks, and clipping with it",
@@ -227,6 +228,24 @@ OPTIMIZER = (
         new="success = self.step_with_ready_grads()",
         tests=(_OPTIMIZER_TESTS + "test_a_step_that_fails_on_one_rank_has_failed_on_all",),
         why="learning-rate schedules of the ranks drift apart",
+        ranks=8,
+    ),
+    Mutant(
+        name="nan-skips-no-step-without-a-loss-scaler",
+        file=_OPTIMIZER,
+        old="if found_inf or self.nonfinite_modules:",
+        new="if found_inf:",
+        tests=(_NONFINITE + "test_the_step_is_skipped_everywhere_and_the_module_is_named",),
+        why="in float32 and bfloat16 one nan gradient poisons every weight of every module",
+        ranks=8,
+    ),
+    Mutant(
+        name="nan-of-another-replica-unheard",
+        file=_OPTIMIZER,
+        old="(self._speaks_for(name) or not math.isfinite(norm))",
+        new="self._speaks_for(name)",
+        tests=(_NONFINITE + "test_the_step_is_skipped_everywhere_and_the_module_is_named",),
+        why="a replica whose copy of a gradient is broken steps away from the others",
         ranks=8,
     ),
 )

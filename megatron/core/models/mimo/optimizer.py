@@ -3,12 +3,14 @@
 
 Each module keeps the stock Megatron-Core optimizer over its own process groups. What must be
 agreed by all ranks is agreed here: found-inf, the gradient norm over all modules (so that
-clipping scales every gradient by the same factor) and whether the step succeeded.
+clipping scales every gradient by the same factor) and whether the step succeeded. Gradients that
+are not finite skip the step in every dtype: their modules' norms, which clipping needs, tell.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,10 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.models.mimo.training.frozen_state import FRESH
+from megatron.core.models.mimo.training.nonfinite import (
+    NonFiniteGradients,
+    find_nonfinite_gradients,
+)
 from megatron.core.models.mimo.training.optimizer_state import (
     load_inner_state,
     sharded_inner_state,
@@ -46,12 +52,14 @@ class ModuleOptimizerInfo:
         grid: the module's grid.
         pg_collection: the groups the optimizer was made with.
         is_active: whether this rank is in the module's grid.
+        modules: the module's parts on this rank, to name parameters; several for virtual stages.
     """
 
     optimizer: MegatronOptimizer | None
     grid: HyperCommGrid | None
     pg_collection: ProcessGroupCollection | None
     is_active: bool
+    modules: tuple[torch.nn.Module, ...] = ()
 
 
 class MimoOptimizer(MegatronOptimizer):
@@ -60,6 +68,11 @@ class MimoOptimizer(MegatronOptimizer):
     Args:
         module_infos: module name -> its optimizer on this rank; the same names on every rank.
         config: the configuration that all inner optimizers were built with.
+
+    Attributes:
+        nonfinite_modules: names of the modules whose gradients were not finite in the last step,
+            the same on every rank; the step was skipped if there are any.
+        nonfinite_gradients: which parameters' on which ranks; the same on every rank.
     """
 
     def __init__(
@@ -74,6 +87,8 @@ class MimoOptimizer(MegatronOptimizer):
         ]
         self.is_stub_optimizer = not self._active_optimizers
         self.optimizer = None  # the base class and stock helpers look for it
+        self.nonfinite_modules: tuple[str, ...] = ()
+        self.nonfinite_gradients: tuple[NonFiniteGradients, ...] = ()
 
     # ---- the step -------------------------------------------------------------------------
 
@@ -109,8 +124,8 @@ class MimoOptimizer(MegatronOptimizer):
         norms = torch.zeros(len(names), dtype=torch.float64, device=self._device())
         for index, name in enumerate(names):
             norm = self._inner_norm(name)
-            if norm is not None and self._speaks_for(name):
-                norms[index] = norm
+            if norm is not None and (self._speaks_for(name) or not math.isfinite(norm)):
+                norms[index] = norm  # what is not finite on any copy is not finite for all
         dist.all_reduce(norms)
         return dict(zip(names, norms.tolist(), strict=True))
 
@@ -120,11 +135,15 @@ class MimoOptimizer(MegatronOptimizer):
 
         Returns:
             (success, gradient norm before clipping, number of zero gradients or ``None``);
-            ``(False, None, None)`` on every rank if any rank found an inf or nan.
+            ``(False, None, None)`` on every rank if any rank found an inf or nan;
+            ``nonfinite_modules`` and ``nonfinite_gradients`` tell where.
         """
-        if self.prepare_grads():
+        found_inf = self.prepare_grads()
+        norms = self.get_module_grad_norms()
+        self._note_nonfinite(norms)
+        if found_inf or self.nonfinite_modules:
             return False, None, None
-        grad_norm = self.get_grad_norm()
+        grad_norm = self._norm_of(norms)
         self._clip(grad_norm)
         zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
         success = not self._any_rank(not self.step_with_ready_grads())
@@ -249,6 +268,15 @@ class MimoOptimizer(MegatronOptimizer):
     def _norm_of(module_norms: dict[str, float]) -> float:
         return sum(n * n for n in module_norms.values()) ** 0.5
 
+    def _note_nonfinite(self, module_norms: dict[str, float]) -> None:
+        """Who has gradients that are not finite; parameters are looked at only if somebody has."""
+        self.nonfinite_modules = tuple(n for n, v in module_norms.items() if not math.isfinite(v))
+        self.nonfinite_gradients = ()
+        if self.nonfinite_modules:
+            self.nonfinite_gradients = find_nonfinite_gradients(
+                {name: self.module_infos[name].modules for name in self.nonfinite_modules}
+            )
+
     def _device(self) -> torch.device:
         for opt in _inner_optimizers(self._active_optimizers):
             for param in opt.get_parameters():
@@ -335,7 +363,8 @@ def _module_info(
         optimizer = _inner_optimizer(name, modules, config, collection)
     elif any(trained_on):
         _attend_optimizer_construction(config)
-    return ModuleOptimizerInfo(optimizer, grid, collection if present else None, active)
+    groups = collection if present else None
+    return ModuleOptimizerInfo(optimizer, grid, groups, active, tuple(modules if present else ()))
 
 
 def _attend_optimizer_construction(config: OptimizerConfig) -> None:
