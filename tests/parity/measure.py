@@ -81,6 +81,8 @@ def _measure(trainer: Trainer, data: DigitsBatches, steps: int) -> Measurement:
     complete_gradients(model)
     gradients = whole(local_gradients(model))
     results = [trainer.step(data, step) for step in range(CHANGE_STEPS)]
+    if hasattr(model, "start_param_sync"):
+        model.start_param_sync(force_sync=True)
     after = whole(local_weights(model))
     change = {name: weight.float() - initial[name].float() for name, weight in after.items()}
     results += [trainer.step(data, step) for step in range(CHANGE_STEPS, steps)]
@@ -122,6 +124,7 @@ def _built(row: Row) -> Iterator[DigitsModel]:
         varied_lengths=row.varied,
         distributed_optimizer=row.distributed_optimizer,
         overlap_grad_reduce=row.overlap,
+        overlap_param_gather=row.overlap and row.distributed_optimizer and bool(row.vision),
         freeze=row.freeze,
         experts=EXPERTS if row.experts else None,
         tied=row.tied,

@@ -81,7 +81,9 @@ class Row:
         micro_batches: per step; 0 stands for the option ``MICRO_BATCHES``.
         masks, tied, freeze, dtype, experts, images, layers, varied: as in
             :class:`Reference`.
-        sequence_parallel, distributed_optimizer, overlap, bridge, packed: as in the digits job.
+        sequence_parallel, distributed_optimizer, bridge, packed: as in the digits job.
+        overlap: of the reduction of gradients and, with a distributed optimizer, of the gather of
+            weights.
         virtual_stages: of the language model on each rank.
         encode_ahead: microbatches that are encoded together, for pipeline stages; 0 for all.
         recompute: in both modules, as the digits job's option.
@@ -196,6 +198,7 @@ _IMAGE_ROWS = (
         varied=True, **_FULL),
     Row("packed-varied-cp4", "tp=2,cp=4,dp=1", "tp=1,dp=8", masks="uneven", packed=True,
         varied=True),
+    Row("mixed-images-distopt", **FAN_IN, masks="uneven", images="mixed", **_FULL),
     Row("empty-on-some-ranks", **FAN_IN, masks="one_sample"),
     Row("empty-everywhere", **FAN_IN, masks="none"),
     Row("frozen-encoder", **FAN_IN, masks="uneven", freeze="encoder+projector"),
@@ -220,7 +223,7 @@ _IMAGE_ROWS = (
 _STAGES = (
     Row("pp2-dp2-tp2", "tp=2,pp=2,dp=2", "tp=4,dp=2"),
     Row("pp2-cp2-dp2-4mb-mixed", "tp=1,cp=2,pp=2,dp=2", "tp=1,dp=8", micro_batches=4,
-        masks="uneven", images="mixed"),
+        masks="uneven", images="mixed", distributed_optimizer=True, overlap=True),
     Row("pp2-cp2-tp2-4mb-tied", "tp=2,cp=2,pp=2,dp=1", "tp=2,dp=4", micro_batches=4,
         masks="uneven", tied=True, **_FULL),
     Row("pp4-cp2-4mb-ahead", "tp=1,cp=2,pp=4,dp=1", "tp=2,dp=4", micro_batches=4, masks="uneven",
@@ -228,7 +231,8 @@ _STAGES = (
     Row("pp2-cp2-dp2-4mb-packed-varied", "tp=1,cp=2,pp=2,dp=2", "tp=1,dp=8", micro_batches=4,
         masks="uneven", images="mixed", packed=True, varied=True),
     Row("pp2-cp2-dp2-4mb-virtual", "tp=1,cp=2,pp=2,dp=2", "tp=2,dp=4", micro_batches=4,
-        masks="uneven", tied=True, layers=4, virtual_stages=2, distributed_optimizer=True),
+        masks="uneven", tied=True, layers=4, virtual_stages=2, distributed_optimizer=True,
+        overlap=True),
     Row("pp2-memory-offload-ahead-mixed", "tp=1,cp=2,pp=2,dp=2", "tp=2,dp=4", micro_batches=4,
         masks="uneven", images="mixed", encode_ahead=1, encoder_memory="offload",
         projector_memory="recompute", overlap=True),

@@ -317,6 +317,7 @@ def model_options(options: Options) -> ModelOptions:
         bridge=options.bridge,
         distributed_optimizer=options.distributed_optimizer,
         overlap_grad_reduce=options.overlap_grad_reduce,
+        overlap_param_gather=options.overlap_param_gather and options.distributed_optimizer,
         experts=_experts(options.experts),
         freeze=options.freeze,
         dropout=options.dropout,

@@ -125,6 +125,7 @@ class ModelOptions:
     varied_lengths: bool = False  # packed batches need not be equally long
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = True
+    overlap_param_gather: bool = False
     experts: Experts | None = None
     tied: bool = False
     virtual_stages: int = 1
@@ -426,6 +427,7 @@ def build_model(
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=options.overlap_grad_reduce,
+        overlap_param_gather=options.overlap_param_gather,
         use_distributed_optimizer=options.distributed_optimizer,
         check_for_nan_in_grad=False,
     )

@@ -145,6 +145,10 @@ class Options:
     )  # fmt: skip
     distributed_optimizer: bool = _switch(True, "shard the optimizer's state over DP")
     overlap_grad_reduce: bool = _switch(True, "reduce gradients while backward still runs")
+    overlap_param_gather: bool = _switch(
+        True, "gather updated weights while forward runs; without a distributed optimizer every "
+        "rank has them",
+    )  # fmt: skip
     freeze: str = _option(
         "", f"what does not train, such as encoder+projector: any of {', '.join(FREEZABLE)}; may "
         "change when the run resumes", _freeze,

@@ -69,6 +69,7 @@ class Run:
         return [result.loss for result in results]
 
     def weights(self) -> dict[str, torch.Tensor]:
+        self.built.model.start_param_sync(force_sync=True)
         return {n: p.detach().clone() for n, p in self.built.model.named_parameters()}
 
     def optimizer_state(self) -> list[torch.Tensor]:

@@ -278,21 +278,25 @@ class MimoModel(
         """
         self._refuse_plan_without_routes(route_plan)
         language_inputs = (input_ids, position_ids, attention_mask, loss_mask, labels)
+        self.start_param_gathers()
         try:
             if self.role.mode is ModuleLayout.COLOCATED:
-                return self._forward_all_modules(
+                found = self._forward_all_modules(
                     *language_inputs, modality_inputs, packing_kwargs, route_plan
                 )
-            if self.role.has_modality_modules:
+            elif self.role.has_modality_modules:
                 rows = self._forward_encoders(input_ids, modality_inputs, self.input_tensors)
-                return rows, loss_mask
-            if not self.role.has_language_module:
+                found = rows, loss_mask
+            elif self.role.has_language_module:
+                found = self._forward_language_module(
+                    *language_inputs, self.input_tensors, packing_kwargs
+                )
+            else:
                 raise RuntimeError(f"Rank has no modules assigned in role: {self.role}")
-            return self._forward_language_module(
-                *language_inputs, self.input_tensors, packing_kwargs
-            )
         finally:
             self._rows_memo = None
+        self.finish_param_gathers()
+        return found
 
     def _forward_all_modules(
         self,

@@ -23,6 +23,10 @@ class DDPMethods:
     def _active_ddp_modules(self) -> Iterator[Any]:
         raise NotImplementedError
 
+    def language_stages(self) -> list[nn.Module]:
+        """See :class:`MimoModel`."""
+        raise NotImplementedError
+
     def _overlapping(self, option: str) -> list[Any]:
         """The DDP modules of this rank whose config has an overlap option on."""
         return [m for m in self._active_ddp_modules() if getattr(m.ddp_config, option)]
@@ -59,6 +63,39 @@ class DDPMethods:
         """
         for module in self._overlapping("overlap_param_gather"):
             module.start_param_sync(force_sync=force_sync, force_dispatch=force_dispatch)
+
+    def start_param_gathers(self) -> None:
+        """Start all parameter gathers that are due, of modules whose forward waits for them.
+
+        Every rank calls it before anything of a step runs, so replicas enter their gathers in one
+        order and none waits for a replica whose batch leaves an encoder out. Stock starts a
+        bucket's gather only when the forward pass has come to the bucket before it. Encoders come
+        first, as in the forward pass.
+        """
+        for group in self._gathering():
+            # Forward hooks only wait: whatever a rank runs starts no gather of its own.
+            group.next_param_gather_bucket_group = None
+            if not group.param_gather_dispatched:
+                group.start_param_sync()
+
+    def finish_param_gathers(self) -> None:
+        """Wait for gathers that no forward hook has waited for: of what this rank did not run.
+
+        The optimizer must not write weights that are still being gathered.
+        """
+        for group in self._gathering():
+            if group.param_gather_handle is not None:
+                group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+    def _gathering(self) -> Iterator[Any]:
+        """Bucket groups whose weights forward hooks wait for, in the order of the forward pass."""
+        stages = {id(stage) for stage in self.language_stages()}
+        modules = self._overlapping("overlap_param_gather")
+        for module in sorted(modules, key=lambda module: id(module) in stages):
+            if getattr(module, "remove_forward_pre_hook_handles", None):
+                # Buckets are filled from a module's last parameter on.
+                yield from reversed(module.bucket_groups)
+                yield from reversed(module.expert_parallel_bucket_groups)
 
     def enable_forward_pre_hook(self) -> None:
         """Forward passes wait for gathered parameters, in modules that overlap the gather."""

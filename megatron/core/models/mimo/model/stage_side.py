@@ -99,7 +99,8 @@ class StageSide:
         """Run the encoders on microbatches and bring their rows to the first language stage.
 
         Every rank calls it with the same number of microbatches, whatever its stage. Encoders run
-        once per microbatch; then there is one exchange per modality.
+        once per microbatch; then there is one exchange per modality. Parameter gathers that it
+        starts are to be finished (``finish_param_gathers``) before the optimizer's step.
 
         Args:
             microbatches: ``forward``'s keyword arguments of each. Read are ``input_ids``,
@@ -111,6 +112,7 @@ class StageSide:
             ValueError, RuntimeError: as ``forward`` over a routed bridge; a rank has a problem;
                 ranks have different numbers of microbatches.
         """
+        self.start_param_gathers()
         self._refuse_problems(problem, len(microbatches))
         brought = [
             self._bring_rows(

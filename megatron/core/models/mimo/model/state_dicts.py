@@ -27,11 +27,14 @@ class StateDicts:
         """The distributed-checkpoint view of all modules of this rank.
 
         Each module's replicas are those of its own ``pg_collection``. A wrapper adds ``module.``
-        to the keys, so that they are the keys that :meth:`load_state_dict` takes.
+        to the keys, so that they are the keys that :meth:`load_state_dict` takes. Where a module
+        overlaps its parameter gather, the weights of the last step are gathered here first: all
+        ranks call it together.
 
         Raises:
             ValueError: a module's ``pg_collection`` has no ``dp_cp`` group.
         """
+        self.start_param_sync(force_sync=True)
         wrappers = (DistributedDataParallel, Float16Module)
         state: dict[str, Any] = {}
         for path, module in self._named_modules_of_rank():

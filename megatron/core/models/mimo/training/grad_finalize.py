@@ -58,8 +58,15 @@ def wrap_modules_with_ddp(
 
     Raises:
         ValueError: if a config averages gradients instead of summing them, or describes experts
-            that do not fit the module's groups (:func:`.experts.check_expert_sizes`).
+            that do not fit the module's groups (:func:`.experts.check_expert_sizes`); if weights
+            are to be gathered that no distributed optimizer cuts.
     """
+    if ddp_config.overlap_param_gather and not ddp_config.use_distributed_optimizer:
+        raise ValueError(
+            "overlap_param_gather=True gathers weights that a distributed optimizer has updated "
+            "in parts, and use_distributed_optimizer is False; set it to True, or leave "
+            "overlap_param_gather out"
+        )
     modules = list(iter_modules(mimo_model))
     for name, _ in modules:
         if not configs[name].calculate_per_token_loss:

@@ -112,6 +112,7 @@ def forward_backward_pipelined(
             **keywords,
         )
     encoders.finish()
+    mimo.finish_param_gathers()
     if backward and mimo.config.finalize_model_grads_func is not None:
         mimo.config.finalize_model_grads_func(
             [mimo], *counted, pg_collection=pg_collection, force_all_reduce=force_all_reduce

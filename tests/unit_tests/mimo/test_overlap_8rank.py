@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameter gathers and gradient reductions that run beside forward and backward, on 8 ranks.
+
+Buckets are small, so that every module has several. Weights after some steps must be those of a
+run without such gathers, bit for bit: nothing else tells a gather that was forgotten, since stale
+weights train on, somewhat worse. That the gradients are right is for the parity table to say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+from megatron.core.models.mimo.training.grad_finalize import iter_modules, wrap_modules_with_ddp
+from megatron.core.utils import unwrap_model
+from tests.parity.tasks import MixedBatches
+from tests.unit_tests.mimo.digits_runs import BATCH, DATA_SEED, SIZE, Run, ended, same
+from tests.unit_tests.mimo.tiny_modules import COLOCATED, config, on_all_ranks, tiny_model
+
+import model as digits_model  # isort: skip
+from data import Batch, DigitsBatches  # isort: skip
+from layouts import Layout  # isort: skip
+from model import LANGUAGE, VISION, Experts, ModelOptions, build_model  # isort: skip
+from trainer import Trainer, TrainOptions  # isort: skip
+
+# A rank that waits for a gather which another one does not enter runs into it.
+pytestmark = pytest.mark.ranks(8, timeout=120)
+
+BUCKET = 4000  # elements
+
+
+class Steps:
+    """Other images in every step: ``"all"`` samples have some, ``"mixed"``: a third, ``"none"``."""
+
+    global_batch_size = BATCH
+
+    def __init__(self, *kinds: str) -> None:
+        self._steps = [
+            DigitsBatches(DATA_SEED, "train", BATCH)
+            if kind == "all"
+            else MixedBatches(BATCH, kind, uneven_loss_mask=False)
+            for kind in kinds
+        ]
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def local_batch(self, step: int, *args: int, **ranks: int) -> Batch:
+        return self._steps[step].local_batch(step, *args, **ranks)
+
+    def image_tokens(self, step: int, *args: int) -> Any:
+        return self._steps[step].image_tokens(step, *args)
+
+
+@contextlib.contextmanager
+def run(
+    vision: str,
+    language: str,
+    *,
+    gather: bool,
+    micro_batches: int = 1,
+    encode_ahead: int | None = None,
+    **options: Any,
+) -> Iterator[Run]:
+    with pytest.MonkeyPatch.context() as patch:
+        small = functools.partial(DistributedDataParallelConfig, bucket_size=BUCKET)
+        patch.setattr(digits_model, "DistributedDataParallelConfig", small)
+        built = build_model(
+            Layout.parse(vision, "vision"),
+            Layout.parse(language, "language"),
+            ModelOptions(**{"size": SIZE, **options}, seed=5, overlap_param_gather=gather),
+        )
+    train = TrainOptions(
+        steps=10,
+        global_batch_size=BATCH,
+        micro_batches=micro_batches,
+        encode_ahead=encode_ahead,
+        warmup_steps=1,
+    )
+    with ended(built):
+        yield Run(built, Trainer(built, train, True))
+
+
+MIXED = ("all", "mixed", "none", "mixed")
+# Steps that differ in who runs an encoder: all ranks, some, none.
+CASES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "routed": (MIXED, {"vision": "tp=1,dp=8", "language": "tp=2,cp=2,dp=2"}),
+    # The gather bridge wants as many rows of all siblings.
+    "gather": (("all", "none", "none", "all"), {
+        "vision": "tp=4,dp=2", "language": "tp=1,cp=2,dp=4", "bridge": "gather"}),
+    "stages": (MIXED, {
+        "vision": "tp=2,dp=4", "language": "tp=1,cp=2,pp=2,dp=2", "micro_batches": 4,
+        "encode_ahead": 1, "freeze": "lower-encoder", "tied": True,
+        "size": digits_model.ModelSize(**{**vars(SIZE), "language_layers": 2})}),
+    "virtual": (MIXED, {
+        "vision": "tp=2,dp=4", "language": "tp=1,cp=2,pp=2,dp=2,ep=4", "micro_batches": 2,
+        "virtual_stages": 2, "experts": Experts(4),
+        "size": digits_model.ModelSize(**{**vars(SIZE), "language_layers": 4})}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_weights_are_those_of_a_run_that_gathers_at_once(case: str, shared_tmp_path: Path) -> None:
+    kinds, options = CASES[case]
+    batches, found = Steps(*kinds), []
+    for gather in (False, True):
+        with run(**options, gather=gather) as one:
+            if gather:
+                assert len(list(one.built.model._gathering())) > 4
+            results = [one.trainer.step(batches, step) for step in range(len(batches))]
+            assert all(result.success for result in results)
+            handles = [group.param_gather_handle for group in one.built.model._gathering()]
+            if case == "routed":
+                one.save(one.store(shared_tmp_path / str(gather)), len(batches))
+            found.append((one.weights(), [(result.loss, result.grad_norm) for result in results]))
+            # Evaluation in between gathers, too, and does so once.
+            read = one.trainer.read(DigitsBatches(DATA_SEED, "held_out", BATCH), 0)
+            found[-1] += (read,)
+    assert not any(handles)
+    assert found[0][1] == found[1][1]
+    assert torch.equal(found[0][2], found[1][2])
+    assert same(found[0][0], found[1][0])
+    if case == "routed":
+        with run(**options, gather=True) as other:
+            other.load(other.store(shared_tmp_path / "True"), len(batches))
+            assert same(other.weights(), found[0][0])
+            last = other.trainer.step(Steps("mixed", *kinds), len(batches))
+        assert last.success
+
+
+class Events:
+    """What happened in which order: (what, module, index of the bucket or name of a part)."""
+
+    def __init__(self, one: Run, patch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[str, str, Any]] = []
+        names = {
+            id(group): (name, index)
+            for name, module in iter_modules(one.built.model)
+            for index, group in enumerate(module.bucket_groups)
+        }
+        for what in ("start_param_sync", "finish_param_sync", "start_grad_sync"):
+            method = getattr(_ParamAndGradBucketGroup, what)
+            patch.setattr(_ParamAndGradBucketGroup, what, self._noting(what, method, names))
+        modules = dict(iter_modules(one.built.model))
+        language = unwrap_model(modules[LANGUAGE])
+        parts = {
+            (VISION, "encoder"): unwrap_model(modules[VISION]).encoders["digits"].patch_embedding,
+            (LANGUAGE, "layer"): language.decoder.layers[0].mlp,
+            (LANGUAGE, "head"): language.output_layer,
+        }
+        for (name, part), module in parts.items():
+            # After those of DDP, which wait for the gather.
+            module.register_forward_pre_hook(functools.partial(self._note, "forward", name, part))
+        weight = language.embedding.word_embeddings.weight
+        weight.register_hook(functools.partial(self._note, "backward", LANGUAGE, "embedding"))
+
+    def _note(self, what: str, name: str, part: Any, *_: Any) -> None:
+        self.seen.append((what, name, part))
+
+    def _noting(self, what: str, method: Any, names: dict) -> Any:
+        handle = "grad_reduce_handle" if "grad" in what else "param_gather_handle"
+
+        def noting(group: Any, *args: Any, **kwargs: Any) -> None:
+            waits = what.startswith("finish") and getattr(group, handle) is not None
+            method(group, *args, **kwargs)
+            if what.startswith("start"):
+                assert getattr(group, handle) is not None, "not asynchronous"
+            if waits or what.startswith("start"):
+                self.seen.append((what, *names[id(group)]))
+
+        return noting
+
+    def at(self, *event: Any) -> int:
+        return self.seen.index(event)
+
+    def all_of(self, what: str, name: str) -> list[int]:
+        return [part for kind, module, part in self.seen if (kind, module) == (what, name)]
+
+
+def test_gathers_and_reductions_run_beside_forward_and_backward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the order of what happens, not by the clock; the same order on ranks without images."""
+    batches = Steps("all", "mixed", "none")
+    with run("tp=1,dp=8", "tp=2,cp=2,dp=2", gather=True) as one:
+        one.trainer.step(batches, 0)
+        counts = {name: len(module.bucket_groups) for name, module in iter_modules(one.built.model)}
+        events = Events(one, monkeypatch)
+        for step in (1, 2):
+            events.seen.clear()
+            one.trainer.step(batches, step)
+            head = 0  # the bucket of a module's last parameters
+            started = events.at("start_param_sync", LANGUAGE, head)
+            assert started < events.at("forward", LANGUAGE, "layer")
+            waited = events.at("finish_param_sync", LANGUAGE, head)
+            assert events.at("forward", LANGUAGE, "layer") < waited
+            assert waited < events.at("forward", LANGUAGE, "head")
+            ran = ("forward", VISION, "encoder") in events.seen
+            if ran:
+                assert started < events.at("forward", VISION, "encoder")
+                last = events.at("finish_param_sync", VISION, head)
+                assert events.at("forward", VISION, "encoder") < last
+            reduced = events.at("start_grad_sync", LANGUAGE, head)
+            assert reduced < events.at("backward", LANGUAGE, "embedding")
+            for name, count in counts.items():
+                assert count > 2
+                everything = list(range(count))
+                assert sorted(events.all_of("finish_param_sync", name)) == everything
+                assert events.all_of("start_param_sync", name) == everything[::-1]
+                assert events.all_of("start_grad_sync", name) == everything
+            runs = on_all_ranks(ran)
+            assert any(runs) is (step == 1)
+            assert not all(runs)
+
+
+def test_hooks_may_be_taken_off_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = Steps("mixed", "mixed", "none")
+    with run("tp=1,dp=8", "tp=2,cp=2,dp=2", gather=True) as one:
+        one.trainer.step(batches, 0)
+        one.built.model.disable_forward_pre_hook()
+        weights = {n: p.detach().clone() for n, p in one.built.model.named_parameters()}
+        one.trainer.read(DigitsBatches(DATA_SEED, "held_out", BATCH), 0)
+        assert list(one.built.model._gathering()) == []
+        one.built.model.enable_forward_pre_hook()
+        assert same(one.weights(), weights)
+        assert one.trainer.step(batches, 1).success
+        assert not same(one.weights(), weights)
+
+
+def test_gathers_of_weights_that_nobody_cuts_are_refused() -> None:
+    with tiny_model(COLOCATED, wrap=False) as model:
+        configs = {name: config() for name in model.grids}
+        ddp_config = DistributedDataParallelConfig(overlap_param_gather=True)
+        with pytest.raises(ValueError, match="gathers weights .*set it to True, or leave overlap"):
+            wrap_modules_with_ddp(model, configs, ddp_config, model.collections)
