@@ -7,6 +7,7 @@ from tests.mutants.catalogue.files import FILES
 from tests.mutants.catalogue.frozen import FROZEN
 from tests.mutants.catalogue.memory import MEMORY
 from tests.mutants.catalogue.model import MODEL
+from tests.mutants.catalogue.overlap import OVERLAP
 from tests.mutants.catalogue.routing import ROUTING
 from tests.mutants.catalogue.sequence import ATTENTION, SHARDING
 from tests.mutants.catalogue.stages import STAGES
@@ -35,4 +36,5 @@ MUTANTS = (
     *STAGES,
     *FROZEN,
     *MEMORY,
+    *OVERLAP,
 )

@@ -248,6 +248,15 @@ OPTIMIZER = (
         why="a replica whose copy of a gradient is broken steps away from the others",
         ranks=8,
     ),
+    Mutant(
+        name="nan-of-a-tp-copy-unheard",
+        file=_OPTIMIZER,
+        old="if copies:  # nothing",
+        new="if False:  # nothing",
+        tests=(_NONFINITE + "test_a_copy_that_the_norm_leaves_out",),
+        why="the norm counts copies over TP once; a nan in another copy gets into its weight",
+        ranks=8,
+    ),
 )
 
 CHECKPOINTS = (

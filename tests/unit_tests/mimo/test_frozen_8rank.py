@@ -9,21 +9,33 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.core.models.mimo.training.grad_finalize import MimoGradFinalizer
+from megatron.core.models.mimo.training.grad_finalize import (
+    MimoGradFinalizer,
+    refuse_missing_gradients,
+)
 from tests.parity.tensors import local_gradients
 from tests.unit_tests.mimo.collective_calls import Calls, calls
 from tests.unit_tests.mimo.digits_runs import BATCH, SIZE
 from tests.unit_tests.mimo.tiny_modules import COLOCATED, tiny_model
 
+import model as digits_model  # isort: skip
 from data import DigitsBatches, Token  # isort: skip
 from layouts import Layout  # isort: skip
-from model import LANGUAGE, VISION, DigitsModel, ModelOptions, build_model  # isort: skip
+from model import (  # isort: skip
+    LANGUAGE,
+    VISION,
+    DigitEncoder,
+    DigitsModel,
+    ModelOptions,
+    build_model,
+)
 from trainer import Trainer, TrainOptions  # isort: skip
 
 __all__ = ["calls"]  # a fixture
@@ -67,9 +79,8 @@ def group_ranks(built: DigitsModel) -> dict[str, tuple[int, ...]]:
 
 
 # Fewer collectives than in a step that trains everything, as (kind, group): number. A transformer
-# layer of the encoder sums two input gradients over TP in backward, the projector one. That one
-# stays with the encoder alone frozen: Megatron-Core's linear layers do not ask who wants it.
-NO_ENCODER = {("all_reduce", "encoder tp"): 2 * LAYERS}
+# layer of the encoder sums two input gradients over TP in backward, the projector one.
+NO_ENCODER = {("all_reduce", "encoder tp"): 2 * LAYERS + 1}
 NO_ROWS = {
     "routed": {("all_to_all_single", "exchange"): 1},
     "gather": {("all_reduce", "language cp"): 1},
@@ -87,9 +98,7 @@ FREEZES = {
 def fewer(freeze: str, bridge: str) -> Counter:
     """What a step with frozen parts leaves out: input gradients and sums over DP, nothing else."""
     if freeze == "encoder+projector":
-        own = Counter(
-            {("all_reduce", "encoder tp"): 2 * LAYERS + 1, ("all_reduce", "encoder dp"): 1}
-        )
+        own = Counter({**NO_ENCODER, ("all_reduce", "encoder dp"): 1})
         return own + Counter(NO_ROWS[bridge])
     found = Counter(NO_ENCODER if "encoder" in freeze.split("+") else {})
     # The language model passes gradients through, so its own backward collectives all run.
@@ -162,6 +171,48 @@ def test_steps_without_images(bridge: str, overlap: bool) -> None:
     assert not any(torch.count_nonzero(gradient) for gradient in gradients.values())
     assert all(unmoved)
     assert all(result.success and result.grad_norm > 0 for result in results)
+
+
+class WithUnused(DigitEncoder):
+    """An encoder with a layer that the ranks of ``unused_on`` do not use."""
+
+    unused_on: tuple[int, ...] = ()
+
+    def __init__(self, config: Any, pg_collection: Any) -> None:
+        super().__init__(config, pg_collection)
+        self.spare = torch.nn.Linear(2, 2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        found = super().forward(images)
+        if dist.get_rank() in self.unused_on:
+            return found
+        return found + 0 * (self.spare.weight.sum() + self.spare.bias.sum())
+
+
+@pytest.mark.parametrize(
+    ("unused", "said"), [(range(8), "ranks 0, 1, 2, 3 and 4 more"), ([3], "rank 3")]
+)
+def test_a_parameter_without_a_gradient_is_named_on_all_ranks(
+    unused: Sequence[int], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before stock asserts in the second step, on some ranks, and leaves the others waiting."""
+    monkeypatch.setattr(digits_model, "DigitEncoder", WithUnused)
+    monkeypatch.setattr(WithUnused, "unused_on", tuple(unused))
+    batches = DigitsBatches(7, "train", BATCH)
+    with trainer("", "routed", overlap=True) as run:
+        with pytest.raises(ValueError, match="module 'images' trains, but got no") as caught:
+            run.gradients(batches, 0)
+        assert "'encoders.digits.spare.weight' of module 'images' trains" in str(caught.value)
+        assert f"({said}), and overlap_grad_reduce waits" in str(caught.value)
+        # Later steps look for themselves.
+        modules = {VISION: [run.model.modality_submodules[VISION]]}
+        if dist.get_rank() in unused:
+            with pytest.raises(ValueError, match=rf"\(rank {dist.get_rank()}\), and overlap_grad"):
+                refuse_missing_gradients(modules, together=False)
+        else:
+            refuse_missing_gradients(modules, together=False)
+    with trainer("", "routed", overlap=False) as run:
+        assert [run.step(batches, step).success for step in range(2)] == [True] * 2
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["frozen", "unfrozen"])

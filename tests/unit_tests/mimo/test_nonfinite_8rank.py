@@ -66,11 +66,9 @@ def test_the_step_is_skipped_everywhere_and_the_module_is_named(
             model.set_gradients(gradients)
             rank = max((r for r in range(8) if holders[r].get(broken)), default=None)
             if rank == dist.get_rank():
-                for name, key, parameter in model.named():
-                    if name == broken and key == "whole":
+                for name, _, parameter in model.named():
+                    if name == broken:
                         parameter.main_grad.fill_(value)
-                    elif name == broken:
-                        parameter.main_grad[-1].fill_(value)
             before = model.weights()
             outcomes = on_all_ranks(optimizer.step())
             named = on_all_ranks((optimizer.nonfinite_modules, optimizer.nonfinite_gradients))
@@ -88,6 +86,25 @@ def test_the_step_is_skipped_everywhere_and_the_module_is_named(
                 (broken,),
                 (NonFiniteGradients(broken, rank, parameters, 2),),
             )
+
+
+@pytest.mark.parametrize("distributed", [False, True], ids=["whole", "sharded"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_copy_that_the_norm_leaves_out(name: str, distributed: bool) -> None:
+    """Norms count what TP ranks have copies of on their first one only; here others have a nan."""
+    settings = {"optimizer": "adam", "lr": 0.1, "use_distributed_optimizer": distributed}
+    with tiny_model(COLOCATED, distributed=distributed) as model:
+        optimizer = get_mimo_optimizer(model, OptimizerConfig(**settings))
+        model.set_gradients({n: values(n, 1) for n in NAMES})
+        second = model.collections[name].tp.rank() == 1
+        for module, key, parameter in model.named():
+            if second and (module, key) == (name, "whole"):
+                parameter.main_grad[0] = math.nan
+        before = model.weights()
+        outcomes = on_all_ranks((optimizer.step(), optimizer.nonfinite_modules))
+        stayed = on_all_ranks(same(model.weights(), before))
+    assert outcomes == [((False, None, None), (name,))] * 8
+    assert stayed == [True] * 8
 
 
 def test_the_ranks_of_several_modules_and_a_norm_that_overflows() -> None:

@@ -119,13 +119,19 @@ class MimoOptimizer(MegatronOptimizer):
 
     @torch.no_grad()
     def get_module_grad_norms(self) -> dict[str, float]:
-        """L2 gradient norm of each module, known on every rank whatever module it holds."""
+        """L2 gradient norm of each module, known on every rank whatever module it holds.
+
+        Not finite if the gradient on any rank is not, copies that the norm leaves out included.
+        """
         names = sorted(self.module_infos)
         norms = torch.zeros(len(names), dtype=torch.float64, device=self._device())
         for index, name in enumerate(names):
             norm = self._inner_norm(name)
             if norm is not None and (self._speaks_for(name) or not math.isfinite(norm)):
-                norms[index] = norm  # what is not finite on any copy is not finite for all
+                norms[index] = norm
+            copies = list(self._copies(name))
+            if copies:  # nothing is added, unless they are not finite: 0 * nan
+                norms[index] += torch.nn.utils.get_total_norm(copies) * 0.0
         dist.all_reduce(norms)
         return dict(zip(names, norms.tolist(), strict=True))
 
@@ -289,6 +295,21 @@ class MimoOptimizer(MegatronOptimizer):
         if not (info.is_active and info.optimizer):
             return None
         return float(info.optimizer.get_grad_norm() or 0.0)
+
+    def _copies(self, name: str) -> Iterator[torch.Tensor]:
+        """Gradients of a module of which norms count one copy only: over TP, or tied over PP."""
+        info = self.module_infos[name]
+        if not (info.is_active and info.optimizer):
+            return
+        tp = info.pg_collection.tp.size() > 1
+        for inner in _inner_optimizers([info.optimizer]):
+            for param in inner.get_parameters():
+                copied = tp and not getattr(param, "tensor_model_parallel", False)
+                if copied or getattr(param, "shared", False):
+                    gradient = getattr(param, "decoupled_grad", None)
+                    gradient = param.grad if gradient is None else gradient
+                    if gradient is not None:
+                        yield gradient
 
     def _speaks_for(self, name: str) -> bool:
         """Whether this is the first rank of the module's grid (of the world without a grid)."""

@@ -36,6 +36,7 @@ from megatron.core.models.mimo.model.state_dicts import StateDicts
 from megatron.core.models.mimo.model.token_rows import TEXT
 from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig
 from megatron.core.models.mimo.training.recompute import recomputable
+from megatron.core.models.mimo.transformer.input_gradients import sum_wanted_gradients_only
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
@@ -179,6 +180,7 @@ class MimoModel(
                 )
                 if name in self.mimo_config.encoder_memory:
                     built.use_memory(self.mimo_config.encoder_memory[name])
+                sum_wanted_gradients_only(built)
                 self.modality_submodules[name] = built
 
     def _initialize_language_model(self) -> None:

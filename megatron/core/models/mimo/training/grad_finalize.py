@@ -9,7 +9,7 @@ and norm clipping hide.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ from megatron.core.distributed.distributed_data_parallel_config import (
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.models.mimo.model.stage_side import stages_of
 from megatron.core.models.mimo.training.experts import check_expert_sizes, mark_expert_parameters
+from megatron.core.models.mimo.training.nonfinite import ranks_text
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
@@ -122,6 +123,7 @@ class MimoGradFinalizer:
                 f"got {sorted(collections)}"
             )
         self.collections = collections
+        self._first_step = True
         spans = {(grid.rank_offset, grid.size) for grid in (grids or {}).values()}
         self._colocated = len(spans) <= 1
         if self._colocated and collections[MIMO_LANGUAGE_MODULE_KEY].dp_cp is None:
@@ -148,13 +150,17 @@ class MimoGradFinalizer:
             force_all_reduce: as in Megatron-Core.
 
         Raises:
-            ValueError: a parameter was frozen or unfrozen after its module was wrapped.
+            ValueError: a parameter was frozen or unfrozen after its module was wrapped, or got no
+                gradient that an overlapping reduction waits for; the latter, in the first step, is
+                raised on every rank.
         """
         mimo_model = unwrap_model(model[0])
         modules: dict[str, list[torch.nn.Module]] = {}
         for name, module in iter_modules(mimo_model):
             refuse_late_freezing(name, module)
             modules.setdefault(name, []).append(module)
+        refuse_missing_gradients(modules, together=self._first_step)
+        self._first_step = False
         for name, parts in modules.items():
             finalize_model_grads(
                 parts, None, self.collections[name], force_all_reduce=force_all_reduce
@@ -207,6 +213,54 @@ def refuse_late_freezing(name: str, module: torch.nn.Module) -> None:
                 "DistributedDataParallel; set requires_grad before wrapping. In mid-run: save a "
                 "checkpoint, build the model anew with what is to train, and load it"
             )
+
+
+def refuse_missing_gradients(
+    modules: Mapping[str, Sequence[torch.nn.Module]], *, together: bool
+) -> None:
+    """A reduction that overlaps backward starts when every parameter of a bucket has a gradient.
+
+    Stock learns in the first step how many to wait for, and from the second one on asserts, or
+    leaves the other replicas waiting, where one is missing.
+
+    Args:
+        modules: module name -> its parts on this rank.
+        together: all ranks call it and see what any of them misses; else each looks for itself.
+
+    Raises:
+        ValueError: a parameter without a gradient; ``together``: the same on all ranks.
+    """
+    mine = {name: keys for name, parts in modules.items() if (keys := _without_gradient(parts))}
+    everywhere = [mine]
+    if together:
+        everywhere = [{}] * dist.get_world_size()
+        dist.all_gather_object(everywhere, mine)
+    name = min((name for found in everywhere for name in found), default=None)
+    if name is None:
+        return
+    key = next(found[name][0] for found in everywhere if name in found)
+    missing = [rank for rank, found in enumerate(everywhere) if key in found.get(name, ())]
+    missing = missing if together else [dist.get_rank()]
+    raise ValueError(
+        f"parameter '{key}' of module '{name}' trains, but got no gradient in this step "
+        f"({ranks_text(missing)}), and overlap_grad_reduce waits for one of every parameter. "
+        "If the model does not use it, freeze it before the module is wrapped "
+        "(requires_grad_(False)); if only some batches do, set overlap_grad_reduce=False"
+    )
+
+
+def _without_gradient(parts: Sequence[torch.nn.Module]) -> list[str]:
+    """Parameters that backward left out, of parts that reduce during backward and had one."""
+    found = []
+    for module in parts:
+        if not isinstance(module, DistributedDataParallel):
+            continue
+        if module.ddp_config.overlap_grad_reduce:
+            groups = module.bucket_groups + module.expert_parallel_bucket_groups
+            ready = {p for group in groups for p in group.per_param_grad_ready_counts}
+            late = {p for group in groups for p in group.params} - ready if ready else set()
+            found += [key for key, p in module.module.named_parameters() if p in late]
+    return found
 
 
 def _counts_tokens(groups: ProcessGroupCollection) -> bool:
