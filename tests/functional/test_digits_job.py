@@ -102,6 +102,16 @@ def test_eight_ranks_lose_what_one_process_loses(
     assert job.losses() == pytest.approx(wanted, rel=0, abs=1e-4)
 
 
+def test_experts_on_eight_ranks_lose_what_they_lose_on_one(tmp_path: Path) -> None:
+    """With everything that is on by default: both overlaps, the distributed optimizer."""
+    more = "--experts 4 --steps 3 --save-every 0 --no-evaluate"
+    eight = "--vision tp=2,dp=4 --language tp=2,cp=2,dp=2,ep=4,etp=1 --sequence-parallel"
+    one = Job(tmp_path / "one", f"{ONE_RANK} {more}")
+    many = Job(tmp_path / "many", f"{eight} {more}").wait().succeeded()
+    assert many.summary()["language"] | {"ep": 4, "etp": 1} == many.summary()["language"]
+    assert many.losses() == pytest.approx(one.wait().succeeded().losses(), rel=0, abs=1e-4)
+
+
 def test_the_outputs_are_complete(eight_ranks: tuple[Parity, Job]) -> None:
     parity, job = eight_ranks
     summary = job.summary()

@@ -215,6 +215,8 @@ _IMAGE_ROWS = (
         projector_memory="recompute", **_FULL),
     Row("memory-offload-4mb", **FAN_IN, micro_batches=4, masks="uneven", encoder_memory="offload",
         projector_memory="offload", overlap=True),
+    Row("experts-bf16", "tp=1,cp=2,dp=4,ep=4", "tp=4,dp=2", masks="uneven", experts=True,
+        dtype="bfloat16"),
     Row("fp16", **FAN_OUT, masks="uneven", dtype="float16", **_FULL),
     Row("bf16", **FAN_IN, masks="uneven", dtype="bfloat16"),
 )  # fmt: skip
@@ -230,6 +232,8 @@ _STAGES = (
         tied=True, layers=4, encode_ahead=1, overlap=True),
     Row("pp2-cp2-dp2-4mb-packed-varied", "tp=1,cp=2,pp=2,dp=2", "tp=1,dp=8", micro_batches=4,
         masks="uneven", images="mixed", packed=True, varied=True),
+    Row("experts-pp2cp2-ep4", "tp=1,cp=2,pp=2,dp=2,ep=4", "tp=2,dp=4", micro_batches=4,
+        masks="uneven", experts=True, **_FULL),
     Row("pp2-cp2-dp2-4mb-virtual", "tp=1,cp=2,pp=2,dp=2", "tp=2,dp=4", micro_batches=4,
         masks="uneven", tied=True, layers=4, virtual_stages=2, distributed_optimizer=True,
         overlap=True),
@@ -288,11 +292,8 @@ def _nightly_expert_rows() -> Iterator[Row]:
                 name = f"experts-tp{tp}cp{cp}-ep{ep}etp{etp}"
                 full = _FULL if ep == 2 else {"sequence_parallel": True}
                 yield Row(name, axes, "tp=2,dp=4", masks="uneven", experts=True, **full)
-    staged = {"experts-pp2cp2-ep4": "tp=1,cp=2,pp=2,dp=2,ep=4",
-              "experts-pp2tp2-ep4etp1": "tp=2,cp=1,pp=2,dp=2,ep=4,etp=1"}  # fmt: skip
-    for name, axes in staged.items():
-        full = {"micro_batches": 4, "masks": "uneven", "experts": True, **_FULL}
-        yield Row(name, axes, "tp=2,dp=4", **full)
+    full = {"micro_batches": 4, "masks": "uneven", "experts": True, **_FULL}
+    yield Row("experts-pp2tp2-ep4etp1", "tp=2,cp=1,pp=2,dp=2,ep=4,etp=1", "tp=2,dp=4", **full)
 
 
 DEFAULT_ROWS = (*_text_rows(), *_IMAGE_ROWS, *_STAGES)

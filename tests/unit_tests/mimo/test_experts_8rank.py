@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.core.models.mimo import compat
 from megatron.core.models.mimo.training.global_names import global_modules
 from megatron.core.transformer.moe.router import Router
 from tests.parity.compare import GRADIENTS, tensor_checks, worst_by_kind
@@ -288,6 +289,50 @@ def test_an_expert_that_nobody_uses_only_decays(oracle: Oracle) -> None:
         # Two roundings of fp32: of the factor and of the product.
         torch.testing.assert_close(after[name], before[name] * kept, rtol=2.0**-22, atol=0.0)
         assert not torch.equal(after[name], before[name])
+
+
+def router_biases(built: DigitsModel) -> dict[str, torch.Tensor]:
+    """Global name of the router -> the bias that keeps its experts' loads equal."""
+    routers = ((n, m) for n, m in global_modules(built.model) if isinstance(m, Router))
+    return {name: router.expert_bias.clone() for name, router in routers}
+
+
+def test_a_routers_bias_follows_the_loads_of_all_ranks() -> None:
+    """Up or down by one step per expert; the next microbatches are routed by it."""
+    settings = (("moe_router_enable_expert_bias", True), ("moe_router_score_function", "sigmoid"))
+    cases = [
+        Case("tp=2,cp=2,dp=2,ep=2", sequence_parallel=True, config=settings),
+        Case("tp=1,cp=2,pp=2,dp=2,ep=4", micro_batches=2, overlap=True, config=settings),
+    ]
+    if not compat.EXPERT_BIAS_TAKES_GROUPS:
+        with pytest.raises(ValueError, match="moe_router_enable_expert_bias=True, whose update"):
+            built_model(cases[0])
+        return
+    whole = Case("tp=1,dp=1", config=settings)
+    single = build(whole, Layout(), Layout(), rank_offset=dist.get_rank())
+    try:
+        steps = trainer(single, whole)
+        expected = [(steps.gradients(data(), step), router_biases(single)) for step in (0, 1)]
+    finally:
+        dist.barrier()
+        single.destroy()
+    assert all(torch.count_nonzero(bias) > 1 for bias in expected[0][1].values())
+    for case in cases:
+        built = built_model(case)
+        try:
+            steps = trainer(built, case)
+            for step, ((loss, tokens), biases) in enumerate(expected):
+                found = steps.gradients(data(), step)
+                assert found == (pytest.approx(loss, rel=LOSS_TOLERANCE), tokens)
+                mine = router_biases(built)
+                assert mine
+                for name, bias in mine.items():
+                    torch.testing.assert_close(bias, biases[name], rtol=0.0, atol=0.0)
+            saved = [key for key in built.model.sharded_state_dict() if "expert_bias" in key]
+            assert len(saved) == len(mine)
+        finally:
+            dist.barrier()
+            built.destroy()
 
 
 def test_a_checkpoint_goes_on_at_another_ep(shared_tmp_path: Path) -> None:

@@ -7,6 +7,9 @@ the module) and what its loaders get wrong with PyTorch's Adam.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -54,7 +57,8 @@ def sharded_inner_state(
     """
     if is_loading:
         _give_adam_its_state(optimizer)
-    state = optimizer.sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
+    with _padded_between_buckets(optimizer):
+        state = optimizer.sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
     if isinstance(state, list):
         state = dict(enumerate(state))
     sharded, common = extract_matching_values(state, lambda v: isinstance(v, ShardedBase))
@@ -63,6 +67,49 @@ def sharded_inner_state(
         f"mimo.{name}.common", _without_local(common), (1,), (0,), replica_id=replica_id
     )
     return sharded
+
+
+@contextlib.contextmanager
+def _padded_between_buckets(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Inside, what a distributed optimizer gathers has the padding that its buckets have.
+
+    Stock puts the buckets together without it and then cuts parameters out at their padded places:
+    from the second bucket of a module on, moments and main weights would be saved shifted.
+    """
+    inners = [
+        inner
+        for inner in getattr(optimizer, "chained_optimizers", [optimizer])
+        if hasattr(inner, "get_parameter_state_dp_zero")
+    ]
+    for inner in inners:
+        gather = inner.get_parameter_state_dp_zero
+        inner.get_parameter_state_dp_zero = functools.partial(_gather_padded, inner, gather)
+    try:
+        yield
+    finally:
+        for inner in inners:
+            del inner.get_parameter_state_dp_zero
+
+
+def _gather_padded(inner: Any, gather: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Stock's gathered state by buffer and dtype, each tensor as long as its buffer."""
+    state = gather(*args, **kwargs)
+    for number, buffer in enumerate(inner.buffers if state is not None else ()):
+        for tensors in state[number].values():
+            for key, value in tensors.items():
+                if torch.is_tensor(value):
+                    tensors[key] = _spread(value, buffer)
+    return state
+
+
+def _spread(gathered: torch.Tensor, buffer: Any) -> torch.Tensor:
+    """Buckets without padding, one after the other, put where they are in the buffer."""
+    whole, start = gathered.new_zeros(buffer.numel), 0
+    for bucket in buffer.buckets:
+        size = bucket.numel_unpadded
+        whole[bucket.offset : bucket.offset + size] = gathered[start : start + size]
+        start += size
+    return whole
 
 
 def load_inner_state(optimizer: MegatronOptimizer, state: dict[str, Any], name: str) -> None:
