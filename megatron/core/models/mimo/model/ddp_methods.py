@@ -61,6 +61,9 @@ class DDPMethods:
             force_sync: wait for it.
             force_dispatch: start it even if the wrapper would wait for a forward pass.
         """
+        if force_sync:
+            # Stock waits where a gather is under way and gathers elsewhere; ranks may differ.
+            self.finish_param_gathers()
         for module in self._overlapping("overlap_param_gather"):
             module.start_param_sync(force_sync=force_sync, force_dispatch=force_dispatch)
 
@@ -104,6 +107,7 @@ class DDPMethods:
 
     def disable_forward_pre_hook(self, param_sync: bool = True) -> None:
         """Undo :meth:`enable_forward_pre_hook`; ``param_sync`` gathers the parameters now."""
+        self.finish_param_gathers()
         for module in self._overlapping("overlap_param_gather"):
             module.disable_forward_pre_hook(param_sync=param_sync)
 
