@@ -215,8 +215,6 @@ _IMAGE_ROWS = (
         projector_memory="recompute", **_FULL),
     Row("memory-offload-4mb", **FAN_IN, micro_batches=4, masks="uneven", encoder_memory="offload",
         projector_memory="offload", overlap=True),
-    Row("experts-bf16", "tp=1,cp=2,dp=4,ep=4", "tp=4,dp=2", masks="uneven", experts=True,
-        dtype="bfloat16"),
     Row("fp16", **FAN_OUT, masks="uneven", dtype="float16", **_FULL),
     Row("bf16", **FAN_IN, masks="uneven", dtype="bfloat16"),
 )  # fmt: skip
