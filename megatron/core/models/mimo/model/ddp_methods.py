@@ -24,8 +24,8 @@ class DDPMethods:
         raise NotImplementedError
 
     def language_stages(self) -> list[nn.Module]:
-        """See :class:`MimoModel`."""
-        raise NotImplementedError
+        """Wrapped modules that run after all others; none, unless the class knows some."""
+        return []
 
     def _overlapping(self, option: str) -> list[Any]:
         """The DDP modules of this rank whose config has an overlap option on."""
