@@ -167,7 +167,10 @@ def test_layouts_that_do_not_fit(arguments: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--bridge gather", "--language pp=2 needs --bridge routed, got gather, which feeds"),
+        (
+            "--bridge gather --experts 4 --language cp=2,pp=2,dp=2,ep=2",
+            "--experts 4 with --language pp=2 needs --bridge routed, got gather, which wants",
+        ),
         (
             "--virtual-stages 2 --micro-batches 4 --language-layers 2",
             "pp=2 with 2 virtual stages each does not divide its 2 layers",
@@ -185,6 +188,7 @@ def test_what_a_pipelined_language_model_needs(arguments: str, message: str) -> 
     options = _parse(f"{base} --virtual-stages 2 --micro-batches 4")
     assert (options.language.pp, options.virtual_stages) == (2, 2)
     assert _parse(f"{base} --micro-batches 4 --encode-ahead 1").encode_ahead == 1
+    assert _parse(f"{base} --bridge gather").language.pp == 2
 
 
 @pytest.mark.parametrize(

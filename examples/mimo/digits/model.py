@@ -389,7 +389,10 @@ def build_model(
         axes |= {"ep": language.ep, "expt_tp": language.expert_tp}
     grids = {
         VISION: make_grid(tp=vision.tp, dp=vision.dp, **place) if vision else None,
-        LANGUAGE: make_grid(**axes, **place),
+        # The gather bridge joins the ranks of a replica, all its stages, and no others.
+        LANGUAGE: make_grid(
+            **axes, **place, dp_last=options.bridge == "gather" and language.pp > 1
+        ),
     }
     grids[VISION] = grids[VISION] or grids[LANGUAGE]
     collections = {name: create_process_groups(grid) for name, grid in grids.items()}

@@ -234,10 +234,10 @@ def _check_pipeline(options: Options) -> None:
         JobError: the first thing that is missing.
     """
     stages, virtual = options.language.pp, options.virtual_stages
-    if stages > 1 and options.bridge != "routed":
+    if stages > 1 and options.bridge == "gather" and options.experts:
         raise JobError(
-            f"--language pp={stages} needs --bridge routed, got {options.bridge}, which feeds a "
-            "language model of one stage"
+            f"--experts {options.experts} with --language pp={stages} needs --bridge routed, got "
+            "gather, which wants the ranks of a replica next to each other, stages and all"
         )
     wanted = {"--virtual-stages": virtual > 1, "--encode-ahead": options.encode_ahead is not None}
     for flag, given in wanted.items():

@@ -45,10 +45,18 @@ BRIDGE = (
     Mutant(
         name="no-cp-sum",
         file=_COMM,
-        old="return output if self.dest_cp_pg is None else sum_gradients(output, self.dest_cp_pg)",
-        new="return output",
+        old="output = sum_gradients(output, self.dest_cp_pg)",
+        new="pass",
         tests=(_EVERY_BRIDGE,),
         why="the encoder trains on 1/cp of its gradient, and nothing crashes",
+    ),
+    Mutant(
+        name="later-stages-keep-their-own-gradient",
+        file=_COMM,
+        old="output = first_gradient(output, self.dest_pp_pg)",
+        new="pass",
+        tests=(UNIT + "test_bridge_properties.py::test_which_properties_see_a_wrong_bridge",),
+        why="encoders of ranks on later pipeline stages get zeros",
     ),
     Mutant(
         name="cp-sum-over-dp-cp",

@@ -78,7 +78,8 @@ class BridgeCase:
         """Rank -> its coordinates, as ``"src dp"``, ``"dest cp"`` …; 0 along dims not named."""
         places = {}
         for rank in self.ranks:
-            place = dict.fromkeys(("src tp", "src dp", "dest tp", "dest cp", "dest dp"), 0)
+            names = ("src tp", "src dp", "dest tp", "dest cp", "dest dp", "dest pp")
+            place = dict.fromkeys(names, 0)
             for side, dims in (("src", self.src), ("dest", self.dest)):
                 at = coordinates(dims, rank - self.offset)
                 place.update({f"{side} {name}": coord for name, coord in at.items()})
@@ -189,6 +190,20 @@ def _with_unused(draw: Callable[..., Any], dims: Dims, names: Sequence[str]) -> 
     return dims
 
 
+def _with_stages(draw: Callable[..., Any], dest: Dims) -> Dims:
+    """Some of the CP ranks become pipeline stages, beside CP on either side of it.
+
+    Who is in which DP replica stays, so replicas nest as before.
+    """
+    cp = dict(dest)["cp"]
+    stages = draw(st.sampled_from([n for n in range(1, cp + 1) if cp % n == 0]))
+    if stages == 1:
+        return dest
+    split = draw(st.permutations([("cp", cp // stages), ("pp", stages)]))
+    place = [name for name, _ in dest].index("cp")
+    return (*dest[:place], *split, *dest[place + 1 :])
+
+
 @st.composite
 def bridge_cases(
     draw: Callable[..., Any], direction: str, use_cp: bool | None = None
@@ -199,9 +214,10 @@ def bridge_cases(
     with_cp = f"{direction} with cp"
     wanted = draw(st.booleans()) if use_cp is None else use_cp
     src, dest = draw(st.sampled_from(kinds[with_cp if wanted and with_cp in kinds else direction]))
+    dest = _with_stages(draw, dest)
     return BridgeCase(
         src=_with_unused(draw, src, ("pp", "cp")),
-        dest=_with_unused(draw, dest, ("pp",)),
+        dest=dest if "pp" in dict(dest) else _with_unused(draw, dest, ("pp",)),
         offset=draw(st.integers(0, 3)),
         spare=draw(st.integers(0, 2)),
         samples=draw(st.integers(0, 3)),

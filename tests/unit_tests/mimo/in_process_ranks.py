@@ -231,6 +231,15 @@ def _all_reduce(
     return _collective("all_reduce", group, (tensor,), work, async_op)
 
 
+def _broadcast(tensor: torch.Tensor, src: int, group: Any = None, async_op: bool = False) -> Any:
+    def work(tensors: list[tuple[torch.Tensor, ...]]) -> None:
+        (first,) = tensors[group.ranks.index(src)]
+        for (x,) in tensors:
+            x.copy_(first)
+
+    return _collective("broadcast", group, (tensor,), work, async_op)
+
+
 def _reduce_scatter(
     output: torch.Tensor,
     whole: torch.Tensor,
@@ -340,6 +349,7 @@ _PLAYED: dict[str, Callable[..., Any]] = {
     "all_gather_into_tensor": _all_gather,
     "all_gather_single": _all_gather,
     "all_reduce": _all_reduce,
+    "broadcast": _broadcast,
     "reduce_scatter_tensor": _reduce_scatter,
     "reduce_scatter_single": _reduce_scatter,
     "all_gather_object": _all_gather_object,
@@ -347,7 +357,7 @@ _PLAYED: dict[str, Callable[..., Any]] = {
 }
 _NOT_PLAYED = [
     *("all_gather", "all_gather_coalesced", "all_reduce_coalesced"),
-    *("all_to_all", "barrier", "batch_isend_irecv", "broadcast"),
+    *("all_to_all", "barrier", "batch_isend_irecv"),
     *("broadcast_object_list", "gather", "gather_object", "irecv", "isend"),
     *("monitored_barrier", "new_subgroups", "recv", "recv_object_list", "reduce"),
     *("reduce_scatter", "scatter", "scatter_object_list", "send", "send_object_list"),

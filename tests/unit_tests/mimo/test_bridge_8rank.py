@@ -450,6 +450,34 @@ def test_ranks_outside_the_grids(rank_device: torch.device) -> None:
     dest_grid.destroy()
 
 
+@pytest.mark.parametrize("src", [(1, 8), (2, 4), (4, 2), (8, 1)], ids="tp{0[0]}".format)
+def test_pipeline_stages_take_the_rows_and_the_first_gives_the_gradient(
+    src: tuple[int, int], rank_device: torch.device, calls: Calls
+) -> None:
+    """CP2, PP2, DP2; what later stages send back is not used, and they sum nothing."""
+    rank = dist.get_rank()
+    picture = Picture(src, (1, 4, 2), device=rank_device)
+    chunk = torch.arange(picture.gradient.shape[1], device=rank_device) // 4
+    mine = (chunk == rank % 2) | (chunk == 3 - rank % 2)
+    stage = rank // 2 % 2
+    grids = make_grid(("tp", "dp"), tp=src[0], dp=src[1]), make_grid(
+        ("tp", "cp", "pp", "dp"), cp=2, pp=2, dp=2
+    )
+    comm = ColocatedBridgeCommunicator(*grids, "vision", "language")
+    all_have_their_groups()
+    calls.taken()
+    x = picture.src_block(picture.batch).clone().requires_grad_()
+    y = comm.communicate(x)
+    assert torch.equal(y, picture.dest_block(picture.batch))
+    gradient = picture.dest_block(picture.gradient)
+    y.backward(torch.full_like(gradient, 7.0) if stage else gradient * mine[None, :, None])
+    assert torch.equal(x.grad, picture.src_block(picture.gradient))
+    assert ("all_reduce" in str(calls.taken())) == (stage == 0)
+    comm.destroy()
+    for grid in grids:
+        grid.destroy()
+
+
 class TestErrors:
     """Each on all ranks (every rank runs the test), and nothing was communicated."""
 
@@ -462,7 +490,7 @@ class TestErrors:
             ({"tp": 2, "dp": 4}, {"cp": 4, "dp": 2}, "dest grid must have 'tp' dimension"),
             ({"tp": 2, "dp": 4}, {"tp": 4, "cp": 2}, "dest grid must have 'dp' dimension"),
             ({"tp": 2, "pp": 2, "dp": 2}, {"tp": 2, "cp": 2, "dp": 2}, "src PP must be 1"),
-            ({"tp": 2, "dp": 4}, {"tp": 2, "pp": 2, "dp": 2}, "dest PP must be 1"),
+            ({"tp": 2, "dp": 4}, {"tp": 2, "dp": 2, "pp": 2}, "replicas of the grids must nest"),
             ({"tp": 2, "cp": 2, "dp": 2}, {"tp": 2, "cp": 2, "dp": 2}, "src CP must be 1"),
             ({"tp": 2, "dp": 4}, {"tp": 2, "dp": 2, "cp": 2}, "must have 'cp' before 'dp'"),
             ({"tp": 2, "dp": 3}, {"tp": 3, "cp": 1, "dp": 2}, "evenly divisible.*3.*2"),

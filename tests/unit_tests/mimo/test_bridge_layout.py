@@ -20,6 +20,7 @@ from megatron.core.models.mimo.comm.bridge_layout import (
 
 SRC_ORDERS = [("tp", "dp"), ("tp", "cp", "pp", "dp"), ("pp", "tp", "dp", "cp")]
 DEST_ORDERS = [("tp", "cp", "dp"), ("cp", "tp", "dp"), ("tp", "cp", "pp", "dp")]
+STAGED_ORDERS = [("tp", "cp", "pp", "dp"), ("pp", "cp", "tp", "dp"), ("cp", "pp", "tp", "dp")]
 
 
 def grid(order: tuple[str, ...] = ("tp", "cp", "dp"), offset: int = 0, **sizes: int) -> GridShape:
@@ -145,6 +146,35 @@ def test_every_pair_against_a_direct_computation(
         _check_groups(layout, held)
 
 
+@pytest.mark.parametrize("ranks", [2, 8, 12])
+@pytest.mark.parametrize("order", STAGED_ORDERS, ids="-".join)
+def test_every_pair_with_pipeline_stages(ranks: int, order: tuple[str, ...]) -> None:
+    """Stages are copies as CP ranks are, and every stage has a whole set of siblings."""
+    for (stp, sdp), (dtp, copies, ddp) in all_pairs(ranks):
+        for cp, pp in factors(copies, 2):
+            dest_sizes = {"tp": dtp, "cp": cp, "pp": pp, "dp": ddp}
+            layout = BridgeLayout.from_grids(
+                grid(("tp", "dp"), tp=stp, dp=sdp), grid(order, **dest_sizes)
+            )
+            batch, firsts = 2 * ranks, {}
+            siblings: dict[tuple[int, ...], list[int]] = {}
+            for rank in range(ranks):
+                mine, at = held_samples(dest_sizes, order, rank, batch)
+                assert _samples(layout.dest_slice(rank, batch)) == mine
+                assert layout.rank_to_dest_coords[rank] == (at["dp"], at["tp"], at["cp"])
+                assert layout.rank_to_dest_stage[rank] == at["pp"]
+                if at["cp"] == at["pp"] == 0:
+                    firsts[rank] = (at["dp"], at["tp"])
+                source = layout.src_slice(rank, batch).start
+                siblings.setdefault((source, at["tp"], at["cp"], at["pp"]), []).append(rank)
+            assert layout.rank_to_dest_pos == firsts
+            assert layout.dest_pp_size == pp
+            if layout.direction is BridgeDirection.FAN_OUT:
+                assert sorted(map(sorted, siblings.values())) == sorted(
+                    map(sorted, layout.gather_groups)
+                )
+
+
 def _samples(part: SliceInfo) -> list[int]:
     return list(range(part.start, part.start + part.size))
 
@@ -248,12 +278,17 @@ class TestErrors:
                 TP2_DP4,
                 "src PP must be 1 .* got 2 in tp=2 pp=2 dp=2",
             ),
-            (TP2_DP4, grid(("tp", "pp", "dp"), pp=4, dp=2), "dest PP must be 1 .* got 4"),
+            (
+                TP2_DP4,
+                grid(("tp", "dp", "pp"), dp=2, pp=4),
+                r"must nest: rank 1 is in src replica 0 of 4 .* 'dp' after all other dims in .*"
+                r"dp_last=True\)\), or use bridge='routed'",
+            ),
             (grid(cp=2, tp=2, dp=2), TP2_DP4, "src CP must be 1 .* got 2"),
             (
                 TP2_DP4,
                 grid(("tp", "ep", "dp"), ep=2, dp=4),
-                r"dest EP must be 1 .* got 2 .* Only \('tp', 'cp', 'dp'\)",
+                r"dest EP must be 1 .* got 2 .* Only \('tp', 'cp', 'dp', 'pp'\)",
             ),
             (
                 TP2_DP4,

@@ -81,8 +81,9 @@ def check_adjoint(case: BridgeCase) -> None:
     ``A`` is not a map between the ranks' tensors as they lie in memory: copies would be counted
     as often as they occur, and the adjoint of a copy is a sum over copies. It is the map between
     what the copies stand for. So on the source side one rank of each TP group counts, with the
-    whole gradient. On the destination side one rank of each TP group counts, with *every* CP
-    rank: the CP ranks hold the same values ``y`` and each a part of their gradient,
+    whole gradient. On the destination side one rank of each TP group of the *first* pipeline stage
+    counts, with *every* CP rank: the CP ranks hold the same values ``y`` and each a part of their
+    gradient, and later stages do not use them,
 
         <A x, g> = sum over dest dp, cp of <y, g(dp, cp)>,     <x, A^T g> = sum over src dp.
 
@@ -98,7 +99,8 @@ def check_adjoint(case: BridgeCase) -> None:
     of_cp_rank = [case.drawn(10 + cp) for cp in range(case.size("dest", "cp"))]
     at = case.places
     passed = pass_through(case, batch, lambda rank: of_cp_rank[at[rank]["dest cp"]])
-    there = [(p.y * p.y_grad).sum() for r, p in passed.items() if at[r]["dest tp"] == 0]
+    used = [r for r in passed if at[r]["dest tp"] == at[r]["dest pp"] == 0]
+    there = [(passed[r].y * passed[r].y_grad).sum() for r in used]
     back = [(p.x * p.x_grad).sum() for r, p in passed.items() if at[r]["src tp"] == 0]
     assert sum(there) == sum(back)
     for rank, p in passed.items():
@@ -132,16 +134,22 @@ def check_way_back(case: BridgeCase) -> None:
 
 
 def check_collectives(case: BridgeCase) -> None:
-    """One gather on the side that is coarser, one sum over CP in backward, and nothing else."""
+    """One gather on the side that is coarser; in backward one sum over CP on the first stage, which
+    the others are told; and nothing else."""
     src_dp, dest_dp = case.size("src", "dp"), case.size("dest", "dp")
     batch = case.drawn(1)
     for rank, passed in pass_through(case, batch, lambda rank: batch).items():
         fan_in = ("dest dp", "src tp")
-        copies = fan_in if src_dp > dest_dp else ("src dp", "dest tp", "dest cp")
+        fan_out = ("src dp", "dest tp", "dest cp", "dest pp")
+        copies = fan_in if src_dp > dest_dp else fan_out
         gather = {("all_gather", case.alike(rank, *copies)): 1}
-        summed = {("all_reduce", case.alike(rank, "dest dp", "dest tp")): 1}
         assert passed.forward == (gather if src_dp > dest_dp else {})
-        backward = summed if case.size("dest", "cp") > 1 else {}
+        backward: Counts = {}
+        if case.size("dest", "cp") > 1 and case.places[rank]["dest pp"] == 0:
+            summed = case.alike(rank, "dest dp", "dest tp", "dest pp")
+            backward["all_reduce", summed] = 1
+        if case.size("dest", "pp") > 1:
+            backward["broadcast", case.alike(rank, "dest dp", "dest tp", "dest cp")] = 1
         assert passed.backward == (backward | gather if dest_dp > src_dp else backward)
 
 
@@ -187,6 +195,7 @@ true_gather, true_take = bridge_module.gather_blocks, bridge_module.take_block
 true_sum = bridge_module.sum_gradients
 FAN_IN = BridgeCase((("tp", 2), ("dp", 6)), (("tp", 2), ("cp", 3), ("dp", 2)))
 FAN_OUT = BridgeCase((("tp", 12), ("dp", 1)), (("cp", 2), ("tp", 2), ("dp", 3)), offset=1)
+STAGES = BridgeCase((("tp", 2), ("dp", 6)), (("tp", 1), ("cp", 2), ("pp", 3), ("dp", 2)))
 
 
 @pytest.mark.parametrize(
@@ -194,6 +203,9 @@ FAN_OUT = BridgeCase((("tp", 12), ("dp", 1)), (("cp", 2), ("tp", 2), ("dp", 3)),
     [
         (FAN_IN, "sum_gradients", without_sum, {"adjoint", "round_trip", "collectives"}),
         (FAN_IN, "sum_gradients", mean_instead_of_sum, {"adjoint", "round_trip"}),
+        (STAGES, "sum_gradients", without_sum, {"adjoint", "round_trip", "collectives"}),
+        (STAGES, "first_gradient", without_sum, {"adjoint", "round_trip", "collectives"}),
+        (STAGES, "first_gradient", true_sum, {"adjoint", "round_trip", "collectives"}),
         (FAN_IN, "gather_blocks", reversed_slots, {"forward", "round_trip"}),
         (FAN_OUT, "sum_gradients", without_sum, {"adjoint", "round_trip", "collectives"}),
         (FAN_OUT, "take_block", zero_pad, {"adjoint", "round_trip", "collectives"}),

@@ -70,6 +70,7 @@ class Case:
     frozen: bool = False
     hears: tuple[int, int] | None = None
     flags: Callable[[int, int], dict[str, bool]] | None = None
+    dims: tuple[str, ...] = ("tp", "cp", "dp", "pp")
     config: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -93,7 +94,9 @@ class Case:
         tp, cp, pp, dp = self.dest
         grids = {
             "images": HyperCommGrid(list(self.src), ["tp", "dp"]),
-            "language": HyperCommGrid([tp, cp, dp, pp], ["tp", "cp", "dp", "pp"]),
+            "language": HyperCommGrid(
+                [{"tp": tp, "cp": cp, "dp": dp, "pp": pp}[dim] for dim in self.dims], self.dims
+            ),
         }
         if self.hears:
             grids["sounds"] = HyperCommGrid(list(self.hears), ["tp", "dp"])
@@ -264,7 +267,7 @@ def build_only(_case: Case, _rank: int, _model: MimoModel) -> None:
             Case(config={"virtual_pipeline_model_parallel_size": 2}),
             "virtual_pipeline_model_parallel_size 2, but 1 stages are given",
         ),
-        (Case(options={"bridge": "gather"}), "dest PP must be 1 .* or use bridge='routed'"),
+        (Case(options={"bridge": "gather"}), "DP replicas of the grids must nest: .*dp_last=True"),
     ],
     ids=["embeds", "has_a_head", "other_size", "virtual", "gather"],
 )
@@ -273,14 +276,22 @@ def test_models_that_do_not_fit_the_grid_are_refused_on_every_rank_they_are_on(c
         case.run(build_only)
 
 
-def test_a_rank_with_a_problem_stops_all():
+DP_LAST = {"dims": ("tp", "cp", "pp", "dp"), "options": {"bridge": "gather"}}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(), Case((1, 4), (1, 2, 2, 1), **DP_LAST), Case((4, 1), (1, 1, 2, 2), **DP_LAST)],
+    ids=["routed", "gather_fan_in", "gather_fan_out"],
+)
+def test_a_rank_with_a_problem_stops_all(case):
     def problem_on_rank_1(case: Case, rank: int, model: MimoModel) -> str:
         batches = [case.inputs(rank, microbatch) for microbatch in range(2)]
         with pytest.raises(ValueError, match="rank 1: out of images") as refused:
             model.encode_microbatches(batches, "out of images" if rank == 1 else None)
         return re.sub(r"\s+", " ", str(refused.value))
 
-    assert len(set(Case().run(problem_on_rank_1))) == 1
+    assert len(set(case.run(problem_on_rank_1))) == 1
 
 
 def test_other_numbers_of_microbatches_stop_all():

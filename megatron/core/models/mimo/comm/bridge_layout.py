@@ -11,6 +11,9 @@ TP4·DP2 -> TP1·CP2·DP4 on 8 ranks, a fan-out by 2 (a block is written by its 
     destination 0..1/4 --- | 1/4..1/2 --- | 1/2..3/4 - | 3/4..1
     gather groups (backward)   [0, 2] [1, 3] [4, 6] [5, 7]
 
+With pipeline stages of the destination (``pp``) every stage of a replica takes the same block; the
+gradient is that of the first stage's ranks.
+
 Everything is linear in the number of ranks.
 """
 
@@ -77,13 +80,25 @@ class BridgeLayout:
     >>> layout.dest_slice(7, 16)
     SliceInfo(start=12, size=4)
 
+    Two pipeline stages in place of two CP ranks; gradients come from ranks 0, 2, 4 and 6:
+
+    >>> stages = BridgeLayout.from_grids(src, GridShape((1, 2, 4), ("tp", "pp", "dp")))
+    >>> stages.rank_to_dest_pos == layout.rank_to_dest_pos
+    True
+    >>> [rank for rank, stage in stages.rank_to_dest_stage.items() if stage == 0]
+    [0, 2, 4, 6]
+    >>> stages.gather_groups
+    ((0, 2), (1, 3), (4, 6), (5, 7))
+
     Attributes:
         src_name, dest_name: the modules' names, for messages and pictures.
         rank_offset, size: the ranks are ``rank_offset .. rank_offset + size - 1``.
         scale: finer DP size over coarser DP size.
         rank_to_src_pos: rank -> (dp, tp) of the source.
-        rank_to_dest_pos: rank -> (dp, tp) of the destination, for ranks with CP coordinate 0.
+        rank_to_dest_pos: rank -> (dp, tp) of the destination, for ranks with CP coordinate 0 on
+            the first pipeline stage.
         rank_to_dest_coords: rank -> (dp, tp, cp) of the destination, for every rank.
+        rank_to_dest_stage: rank -> pipeline stage of the destination.
         gather_groups: ranks that gather from one another, members in slot order; every rank is
             in exactly one. Empty for equal DP.
     """
@@ -99,9 +114,11 @@ class BridgeLayout:
     dest_tp_size: int
     dest_dp_size: int
     dest_cp_size: int
+    dest_pp_size: int
     rank_to_src_pos: dict[int, tuple[int, int]]
     rank_to_dest_pos: dict[int, tuple[int, int]]
     rank_to_dest_coords: dict[int, tuple[int, int, int]]
+    rank_to_dest_stage: dict[int, int]
     gather_groups: tuple[tuple[int, ...], ...]
 
     @classmethod
@@ -119,7 +136,9 @@ class BridgeLayout:
         _check_dp_sizes(src_grid.dim_size("dp"), dest_grid.dim_size("dp"))
         ranks = range(src_grid.rank_offset, src_grid.rank_offset + src_grid.size)
         src_pos = {rank: _position(src_grid, rank)[:2] for rank in ranks}
-        dest_coords = {rank: _position(dest_grid, rank) for rank in ranks}
+        dest = {rank: _position(dest_grid, rank) for rank in ranks}
+        dest_coords = {rank: (dp, tp, cp) for rank, (dp, tp, cp, _) in dest.items()}
+        stage = {rank: pp for rank, (_, _, _, pp) in dest.items()}
         src_dp, dest_dp = src_grid.dim_size("dp"), dest_grid.dim_size("dp")
         direction, scale = _direction(src_dp, dest_dp)
         for rank in ranks:
@@ -136,10 +155,12 @@ class BridgeLayout:
             dest_tp_size=dest_grid.dim_size("tp"),
             dest_dp_size=dest_dp,
             dest_cp_size=dest_grid.dim_size("cp"),
+            dest_pp_size=dest_grid.dim_size("pp"),
             rank_to_src_pos=src_pos,
-            rank_to_dest_pos={r: (dp, tp) for r, (dp, tp, cp) in dest_coords.items() if cp == 0},
+            rank_to_dest_pos={r: at[:2] for r, at in dest.items() if at[2:] == (0, 0)},
             rank_to_dest_coords=dest_coords,
-            gather_groups=_gather_groups(direction, scale, src_pos, dest_coords),
+            rank_to_dest_stage=stage,
+            gather_groups=_gather_groups(direction, scale, src_pos, dest),
         )
 
     @property
@@ -218,9 +239,9 @@ class BridgeLayout:
             )
 
 
-def _position(grid: Grid, rank: int) -> tuple[int, int, int]:
+def _position(grid: Grid, rank: int) -> tuple[int, int, int, int]:
     coords = grid.coords(rank)
-    return coords["dp"], coords["tp"], coords.get("cp", 0)
+    return coords["dp"], coords["tp"], coords.get("cp", 0), coords.get("pp", 0)
 
 
 def _direction(src_dp: int, dest_dp: int) -> tuple[BridgeDirection, int]:
@@ -245,16 +266,16 @@ def _gather_groups(
     direction: BridgeDirection,
     scale: int,
     src_pos: dict[int, tuple[int, int]],
-    dest_coords: dict[int, tuple[int, int, int]],
+    dest: dict[int, tuple[int, int, int, int]],
 ) -> tuple[tuple[int, ...], ...]:
     """Ranks that differ only in their slot, as one pass over the ranks.
 
-    Fan-in: a group per (dest dp, src tp). Fan-out: one per (src dp, dest tp, dest cp). CP ranks
-    are kept apart so that each has a whole set of siblings of its own.
+    Fan-in: a group per (dest dp, src tp). Fan-out: one per (src dp, dest tp, dest cp, dest pp).
+    CP ranks and stages are kept apart so that each has a whole set of siblings of its own.
     """
     if direction is BridgeDirection.EQUAL:
         return ()
-    fine = src_pos if direction is BridgeDirection.FAN_IN else dest_coords
+    fine = src_pos if direction is BridgeDirection.FAN_IN else dest
     members: dict[tuple[int, ...], list[int]] = {}
     # Ascending DP index is slot order, whatever the numbers of the ranks.
     for rank in sorted(fine, key=lambda rank: fine[rank][0]):
@@ -263,12 +284,11 @@ def _gather_groups(
     return tuple(tuple(members[key]) for key in sorted(members))
 
 
-def check_grids(src_grid: Grid, dest_grid: Grid, *, dest_stages: bool = False) -> None:
+def check_grids(src_grid: Grid, dest_grid: Grid) -> None:
     """Refuse grids that no bridge can lie between, whatever their DP sizes.
 
     Args:
-        src_grid, dest_grid: encoder's and language model's grid.
-        dest_stages: the language model may have several pipeline stages.
+        src_grid, dest_grid: encoder's and language model's grid; the latter may have stages.
 
     Raises:
         ValueError: the grids do not cover the same ranks, one lacks ``tp`` or ``dp``, a size that
@@ -286,7 +306,7 @@ def check_grids(src_grid: Grid, dest_grid: Grid, *, dest_stages: bool = False) -
             "other ranks need no bridge of this kind."
         )
     _check_dims("src", src_grid, bridged=("tp", "dp"))
-    _check_dims("dest", dest_grid, bridged=("tp", "cp", "dp", *(["pp"] if dest_stages else [])))
+    _check_dims("dest", dest_grid, bridged=("tp", "cp", "dp", "pp"))
 
 
 def _check_dims(side: str, grid: Grid, bridged: tuple[str, ...]) -> None:
@@ -299,11 +319,10 @@ def _check_dims(side: str, grid: Grid, bridged: tuple[str, ...]) -> None:
             )
     for name in names:
         if grid.dim_size(name) > 1 and name not in bridged:
-            stages = " or use bridge='routed', which feeds a first stage" if name == "pp" else ""
             raise ValueError(
                 f"{side} {name.upper()} must be 1 for a colocated bridge, got "
                 f"{grid.dim_size(name)} in {_dims(grid)}. Only {bridged} may be larger on this "
-                f"side; give those ranks to DP or TP{stages if side == 'dest' else ''}."
+                f"side; give those ranks to DP or TP."
             )
     if side == "dest" and "cp" in names and names.index("dp") < names.index("cp"):
         raise ValueError(
@@ -338,8 +357,8 @@ def _check_nested(
     raise ValueError(
         f"DP replicas of the grids must nest: rank {rank} is in src replica {src_index} of "
         f"{src_dp} ({_dims(src_grid)}) and in dest replica {dest_index} of {dest_dp} "
-        f"({_dims(dest_grid)}), which hold different samples. Name 'dp' after 'tp' and 'cp' in "
-        "both grids."
+        f"({_dims(dest_grid)}), which hold different samples. Name 'dp' after all other dims in "
+        "both grids (make_grid(..., dp_last=True)), or use bridge='routed'."
     )
 
 

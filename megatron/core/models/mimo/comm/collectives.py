@@ -6,6 +6,7 @@
 | ``gather_blocks`` | all-gather along a dim       | take own block                 | 1 / 0       |
 | ``take_block``    | take own block               | all-gather along the dim       | 0 / 1       |
 | ``sum_gradients`` | identity                     | sum over the group             | 0 / 1       |
+| ``first_gradient`` | identity                    | that of the group's first rank | 0 / 1       |
 
 Legend of the docstrings: ``n`` ranks in the group, this rank has place ``i`` in it; ``b`` rows
 along ``dim``; ``x`` is this rank's tensor, ``x_j`` that of the group's ``j``-th rank, ``dy`` the
@@ -80,6 +81,23 @@ def sum_gradients(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return _SumGradients.apply(x, _required(group))
 
 
+def first_gradient(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The tensor itself; its gradient is that of the group's first rank.
+
+    forward:  ``x: (b)``  ->  ``y = x: (b)``; no communication
+    backward: ``dy: (b)``  ->  ``dx = dy_0: (b)``, the same on every rank
+
+    For an ``x`` that all ranks hold and the first one alone uses (the first of several pipeline
+    stages). The sum of all gradients would be the same, since the others' are zero; so these are
+    not moved.
+
+    Args:
+        x: the tensor, equal on every rank of the group.
+        group: the ranks that hold it; the one with the lowest global rank uses it.
+    """
+    return _FirstGradient.apply(x, _required(group))
+
+
 def check_same_shape(x: torch.Tensor, group: dist.ProcessGroup, what: str) -> None:
     """Compare tensors over a group: one small all-gather, and a wait for its result.
 
@@ -148,6 +166,21 @@ class _SumGradients(torch.autograd.Function):
         total = dy.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=ctx.group)
         return total, None
+
+
+class _FirstGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
+        # A copy, as in the sum above.
+        first = dy.clone(memory_format=torch.contiguous_format)
+        dist.broadcast(first, dist.get_process_group_ranks(ctx.group)[0], group=ctx.group)
+        return first, None
 
 
 def _own_block(x: torch.Tensor, index: int, count: int, dim: int) -> torch.Tensor:

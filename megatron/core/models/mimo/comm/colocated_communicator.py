@@ -10,11 +10,15 @@
 
 A forward is ``sum_gradients(<gather_blocks | take_block | identity>(x))``; autograd walks it from
 the end, hence the sum over CP comes first in backward. Without CP there is no sum.
+
+With pipeline stages of the destination all of them take the rows and the first one uses them. Its
+ranks sum over CP, the other stages get the sum from them, and go on as it does.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -27,10 +31,12 @@ from megatron.core.models.mimo.comm.bridge_layout import (
 )
 from megatron.core.models.mimo.comm.collectives import (
     check_same_shape,
+    first_gradient,
     gather_blocks,
     sum_gradients,
     take_block,
 )
+from megatron.core.models.mimo.comm.plan_guard import merge_problems
 from mimo_colocated.process_groups import make_groups, release_group
 
 __all__ = ["BridgeDirection", "ColocatedBridgeCommunicator", "SliceInfo"]
@@ -52,7 +58,7 @@ class ColocatedBridgeCommunicator:
 
     Args:
         src_grid: the encoder's grid: tp and dp, any other dim of size 1.
-        dest_grid: the language model's grid: tp, cp before dp, pp of size 1.
+        dest_grid: the language model's grid: tp, cp before dp; rows are for its first pp stage.
         src_module_name, dest_module_name: for messages.
         dim_mapping: which tensor dim is the batch ("b"), and the names of the others.
         check_shapes: compare shapes over the groups before each ``communicate``. Costs a small
@@ -63,6 +69,7 @@ class ColocatedBridgeCommunicator:
         layout: the ``BridgeLayout`` that is executed; the other public attributes repeat it.
         gather_pg: this rank's gather group; ``None`` for equal DP and after ``destroy``.
         dest_cp_pg: the destination grid's own ``cp`` group; ``None`` if its CP is 1.
+        dest_pp_pg: its ``pp`` group; ``None`` with one stage.
 
     Raises:
         ValueError: before anything is communicated: as ``BridgeLayout.from_grids``; the grids'
@@ -92,6 +99,8 @@ class ColocatedBridgeCommunicator:
         self.current_rank = dist.get_rank()
         self._destroyed = False
         self.dest_cp_pg = dest_grid.get_or_create_pg("cp") if self.dest_cp_size > 1 else None
+        self.dest_pp_pg = dest_grid.get_or_create_pg("pp") if self.dest_pp_size > 1 else None
+        self._replica_pg = self._coarser_replica() if self.dest_pp_size > 1 else None
         self.gather_pg = self._make_gather_pg(backend)
         logger.debug("Bridge %s on rank %d", self._describe(), self.current_rank)
 
@@ -137,10 +146,28 @@ class ColocatedBridgeCommunicator:
             output = take_block(tensor, self.gather_pg, batch_dim)
         else:
             output = tensor.contiguous()
-        return output if self.dest_cp_pg is None else sum_gradients(output, self.dest_cp_pg)
+        if self.dest_pp_pg is not None:
+            output = first_gradient(output, self.dest_pp_pg)
+        on_first = self.layout.rank_to_dest_stage[self.current_rank] == 0
+        if self.dest_cp_pg is not None and on_first:
+            output = sum_gradients(output, self.dest_cp_pg)
+        return output
+
+    def hear(self, problems: Mapping[int, str], count: int) -> dict[int, str]:
+        """Everybody's problems before encoders run, see :meth:`.RoutedBridge.hear`.
+
+        All ranks of a coarser replica call it, which are those that one bridge joins. Without
+        pipeline stages nothing is told.
+        """
+        if self._replica_pg is None:
+            return dict(problems)
+        told: list = [None] * dist.get_world_size(self._replica_pg)
+        dist.all_gather_object(told, (dict(problems), count), group=self._replica_pg)
+        ranks = dist.get_process_group_ranks(self._replica_pg)
+        return merge_problems(ranks, [each for each, _ in told], [count for _, count in told])
 
     def destroy(self) -> None:
-        """Release the gather group; idempotent. The CP group stays: it is the dest grid's."""
+        """Release the gather group; idempotent. CP and PP groups stay: they are the dest grid's."""
         self._destroyed = True
         group, self.gather_pg = self.gather_pg, None
         release_group(group)
@@ -150,7 +177,7 @@ class ColocatedBridgeCommunicator:
         self.direction, self.scale = layout.direction, layout.scale
         self.src_tp_size, self.src_dp_size = layout.src_tp_size, layout.src_dp_size
         self.dest_tp_size, self.dest_dp_size = layout.dest_tp_size, layout.dest_dp_size
-        self.dest_cp_size = layout.dest_cp_size
+        self.dest_cp_size, self.dest_pp_size = layout.dest_cp_size, layout.dest_pp_size
         self.rank_to_src_pos = layout.rank_to_src_pos
         self.rank_to_dest_pos = layout.rank_to_dest_pos
         self.rank_to_dest_coords = layout.rank_to_dest_coords
@@ -164,6 +191,11 @@ class ColocatedBridgeCommunicator:
             # torch numbers a group's members by global rank; our blocks lie in slot order.
             assert dist.get_rank(group) == self.layout.slot(self.current_rank)
         return group
+
+    def _coarser_replica(self) -> dist.ProcessGroup:
+        """The grid's own group of all ranks of the coarser side's replica."""
+        grid = self.src_grid if self.is_fan_out() else self.dest_grid
+        return grid.get_or_create_pg([dim for dim in grid.dim_names if dim != "dp"])
 
     def _check_input(self, tensor: torch.Tensor) -> None:
         if self._destroyed:
@@ -180,7 +212,7 @@ class ColocatedBridgeCommunicator:
 
     def _check_agreement(self, tensor: torch.Tensor) -> None:
         what = f"Input of bridge {self._describe()}"
-        for group in (self.gather_pg, self.dest_cp_pg):
+        for group in (self.gather_pg, self.dest_cp_pg, self.dest_pp_pg):
             if group is not None:
                 check_same_shape(tensor, group, what)
 
@@ -188,7 +220,8 @@ class ColocatedBridgeCommunicator:
         return (
             f"{self.src_module_name} (TP{self.src_tp_size} DP{self.src_dp_size}) -> "
             f"{self.dest_module_name} (TP{self.dest_tp_size} CP{self.dest_cp_size} "
-            f"DP{self.dest_dp_size}, {self.direction.value} by {self.scale})"
+            f"{f'PP{self.dest_pp_size} ' if self.dest_pp_size > 1 else ''}DP{self.dest_dp_size}, "
+            f"{self.direction.value} by {self.scale})"
         )
 
 

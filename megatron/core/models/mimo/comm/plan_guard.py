@@ -246,17 +246,30 @@ def hear(
         ranks have is a problem too.
     """
     table = _all_gather(np.array([bool(problems), count], dtype=np.int64), control)
+    told: list[Mapping[int, str]] = [{}] * group.size
     if table[:, 0].any():
-        told: list[Mapping[int, str]] = [problems] * group.size
+        told = [problems] * group.size
         if control is not None:
             dist.all_gather_object(told, dict(problems), group=control)
-        return {rank: text for each in told for rank, text in each.items()}
-    values, counts = np.unique(table[:, 1], return_counts=True)
-    usual = values[counts.argmax()]
+    return merge_problems(group.ranks.tolist(), told, table[:, 1].tolist())
+
+
+def merge_problems(
+    ranks: Sequence[int], told: Sequence[Mapping[int, str]], counts: Sequence[int]
+) -> dict[int, str]:
+    """What ranks told each other before they encode, as :func:`hear` returns it.
+
+    >>> merge_problems([4, 5, 6], [{}] * 3, [2, 2, 1])
+    {6: 'it encodes 1 microbatches, others 2; give all ranks as many'}
+    """
+    problems = {rank: text for each in told for rank, text in each.items()}
+    if problems:
+        return problems
+    usual = max(set(counts), key=counts.count)
     return {
-        int(rank): f"it encodes {number} microbatches, others {usual}; give all ranks as many"
-        for rank, number in zip(group.ranks, table[:, 1], strict=True)
-        if number != usual
+        rank: f"it encodes {count} microbatches, others {usual}; give all ranks as many"
+        for rank, count in zip(ranks, counts, strict=True)
+        if count != usual
     }
 
 

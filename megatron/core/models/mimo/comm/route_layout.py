@@ -95,7 +95,7 @@ class RouteLayout:
             ValueError: the grids do not cover the same ranks, one lacks ``tp`` or ``dp``, a size
                 that must be 1 is not, or ``dp`` is named before ``cp``.
         """
-        check_grids(src_grid, dest_grid, dest_stages=True)
+        check_grids(src_grid, dest_grid)
         src_dp, src_tp = (_coordinates(src_grid, dim) for dim in ("dp", "tp"))
         dest_dp, dest_tp, dest_cp = (_coordinates(dest_grid, d) for d in ("dp", "tp", "cp"))
         sizes = src_grid.dim_size("dp"), dest_grid.dim_size("dp")

@@ -33,7 +33,6 @@ from megatron.core.models.mimo.model.multimodal_rotary import rotary_positions_o
 from megatron.core.models.mimo.model.routed_side import RoutedSide
 from megatron.core.models.mimo.model.stage_side import StageSide, stages_of
 from megatron.core.models.mimo.model.state_dicts import StateDicts
-from megatron.core.models.mimo.model.token_rows import TEXT
 from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig
 from megatron.core.models.mimo.training.recompute import recomputable
 from megatron.core.models.mimo.transformer.input_gradients import sum_wanted_gradients_only
@@ -62,9 +61,9 @@ class MimoModel(
     With ``bridge="routed"`` the bridge ends at the last line: rows go straight to their places in
     the cut sequence, and only the text tokens of this rank's part are embedded.
 
-    With pipeline stages of the language model (routed bridge only) the encoders still run on every
-    rank. The rows go to the first stage, and ``training.pipeline_step`` runs the step in place of
-    ``forward``.
+    With pipeline stages of the language model the encoders still run on every rank. The rows go to
+    the first stage (over gather bridges to all stages, of which the first uses them), and
+    ``training.pipeline_step`` runs the step in place of ``forward``.
 
     Non-colocated, an encoder rank stops after the rows and returns them by module name; a
     language rank gets them through :meth:`set_input_tensor` and starts at the placing.
@@ -373,12 +372,7 @@ class MimoModel(
         packing_kwargs: Mapping[str, Any] | None,
     ) -> tuple[Any, torch.Tensor | None]:
         """Fuse modality rows with the text and run the language model on the result."""
-        rows[TEXT] = self.get_text_embeddings(input_ids, position_ids, self.special_token_ids)
-        fused = self.align_embeddings_by_token_positions(
-            modality_embeddings=rows,
-            input_ids=input_ids,
-            special_token_ids=self.special_token_ids,
-        )
+        fused = self._fuse_gathered(rows, input_ids, position_ids)
         return self._run_language_model(
             fused, position_ids, attention_mask, loss_mask, labels, packing_kwargs
         )

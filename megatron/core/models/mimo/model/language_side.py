@@ -59,6 +59,20 @@ class LanguageSide:
         )
         return embedded.squeeze(1)
 
+    def _fuse_gathered(
+        self,
+        rows: dict[str, torch.Tensor],
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """All rows of a replica and its text, ``(S, B, H)``; ``rows`` gets the text too."""
+        rows[TEXT] = self.get_text_embeddings(input_ids, position_ids, self.special_token_ids)
+        return self.align_embeddings_by_token_positions(
+            modality_embeddings=rows,
+            input_ids=input_ids,
+            special_token_ids=self.special_token_ids,
+        )
+
     def align_embeddings_by_token_positions(
         self,
         modality_embeddings: Mapping[str, torch.Tensor],

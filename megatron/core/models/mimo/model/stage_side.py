@@ -55,10 +55,12 @@ class EncodedMicrobatch:
     Attributes:
         tokens: modality -> where its tokens stand in the rank's language batch.
         rows: modality -> its rows, for modalities that brought any.
+        gathered: over gather bridges: modality -> all rows of the language replica, a leaf.
     """
 
     tokens: dict[str, TokenRuns]
     rows: dict[str, LandedRows]
+    gathered: dict[str, torch.Tensor] | None = None
 
 
 class EncodedMicrobatches:
@@ -114,6 +116,8 @@ class StageSide:
         """
         self.start_param_gathers()
         self._refuse_problems(problem, len(microbatches))
+        if not self._routed_bridges():
+            return self._encode_gathered(microbatches)
         brought = [
             self._bring_rows(
                 batch["input_ids"],
@@ -162,27 +166,53 @@ class StageSide:
         """
         self._refuse_mask_under_cp(attention_mask)
         fused = None
+        packed, whole = self._build_packed_seq_params(packing_kwargs), None
         if getattr(unwrap_model(language_model), "pre_process", True):
-            fused = self._place_local(input_ids, position_ids, encoded.tokens, encoded.rows)
-        _, labels, loss_mask, packed = self._shard_language_inputs(
-            None, labels, loss_mask, self._build_packed_seq_params(packing_kwargs)
+            if encoded.gathered is None:
+                fused = self._place_local(input_ids, position_ids, encoded.tokens, encoded.rows)
+            else:
+                whole = self._fuse_gathered(dict(encoded.gathered), input_ids, position_ids)
+        cut, labels, loss_mask, packed = self._shard_language_inputs(
+            whole, labels, loss_mask, packed
         )
+        fused = cut if fused is None else fused
         output = self._call_language_model(
             fused, position_ids, None, labels, packed, language_model=language_model
         )
         return output, loss_mask
 
 
+    def _encode_gathered(self, microbatches: Sequence[Mapping[str, Any]]) -> EncodedMicrobatches:
+        """:meth:`encode_microbatches` over gather bridges: all rows of a replica on all stages."""
+        encoded, ends = [], []
+        for batch in microbatches:
+            input_ids = batch["input_ids"]
+            packed = self._build_packed_seq_params(batch.get("packing_kwargs"))
+            self._check_batch(input_ids, packed)
+            gathered = {}
+            rows = self._encode_for_language(input_ids, batch.get("modality_inputs"))
+            self._rows_memo = None
+            for name, moved in rows.items():
+                whole = torch.arange(moved.size(0), device=moved.device)
+                leaves = _Leaves([whole], moved.requires_grad)
+                end = _HandOver.apply(moved, leaves)
+                (gathered[name],) = leaves.rows
+                if end.requires_grad:
+                    ends.append(end)
+            encoded.append(EncodedMicrobatch({}, {}, gathered))
+        return EncodedMicrobatches(encoded, ends)
+
     def _refuse_problems(self, problem: str | None, count: int) -> None:
         """Raise what any rank has to say against encoding so many microbatches.
 
         Raises:
-            ValueError: on every rank of an exchange group that has one with a problem in it.
+            ValueError: on every rank of an exchange group (over gather bridges: of a coarser
+                replica) that has one with a problem in it.
         """
         rank = dist.get_rank()
         problems = {} if problem is None else {rank: problem}
         # Groups differ between modalities: what was heard in one is told in the next.
-        for bridge in self._routed_bridges().values():
+        for bridge in self.colocated_comms.values():
             problems = bridge.hear(problems, count)
         if problems:
             raise ValueError(f"Nothing was encoded. {words_of(problems)}")

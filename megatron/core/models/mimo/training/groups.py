@@ -44,6 +44,7 @@ def make_grid(
     expt_tp: int | None = None,
     rank_offset: int = 0,
     backend: str | None = None,
+    dp_last: bool = False,
 ) -> HyperCommGrid:
     """Grid of one module in Megatron-Core's default rank order, TP fastest and PP slowest.
 
@@ -54,13 +55,20 @@ def make_grid(
             fastest. Expert DP is what is left.
         expt_tp: ranks that share one expert; ``tp`` if not given.
         rank_offset, backend: as of ``HyperCommGrid``.
+        dp_last: DP is slowest, after PP: the ranks of a replica follow each other, stages and
+            all. The gather bridge beside stages needs that. Without experts only.
 
     Raises:
-        ValueError: ``expt_tp * ep`` does not divide the ranks of a stage; as ``HyperCommGrid``.
+        ValueError: ``dp_last`` with experts; ``expt_tp * ep`` does not divide the ranks of a
+            stage; as ``HyperCommGrid``.
         RuntimeError: as ``HyperCommGrid``.
     """
+    if dp_last and (ep is not None or expt_tp is not None):
+        raise ValueError("dp_last=True is for grids without ep and expt_tp; leave it out")
+    sizes = {"tp": tp, "cp": cp, "dp": dp, "pp": pp}
+    dims = ["tp", "cp", "pp", "dp"] if dp_last else list(GRID_DIMS)
     grid = HyperCommGrid(
-        [tp, cp, dp, pp], list(GRID_DIMS), rank_offset=rank_offset, backend=backend
+        [sizes[dim] for dim in dims], dims, rank_offset=rank_offset, backend=backend
     )
     if ep is not None or expt_tp is not None:
         _register_expert_view(grid, 1 if ep is None else ep, tp if expt_tp is None else expt_tp)

@@ -354,12 +354,12 @@ def _check(
             "forward_backward_pipelined runs colocated models; modules on different ranks go "
             "over stock's multi-module schedules"
         )
-    bridged = set(mimo._routed_bridges())
+    bridged = {modality for modality, _ in mimo.colocated_comms}
     if bridged != set(mimo.modality_submodules) or not bridged:
         raise ValueError(
-            f"forward_backward_pipelined needs a routed bridge for each modality "
+            f"forward_backward_pipelined needs a bridge for each modality "
             f"({sorted(mimo.modality_submodules)}), the model has some for {sorted(bridged)}; "
-            "build it with MimoModelConfig(bridge='routed', module_to_grid_map=...)"
+            "build it with MimoModelConfig(module_to_grid_map=...)"
         )
     grid = mimo.mimo_config.module_to_grid_map[MIMO_LANGUAGE_MODULE_KEY]
     if groups.pp.size() != grid.dim_size("pp"):
