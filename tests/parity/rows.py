@@ -228,7 +228,7 @@ _STAGES = (
         masks="uneven", tied=True, **_FULL),
     Row("pp2-cp2-gather", "tp=1,cp=2,pp=2,dp=2", "tp=1,dp=8", micro_batches=4, masks="uneven",
         bridge="gather", encode_ahead=2, overlap=True),
-    Row("pp2-cp2-fan-out-gather", "tp=1,cp=2,pp=2,dp=2", "tp=8,dp=1", micro_batches=2,
+    Row("pp2-cp2-fan-out-gather", "tp=1,cp=2,pp=2,dp=2", "tp=8,dp=1", micro_batches=4,
         masks="uneven", bridge="gather", tied=True),
     Row("pp4-cp2-4mb-ahead", "tp=1,cp=2,pp=4,dp=1", "tp=2,dp=4", micro_batches=4, masks="uneven",
         tied=True, layers=4, encode_ahead=1, overlap=True),
