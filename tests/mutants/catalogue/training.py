@@ -244,7 +244,7 @@ OPTIMIZER = (
         file=_OPTIMIZER,
         old="(self._speaks_for(name) or not math.isfinite(norm))",
         new="self._speaks_for(name)",
-        tests=(_NONFINITE + "test_the_step_is_skipped_everywhere_and_the_module_is_named",),
+        tests=(_NONFINITE + "test_a_replica_that_is_not_the_one_that_speaks",),
         why="a replica whose copy of a gradient is broken steps away from the others",
         ranks=8,
     ),

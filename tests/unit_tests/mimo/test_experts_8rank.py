@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron.core.models.mimo import compat
 from megatron.core.models.mimo.training.global_names import global_modules
 from megatron.core.transformer.moe.router import Router
-from tests.parity.compare import GRADIENTS, tensor_checks, worst_by_kind
+from tests.parity.compare import GRADIENTS, tensor_checks, tolerances, worst_by_kind
 from tests.parity.rows import Reference
 from tests.parity.tasks import batches
 from tests.parity.tensors import (
@@ -68,6 +68,7 @@ class Case:
     sequence_parallel: bool = False
     overlap: bool = False
     distributed_optimizer: bool = False
+    dtype: torch.dtype = torch.float32
     # Of the language model's TransformerConfig, beside what the job sets.
     config: tuple[tuple[str, object], ...] = ()
 
@@ -110,6 +111,7 @@ def options(case: Case) -> ModelOptions:
     """Model options of a case."""
     return ModelOptions(
         size=SIZE,
+        dtype=case.dtype,
         distributed_optimizer=case.distributed_optimizer,
         overlap_grad_reduce=case.overlap,
         sequence_parallel=case.sequence_parallel,
@@ -238,6 +240,34 @@ def test_loss_gradients_and_norm_equal_the_unsharded_model(case: Case, oracle: O
     assert len(set(norms)) == 1
     expected = torch.stack([g.double().norm() for g in whole.values()]).norm().item()
     assert norm == pytest.approx(expected, rel=GRADIENTS)
+
+
+def test_bf16_is_as_near_to_fp32_as_on_one_rank(oracle: Oracle) -> None:
+    """All tokens go to all experts: of two that are nearly tied, rounding would choose.
+
+    Both bf16 runs round about as often on the way from fp32's gradients; a contribution that is
+    lost or doubled is an error of order 1.
+    """
+    everywhere = replace(PLAIN, per_token=PLAIN.count)
+    language = "tp=1,cp=2,dp=4,ep=4"
+    overlaps = {"overlap": True, "distributed_optimizer": True}
+    case = Case(language, everywhere, **overlaps, dtype=torch.bfloat16)
+    _, _, exact = oracle(replace(case, dtype=torch.float32))
+    _, tokens, alone = oracle(case)
+    built = built_model(case)
+    try:
+        _, found_tokens = trainer(built, case).gradients(data(), 0)
+        found = gradients(built)
+    finally:
+        dist.barrier()
+        built.destroy()
+    assert found_tokens == tokens
+    assert any(_EXPERT in name for name in found)
+    for name, gradient in found.items():
+        size = exact[name].norm()
+        rounded = float((alone[name].float() - exact[name]).norm() / size)
+        error = float((gradient.float() - exact[name]).norm() / size)
+        assert 0 < error <= max(2 * rounded, tolerances("bfloat16", 1e-4).gradients), name
 
 
 UNUSED = Case("tp=1,cp=2,dp=4,ep=4", overlap=True, distributed_optimizer=True)

@@ -88,6 +88,22 @@ def test_the_step_is_skipped_everywhere_and_the_module_is_named(
             )
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_replica_that_is_not_the_one_that_speaks(name: str) -> None:
+    """Replicas hold copies of one gradient; the last has a nan where the others have none."""
+    with tiny_model(COLOCATED) as model:
+        optimizer = get_mimo_optimizer(model, OptimizerConfig(optimizer="adam", lr=0.1))
+        model.set_gradients({n: values(n, 1) for n in NAMES})
+        for module, key, parameter in model.named():
+            if dist.get_rank() == 7 and (module, key) == (name, "sharded"):
+                parameter.main_grad[0, 0] = math.nan
+        before = model.weights()
+        outcomes = on_all_ranks((optimizer.step(), optimizer.nonfinite_modules))
+        stayed = on_all_ranks(same(model.weights(), before))
+    assert outcomes == [((False, None, None), (name,))] * 8
+    assert stayed == [True] * 8
+
+
 @pytest.mark.parametrize("distributed", [False, True], ids=["whole", "sharded"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_copy_that_the_norm_leaves_out(name: str, distributed: bool) -> None:

@@ -36,7 +36,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from tests.parity.compare import GRADIENTS, tensor_checks, worst_by_kind
-from tests.parity.tensors import local_gradients, whole_tensors
+from tests.parity.tensors import complete_gradients, local_gradients, whole_tensors
 from tests.unit_tests.mimo.digits_runs import SIZE
 
 from layouts import Layout  # isort: skip
@@ -96,10 +96,13 @@ def build(layouts: dict[str, Layout], device: torch.device, rank_offset: int = 0
     model = MimoModel(config, cp_group=language.cp, tp_group=language.tp).to(device)
     for name, module in iter_modules(model):
         initialize_weights(module, 7, name_prefix=f"{name}.", tp_group=groups[name].tp)
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True)
+    overlaps = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+    sharded = {"use_distributed_optimizer": True}
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **overlaps, **sharded)
     wrap_modules_with_ddp(model, configs, ddp, groups)
     optimizer = get_mimo_optimizer(
-        model, OptimizerConfig(optimizer="adam", lr=1e-2, clip_grad=0.5, weight_decay=0.0)
+        model,
+        OptimizerConfig(optimizer="adam", lr=1e-2, clip_grad=0.5, weight_decay=0.0, **sharded),
     )
     model.config.finalize_model_grads_func = MimoGradFinalizer(groups)
     model.config.no_sync_func = model.no_sync
@@ -163,6 +166,7 @@ def step(built: Built, device: torch.device) -> dict[str, Any]:
     )
     total = torch.stack(outputs).sum(0)
     dist.all_reduce(total, group=built.groups[LANGUAGE].dp_cp)
+    complete_gradients(built.model)
     gradients = whole_tensors(built.model, built.groups, local_gradients(built.model))
     success, norm, _ = built.optimizer.step()
     assert success
@@ -179,14 +183,18 @@ def step(built: Built, device: torch.device) -> dict[str, Any]:
 )
 def test_two_encoders_train_as_on_one_rank(images, sounds, language, rank_device):
     alone = build(dict.fromkeys((*ENCODERS, LANGUAGE), Layout()), rank_device, dist.get_rank())
-    expected = step(alone, rank_device)
+    expected, later = step(alone, rank_device), step(alone, rank_device)
     alone.release()
     layouts = {"images": images, "sounds": sounds, LANGUAGE: language}
     built = build(layouts, rank_device)
-    found = step(built, rank_device)
+    found, found_later = step(built, rank_device), step(built, rank_device)
     built.release()
     # fp32: one number each, summed over other ranks than the oracle's.
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    # Weights that a rank had not gathered would be a whole step of 1e-2 away; Adam's first step
+    # moves elements whose gradient is rounding noise either way.
+    assert found_later["loss"] == pytest.approx(later["loss"], rel=1e-4)
+    assert later["loss"][0] < 0.99 * expected["loss"][0]
     whole = expected["gradients"]
     (worst,) = worst_by_kind(list(tensor_checks("gradients", found["gradients"], whole, GRADIENTS)))
     assert worst.passed, f"{worst.where}: {worst.error:.2e}"
