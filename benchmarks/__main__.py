@@ -18,6 +18,9 @@ from benchmarks.ranks import Plan
 from tests.parity.runner import LaunchFailed, RanksLaunch, Start
 
 _SCRIPT = Path(__file__).with_name("ranks.py")
+_NOT_SHOWN = ("passed", "backend", "expected", "curve")
+# Kind -> what draws a picture of its cells.
+_PICTURES = {"step": report.plot_steps, "memory-policies": report.plot_memory}
 
 
 class BenchLaunch(RanksLaunch):
@@ -39,7 +42,7 @@ class Results:
     def add(self, kind: str, cell: dict[str, Any]) -> None:
         """One more cell; a line of it."""
         self.cells[kind].append(cell)
-        named = {k: v for k, v in cell.items() if k not in ("passed", "backend", "expected")}
+        named = {k: v for k, v in cell.items() if k not in _NOT_SHOWN}
         fields = "  ".join(f"{name} {report.text(value)}" for name, value in named.items())
         print(f"{report.verdict(cell):4}  {kind}  {fields}", flush=True)
 
@@ -51,11 +54,11 @@ class Results:
         path = report.write_json(folder, kind, cells, self._command)
         if self._options.docs is not None:
             docs.update(self._options.docs, kind, cells, self._command)
-        if kind.name == "step":
-            report.plot_steps(folder / "step.png", cells)
+        if draw := _PICTURES.get(kind.name):
+            draw(folder / f"{kind.name}.png", cells)
             if self._options.docs is not None:
                 page = self._options.docs
-                report.plot_steps(page.with_name(f"{page.stem}_step.png"), cells)
+                draw(page.with_name(f"{page.stem}_{kind.name}.png"), cells)
         self._console.print(report.table(kind, kind.load().COLUMNS, cells))
         print(f"written to {path}\n", flush=True)
 

@@ -33,6 +33,7 @@ KINDS = (
     Kind("bytes", "Bytes that come to a rank", "bytes_moved"),
     Kind("memory", "Peak memory, encoder rows to cut sequence and back", "memory"),
     Kind("stages", "Encoder activations of a step with pipeline stages", "stages"),
+    Kind("memory-policies", "Encoder activations kept, recomputed, offloaded", "memory_policies"),
     Kind("overlap", "What the asynchronous exchange hides", "overlap"),
     Kind("gathers", "What overlapping reductions and parameter gathers hide", "gathers"),
     Kind("step", "Whole step of the digits job", "whole_step"),

@@ -121,3 +121,31 @@ def plot_steps(path: Path, cells: Cells) -> None:
     axes.set_xlabel("ms of a step (mean over ranks); at the bars' ends: step over homogeneous")
     figure.legend(loc="outside upper center", ncols=len(SECTIONS), fontsize=8, frameon=False)
     save_figure(figure, path, "the stacked bars")
+
+
+def plot_memory(path: Path, cells: Cells) -> None:
+    """Bytes allocated over a step of rank 0, a line per policy of the whole encoder.
+
+    Args:
+        path: the PNG.
+        cells: those of ``memory_policies``; the first step of them is drawn.
+
+    Raises:
+        JobError: for a full disk or a path that cannot be written.
+    """
+    from matplotlib.figure import Figure
+    from pictures import save_figure
+
+    first = [c for c in cells if (c["layout"], c["step"]) == (cells[0]["layout"], cells[0]["step"])]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots()
+    for cell in first:
+        if cell["encoder"] == cell["projector"] and cell.get("curve"):
+            times, sizes = zip(*cell["curve"], strict=True)
+            share = [100 * time / times[-1] for time in times]
+            axes.step(share, [size / 2**20 for size in sizes], where="post", label=cell["encoder"])
+    axes.set_xlabel("% of the step's time")
+    axes.set_ylabel("MiB allocated on the device")
+    axes.set_title(f"encoder and projector; {cells[0]['layout']}, {cells[0]['step']}", fontsize=9)
+    axes.legend(frameon=False)
+    save_figure(figure, path, "memory over the step")

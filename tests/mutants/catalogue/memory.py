@@ -13,28 +13,44 @@ _EQUAL = _ACTIVATIONS + "test_gradients_are_bit_equal"
 
 MEMORY = (
     Mutant(
-        name="recompute-without-megatrons-random-states",
+        name="recomputed-without-its-random-states",
         file=_RECOMPUTED,
-        old="return checkpoint(lambda _, *rest: function(*rest), False, anchor, *arguments)",
-        new="import torch.utils.checkpoint as stock; return stock.checkpoint("
-        "lambda _, *rest: function(*rest), anchor, *arguments, use_reentrant=True)",
+        old="        _restore(self._then)\n",
+        new="",
         tests=(_EQUAL,),
         why="a recomputed encoder drops other elements than the forward pass did",
     ),
     Mutant(
-        name="recomputed-encoder-without-gradient",
+        name="recompute-knows-pytorchs-random-state-only",
         file=_RECOMPUTED,
-        old="anchor = torch.empty(0, requires_grad=True)",
-        new="anchor = torch.empty(0)",
+        old="    restore_states(states[1])\n",
+        new="",
         tests=(_EQUAL,),
-        why="pixels need no gradient, so the encoder gets none",
+        why="dropout of sharded activations draws from Megatron's tracker, where it has gone on",
     ),
     Mutant(
-        name="frozen-parts-recomputed",
+        name="recompute-leaves-its-random-states-behind",
         file=_RECOMPUTED,
-        old="needs_gradient = trains or any(argument.requires_grad for argument in arguments)",
-        new="needs_gradient = True",
-        tests=(_ACTIVATIONS + "test_nothing_to_train_has_no_backward",),
+        old="        _restore(self._after)\n",
+        new="        pass\n",
+        tests=(_EQUAL,),
+        why="the next step draws the numbers of this one again",
+    ),
+    Mutant(
+        name="recompute-runs-a-backward-pass-of-its-own",
+        file=_RECOMPUTED,
+        old="use_reentrant=False,\n        preserve_rng_state=False,\n        "
+        "context_fn=lambda: (nullcontext(), drawn),",
+        new="use_reentrant=True,",
+        tests=(_ACTIVATIONS + "test_a_weight_gets_its_gradient_once_per_backward_pass",),
+        why="DDP counts a gradient per microbatch and reduces before the last one is there",
+    ),
+    Mutant(
+        name="frozen-encoder-recomputed-with-the-projector",
+        file=MIMO + "memory/activations.py",
+        old="if trains and policy.encoder == policy.projector == RECOMPUTE:",
+        new="if policy.encoder == policy.projector == RECOMPUTE:",
+        tests=(_ACTIVATIONS + "test_frozen_parts",),
         why="frozen encoders run a second time for gradients that nobody takes",
     ),
     Mutant(
@@ -98,5 +114,14 @@ MEMORY = (
         new="",
         tests=(_STREAMS + "test_memory_that_came_back_is_kept_for_the_computation",),
         why="the next copy overwrites activations that a kernel still reads",
+    ),
+    Mutant(
+        name="recomputed-layers-counted-per-microbatch",
+        file=MIMO + "training/pipeline_step.py",
+        old="if not last or name in late]",
+        new="if not last]",
+        tests=(UNIT + "test_memory_8rank.py::test_gradients_are_those_of_kept_activations",),
+        why="DDP reduces the encoder's gradients when as many came as in the first step",
+        ranks=8,
     ),
 )

@@ -49,8 +49,8 @@ STAGES = (
     Mutant(
         name="encoders-reduce-in-every-window-but-the-last",
         file=_STEP,
-        old="if not last:",
-        new="if last:",
+        old="if not last or name in late]",
+        new="if last]",
         tests=(_ON_RANKS + "test_windows_of_microbatches",),
         why="the encoder's replicas train on different gradients",
         ranks=8,

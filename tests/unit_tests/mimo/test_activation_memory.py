@@ -132,6 +132,17 @@ def test_nothing_to_train_has_no_backward(encoder: str, projector: str):
     assert made.activation_memory.host.moved == 0
 
 
+@pytest.mark.parametrize(("encoder", "projector"), PAIRS)
+def test_a_weight_gets_its_gradient_once_per_backward_pass(encoder: str, projector: str):
+    """However many microbatches go back together: DDP counts, to know when all are there."""
+    made = built(EncoderMemory(encoder, projector, offload_from=0))
+    told: list[str] = []
+    for name, parameter in made.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: told.append(name))
+    sum(run(made, pixels(count)).sum() for count in (5, 0, 7)).backward()
+    assert sorted(told) == sorted(name for name, _ in made.named_parameters())
+
+
 @pytest.mark.parametrize("policy", ["recompute", "offload"])
 def test_rows_that_are_given_get_their_gradient(policy: str):
     found = []
@@ -241,8 +252,9 @@ def test_a_storage_at_the_place_of_one_that_is_gone_is_another_one():
     assert [part._unpack(each)[0].item() for each in packed] == values
 
 
-def test_a_second_backward_pass_reloads():
-    made = built(EncoderMemory("offload", "offload", offload_from=0))
+@pytest.mark.parametrize(("encoder", "projector"), CHANGES)
+def test_a_second_backward_pass(encoder: str, projector: str):
+    made = built(EncoderMemory(encoder, projector, offload_from=0))
     output = run(made, pixels()).pow(2).sum()
     output.backward(retain_graph=True)
     first = gradients(made)
@@ -305,7 +317,9 @@ def test_what_a_policy_cannot_be_used_with_is_refused():
     made = VisionModalitySubmodules(encoders={"one": fused.module(**fused.params)})
     with pytest.raises(ValueError, match="encoder='offload' needs gradient_accumulation_fusion=Fa"):
         made.use_memory(EncoderMemory(encoder="offload"))
-    made.use_memory(EncoderMemory(encoder="recompute", projector="offload"))
+    with pytest.raises(ValueError, match="encoder='recompute' needs gradient_accumulation_fusion"):
+        made.use_memory(EncoderMemory(encoder="recompute"))
+    made.use_memory(EncoderMemory(projector="offload"))
     made = VisionModalitySubmodules(input_projections=[Configured(fp8="hybrid")])
     with pytest.raises(ValueError, match="projector='recompute' does not carry the scaling of fp8"):
         made.use_memory(EncoderMemory(projector="recompute"))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from megatron.core.models.mimo.memory.offload import HostUse, OffloadedPart
-from megatron.core.models.mimo.memory.policy import OFFLOAD, RECOMPUTE, EncoderMemory
+from megatron.core.models.mimo.memory.policy import KEEP, OFFLOAD, RECOMPUTE, EncoderMemory
 from megatron.core.models.mimo.memory.recomputed import recomputed
 from megatron.core.utils import unwrap_model
 
@@ -55,16 +55,16 @@ class ActivationMemory:
             project: these rows -> what goes over the bridge.
             rows: where there is nothing to encode.
         """
-        policy, projector = self.policy, list(self._projections.parameters())
+        policy = self.policy
         offloading = torch.is_grad_enabled() and policy.uses(OFFLOAD)
         hooks = self._offloaded().hooks if offloading else nullcontext
         if encode is not None:
-            encoder = list(self._encoders.parameters())
-            trains = any(parameter.requires_grad for parameter in encoder)
+            # A frozen encoder would run again only for its output's sake.
+            trains = _trains(self._encoders)
             if trains and policy.encoder == policy.projector == RECOMPUTE:
-                return recomputed(lambda: project(encode()), (), [*encoder, *projector])
+                return recomputed(lambda: project(encode()), trains=True)
             if policy.encoder == RECOMPUTE:
-                rows = recomputed(encode, (), encoder)
+                rows = recomputed(encode, trains=trains)
             else:
                 with _where(policy.encoder == OFFLOAD, hooks):
                     rows = encode()
@@ -73,7 +73,7 @@ class ActivationMemory:
         if policy.projector == RECOMPUTE:
             # What stays is the encoders' output, so it goes where theirs does.
             with _where(policy.encoder == OFFLOAD, hooks):
-                return recomputed(project, (rows,), projector)
+                return recomputed(project, rows, trains=_trains(self._projections))
         with _where(policy.projector == OFFLOAD, hooks):
             return project(rows)
 
@@ -106,6 +106,10 @@ def _lasting(part: nn.Module) -> Iterator[torch.Tensor]:
     yield from part.buffers()
 
 
+def _trains(part: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in part.parameters())
+
+
 def _where(condition: bool, hooks: Callable[[], Any]) -> AbstractContextManager[Any]:
     return hooks() if condition else nullcontext()
 
@@ -114,18 +118,18 @@ def _refuse(policy: str, name: str, part: nn.Module) -> None:
     """What a policy cannot do with a part.
 
     Raises:
-        ValueError: offloading under ``gradient_accumulation_fusion``, or recomputing in 8 or
-            4 bits.
+        ValueError: anything but keeping under ``gradient_accumulation_fusion``; recomputing in 8
+            or 4 bits.
     """
     configs = [config for module in part.modules() if (config := getattr(module, "config", None))]
-    if policy == OFFLOAD and any(
+    if policy != KEEP and any(
         getattr(config, "gradient_accumulation_fusion", False) for config in configs
     ):
         raise ValueError(
-            f"EncoderMemory {name}='offload' needs gradient_accumulation_fusion=False in the "
+            f"EncoderMemory {name}={policy!r} needs gradient_accumulation_fusion=False in the "
             f"{name}'s config, got True: its kernels note on the weight itself that its gradient "
-            "is there, and of a tensor that comes back from the host they see a copy; set it to "
-            "False, or use 'recompute'"
+            "is there, and of what autograd does not keep as it is they see a copy; set it to "
+            "False, or use recompute_granularity='full' in the config"
         )
     if policy == RECOMPUTE and any(
         getattr(config, kind, None) for config in configs for kind in ("fp8", "fp4")

@@ -104,7 +104,8 @@ def transformer_bytes(shape: TransformerShape, items: int) -> PartBytes:
     mean and deviation of both      ``4 e``
     query, key, value               ``3 e h / t``
     attention, fused                its output ``e h / t``, a float per head ``4 a / t``
-    attention, math (with dropout)  ``3 * 4 a s / t``, and scaled query and key, ``2 * 4 h / t``
+    attention, math (with dropout)  ``3 * 4 a s / t``, and scaled query and key, ``2 * 4 h / t``;
+                                    in 16 bits ``4 h / t`` in place of query, key, value
     input of the output projection  ``e h / t``
     MLP, before and after gelu      ``2 e f / t``
     both hidden dropouts            ``2 m h``, with dropout

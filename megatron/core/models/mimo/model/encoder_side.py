@@ -125,6 +125,13 @@ class EncoderSide:
             rows[name] = encoded.to(dtype)
         return rows
 
+    def give_zero_gradients(self, name: str) -> None:
+        """A backward pass that gives each weight of a modality that trains a zero, once."""
+        submodule = self.modality_submodules[name]
+        if waits_for_gradients(submodule) and trains(submodule):
+            empty = self._empty_encoder_output(name).detach()
+            _tied_to_parameters(empty, submodule).sum().backward()
+
     def _check_row_count(self, name: str, rows: int, tokens: int) -> None:
         """Compare this encoder replica's rows with this language replica's tokens.
 

@@ -28,6 +28,7 @@ from megatron.core.models.mimo.comm.plan_guard import problem_of
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY, ModuleLayout
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.models.mimo.model.stage_side import EncodedMicrobatches
+from megatron.core.models.mimo.training.recompute import gradients_come_apart
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import (
     forward_backward_no_pipelining,
@@ -236,10 +237,14 @@ class _Encoders:
         if encoded is None:
             return
         last = (window + 1) * self._window >= self._count
-        with ExitStack() as stack:
-            if not last:
-                stack.enter_context(_no_sync(self._model.modality_submodules.values()))
+        modules = self._model.modality_submodules
+        # DDP knows a gradient to be whole by how often it came in the first step. Recomputed layers
+        # give it once per microbatch with images, so they are counted afterwards.
+        late = [name for name, module in modules.items() if gradients_come_apart(module)]
+        with _no_sync([modules[name] for name in modules if not last or name in late]):
             encoded.backward()
+        for name in late if last else ():
+            self._model.give_zero_gradients(name)
 
     def _read(self, count: int) -> tuple[list[Microbatch], str | None]:
         """(the next microbatches, what is wrong with them); every rank hears what is wrong."""

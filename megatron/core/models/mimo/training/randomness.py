@@ -127,8 +127,8 @@ class ModuleRandomness:
             if self._outside[name]:  # within the module already: its states are switched in
                 self._outside[name].append(None)
                 return
-            self._outside[name].append(_capture())
-            _restore(self._states[name])
+            self._outside[name].append(capture_states())
+            restore_states(self._states[name])
 
         return hook
 
@@ -138,8 +138,8 @@ class ModuleRandomness:
                 return
             outside = self._outside[name].pop()
             if outside is not None:
-                self._states[name] = _capture()
-                _restore(outside)
+                self._states[name] = capture_states()
+                restore_states(outside)
 
         return hook
 
@@ -157,10 +157,10 @@ def _initial_state(name: str, groups: ProcessGroupCollection, seed: int) -> dict
         get_data_parallel_rng_tracker_name(): derive_seed(seed, name, "all"),
         get_expert_parallel_rng_tracker_name(): expert,
     }
-    outside = _capture()
+    outside = capture_states()
     states = {key: _state_of_seed(value) for key, value in seeds.items()}
     default = _state_of_seed(derive_seed(seed, name, "default", dp, cp, *stage))
-    _restore(outside)
+    restore_states(outside)
     return {"default": default, "tracker": states}
 
 
@@ -169,14 +169,16 @@ def _state_of_seed(seed: int) -> torch.Tensor:
     return torch.cuda.get_rng_state()
 
 
-def _capture() -> dict[str, Any]:
+def capture_states() -> dict[str, Any]:
+    """The device's random state and those of Megatron-Core's tracker."""
     return {
         "default": torch.cuda.get_rng_state(),
         "tracker": dict(get_cuda_rng_tracker().get_states()),
     }
 
 
-def _restore(state: dict[str, Any]) -> None:
+def restore_states(state: dict[str, Any]) -> None:
+    """Put back what :func:`capture_states` returned."""
     torch.cuda.set_rng_state(state["default"])
     get_cuda_rng_tracker().set_states(dict(state["tracker"]))
 

@@ -27,3 +27,19 @@ def recomputable(hidden: torch.Tensor, module: Any) -> torch.Tensor:
         return hidden
     trains = any(parameter.requires_grad for parameter in module.parameters())
     return hidden.detach().requires_grad_() if trains else hidden
+
+
+def gradients_come_apart(module: nn.Module) -> bool:
+    """Whether one backward pass may give a weight its gradient in several parts.
+
+    What Megatron-Core recomputes has a backward pass of its own within the backward pass. Attention
+    alone has no weights.
+    """
+    for part in module.modules():
+        config = getattr(part, "config", None)
+        kind = getattr(config, "recompute_granularity", None)
+        if kind == "full":
+            return True
+        if kind == "selective" and set(config.recompute_modules or ()) - {"core_attn"}:
+            return True
+    return False
