@@ -13,7 +13,7 @@ SEED ?= $(shell date +%Y%m%d)
 PYTHON ?=
 export PYTHON
 
-.PHONY: help train test test-newest parity parity-nightly mutants properties reshape bench setup lint clean
+.PHONY: help train train-audio test test-newest parity parity-nightly mutants properties reshape bench setup lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do \
@@ -24,6 +24,11 @@ help: ## list the targets
 train: ## train the digits job on 8 ranks, results in runs/digits
 	@python=$$(sh tools/find_python.sh base) && sh tools/setup_venv.sh $(VENV) examples "$$python"
 	@$(VENV)/bin/python examples/mimo/digits/train.py $(ARGS)
+
+train-audio: ## the same on images and spoken digits, two encoders; results in runs/digits-audio
+	@python=$$(sh tools/find_python.sh base) && sh tools/setup_venv.sh $(VENV) examples "$$python"
+	@$(VENV)/bin/python examples/mimo/digits/train.py --audio tp=1,dp=8 \
+		--out runs/digits-audio $(ARGS)
 
 setup: ## make .venv with all that train and test need
 	@python=$$(sh tools/find_python.sh base) && \

@@ -42,6 +42,7 @@ cat > "$folder/constraints.txt" <<EOF
 torch==$PIN_TORCH
 megatron-core==$megatron_core
 einops==$PIN_EINOPS
+captcha==$PIN_CAPTCHA
 pytest==$PIN_PYTEST
 hypothesis==$PIN_HYPOTHESIS
 spmd_types==$PIN_SPMD_TYPES

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data import SEQUENCE_LENGTH, Batch, DigitImages, DigitsBatches, Token, image_patches
+from data import SEQUENCE_LENGTH, Batch, DigitsBatches, Token
+from images import DigitImages, image_patches
 from layouts import Layout
 from model import VISION, ModelOptions, build_model
 

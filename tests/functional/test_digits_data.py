@@ -12,14 +12,12 @@ from data import (
     SEQUENCE_LENGTH,
     VOCABULARY_SIZE,
     Batch,
-    DigitImages,
     DigitsBatches,
     Token,
     even_slice,
-    image_patches,
-    split_images,
     with_answer,
 )
+from images import DigitImages, image_patches, split_images
 from sklearn.datasets import load_digits
 
 from megatron.core.hyper_comm_grid import GridShape
@@ -61,7 +59,7 @@ def test_the_split_and_the_held_out_batches_do_not_follow_the_seed() -> None:
 
 def test_image_tokens_are_those_of_the_whole_microbatch() -> None:
     batches = DigitsBatches(3, "train", 6)
-    mask = batches.image_tokens(2, 1, 3)
+    mask = batches.tokens(Token.IMAGE, 2, 1, 3)
     assert np.array_equal(mask, (batches.batch(2).input_ids[2:4] == Token.IMAGE).numpy())
     assert mask.shape == (2, SEQUENCE_LENGTH)
     assert mask.sum() == 2 * 16  # four images of four patches
@@ -105,10 +103,11 @@ def test_uneven_masks_count_a_leading_part_that_varies_and_change_nothing_else()
 def test_varied_samples_show_one_to_four_images_and_end_after_them() -> None:
     plain = DigitsBatches(5, "train", 64).batch(2)
     varied = DigitsBatches(5, "train", 64, varied=True).batch(2)
-    assert set(varied.image_counts) == {1, 2, 3, 4}
+    counts = (varied.kinds >= 0).sum(dim=1).tolist()
+    assert set(counts) == {1, 2, 3, 4}
     assert torch.equal(varied.digits, plain.digits)
     image = [Token.IMAGE_START, *[Token.IMAGE] * 4]
-    for sample, count in enumerate(varied.image_counts):
+    for sample, count in enumerate(counts):
         answer = [Token.ZERO + d for d in varied.digits[sample, :count].tolist()]
         prompt = [Token.BOS, *image * count, Token.READ, Token.NUMBER, Token.COLON]
         tokens = [*prompt, *answer, Token.EOS]
@@ -118,10 +117,10 @@ def test_varied_samples_show_one_to_four_images_and_end_after_them() -> None:
         counted = varied.labels[sample][varied.loss_mask[sample].bool()]
         assert counted.tolist() == answer
         assert varied.counted[sample].sum() == count
-    shown = torch.arange(4).expand(64, 4) < torch.tensor(varied.image_counts)[:, None]
+    shown = torch.arange(4).expand(64, 4) < torch.tensor(counts)[:, None]
     assert torch.equal(varied.images, plain.images[shown.reshape(-1)])
     assert set(plain.lengths) == {29}
-    assert DigitsBatches(5, "held_out", 64, varied=True).batch(0).image_counts == (4,) * 64
+    assert (DigitsBatches(5, "held_out", 64, varied=True).batch(0).kinds >= 0).all()
 
 
 def test_local_batches_of_varied_samples_have_their_own_images() -> None:
@@ -132,11 +131,11 @@ def test_local_batches_of_varied_samples_have_their_own_images() -> None:
         for rank in range(4)
     ]
     seen = torch.cat([part.images for part in parts])
-    assert torch.equal(seen, whole.images[sum(whole.image_counts[:8]) :])
-    assert parts[3].image_counts == whole.image_counts[14:]
+    assert torch.equal(seen, whole.images[int((whole.kinds[:8] >= 0).sum()) :])
+    assert len(parts[3].images) == int((whole.kinds[14:] >= 0).sum())
     assert parts[3].lengths == whole.lengths[12:]
     assert batches.lengths(3, 1, 2).tolist() == list(whole.lengths[8:])
-    assert int((parts[3].input_ids == Token.IMAGE).sum()) == 4 * sum(whole.image_counts[12:])
+    assert int((parts[3].input_ids == Token.IMAGE).sum()) == 4 * int((whole.kinds[12:] >= 0).sum())
 
 
 def test_a_batch_depends_on_seed_and_step_only() -> None:

@@ -236,7 +236,7 @@ def test_the_layout_picture_of_any_bridge(
     tmp_path: Path, vision: tuple[int, int], language: tuple[int, int, int], samples: int
 ) -> None:
     path = tmp_path / "layout.png"
-    plot_layout(path, _bridge(vision, language), samples, 32)
+    plot_layout(path, [_bridge(vision, language)], samples, 32)
     assert imread(path).shape[1] == 13 * 130
 
 
@@ -247,7 +247,7 @@ def test_the_layout_picture_of_a_routed_bridge(tmp_path: Path, sequence_parallel
     routes = RouteLayout.from_grids(src, dest, sequence_parallel=sequence_parallel)
     _check_sends(LayoutPicture(routes, 8, 32, sequence_parallel), routes.ranks)
     for name, drawn in (("routed", routes), ("gather", _bridge((2, 4), (2, 2, 2)))):
-        plot_layout(tmp_path / f"{name}.png", drawn, 8, 32)
+        plot_layout(tmp_path / f"{name}.png", [drawn], 8, 32)
     assert imread(tmp_path / "routed.png").shape[1] == 13 * 130
     assert (tmp_path / "routed.png").read_bytes() != (tmp_path / "gather.png").read_bytes()
 
@@ -257,7 +257,7 @@ def test_the_layout_picture_of_pipeline_stages(tmp_path: Path) -> None:
     dest = GridShape((1, 2, 2, 2), ("tp", "cp", "dp", "pp"))
     routes = RouteLayout.from_grids(GridShape((1, 8), ("tp", "dp")), dest)
     _check_sends(LayoutPicture(routes, 8, 32), range(4))
-    plot_layout(tmp_path / "stages.png", routes, 8, 32)
+    plot_layout(tmp_path / "stages.png", [routes], 8, 32)
     assert imread(tmp_path / "stages.png").shape[1] == 13 * 130
 
 
@@ -276,7 +276,7 @@ def test_the_layout_picture_draws_the_object_it_is_given(tmp_path: Path) -> None
     layout = _bridge((2, 4), (2, 2, 2))
     other = dataclasses.replace(layout, gather_groups=((0, 3), (1, 2), (4, 6), (5, 7)))
     for name, drawn in (("a", layout), ("b", other)):
-        plot_layout(tmp_path / f"{name}.png", drawn, 8, 32)
+        plot_layout(tmp_path / f"{name}.png", [drawn], 8, 32)
     left, right = imread(tmp_path / "a.png"), imread(tmp_path / "b.png")
     assert left.shape == right.shape
     assert (left != right).any()

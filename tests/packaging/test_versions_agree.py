@@ -62,7 +62,8 @@ def test_hook_and_pyproject_accept_the_same_versions(python: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["torch", "einops", "pytest", "hypothesis", "spmd_types", "ruff", "hatchling"]
+    "name",
+    ["torch", "einops", "captcha", "pytest", "hypothesis", "spmd_types", "ruff", "hatchling"],
 )
 def test_pin_lies_in_the_range_that_users_may_install(name: str) -> None:
     found = requirements(name)

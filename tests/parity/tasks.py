@@ -9,20 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from data import (
-    IMAGES_PER_SAMPLE,
-    TOKENS_PER_IMAGE,
-    Batch,
-    DigitsBatches,
-    Token,
-    even_slice,
-)
+from data import DIGITS_PER_SAMPLE, TOKENS_PER_DIGIT, Batch, DigitsBatches, Token
 
 from tests.parity.rows import IMAGES, MASKS, Reference
 
 SEED = 7
-# Tokens that show a digit to a model without an encoder: digit d is one of these, not ZERO + d.
-_SHOWN = 32
 
 
 class MaskedBatches(DigitsBatches):
@@ -51,7 +42,7 @@ class TextBatches(DigitsBatches):
     def batch(self, step: int) -> Batch:
         whole = super().batch(step)
         everywhere = torch.ones(len(whole.digits), dtype=torch.bool)
-        return replace(whole, input_ids=named(whole, everywhere), images=torch.empty(0))
+        return replace(whole, input_ids=named(whole, everywhere)).vision(0, 0)
 
 
 class MixedBatches(DigitsBatches):
@@ -68,30 +59,20 @@ class MixedBatches(DigitsBatches):
             self._shown[:] = False
 
     def batch(self, step: int) -> Batch:
-        """The global batch; its images are still those of all samples."""
         whole = super().batch(step)
-        return replace(whole, input_ids=named(whole, ~self._shown))
-
-    def local_batch(
-        self, step: int, microbatch: int, num_microbatches: int, **ranks: int
-    ) -> Batch:
-        part = super().local_batch(step, microbatch, num_microbatches, **ranks)
-        start, size = even_slice(
-            self.global_batch_size, microbatch, num_microbatches, "batch", "microbatches"
+        kept = self._shown[whole.image_slots // DIGITS_PER_SAMPLE]
+        return replace(
+            whole,
+            input_ids=named(whole, ~self._shown),
+            images=whole.images[kept],
+            image_slots=whole.image_slots[kept],
         )
-        first, count = even_slice(
-            size, ranks["src_dp_rank"], ranks["src_dp"], "microbatch", "vision DP ranks"
-        )
-        kept = self._shown[start + first : start + first + count]
-        of_images = kept.repeat_interleave(torch.tensor(part.image_counts))
-        return replace(part, images=part.images[of_images])
 
 
 def named(whole: Batch, samples: torch.Tensor) -> torch.Tensor:
     """``input_ids`` in which some samples' image tokens are replaced by tokens for the digits."""
-    shown = _SHOWN + whole.digits.repeat_interleave(TOKENS_PER_IMAGE, dim=1)
-    counts = torch.tensor(whole.image_counts)[:, None]
-    there = (torch.arange(IMAGES_PER_SAMPLE) < counts).repeat_interleave(TOKENS_PER_IMAGE, dim=1)
+    shown = int(Token.NAME) + whole.digits.repeat_interleave(TOKENS_PER_DIGIT, dim=1)
+    there = (whole.kinds >= 0).repeat_interleave(TOKENS_PER_DIGIT, dim=1)
     input_ids = whole.input_ids.clone()
     places = (input_ids == int(Token.IMAGE)) & samples[:, None]
     input_ids[places] = shown[there & samples[:, None]]

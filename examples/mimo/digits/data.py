@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of scanned handwritten digits: four images, one question, four answer tokens.
+"""Batches of handwritten and spoken digits: four of them, one question, four answer tokens.
 
-The 1,797 images come with scikit-learn (``load_digits``, 8x8 pixels of 0..16). One sample is::
+The images are scikit-learn's (``images.py``). One sample is::
 
     <bos> [<img> * * * *] x 4  <read> <number> <:>  d d d d  <eos>  <pad> <pad> <pad>
 
 where every ``*`` is replaced by one row of the vision encoder's output (one row per 4x4 patch) and
-every ``d`` is an answer digit; with varied samples there are one to four of both. A batch is a pure
-function of (seed, step): every rank computes any slice of it without asking another rank, whatever
-the layout.
+every ``d`` is an answer digit; with varied samples there are one to four of both. With ``audio`` a
+digit may come as a sound instead (``sounds.py``)::
+
+    <sound> ~ ~ ~ ~     each ~ is replaced by one row of the audio encoder's output
+    <text> n n n n      n is the token that names the digit
+
+and a sample shows images, sounds, any of both, or text alone. A batch is a pure function of (seed,
+step): every rank computes any slice of it without asking another rank, whatever the layout.
 """
 
 from __future__ import annotations
@@ -20,23 +25,28 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from errors import INSTALL_HINT, JobError
+from images import (
+    MAX_PIXEL,
+    SPLIT_SEED,
+    TOKENS_PER_IMAGE,
+    DigitImages,
+    load_images,
+    shift_images,
+    split_images,
+)
+from sounds import TOKENS_PER_SOUND, Clips
 
 from megatron.core.models.mimo.comm.routes import RoutePlan
 
-IMAGE_SIDE = 8
-PATCH_SIDE = 4
-TOKENS_PER_IMAGE = (IMAGE_SIDE // PATCH_SIDE) ** 2
-IMAGES_PER_SAMPLE = 4
+DIGITS_PER_SAMPLE = 4
+TOKENS_PER_DIGIT = 4  # of an image's, a sound's and a text's
+assert TOKENS_PER_IMAGE == TOKENS_PER_SOUND == TOKENS_PER_DIGIT
 SEQUENCE_LENGTH = 32
-VOCABULARY_SIZE = 64  # 20 are used; 64 lets tensor parallelism of up to 64 divide it
-MAX_PIXEL = 16.0
-SPLIT_SEED = 1797  # the split never follows --seed: held-out images stay held out
-HELD_OUT_SHARE = 0.2
+VOCABULARY_SIZE = 64  # fewer are used; 64 lets tensor parallelism of up to 64 divide it
 
 
 class Token(enum.IntEnum):
-    """The vocabulary; digit ``d`` is ``ZERO + d``."""
+    """The vocabulary; digit ``d`` is ``ZERO + d`` in an answer and ``NAME + d`` in a text."""
 
     PAD = 0
     BOS = 1
@@ -46,77 +56,66 @@ class Token(enum.IntEnum):
     READ = 5
     NUMBER = 6
     COLON = 7
+    SOUND_START = 8
+    SOUND = 9
     ZERO = 10
+    TEXT_START = 20
+    NAME = 32
+
+
+class Kind(enum.IntEnum):
+    """How a digit is shown."""
+
+    IMAGE = 0
+    SOUND = 1
+    TEXT = 2
+
+
+_NOT_SHOWN = -1
+# What a sample shows: images, sounds, text, or either of the first two for each digit.
+_EITHER = 3
+_TRAIN_SHARES = (5 / 16, 5 / 16, 1 / 16, 5 / 16)
+_HELD_OUT_SHARES = (1 / 3, 1 / 3, 0.0, 1 / 3)
+# So many samples follow each other alike, so that some replicas and microbatches have no sound, or
+# no image.
+_ALIKE = 4
 
 
 _QUESTION = (Token.READ, Token.NUMBER, Token.COLON)
 
 
-def answer_start(images: int) -> int:
-    """The first position of the answer in a sample of so many images."""
-    return 1 + images * (1 + TOKENS_PER_IMAGE) + len(_QUESTION)
+def answer_start(digits: int) -> int:
+    """The first position of the answer in a sample of so many digits."""
+    return 1 + digits * (1 + TOKENS_PER_DIGIT) + len(_QUESTION)
 
 
-ANSWER_START = answer_start(IMAGES_PER_SAMPLE)
-ANSWER_SLOTS = range(ANSWER_START, ANSWER_START + IMAGES_PER_SAMPLE)
+ANSWER_START = answer_start(DIGITS_PER_SAMPLE)
+ANSWER_SLOTS = range(ANSWER_START, ANSWER_START + DIGITS_PER_SAMPLE)
 """Positions of ``input_ids`` that hold the answer digits."""
-READING_POSITIONS = range(ANSWER_START - 1, ANSWER_START - 1 + IMAGES_PER_SAMPLE)
+READING_POSITIONS = range(ANSWER_START - 1, ANSWER_START - 1 + DIGITS_PER_SAMPLE)
 """Positions whose output predicts an answer digit (labels are shifted by one)."""
 
 
 @dataclass(frozen=True)
-class DigitImages:
-    """Images ``(n, 8, 8)`` float32 in 0..16 and what they show, ``(n,)`` int64 in 0..9."""
-
-    pixels: np.ndarray
-    digits: np.ndarray
-
-    def __post_init__(self) -> None:
-        """Refuse images that the model would misread.
-
-        Raises:
-            ValueError: wrong shape, label count, pixel range or label range.
-        """
-        shape, count = self.pixels.shape, self.digits.shape
-        if len(shape) != 3 or shape[1:] != (IMAGE_SIDE, IMAGE_SIDE) or shape[0] == 0:
-            raise ValueError(
-                f"images have the shape {shape}, but (n, {IMAGE_SIDE}, {IMAGE_SIDE}) with n > 0 "
-                "is needed; resize them first"
-            )
-        if count != shape[:1]:
-            raise ValueError(
-                f"{shape[0]} images came with labels of the shape {count}; "
-                f"give one label per image, ({shape[0]},)"
-            )
-        low, high = float(self.pixels.min()), float(self.pixels.max())
-        if not (low >= 0.0 and high <= MAX_PIXEL):  # also false for NaN
-            raise ValueError(
-                f"pixels range over {low:g}..{high:g}, but 0..{MAX_PIXEL:g} is needed; rescale them"
-            )
-        if not np.isin(self.digits, np.arange(10)).all():
-            raise ValueError(f"labels must be digits 0..9, got {sorted(set(self.digits.tolist()))}")
-
-    def __len__(self) -> int:
-        return len(self.digits)
-
-
-@dataclass(frozen=True)
 class Batch:
-    """One (slice of a) microbatch; ``b`` samples on the language side, ``v`` on the vision side.
+    """One (slice of a) microbatch; ``b`` samples on the language side, others on the encoders'.
+
+    A *slot* is a digit's place in the step: 4 * sample + 0..3.
 
     Attributes:
         input_ids: ``(b, 32)`` int64.
         labels: ``(b, 32)`` int64, ``input_ids`` shifted left by one.
         loss_mask: ``(b, 32)`` float32, 1 where an answer digit is predicted and counted.
         position_ids: ``(b, 32)`` int64.
-        images: ``(v * 4, 1, 8, 8)`` float32 in -1..1, all of a sample before the next sample; fewer
-            with varied samples.
+        images: ``(v, 1, 8, 8)`` float32 in -1..1, all of a sample before the next sample.
+        image_slots: ``(v,)`` int64, ascending.
+        clips: the sounds, in ascending order of their slots; made where they are encoded.
         digits: ``(b, 4)`` int64, what the language side's samples show; those of varied samples
             that show fewer are at the front.
+        kinds: ``(b, 4)`` int64, how they show it (:class:`Kind`); -1 for what is not shown.
         counted: ``(b, 4)`` bool, false for repeats that only fill up the last held-out batch, and
             for what is not shown.
         lengths: tokens of each of the language side's samples up to its ``<eos>``.
-        image_counts: images of each of the vision side's samples.
         routes: modality -> this rank's way over the bridge, if it was planned with the batch.
     """
 
@@ -125,10 +124,12 @@ class Batch:
     loss_mask: torch.Tensor
     position_ids: torch.Tensor
     images: torch.Tensor
+    image_slots: torch.Tensor
+    clips: Clips
     digits: torch.Tensor
+    kinds: torch.Tensor
     counted: torch.Tensor
     lengths: tuple[int, ...]
-    image_counts: tuple[int, ...]
     routes: Mapping[str, RoutePlan] | None = None
 
     def to(self, device: torch.device) -> Batch:
@@ -137,44 +138,21 @@ class Batch:
         return replace(self, **{name: value.to(device) for name, value in tensors.items()})
 
     def language(self, start: int, size: int) -> Batch:
-        """Narrow everything but the images to ``size`` samples from ``start``."""
-        names = ("input_ids", "labels", "loss_mask", "position_ids", "digits", "counted", "lengths")
+        """Narrow everything but images and sounds to ``size`` samples from ``start``."""
+        names = ("input_ids", "labels", "loss_mask", "position_ids")
+        names += ("digits", "kinds", "counted", "lengths")
         return replace(self, **{name: getattr(self, name)[start : start + size] for name in names})
 
     def vision(self, start: int, size: int) -> Batch:
-        """Narrow the images to those of ``size`` samples from ``start``."""
-        counts = self.image_counts[start : start + size]
-        begin = sum(self.image_counts[:start])
-        return replace(self, images=self.images[begin : begin + sum(counts)], image_counts=counts)
+        """Narrow the images to those of ``size`` samples of the step from ``start``."""
+        first, last = start * DIGITS_PER_SAMPLE, (start + size) * DIGITS_PER_SAMPLE
+        kept = (self.image_slots >= first) & (self.image_slots < last)
+        return replace(self, images=self.images[kept], image_slots=self.image_slots[kept])
 
-
-@functools.lru_cache(maxsize=1)
-def _load() -> DigitImages:
-    try:
-        from sklearn.datasets import load_digits
-    except ModuleNotFoundError as error:
-        raise JobError(
-            f"the digits come with scikit-learn, which is missing; {INSTALL_HINT}"
-        ) from error
-    scanned = load_digits()
-    return DigitImages(scanned.images.astype(np.float32), scanned.target.astype(np.int64))
-
-
-def split_images(images: DigitImages, split: str) -> DigitImages:
-    """The ``"train"`` or ``"held_out"`` part of ``images``: about 80/20 of every digit.
-
-    Raises:
-        ValueError: for another split name.
-    """
-    if split not in ("train", "held_out"):
-        raise ValueError(f"split must be 'train' or 'held_out', got {split!r}")
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
-    held_out = np.zeros(len(images), dtype=bool)
-    for digit in range(10):
-        of_digit = order[images.digits[order] == digit]
-        held_out[of_digit[: round(len(of_digit) * HELD_OUT_SHARE)]] = True
-    chosen = order[held_out[order] == (split == "held_out")]
-    return DigitImages(images.pixels[chosen], images.digits[chosen])
+    def audio(self, start: int, size: int) -> Batch:
+        """Narrow the sounds to those of ``size`` samples of the step from ``start``."""
+        first, last = start * DIGITS_PER_SAMPLE, (start + size) * DIGITS_PER_SAMPLE
+        return replace(self, clips=self.clips.between(first, last))
 
 
 class DigitsBatches:
@@ -183,6 +161,10 @@ class DigitsBatches:
     ``"train"`` never ends: every image is used once per epoch, in an order drawn per epoch, and is
     shifted by up to one pixel. ``"held_out"`` has ``len(batches)`` batches that show every held-out
     image exactly once, unchanged; repeats fill up the last one and are not counted.
+
+    With ``audio``, ``kinds`` are drawn per step, and only digits that are to be images use theirs.
+    Held out, the batches go over the images three times: each digit is shown once as an image,
+    once as a sound and once as text.
     """
 
     def __init__(
@@ -195,17 +177,19 @@ class DigitsBatches:
         augment: bool = True,
         uneven_loss_mask: bool = False,
         varied: bool = False,
+        audio: bool = False,
     ) -> None:
         """Choose the images.
 
         Args:
-            seed: of the order and of the shifts.
+            seed: of the order, of the shifts, and of all about sounds.
             split: ``"train"`` or ``"held_out"``.
             global_batch_size: samples per step over all ranks and microbatches.
             images: other images than scikit-learn's, split in the same way.
             augment: shift training images; held-out ones never are.
             uneven_loss_mask: count only the first 0..4 answer digits of each sample.
-            varied: training samples show one to four images, so their lengths differ too.
+            varied: training samples show one to four digits, so their lengths differ too.
+            audio: show digits as sounds and text, too.
 
         Raises:
             ValueError: for a negative seed, a batch size below 1, or an unknown split.
@@ -214,17 +198,21 @@ class DigitsBatches:
             raise ValueError(f"seed must be 0 or more, got {seed}")
         if global_batch_size < 1:
             raise ValueError(f"global_batch_size must be 1 or more, got {global_batch_size}")
-        self.images = split_images(_load() if images is None else images, split)
+        self.images = split_images(load_images() if images is None else images, split)
         self.seed, self.split, self.global_batch_size = seed, split, global_batch_size
         self.augment = augment and split == "train"
-        self.uneven_loss_mask = uneven_loss_mask
+        self.uneven_loss_mask, self.audio = uneven_loss_mask, audio
         self.varied = varied and split == "train"
         # Microbatches of one step follow each other: one batch is worth keeping.
         self._cached = functools.lru_cache(maxsize=1)(self._make_batch)
 
     def __len__(self) -> int:
-        """Batches that cover the images once, the last one filled up."""
-        return -(-len(self.images) // (self.global_batch_size * IMAGES_PER_SAMPLE))
+        """Batches that show each image once, in each way; the last of a way is filled up."""
+        return self._per_pass * (len(Kind) if self.audio else 1)
+
+    @property
+    def _per_pass(self) -> int:
+        return -(-len(self.images) // (self.global_batch_size * DIGITS_PER_SAMPLE))
 
     def __iter__(self) -> Iterator[Batch]:
         return (self.batch(step) for step in range(len(self)))
@@ -250,11 +238,13 @@ class DigitsBatches:
         src_dp: int,
         dest_dp_rank: int,
         dest_dp: int,
+        audio_dp_rank: int = 0,
+        audio_dp: int = 1,
     ) -> Batch:
         """One rank's part of a microbatch: language tensors by dest DP, images by src DP.
 
-        Both sides cut the same global microbatch into equal runs of samples in DP order, which is
-        the order in which the bridge's slots line up.
+        Sounds by the audio encoder's DP. All sides cut the same global microbatch into equal runs
+        of samples in DP order, which is the order in which the bridge's slots line up.
 
         Raises:
             ValueError: batch, microbatches and DP sizes that do not divide, or a rank out of range.
@@ -265,10 +255,12 @@ class DigitsBatches:
         )
         language = even_slice(size, dest_dp_rank, dest_dp, "microbatch", "language DP ranks")
         vision = even_slice(size, src_dp_rank, src_dp, "microbatch", "vision DP ranks")
-        return batch.language(start + language[0], language[1]).vision(start + vision[0], vision[1])
+        audio = even_slice(size, audio_dp_rank, audio_dp, "microbatch", "audio DP ranks")
+        batch = batch.language(start + language[0], language[1])
+        return batch.vision(start + vision[0], vision[1]).audio(start + audio[0], audio[1])
 
-    def image_tokens(self, step: int, microbatch: int, num_microbatches: int) -> np.ndarray:
-        """Where a microbatch's image tokens stand, all replicas' samples: bool ``(samples, 32)``.
+    def tokens(self, token: int, step: int, microbatch: int, num_microbatches: int) -> np.ndarray:
+        """Where a microbatch has ``token``, all replicas' samples: bool ``(samples, 32)``.
 
         Raises:
             ValueError: as :meth:`local_batch`.
@@ -276,7 +268,7 @@ class DigitsBatches:
         start, size = even_slice(
             self.global_batch_size, microbatch, num_microbatches, "global batch", "microbatches"
         )
-        return (self.batch(step).input_ids[start : start + size] == int(Token.IMAGE)).numpy()
+        return (self.batch(step).input_ids[start : start + size] == token).numpy()
 
     def lengths(self, step: int, microbatch: int, num_microbatches: int) -> np.ndarray:
         """Tokens of each of a microbatch's samples, all replicas': int64 ``(samples,)``.
@@ -294,25 +286,42 @@ class DigitsBatches:
         rng = np.random.default_rng([self.seed, step, 1])
         pixels = self.images.pixels[chosen]
         if self.augment:
-            pixels = _shift(pixels, rng.integers(-1, 2, size=(len(pixels), 2)))
-        digits = self.images.digits[chosen].reshape(-1, IMAGES_PER_SAMPLE)
-        shown = np.full(len(digits), IMAGES_PER_SAMPLE)
+            pixels = shift_images(pixels, rng.integers(-1, 2, size=(len(pixels), 2)))
+        digits = self.images.digits[chosen].reshape(-1, DIGITS_PER_SAMPLE)
+        kinds = self._kinds(step)
         if self.varied:
             draw = np.random.default_rng([self.seed, step, 2])
-            shown = draw.integers(1, IMAGES_PER_SAMPLE + 1, size=len(digits))
-        counted = counted.reshape(digits.shape) & (np.arange(IMAGES_PER_SAMPLE) < shown[:, None])
+            shown = draw.integers(1, DIGITS_PER_SAMPLE + 1, size=(len(digits), 1))
+            kinds = np.where(np.arange(DIGITS_PER_SAMPLE) < shown, kinds, _NOT_SHOWN)
+        counted = counted.reshape(digits.shape) & (kinds != _NOT_SHOWN)
         in_loss = counted
         if self.uneven_loss_mask:
-            kept = rng.integers(0, IMAGES_PER_SAMPLE + 1, size=(len(digits), 1))
-            in_loss = counted & (np.arange(IMAGES_PER_SAMPLE) < kept)
-        return _to_tensors(pixels, digits, shown, counted, in_loss)
+            kept = rng.integers(0, DIGITS_PER_SAMPLE + 1, size=(len(digits), 1))
+            in_loss = counted & (np.arange(DIGITS_PER_SAMPLE) < kept)
+        return _to_tensors(pixels, digits, kinds, counted, in_loss, self._stream(step))
+
+    def _stream(self, step: int) -> tuple[int, ...]:
+        """Seeds of what is drawn for a step's sounds; the held-out ones do not follow --seed."""
+        return (SPLIT_SEED, step, 2) if self.split == "held_out" else (self.seed, step, 3)
+
+    def _kinds(self, step: int) -> np.ndarray:
+        """How each digit of a step is shown, ``(samples, 4)``."""
+        samples = self.global_batch_size
+        if not self.audio:
+            return np.full((samples, DIGITS_PER_SAMPLE), int(Kind.IMAGE))
+        if self.split == "train":
+            return _draw_kinds(np.random.default_rng([self.seed, step, 4]), samples, _TRAIN_SHARES)
+        shown_before, step = divmod(step, self._per_pass)
+        rng = np.random.default_rng([SPLIT_SEED, step, 5])
+        return (_draw_kinds(rng, samples, _HELD_OUT_SHARES) + shown_before) % len(Kind)
 
     def _choose(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Indices of the step's images and whether each counts, both ``(batch * 4,)``."""
-        per_step, total = self.global_batch_size * IMAGES_PER_SAMPLE, len(self.images)
-        positions = np.arange(step * per_step, (step + 1) * per_step)
+        """Indices of the step's digits and whether each counts, both ``(batch * 4,)``."""
+        per_step, total = self.global_batch_size * DIGITS_PER_SAMPLE, len(self.images)
         if self.split == "held_out":
+            positions = step % self._per_pass * per_step + np.arange(per_step)
             return positions % total, positions < total
+        positions = np.arange(step * per_step, (step + 1) * per_step)
         epochs = positions // total
         chosen = np.empty_like(positions)
         for epoch in np.unique(epochs):
@@ -340,22 +349,6 @@ def even_slice(count: int, index: int, parts: int, whole: str, part: str) -> tup
     return index * (count // parts), count // parts
 
 
-def image_patches(images: torch.Tensor) -> torch.Tensor:
-    """Cut images ``(n, 1, 8, 8)`` into patches ``(n, 4, 16)``, row by row.
-
-    Raises:
-        ValueError: for images of another shape.
-    """
-    if images.dim() != 4 or tuple(images.shape[1:]) != (1, IMAGE_SIDE, IMAGE_SIDE):
-        raise ValueError(
-            f"images have the shape {tuple(images.shape)}, but (n, 1, {IMAGE_SIDE}, {IMAGE_SIDE}) "
-            "is needed; resize them first"
-        )
-    side, per_row = PATCH_SIDE, IMAGE_SIDE // PATCH_SIDE
-    grid = images.reshape(len(images), per_row, side, per_row, side)
-    return grid.transpose(2, 3).reshape(len(images), TOKENS_PER_IMAGE, side * side)
-
-
 def with_answer(input_ids: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
     """A copy whose answer slots hold only the ``k`` digits read so far, ``read`` being ``(b, k)``.
 
@@ -368,43 +361,60 @@ def with_answer(input_ids: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def _shift(pixels: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Move each image ``(n, 8, 8)`` by its own ``(dy, dx)`` of -1..1; black moves in."""
-    padded = np.pad(pixels, ((0, 0), (1, 1), (1, 1)))
-    span = np.arange(IMAGE_SIDE)
-    rows = span[None, :, None] + 1 - offsets[:, 0, None, None]
-    columns = span[None, None, :] + 1 - offsets[:, 1, None, None]
-    return padded[np.arange(len(pixels))[:, None, None], rows, columns]
+def _draw_kinds(
+    rng: np.random.Generator, samples: int, shares: tuple[float, ...]
+) -> np.ndarray:
+    """Kinds ``(samples, 4)``, in runs of samples that show the same."""
+    runs = rng.choice(len(shares), size=-(-samples // _ALIKE), p=shares)
+    shown = np.repeat(runs, _ALIKE)[:samples, None]
+    either = rng.integers(0, 2, size=(samples, DIGITS_PER_SAMPLE))  # IMAGE or SOUND
+    return np.where(shown == _EITHER, either, shown)
 
 
 def _to_tensors(
     pixels: np.ndarray,
     digits: np.ndarray,
-    shown: np.ndarray,
+    kinds: np.ndarray,
     counted: np.ndarray,
     in_loss: np.ndarray,
+    stream: tuple[int, ...],
 ) -> Batch:
-    """A global batch; ``shown`` ``(samples,)`` says how many of its digits a sample has."""
-    count = len(digits)
-    tokens = np.full((count, SEQUENCE_LENGTH + 1), int(Token.PAD), dtype=np.int64)
-    loss_mask = np.zeros((count, SEQUENCE_LENGTH), dtype=np.float32)
-    one_image = [Token.IMAGE_START] + [Token.IMAGE] * TOKENS_PER_IMAGE
-    for images in np.unique(shown):
-        rows, start = np.flatnonzero(shown == images), answer_start(images)
-        prompt = [Token.BOS] + one_image * images + list(_QUESTION)
-        tokens[rows, :start] = [int(token) for token in prompt]
-        tokens[rows, start : start + images] = digits[rows, :images] + int(Token.ZERO)
-        tokens[rows, start + images] = int(Token.EOS)
-        loss_mask[rows, start - 1 : start - 1 + images] = in_loss[rows, :images]
-    pixels = pixels[(np.arange(IMAGES_PER_SAMPLE) < shown[:, None]).reshape(-1)]
+    images, sounds = (np.flatnonzero(kinds == kind) for kind in (Kind.IMAGE, Kind.SOUND))
+    shown = (kinds != _NOT_SHOWN).sum(axis=1)
+    tokens = np.full((len(digits), SEQUENCE_LENGTH + 1), int(Token.PAD), dtype=np.int64)
+    loss_mask = np.zeros((len(digits), SEQUENCE_LENGTH), dtype=np.float32)
+    for count in np.unique(shown):
+        rows, start = np.flatnonzero(shown == count), answer_start(count)
+        tokens[rows, : start + count + 1] = _tokens(digits[rows, :count], kinds[rows, :count])
+        loss_mask[rows, start - 1 : start - 1 + count] = in_loss[rows, :count]
     return Batch(
         input_ids=torch.from_numpy(tokens[:, :-1].copy()),
         labels=torch.from_numpy(tokens[:, 1:].copy()),
         loss_mask=torch.from_numpy(loss_mask),
-        position_ids=torch.arange(SEQUENCE_LENGTH).expand(count, -1).contiguous(),
-        images=torch.from_numpy((pixels / (MAX_PIXEL / 2) - 1.0)[:, None].astype(np.float32)),
+        position_ids=torch.arange(SEQUENCE_LENGTH).expand(len(digits), -1).contiguous(),
+        images=torch.from_numpy(
+            (pixels[images] / (MAX_PIXEL / 2) - 1.0)[:, None].astype(np.float32)
+        ),
+        image_slots=torch.from_numpy(images),
+        clips=Clips(stream, digits.reshape(-1)[sounds], sounds),
         digits=torch.from_numpy(digits.copy()),
+        kinds=torch.from_numpy(kinds),
         counted=torch.from_numpy(counted.copy()),
         lengths=tuple((answer_start(shown) + shown + 1).tolist()),
-        image_counts=tuple(shown.tolist()),
     )
+
+
+def _tokens(digits: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """Tokens of samples that show equally many digits, from ``<bos>`` to ``<eos>``."""
+    count = digits.shape[1]
+    starts = np.array([Token.IMAGE_START, Token.SOUND_START, Token.TEXT_START])[kinds]
+    names = int(Token.NAME) + digits
+    shown = np.choose(kinds, [np.full_like(names, Token.IMAGE), int(Token.SOUND), names])
+    slots = np.repeat(shown[:, :, None], 1 + TOKENS_PER_DIGIT, axis=2)
+    slots[:, :, 0] = starts
+    tokens = np.empty((len(digits), answer_start(count) + count + 1), dtype=np.int64)
+    tokens[:, 0], tokens[:, -1] = Token.BOS, Token.EOS
+    tokens[:, 1 : answer_start(count) - len(_QUESTION)] = slots.reshape(len(digits), -1)
+    tokens[:, answer_start(count) - len(_QUESTION) : answer_start(count)] = _QUESTION
+    tokens[:, answer_start(count) : -1] = digits + int(Token.ZERO)
+    return tokens

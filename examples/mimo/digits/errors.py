@@ -17,6 +17,7 @@ _PACKAGES = {
     "torch": "torch",
     "numpy": "numpy",
     "sklearn": "scikit-learn",
+    "captcha": "captcha",
     "megatron.core": "megatron-core",
     "matplotlib": "matplotlib",
     "tqdm": "tqdm",

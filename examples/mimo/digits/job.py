@@ -15,12 +15,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from data import SEQUENCE_LENGTH, DigitsBatches
+from encoders import AUDIO, VISION
 from errors import JobError, writing
 from launch import init_distributed
 from layout_picture import plot_layout
-from model import LANGUAGE, VISION, DigitsModel, Experts, ModelOptions, ModelSize, build_model
+from model import LANGUAGE, DigitsModel, Experts, ModelOptions, ModelSize, build_model
 from options import Options
 from pictures import plot_loss, plot_predictions
+from reading import HeldOut
 from report import MetricsWriter, Progress, print_table, read_metrics, write_summary
 from trainer import StepResult, Trainer, TrainOptions
 
@@ -86,6 +88,7 @@ class Run:
             options.global_batch_size,
             uneven_loss_mask=options.uneven_loss_mask,
             varied=options.varied_samples,
+            audio=options.audio is not None,
         )
 
     # ---- start ----------------------------------------------------------------------------
@@ -114,6 +117,16 @@ class Run:
         # A run that was saved before an option came had what is its default now.
         before = Options().as_dict() | manifest.extra.get("options", {})
         now = self.options.as_dict()
+        if (before.get("audio") is None) != (now["audio"] is None):
+            had, advice = (
+                ("no sounds", "leave out --audio")
+                if before.get("audio") is None
+                else ("sounds", f"give --audio {before['audio']} (or another layout)")
+            )
+            raise JobError(
+                f"{self.options.out} holds a run with {had}; {advice} to resume it, or give "
+                "--fresh to start anew, or another --out"
+            )
         changed = [name for name in _FIXED if before.get(name) != now[name]]
         if changed:
             name = changed[0]
@@ -205,19 +218,14 @@ class Run:
         except CheckpointError as error:
             raise JobError(f"{error}; training stopped after step {done}") from error
 
-    def read_held_out(self) -> dict[str, torch.Tensor]:
-        """What the model reads on all held-out images: images, truth, read, counted."""
-        held_out = DigitsBatches(self.options.seed, "held_out", self.options.eval_batch_size)
-        self.say(f"reading {len(held_out.images)} held-out images")
-        names = ("images", "truth", "read", "counted")
-        parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-        for index in range(len(held_out)):
-            batch = held_out.batch(index)
-            parts["read"].append(self.trainer.read(held_out, index).cpu())
-            parts["images"].append(batch.images.view(-1, 4, 8, 8))
-            parts["truth"].append(batch.digits)
-            parts["counted"].append(batch.counted)
-        return {name: torch.cat(tensors) for name, tensors in parts.items()}
+    def read_held_out(self) -> HeldOut | None:
+        """What the model reads on all held-out images and sounds, on rank 0."""
+        options, audio = self.options, self.options.audio is not None
+        held_out = DigitsBatches(options.seed, "held_out", options.eval_batch_size, audio=audio)
+        count = len(held_out.images)
+        self.say(f"reading {count} held-out images{f' and {count} sounds' * audio}")
+        answers = [self.trainer.read(held_out, step).cpu() for step in range(len(held_out))]
+        return HeldOut.collect(held_out, answers) if self.rank == 0 else None
 
 
 class _Reporter:
@@ -229,10 +237,9 @@ class _Reporter:
         with writing(self.out, "the results"):
             self.out.mkdir(parents=True, exist_ok=True)
         self.metrics = MetricsWriter(self.out / "metrics.jsonl", done + 1 if done else 0)
-        bridge = run.trainer.model.colocated_comms[(VISION, LANGUAGE)]
         plot_layout(
             self.out / "layout.png",
-            bridge.layout,
+            [bridge.layout for bridge in run.trainer.model.colocated_comms.values()],
             options.global_batch_size // options.micro_batches,
             SEQUENCE_LENGTH,
             sequence_parallel=options.sequence_parallel,
@@ -259,7 +266,7 @@ class _Reporter:
         self.progress.close()
         self.metrics.close()
 
-    def finish(self, read: dict[str, torch.Tensor] | None) -> None:
+    def finish(self, read: HeldOut | None) -> None:
         """Pictures, ``summary.json`` and the closing table."""
         lines = read_metrics(self.out / "metrics.jsonl")
         summary = self._summary(lines)
@@ -267,18 +274,22 @@ class _Reporter:
         if read is not None:
             summary["test_accuracy"] = plot_predictions(
                 self.out / "predictions.png",
-                read["images"].numpy(),
-                read["truth"].numpy(),
-                read["read"].numpy(),
-                read["counted"].numpy(),
+                read.images,
+                read.truth,
+                read.read,
+                read.counted,
+                waveforms=read.waveforms,
             )
+            if self.run.options.audio:
+                summary["test_accuracy_by_kind"] = read.accuracies()
         write_summary(self.out / "summary.json", summary)
         print_table(summary)
         self.run.say(f"results are in {self.out}")
 
     def _title(self) -> str:
         options = self.run.options
-        return f"vision {options.vision} | language {options.language}"
+        sides = {**options.pair.encoders, "language": options.language}
+        return " | ".join(f"{name} {layout}" for name, layout in sides.items())
 
     def _summary(self, lines: list[dict[str, Any]]) -> dict[str, Any]:
         options = self.run.options
@@ -286,9 +297,10 @@ class _Reporter:
         if not math.isfinite(seconds):  # nothing was left to train: what was measured then
             measured = sorted(line["seconds"] for line in lines)
             seconds = measured[len(measured) // 2] if measured else math.nan
+        layouts = self.run.built.layouts()
+        names = {"vision": VISION, "audio": AUDIO, "language": LANGUAGE}
         return {
-            "vision": self.run.built.layouts()[VISION],
-            "language": self.run.built.layouts()[LANGUAGE],
+            **{side: layouts[name] for side, name in names.items() if name in layouts},
             "world_size": dist.get_world_size(),
             "backend": self.run.backend,
             "versions": _versions(),
@@ -301,7 +313,8 @@ class _Reporter:
 
 
 def _build(options: Options, backend: str) -> DigitsModel:
-    return build_model(options.vision, options.language, model_options(options), backend)
+    layouts = (options.vision, options.language)
+    return build_model(*layouts, model_options(options), backend, audio=options.audio)
 
 
 def model_options(options: Options) -> ModelOptions:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``layout.png``: which rank holds which samples and sequence chunks on either side of the bridge.
+"""``layout.png``: which rank holds which samples and sequence chunks on either side of a bridge.
 
 Everything is read off the :class:`BridgeLayout` or :class:`RouteLayout` that the bridge executes
 and the sequence order that the model shards by; nothing is worked out here a second time.
@@ -7,6 +7,7 @@ and the sequence order that the model shards by; nothing is worked out here a se
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,25 +126,33 @@ class LayoutPicture:
 
 def plot_layout(
     path: Path,
-    layout: BridgeLayout | RouteLayout,
+    layouts: Sequence[BridgeLayout | RouteLayout],
     samples: int,
     sequence_length: int,
     *,
     sequence_parallel: bool = False,
 ) -> None:
-    """Draw the bridge: encoder ranks on the left, the same ranks' language side on the right.
+    """Draw bridges below each other: encoder ranks left, the same ranks' language side right.
 
     Args:
         path: the PNG.
-        layout: the object that the bridge executes.
+        layouts: the objects that the bridges execute, one per encoder.
         samples: of one global microbatch.
         sequence_length: tokens of a sample.
         sequence_parallel: the language side's TP ranks cut the sequence further.
     """
-    picture = LayoutPicture(layout, samples, sequence_length, sequence_parallel)
+    batch = (samples, sequence_length, sequence_parallel)
+    pictures = [LayoutPicture(layout, *batch) for layout in layouts]
+    heights = [0.5 * len(picture.shown) + 2.6 for picture in pictures]
+    figure = Figure(figsize=(13, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(pictures), 1, height_ratios=heights, squeeze=False).flat
+    for axes, picture in zip(panels, pictures, strict=True):
+        _draw_bridge(axes, picture)
+    save_figure(figure, path, "the layout's picture")
+
+
+def _draw_bridge(axes: Axes, picture: LayoutPicture) -> None:
     rows = len(picture.shown)
-    figure = Figure(figsize=(13, 0.5 * rows + 2.6), layout="constrained")
-    axes = figure.subplots()
     axes.axis("off")
     axes.set_xlim(-2.6, _RIGHT + _STRIP + 3.4)
     axes.set_ylim(rows * _ROW + 1.5, -2.0)
@@ -153,7 +162,6 @@ def plot_layout(
         _draw_destination(axes, picture, rank, row * _ROW)
     (_draw_routes if picture.routed else _draw_moves)(axes, picture)
     axes.text(-2.5, rows * _ROW + 0.25, _caption(picture), va="top", fontsize=9.5, color=INK)
-    save_figure(figure, path, "the layout's picture")
 
 
 def _draw_headers(axes: Axes, picture: LayoutPicture) -> None:
@@ -313,7 +321,7 @@ def _routed_caption(picture: LayoutPicture) -> str:
     owners = "the rank" if picture.sequence_parallel else "the TP ranks"
     later = "\npale: later stages, which get hidden states" if picture.stages > 1 else ""
     return (
-        f"forward (arrows): each image row goes once, from a rank that encoded it to {owners} "
+        f"forward (arrows): each row goes once, from a rank that encoded it to {owners} "
         "that own its token; a level arrow moves nothing\n"
         "backward: each row's gradient goes once, from an owner to every rank that encoded the row"
         + later

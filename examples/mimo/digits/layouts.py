@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which pairs of layouts fit: pure integers, no torch.
+"""Which layouts fit together: pure integers, no torch.
 
 :func:`misfits` lists what does not fit, with the numbers; :func:`suggest` finds the nearest pair
 that does; :func:`check_layouts` puts both into one sentence.
@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from errors import JobError
 
 MAX_RANKS = 16_384
-_AXES = {"vision": ("tp", "dp"), "language": ("tp", "cp", "pp", "dp")}
+_AXES = {"vision": ("tp", "dp"), "audio": ("tp", "dp"), "language": ("tp", "cp", "pp", "dp")}
+_ITEMS = {"vision": "images", "audio": "sounds"}
 # Another cut of the language model's ranks, for its experts.
 _EXPERT_AXES = ("ep", "etp")
 
@@ -61,7 +62,7 @@ class Layout:
             JobError: for an unknown or repeated axis and for anything but whole numbers from 1.
         """
         sizes: dict[str, int] = {}
-        known = (*_AXES[module], *(("cp",) if module == "vision" else _EXPERT_AXES))
+        known = (*_AXES[module], *(_EXPERT_AXES if module == "language" else ("cp",)))
         for part in text.split(","):
             axis, equals, number = (piece.strip() for piece in part.partition("="))
             if not equals or axis not in known:
@@ -87,13 +88,20 @@ def _example(module: str) -> str:
 
 @dataclass(frozen=True)
 class Pair:
-    """Both modules' layouts."""
+    """The modules' layouts; ``audio`` is None without an audio encoder."""
 
     vision: Layout
     language: Layout
+    audio: Layout | None = None
+
+    @property
+    def encoders(self) -> dict[str, Layout]:
+        """Layouts of the encoders that there are, by name."""
+        return {"vision": self.vision} | ({"audio": self.audio} if self.audio else {})
 
     def __str__(self) -> str:
-        return f"--vision {self.vision} --language {self.language}"
+        encoders = " ".join(f"--{name} {layout}" for name, layout in self.encoders.items())
+        return f"{encoders} --language {self.language}"
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,8 @@ class Limits:
         sequence_parallel: the language model also cuts the sequence over TP.
         world_size: ranks already started, or None when the layouts decide.
         sequence_length: tokens per sample.
-        vision_heads, language_heads: attention heads (key/value heads if there are fewer).
+        vision_heads, audio_heads, language_heads: attention heads (key/value heads if there are
+            fewer).
         experts: of each layer of the language model, 0 without.
         language_layers: layers of the language model, cut over its pipeline stages.
         virtual_stages: stages per rank.
@@ -120,6 +129,7 @@ class Limits:
     world_size: int | None = None
     sequence_length: int = 32
     vision_heads: int = 8
+    audio_heads: int = 8
     language_heads: int = 8
     experts: int = 0
     language_layers: int = 2
@@ -137,27 +147,33 @@ def misfits(pair: Pair, limits: Limits) -> list[str]:
 
 
 def _rank_misfits(pair: Pair, limits: Limits) -> Iterator[str]:
-    vision, language, world = pair.vision, pair.language, limits.world_size
-    if vision.cp != 1:
+    for name, encoder in pair.encoders.items():
+        yield from _encoder_misfits(name, encoder, pair.language, limits.world_size)
+
+
+def _encoder_misfits(
+    name: str, encoder: Layout, language: Layout, world: int | None
+) -> Iterator[str]:
+    if encoder.cp != 1:
         yield (
-            f"vision has cp={vision.cp}, but its images are not cut and cp must be 1 (only the "
-            "language model's sequence is)"
+            f"{name} has cp={encoder.cp}, but its {_ITEMS[name]} are not cut and cp must be 1 "
+            "(only the language model's sequence is)"
         )
-    if vision.size != language.size:
+    if encoder.size != language.size:
         yield (
-            f"vision {vision} spans {_ranks(vision.size)}, "
+            f"{name} {encoder} spans {_ranks(encoder.size)}, "
             f"language {language} spans {language.size}, and both must span the same ranks"
         )
-    elif vision.size > MAX_RANKS:
-        yield f"vision {vision} spans {vision.size} ranks, more than {MAX_RANKS}"
-    elif world is not None and vision.size != world:
+    elif encoder.size > MAX_RANKS:
+        yield f"{name} {encoder} spans {encoder.size} ranks, more than {MAX_RANKS}"
+    elif world is not None and encoder.size != world:
         yield (
-            f"vision {vision} and language {language} span {_ranks(vision.size)}, "
+            f"{name} {encoder} and language {language} span {_ranks(encoder.size)}, "
             f"but the job has {_ranks(world)}"
         )
-    if max(vision.dp, language.dp) % min(vision.dp, language.dp):
+    if max(encoder.dp, language.dp) % min(encoder.dp, language.dp):
         yield (
-            f"vision dp={vision.dp} and language dp={language.dp} do not divide, "
+            f"{name} dp={encoder.dp} and language dp={language.dp} do not divide, "
             "and the larger must be a multiple of the smaller"
         )
 
@@ -166,7 +182,7 @@ def _batch_misfits(pair: Pair, limits: Limits) -> Iterator[str]:
     batch, micro = limits.global_batch_size, limits.micro_batches
     if batch % micro:
         yield f"a global batch of {batch} samples does not divide into {micro} microbatches"
-    for name, layout in (("vision", pair.vision), ("language", pair.language)):
+    for name, layout in {**pair.encoders, "language": pair.language}.items():
         if batch % micro == 0 and (batch // micro) % layout.dp:
             yield (
                 f"a microbatch of {batch // micro} samples (global batch {batch} / {micro} "
@@ -180,10 +196,8 @@ def _batch_misfits(pair: Pair, limits: Limits) -> Iterator[str]:
 
 
 def _model_misfits(pair: Pair, limits: Limits) -> Iterator[str]:
-    for name, layout, heads in (
-        ("vision", pair.vision, limits.vision_heads),
-        ("language", pair.language, limits.language_heads),
-    ):
+    for name, layout in {**pair.encoders, "language": pair.language}.items():
+        heads = getattr(limits, f"{name}_heads")
         if heads % layout.tp:
             yield f"{name} tp={layout.tp} does not divide its {heads} attention heads"
     language = pair.language
@@ -240,12 +254,12 @@ def suggest(pair: Pair, limits: Limits) -> tuple[Pair, Limits]:
     if better is None:
         better = _nearest(pair, replace(limits, global_batch_size=0, eval_batch_size=0))
     assert better is not None  # tp=1,dp=ranks on both sides fits any model
-    widest = max(better.vision.dp, better.language.dp)
-    per_step, wanted = limits.micro_batches * widest, limits.eval_batch_size
+    parts = math.lcm(*(layout.dp for layout in (*better.encoders.values(), better.language)))
+    per_step, wanted = limits.micro_batches * parts, limits.eval_batch_size
     rounded = replace(
         limits,
         global_batch_size=-(-limits.global_batch_size // per_step) * per_step,
-        eval_batch_size=None if wanted is None else -(-wanted // widest) * widest,
+        eval_batch_size=None if wanted is None else -(-wanted // parts) * parts,
     )
     return better, rounded
 
@@ -273,7 +287,10 @@ def check_layouts(pair: Pair, limits: Limits) -> None:
 
 
 def _nearest(pair: Pair, limits: Limits) -> Pair | None:
-    """On the ranks that are there, else on as many as either module asked for, else on fewer."""
+    """On the ranks that are there, else on as many as a module asked for, else on fewer.
+
+    The audio encoder follows the other two: what fits the vision encoder would fit it, too.
+    """
     asked = sorted({pair.vision.size, pair.language.size})
     worlds = [[limits.world_size]] if limits.world_size is not None else [asked]
     if limits.world_size is None:
@@ -283,8 +300,20 @@ def _nearest(pair: Pair, limits: Limits) -> Pair | None:
         every = (o for size in sizes if size <= MAX_RANKS for o in every_pair(size, stages))
         fits = [other for other in every if not misfits(other, limits)]
         if fits:
-            return min(fits, key=lambda other: _distance(pair, other))
+            nearest = min(fits, key=lambda other: _distance(pair, other))
+            return _with_audio(pair.audio, nearest, limits)
     return None
+
+
+def _with_audio(audio: Layout | None, pair: Pair, limits: Limits) -> Pair:
+    """The pair with the nearest layout of an audio encoder that fits it."""
+    if audio is None:
+        return pair
+    ranks = pair.language.size
+    sizes = [tp for tp in range(1, ranks + 1) if ranks % tp == 0]
+    every = [replace(pair, audio=layout) for layout in (Layout(tp, 1, ranks // tp) for tp in sizes)]
+    fits = [other for other in every if not misfits(other, limits)]
+    return min(fits, key=lambda other: (_change(audio, other.audio), other.audio.tp))
 
 
 def every_pair(world: int, stages: Collection[int] = (1,)) -> Iterator[Pair]:
@@ -309,11 +338,17 @@ def every_pair(world: int, stages: Collection[int] = (1,)) -> Iterator[Pair]:
 
 def _distance(pair: Pair, other: Pair) -> tuple[float, ...]:
     """Few changed axes first (DP, CP, TP, PP in this order), then small changes, then few ranks."""
-    changed, far = 0.0, 0.0
-    for old, new in ((pair.vision, other.vision), (pair.language, other.language)):
-        for axis, weight in (("dp", 1.0), ("cp", 1.01), ("tp", 1.02), ("pp", 1.03)):
-            was, now = getattr(old, axis), getattr(new, axis)
-            changed += weight * (was != now)
-            far += abs(math.log2(now / was))
+    changes = (_change(pair.vision, other.vision), _change(pair.language, other.language))
+    changed, far = (sum(values) for values in zip(*changes, strict=True))
     language = other.language
     return (changed, far, other.vision.size, other.vision.tp, language.tp, language.cp)
+
+
+def _change(old: Layout, new: Layout) -> tuple[int, float]:
+    """(changed axes, with weights that tell them apart; by how many factors of two)."""
+    changed, far = 0, 0.0
+    for axis, weight in (("dp", 100), ("cp", 101), ("tp", 102), ("pp", 103)):
+        was, now = getattr(old, axis), getattr(new, axis)
+        changed += weight * (was != now)
+        far += abs(math.log2(now / was))
+    return changed, far

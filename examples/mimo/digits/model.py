@@ -1,30 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model of the digits job: a small vision transformer feeding a small GPT.
+"""The model of the digits job: small encoders of images and of sounds feeding a small GPT.
 
-Both are stock Megatron-Core modules over their own process groups; ``MimoModel`` joins them.
+All are stock Megatron-Core modules over their own process groups; ``MimoModel`` joins them.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from data import (
-    PATCH_SIDE,
-    SEQUENCE_LENGTH,
-    TOKENS_PER_IMAGE,
-    VOCABULARY_SIZE,
-    Token,
-    image_patches,
-)
+from data import SEQUENCE_LENGTH, VOCABULARY_SIZE
+from encoders import AUDIO, ENCODER, MODALITIES, VISION, encoder_spec, projector_of
 from layouts import Layout
 from options import parts_to_freeze
 
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.models.mimo import MimoModel, MimoModelConfig, VisionModalitySubmodules
+from megatron.core.models.mimo import MimoModel, MimoModelConfig
 from megatron.core.models.mimo.memory.policy import EncoderMemory
 from megatron.core.models.mimo.training.grad_finalize import (
     MimoGradFinalizer,
@@ -34,23 +29,13 @@ from megatron.core.models.mimo.training.grad_finalize import (
 from megatron.core.models.mimo.training.groups import create_process_groups, make_grid
 from megatron.core.models.mimo.training.initial_weights import initialize_weights
 from megatron.core.models.mimo.training.randomness import ModuleRandomness, seed_everything
-from megatron.core.models.mimo.training.recompute import recomputable
 from megatron.core.models.mimo.transformer.exact_loss import ExactLossGPTModel
-from megatron.core.models.mimo.transformer.layer_specs import (
-    encoder_layer_spec,
-    language_layer_spec,
-)
-from megatron.core.models.vision.multimodal_projector import MultimodalProjector
+from megatron.core.models.mimo.transformer.layer_specs import language_layer_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-VISION, LANGUAGE = "images", "language"
-PATCH_PIXELS = PATCH_SIDE * PATCH_SIDE
+LANGUAGE = "language"
 
 
 # What Megatron-Core computes again in backward instead of keeping it.
@@ -72,6 +57,9 @@ class ModelSize:
     vision_hidden: int = 64
     vision_layers: int = 2
     vision_heads: int = 8
+    audio_hidden: int = 64
+    audio_layers: int = 2
+    audio_heads: int = 8
     language_hidden: int = 128
     language_layers: int = 2
     language_heads: int = 8
@@ -135,34 +123,6 @@ class ModelOptions:
     memory: EncoderMemory = field(default_factory=EncoderMemory)
 
 
-class DigitEncoder(MegatronModule):
-    """Vision transformer over the four 4x4 patches of an 8x8 image.
-
-    ``forward(images)``: images ``(n, 1, 8, 8)`` -> ``(4, n, h)``, sequence first as Megatron's
-    transformer blocks are; the submodule's spec says so and makes sample-major rows of it.
-    """
-
-    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:
-        super().__init__(config=config)
-        self.patch_embedding = torch.nn.Linear(PATCH_PIXELS, config.hidden_size)
-        self.position_embedding = torch.nn.Parameter(
-            torch.zeros(TOKENS_PER_IMAGE, 1, config.hidden_size)
-        )
-        self.transformer = TransformerBlock(
-            config, encoder_layer_spec(config), pg_collection=pg_collection
-        )
-        dtype = config.params_dtype
-        self.patch_embedding.to(dtype)
-        self.position_embedding.data = self.position_embedding.data.to(dtype)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Encode images; raises ``ValueError`` for images of another shape."""
-        patches = image_patches(images).transpose(0, 1).to(self.patch_embedding.weight.dtype)
-        hidden = self.patch_embedding(patches) + self.position_embedding
-        hidden = recomputable(hidden, self.transformer)
-        return self.transformer(hidden_states=hidden, attention_mask=None)
-
-
 @dataclass
 class DigitsModel:
     """The built model and what training it needs.
@@ -202,9 +162,9 @@ class DigitsModel:
 
 
 def transformer_configs(
-    vision: Layout, language: Layout, options: ModelOptions
+    vision: Layout, language: Layout, options: ModelOptions, audio: Layout | None = None
 ) -> dict[str, TransformerConfig]:
-    """Megatron configurations of both modules and of the projector between them."""
+    """Megatron configurations of all modules and of the encoders' projectors."""
     size = options.size
     common: dict[str, Any] = {
         # Larger than Megatron's default of 0.02, which is meant for widths of thousands.
@@ -223,21 +183,24 @@ def transformer_configs(
         "gradient_accumulation_fusion": False,
         **_RECOMPUTE[options.recompute],
     }
-    encoder = TransformerConfig(
-        num_layers=size.vision_layers,
-        hidden_size=size.vision_hidden,
-        num_attention_heads=size.vision_heads,
-        tensor_model_parallel_size=vision.tp,
-        **common,
-    )
-    projector = TransformerConfig(
-        num_layers=1,
-        hidden_size=size.language_hidden,
-        num_attention_heads=size.language_heads,
-        ffn_hidden_size=size.language_hidden,
-        tensor_model_parallel_size=vision.tp,
-        **common,
-    )
+    configs = {}
+    for name, layout in _encoders(vision, audio).items():
+        side = MODALITIES[name].side
+        configs[name] = TransformerConfig(
+            num_layers=getattr(size, f"{side}_layers"),
+            hidden_size=getattr(size, f"{side}_hidden"),
+            num_attention_heads=getattr(size, f"{side}_heads"),
+            tensor_model_parallel_size=layout.tp,
+            **common,
+        )
+        configs[projector_of(name)] = TransformerConfig(
+            num_layers=1,
+            hidden_size=size.language_hidden,
+            num_attention_heads=size.language_heads,
+            ffn_hidden_size=size.language_hidden,
+            tensor_model_parallel_size=layout.tp,
+            **common,
+        )
     decoder = TransformerConfig(
         num_layers=size.language_layers,
         hidden_size=size.language_hidden,
@@ -261,7 +224,7 @@ def transformer_configs(
         **(options.experts.settings(language) if options.experts else {}),
         **common,
     )
-    return {VISION: encoder, "projector": projector, LANGUAGE: decoder}
+    return {**configs, LANGUAGE: decoder}
 
 
 def _length_settings(language: Layout, options: ModelOptions) -> dict[str, Any]:
@@ -275,29 +238,9 @@ def _length_settings(language: Layout, options: ModelOptions) -> dict[str, Any]:
     return settings
 
 
-def _vision_spec(
-    configs: dict[str, TransformerConfig], groups: ProcessGroupCollection
-) -> ModuleSpec:
-    encoder = ModuleSpec(
-        module=DigitEncoder, params={"config": configs[VISION], "pg_collection": groups}
-    )
-    projection = ModuleSpec(
-        module=MultimodalProjector,
-        params={
-            "config": configs["projector"],
-            "submodules": MLPSubmodules(
-                linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
-            ),
-            "projector_type": "mlp",
-            "input_size": configs[VISION].hidden_size,
-            "tp_group": groups.tp,
-        },
-    )
-    return ModuleSpec(
-        module=VisionModalitySubmodules,
-        params={"pg_collection": groups, "sequence_first_encoders": ["digits"]},
-        submodules={"encoders": {"digits": encoder}, "input_projections": [projection]},
-    )
+def _encoders(vision: Layout, audio: Layout | None) -> dict[str, Layout]:
+    """Layouts by modality, of those that the model has."""
+    return {VISION: vision} | ({AUDIO: audio} if audio else {})
 
 
 def _language_specs(
@@ -341,16 +284,14 @@ def freeze(model: MimoModel, parts: Iterable[str]) -> None:
 
     DDP makes gradient buffers of what trains when it wraps, and the optimizer state likewise.
     """
-    vision = model.modality_submodules[VISION]
-    encoder = vision.encoders["digits"]
-    layers = encoder.transformer.layers
-    lower = [encoder.patch_embedding, encoder.position_embedding, *layers[: len(layers) // 2]]
-    known: dict[str, list[Any]] = {
-        "encoder": [encoder],
-        "lower-encoder": lower,
-        "projector": list(vision.input_projections),
-        "language": [module for name, module in iter_modules(model) if name == LANGUAGE],
-    }
+    known: dict[str, list[Any]] = defaultdict(list)
+    known["language"] = [module for name, module in iter_modules(model) if name == LANGUAGE]
+    for name, submodule in model.modality_submodules.items():
+        encoder, side = submodule.encoders[ENCODER], MODALITIES[name].side
+        known["lower-encoder"] += encoder.lower_half()
+        for prefix in ("", f"{side}-"):
+            known[f"{prefix}encoder"].append(encoder)
+            known[f"{prefix}projector"] += submodule.input_projections
     for part in parts:
         for module in known[part]:
             module.requires_grad_(False)
@@ -362,6 +303,7 @@ def build_model(
     options: ModelOptions,
     backend: str | None = None,
     rank_offset: int = 0,
+    audio: Layout | None = None,
 ) -> DigitsModel:
     """Build, initialise and wrap the model; every rank calls it together.
 
@@ -374,6 +316,7 @@ def build_model(
         options: of the model.
         backend: of the process groups, PyTorch's default one if None.
         rank_offset: the first of the ranks.
+        audio: layout of a second encoder, for sounds, beside a vision encoder with its own.
 
     Raises:
         ValueError: an encoder without a layout of its own beside several pipeline stages.
@@ -382,6 +325,10 @@ def build_model(
         raise ValueError(
             f"An encoder on the language model's layout {language} would have pipeline stages; "
             "give it a layout of its own"
+        )
+    if vision is None and audio is not None:
+        raise ValueError(
+            f"An audio encoder ({audio}) needs a vision encoder with a layout of its own beside it"
         )
     place: dict[str, Any] = {"rank_offset": rank_offset, "backend": backend}
     axes = {"tp": language.tp, "cp": language.cp, "dp": language.dp, "pp": language.pp}
@@ -395,12 +342,15 @@ def build_model(
         ),
     }
     grids[VISION] = grids[VISION] or grids[LANGUAGE]
+    if audio is not None:
+        grids[AUDIO] = make_grid(tp=audio.tp, dp=audio.dp, **place)
     collections = {name: create_process_groups(grid) for name, grid in grids.items()}
     if vision is None:
         # Every rank has whole images, so the encoder's attention is not cut over CP.
         collections[VISION] = copy.copy(collections[LANGUAGE])
         collections[VISION].cp = collections[LANGUAGE].pp
-    configs = transformer_configs(vision or language, language, options)
+    configs = transformer_configs(vision or language, language, options, audio)
+    modalities = [name for name in grids if name != LANGUAGE]
     seed_everything(options.seed)
     language_spec, *virtual_stage_specs = _language_specs(
         configs[LANGUAGE], collections[LANGUAGE], options
@@ -408,10 +358,12 @@ def build_model(
     mimo_config = MimoModelConfig(
         language_model_spec=language_spec,
         virtual_stage_specs=virtual_stage_specs,
-        modality_submodules_spec={VISION: _vision_spec(configs, collections[VISION])},
-        special_token_ids={VISION: int(Token.IMAGE)},
+        modality_submodules_spec={
+            name: encoder_spec(name, configs, collections[name]) for name in modalities
+        },
+        special_token_ids={name: int(MODALITIES[name].token) for name in modalities},
         module_to_grid_map=grids if vision else None,
-        encoder_memory={VISION: options.memory},
+        encoder_memory=dict.fromkeys(modalities, options.memory),
         bridge=options.bridge,
         kv_format="thd" if options.packed else "sbhd",
     )

@@ -20,8 +20,18 @@ from layouts import Layout, Limits, Pair, check_layouts
 
 HEADS = 8
 SEQUENCE_LENGTH = 32
-# What --freeze may name; the lower encoder is its embeddings and the lower half of its layers.
-FREEZABLE = ("encoder", "lower-encoder", "projector", "language")
+# What --freeze may name; the lower encoder is its embeddings and the lower half of its layers. The
+# first three are those of every modality, the last four of one.
+FREEZABLE = (
+    "encoder",
+    "lower-encoder",
+    "projector",
+    "language",
+    "vision-encoder",
+    "vision-projector",
+    "audio-encoder",
+    "audio-projector",
+)
 
 
 def _option(default: Any, text: str, parse: Callable[[str], Any], *choices: str) -> Any:
@@ -87,12 +97,43 @@ def parts_to_freeze(text: str) -> tuple[str, ...]:
     return parts
 
 
+def frozen_parts(text: str) -> set[str]:
+    """The same with each modality's part by its own name.
+
+    >>> sorted(frozen_parts("encoder+language"))
+    ['audio-encoder', 'language', 'vision-encoder']
+    """
+    parts = parts_to_freeze(text)
+    both = {"encoder", "projector"} & set(parts)
+    return {f"{side}-{part}" for side in ("vision", "audio") for part in both} | set(parts) - both
+
+
+def _check_freeze(options: Options) -> None:
+    """What is frozen of one modality: it must be there, and something must be left to train.
+
+    Raises:
+        JobError: one of both is not so.
+    """
+    for part in parts_to_freeze(options.freeze):
+        if part.startswith("audio-") and options.audio is None:
+            raise JobError(f"--freeze {part} is for a run with sounds; add --audio tp=1,dp=8")
+    whole = {"language"} | {
+        f"{side}-{part}" for side in options.pair.encoders for part in ("encoder", "projector")
+    }
+    if whole <= frozen_parts(options.freeze):
+        raise JobError(f"--freeze: must leave something to train, got {options.freeze!r}")
+
+
 def _freeze(text: str) -> str:
     return "+".join(parts_to_freeze(text))
 
 
 def _vision(text: str) -> Layout:
     return Layout.parse(text, "vision")
+
+
+def _audio(text: str) -> Layout:
+    return Layout.parse(text, "audio")
 
 
 def _language(text: str) -> Layout:
@@ -106,6 +147,10 @@ class Options:
     vision: Layout = _option(
         Layout(tp=2, dp=4), "layout of the vision encoder, such as tp=2,dp=4", _vision
     )
+    audio: Layout | None = _option(
+        None, "layout of an audio encoder, such as tp=1,dp=8: samples then show digits as images, "
+        "as sounds, as a mix of both or as text; without it there are images only", _audio,
+    )  # fmt: skip
     language: Layout = _option(
         Layout(tp=2, cp=2, dp=2), "layout of the language model, such as tp=2,cp=2,dp=2", _language
     )
@@ -191,12 +236,12 @@ class Options:
 
     @property
     def pair(self) -> Pair:
-        """Both layouts."""
-        return Pair(self.vision, self.language)
+        """All layouts."""
+        return Pair(self.vision, self.language, self.audio)
 
     @property
     def world_size(self) -> int:
-        """Ranks that the layouts span (the same for both, once checked)."""
+        """Ranks that the layouts span (the same for all, once checked)."""
         return self.vision.size
 
     def as_dict(self) -> dict[str, Any]:
@@ -213,7 +258,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="train.py",
-        description="Train a vision-language model to read handwritten digits on any layout.",
+        description="Train a model to read handwritten digits, and spoken ones, on any layout.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -221,7 +266,7 @@ def _parser() -> argparse.ArgumentParser:
         flag, extra = f"--{item.name.replace('_', '-')}", dict(item.metadata)
         if isinstance(item.default, bool):
             extra["action"] = argparse.BooleanOptionalAction
-        elif item.name in ("vision", "language"):
+        elif item.name in ("vision", "audio", "language"):
             extra["metavar"] = "AXIS=SIZE,..."
         parser.add_argument(flag, default=item.default, **extra)
     return parser
@@ -276,12 +321,30 @@ def _check_varied(options: Options) -> None:
         )
 
 
+def _check_bridge(options: Options) -> None:
+    """The gather bridge beside an audio encoder.
+
+    Raises:
+        JobError: DP sizes differ.
+    """
+    sizes = {name: layout.dp for name, layout in options.pair.encoders.items()}
+    sizes["language"] = options.language.dp
+    if options.audio and options.bridge == "gather" and len(set(sizes.values())) > 1:
+        said = ", ".join(f"{name} dp={size}" for name, size in sizes.items())
+        raise JobError(
+            "--bridge gather wants equally many rows of every sample where DP sizes differ, and "
+            f"with --audio some samples have no image or no sound; got {said}; use --bridge "
+            "routed, or one DP size for all"
+        )
+
+
 def parse_options(
     argv: Sequence[str],
     world_size: int | None = None,
     *,
     sequence_length: int = SEQUENCE_LENGTH,
     vision_heads: int = HEADS,
+    audio_heads: int = HEADS,
     language_heads: int = HEADS,
 ) -> Options:
     """Read and check the command line.
@@ -291,7 +354,7 @@ def parse_options(
         world_size: ranks already started (torchrun), or None when the layouts decide.
         sequence_length: tokens per sample.
         vision_heads: attention heads that the vision encoder's TP must divide.
-        language_heads: the same of the language model.
+        audio_heads, language_heads: the same of the audio encoder and of the language model.
 
     Raises:
         JobError: for a wrong option, and for layouts and batch sizes that do not fit, with a pair
@@ -307,6 +370,7 @@ def parse_options(
         world_size=options.nproc if world_size is None else world_size,
         sequence_length=sequence_length,
         vision_heads=vision_heads,
+        audio_heads=audio_heads,
         language_heads=language_heads,
         experts=options.experts,
         language_layers=options.language_layers,
@@ -315,6 +379,8 @@ def parse_options(
     check_layouts(options.pair, limits)
     _check_pipeline(options)
     _check_varied(options)
+    _check_bridge(options)
+    _check_freeze(options)
     if world_size is not None and options.nproc not in (None, world_size):
         raise JobError(
             f"--nproc {options.nproc} was given, but {world_size} ranks were started; leave it out"

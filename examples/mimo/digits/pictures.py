@@ -13,7 +13,9 @@ from errors import write_atomically
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from sounds import log_mel
 
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 INK, MUTED, RIGHT, WRONG = "#1b1f24", "#6e7781", "#0969da", "#cf222e"
 
 
@@ -80,17 +82,21 @@ def plot_predictions(
     read: np.ndarray,
     counted: np.ndarray | None = None,
     *,
+    waveforms: np.ndarray | None = None,
     show: int = 30,
 ) -> float:
     """Draw held-out samples with what the model read, wrong digits in red; wrong samples first.
 
+    Digits that are shown as text are drawn as their name.
+
     Args:
         path: the PNG.
-        images: ``(n, 4, 8, 8)``.
+        images: ``(n, 4, 8, 8)``; not finite where a digit is shown otherwise.
         truth: ``(n, 4)``, the digits shown.
         read: ``(n, 4)``, the digits that the model read; -1 where it gave no digit.
         counted: ``(n, 4)`` bool, all by default; the accuracy is over these.
-        show: samples to draw at most.
+        waveforms: ``(n, 4, samples)``, the same for sounds; none by default.
+        show: samples to draw at most; those without a mistake are taken from all over.
 
     Returns:
         The share of counted digits that were read right.
@@ -98,7 +104,7 @@ def plot_predictions(
     counted = np.ones_like(truth, dtype=bool) if counted is None else counted
     wrong = (read != truth) & counted
     accuracy = 1.0 - wrong.sum() / counted.sum()
-    order = np.argsort(~wrong.any(axis=1), kind="stable")[:show]
+    order = _choose(wrong.any(axis=1), show)
     columns = min(5, len(order))
     rows = -(-len(order) // columns)
     figure = Figure(figsize=(2.3 * columns, 0.92 * rows + 0.9), layout="constrained")
@@ -111,20 +117,37 @@ def plot_predictions(
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
     for axes, sample in zip(figure.axes, order, strict=False):
-        _draw_sample(axes, images[sample], truth[sample], read[sample], wrong[sample])
+        sounds = None if waveforms is None else waveforms[sample]
+        _draw_sample(axes, images[sample], sounds, truth[sample], read[sample], wrong[sample])
     save_figure(figure, path, "the predictions")
     return float(accuracy)
 
 
+def _choose(wrong: np.ndarray, show: int) -> np.ndarray:
+    """Up to ``show`` samples: those with a mistake, then some of the others, evenly apart."""
+    first, right = np.flatnonzero(wrong)[:show], np.flatnonzero(~wrong)
+    places = np.linspace(0, len(right) - 1, min(show - len(first), len(right)))
+    return np.concatenate([first, right[places.round().astype(int)]])
+
+
 def _draw_sample(
-    axes: Axes, images: np.ndarray, truth: np.ndarray, read: np.ndarray, wrong: np.ndarray
+    axes: Axes,
+    images: np.ndarray,
+    sounds: np.ndarray | None,
+    truth: np.ndarray,
+    read: np.ndarray,
+    wrong: np.ndarray,
 ) -> None:
-    """One strip of four images, the digits read below each, framed in red if one is wrong."""
+    """One strip of four digits, what was read below each, framed in red if it is wrong."""
     gap, side = 1, images.shape[-1]
-    strip = np.full((side, 4 * side + 3 * gap), np.nan)
     for index, image in enumerate(images):
         left = index * (side + gap)
-        strip[:, left : left + side] = image
+        if np.isfinite(image).all():
+            axes.imshow(image, extent=_box(left, side), cmap="gray_r", interpolation="nearest")
+        elif sounds is not None and np.isfinite(sounds[index]).all():
+            _draw_sound(axes, sounds[index], left, side)
+        else:
+            _draw_name(axes, NAMES[truth[index]], left, side)
         digit = "?" if read[index] < 0 else str(read[index])
         style: dict[str, Any] = {"ha": "center", "fontsize": 11, "fontfamily": "monospace"}
         center = left + (side - 1) / 2
@@ -134,9 +157,32 @@ def _draw_sample(
             axes.text(center, -1.9, str(truth[index]), va="center", color=MUTED, **style)
             frame = Rectangle((left - 0.5, -0.5), side, side, fill=False, ec=WRONG, lw=2)
             axes.add_patch(frame)
-    width = strip.shape[1]
+    width = 4 * side + 3 * gap
     panel = Rectangle((-2.5, -3.6), width + 4, side + 7, fc="#eef1f4", ec="none", zorder=-1)
     axes.add_patch(panel)
-    axes.imshow(strip, cmap="gray_r", interpolation="nearest")
     axes.set_xlim(-3.5, width + 2.5)
     axes.set_ylim(side + 4, -4.2)
+
+
+def _box(left: float, side: int) -> tuple[float, float, float, float]:
+    """Where ``imshow`` draws a square of ``side`` whose first pixel is at (left, 0)."""
+    return left - 0.5, left + side - 0.5, side - 0.5, -0.5
+
+
+def _draw_sound(axes: Axes, sound: np.ndarray, left: float, side: int) -> None:
+    """The waveform in the upper third, the spectrogram that the encoder hears below it."""
+    right, low = left + side - 0.5, side / 3 - 0.5
+    spectrum = log_mel(sound[None].astype(np.float32))[0].T[::-1]
+    extent = (left - 0.5, right, side - 0.5, low)
+    axes.imshow(spectrum, extent=extent, cmap="magma", aspect="auto", interpolation="nearest")
+    times = np.linspace(left - 0.5, right, len(sound))
+    height = (low + 0.3) / max(float(np.abs(sound).max()), 1e-9) / 2
+    axes.plot(times, low / 2 - 0.3 + height * sound, color=RIGHT, lw=0.35)
+
+
+def _draw_name(axes: Axes, name: str, left: float, side: int) -> None:
+    """A digit that comes as text."""
+    box = Rectangle((left - 0.5, -0.5), side, side, fc="white", ec="#d0d7de", lw=0.8)
+    axes.add_patch(box)
+    center = (left + (side - 1) / 2, (side - 1) / 2)
+    axes.text(*center, name, ha="center", va="center", fontsize=7.5, color=MUTED)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from data import (
-    IMAGES_PER_SAMPLE,
+    DIGITS_PER_SAMPLE,
     READING_POSITIONS,
     SEQUENCE_LENGTH,
     VOCABULARY_SIZE,
@@ -21,7 +21,8 @@ from data import (
     Token,
     with_answer,
 )
-from model import LANGUAGE, VISION, DigitsModel
+from encoders import AUDIO, MODALITIES, VISION
+from model import LANGUAGE, DigitsModel
 
 from megatron.core.models.mimo.comm.batch_routes import plan_even_batch
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
@@ -108,11 +109,11 @@ class Trainer:
         self.built, self.options = built, options
         self.model, self.groups = built.model, built.collections[LANGUAGE]
         self.device = next(self.model.parameters()).device
-        bridge = getattr(self.model, "colocated_comms", {}).get((VISION, LANGUAGE))
-        self.bridge = bridge if isinstance(bridge, RoutedBridge) else None
+        bridges = getattr(self.model, "colocated_comms", {})
+        self.bridges = {m: b for (m, _), b in bridges.items() if isinstance(b, RoutedBridge)}
         self.packed = built.packed
-        # Image tokens stand in the same places in every batch, so one plan serves many.
-        self._planned: tuple[np.ndarray, np.ndarray | None, dict[str, RoutePlan]] | None = None
+        # Often a modality's tokens stand where they stood, and its last plan serves again.
+        self._planned: dict[str, tuple[np.ndarray, np.ndarray | None, RoutePlan]] = {}
         config = built.configs[LANGUAGE]
         # What the length of a packed sample is padded to.
         self.multiple = shard_factor(
@@ -261,31 +262,32 @@ class Trainer:
     ) -> Batch:
         """This rank's part of a microbatch, on its device."""
         batch = batches.local_batch(step, microbatch, count, **self._dp_coordinates())
-        if self.bridge is not None:
-            image_tokens = batches.image_tokens(step, microbatch, count)
-            lengths = batches.lengths(step, microbatch, count) if self.packed else None
-            batch = replace(batch, routes=self._routes(self.bridge, image_tokens, lengths))
+        if self.bridges:
+            at = (step, microbatch, count)
+            lengths = batches.lengths(*at) if self.packed else None
+            tokens = {name: batches.tokens(MODALITIES[name].token, *at) for name in self.bridges}
+            routes = {name: self._route(name, where, lengths) for name, where in tokens.items()}
+            batch = replace(batch, routes=routes)
         return batch.to(self.device)
 
-    def _routes(
-        self, bridge: RoutedBridge, image_tokens: np.ndarray, lengths: np.ndarray | None
-    ) -> dict[str, RoutePlan]:
+    def _route(self, modality: str, tokens: np.ndarray, lengths: np.ndarray | None) -> RoutePlan:
         """Planned on the host with the batch, so that the model does not look at its tokens."""
-        known = self._planned is not None and np.array_equal(self._planned[0], image_tokens)
-        if not known or not np.array_equal(self._planned[1], lengths):
-            padded = None if lengths is None else padded_lengths(lengths, self.multiple)
-            plan = plan_even_batch(bridge.layout, dist.get_rank(), image_tokens, packed=padded)
-            self._planned = (image_tokens, lengths, {VISION: plan})
-        return self._planned[2]
+        known = self._planned.get(modality)
+        if known and np.array_equal(known[0], tokens) and np.array_equal(known[1], lengths):
+            return known[2]
+        padded = None if lengths is None else padded_lengths(lengths, self.multiple)
+        layout = self.bridges[modality].layout
+        plan = plan_even_batch(layout, dist.get_rank(), tokens, packed=padded)
+        self._planned[modality] = (tokens, lengths, plan)
+        return plan
 
     def _dp_coordinates(self) -> dict[str, int]:
-        source, dest = self.built.collections[VISION].dp, self.groups.dp
-        return {
-            "src_dp_rank": source.rank(),
-            "src_dp": source.size(),
-            "dest_dp_rank": dest.rank(),
-            "dest_dp": dest.size(),
-        }
+        groups, dest = self.built.collections, self.groups.dp
+        names = {"src": VISION, "audio": AUDIO}
+        sources = {side: groups[name].dp for side, name in names.items() if name in groups}
+        ranks = {f"{side}_dp_rank": dp.rank() for side, dp in sources.items()}
+        sizes = {f"{side}_dp": dp.size() for side, dp in sources.items()}
+        return {**ranks, **sizes, "dest_dp_rank": dest.rank(), "dest_dp": dest.size()}
 
     def _forward_step(
         self, data_iterator: Iterator[dict[str, Any]], model: torch.nn.Module
@@ -315,8 +317,11 @@ class Trainer:
             padded = padded_lengths(batch.lengths, self.multiple)
             inputs = {k: None if v is None else pack(v, padded) for k, v in inputs.items()}
             inputs["packing_kwargs"] = packing(batch.lengths, padded, self.device)
-        images = {"digits": {"images": batch.images}} if len(batch.images) else None
-        return {**inputs, "modality_inputs": {VISION: images}, "route_plan": batch.routes}
+        shown = {VISION: MODALITIES[VISION].inputs(batch.images)}
+        if AUDIO in self.built.collections:
+            spectra = torch.from_numpy(batch.clips.spectra).to(self.device)
+            shown[AUDIO] = MODALITIES[AUDIO].inputs(spectra)
+        return {**inputs, "modality_inputs": shown, "route_plan": batch.routes}
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> torch.Tensor:
@@ -352,7 +357,7 @@ class Trainer:
             digit = token - int(Token.ZERO)
             digit = torch.where((digit >= 0) & (digit <= 9), digit, -1)
             read = torch.cat([read, digit[:, None]], dim=1)
-        assert read.shape[1] == IMAGES_PER_SAMPLE
+        assert read.shape[1] == DIGITS_PER_SAMPLE
         return _gather(read, self.groups.dp, dim=0)
 
     def _whole_logits(self, logits: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:

@@ -23,7 +23,8 @@ from tests.unit_tests.mimo.tiny_modules import on_all_ranks
 
 import model  # isort: skip
 from data import DigitsBatches  # isort: skip
-from model import LANGUAGE, VISION  # isort: skip
+from encoders import VISION  # isort: skip
+from model import LANGUAGE  # isort: skip
 
 pytestmark = pytest.mark.ranks(8, timeout=90)
 

@@ -25,7 +25,7 @@ from tests.parity.tasks import named
 from tests.parity.tensors import local_gradients, whole_tensors
 from tests.unit_tests.mimo.test_end_to_end_8rank import names_on_all_stages
 
-from data import IMAGES_PER_SAMPLE, Batch, DigitsBatches  # isort: skip
+from data import DIGITS_PER_SAMPLE, Batch, DigitsBatches  # isort: skip
 from layouts import Layout  # isort: skip
 from model import DigitsModel, ModelOptions, ModelSize, build_model  # isort: skip
 from trainer import Trainer, TrainOptions  # isort: skip
@@ -72,7 +72,7 @@ def microbatches(images: tuple[list[int], ...]) -> list[Batch]:
         start = number * SAMPLES
         batch = whole.language(start, SAMPLES).vision(start, SAMPLES)
         kept = torch.tensor(has_images, dtype=torch.bool)
-        pixels = batch.images[kept.repeat_interleave(IMAGES_PER_SAMPLE)]
+        pixels = batch.images[kept.repeat_interleave(DIGITS_PER_SAMPLE)]
         made.append(replace(batch, input_ids=named(batch, ~kept), images=pixels))
     return made
 

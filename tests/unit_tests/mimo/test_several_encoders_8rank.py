@@ -40,7 +40,8 @@ from tests.parity.tensors import complete_gradients, local_gradients, whole_tens
 from tests.unit_tests.mimo.digits_runs import SIZE
 
 from layouts import Layout  # isort: skip
-from model import ModelOptions, _language_spec, _vision_spec, transformer_configs  # isort: skip
+from encoders import VISION, encoder_spec  # isort: skip
+from model import ModelOptions, _language_spec, transformer_configs  # isort: skip
 
 pytestmark = pytest.mark.ranks(8)
 
@@ -83,7 +84,7 @@ def build(layouts: dict[str, Layout], device: torch.device, rank_offset: int = 0
     model_parallel_cuda_manual_seed(1, tp_rank=groups[LANGUAGE].tp.rank(), ep_rank=0, etp_rank=0)
     for name, module in ENCODERS.items():
         made = transformer_configs(layouts[name], layouts[LANGUAGE], options)
-        specs[name] = _vision_spec(made, groups[name])
+        specs[name] = encoder_spec(VISION, made, groups[name])
         specs[name].module = module
         configs[name], configs[LANGUAGE] = made["images"], made[LANGUAGE]
     config = MimoModelConfig(

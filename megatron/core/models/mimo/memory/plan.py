@@ -47,6 +47,7 @@ class TransformerShape:
         layers, hidden, ffn, heads: of the whole encoder.
         tokens: of one item (the patches of an image).
         patch: numbers of one token that the embedding reads.
+        pooled: tokens of which the encoder returns the mean, as one row.
         projected: width of the projection's hidden layer and of its output.
         tp: ranks that share the encoder and the projection.
         itemsize: bytes of a number.
@@ -69,6 +70,7 @@ class TransformerShape:
     tokens: int
     patch: int
     projected: int
+    pooled: int = 1
     tp: int = 1
     itemsize: int = 2
     dropout: bool = False
@@ -78,13 +80,15 @@ class TransformerShape:
     input_itemsize: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("layers", "hidden", "ffn", "heads", "tokens", "patch", "projected", "tp",
-                     "itemsize", "mask", "input_itemsize"):  # fmt: skip
+        for name in ("layers", "hidden", "ffn", "heads", "tokens", "patch", "projected",
+                     "pooled", "tp", "itemsize", "mask", "input_itemsize"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         for name in ("heads", "ffn", "projected"):
             if getattr(self, name) % self.tp:
                 raise ValueError(f"tp={self.tp} must divide {name}={getattr(self, name)}")
+        if self.tokens % self.pooled:
+            raise ValueError(f"pooled={self.pooled} must divide tokens={self.tokens}")
         if self.recompute not in LAYER_RECOMPUTE:
             raise ValueError(f"recompute must be one of {LAYER_RECOMPUTE}, got {self.recompute!r}")
         if self.attention not in ATTENTIONS:
@@ -122,14 +126,15 @@ def transformer_bytes(shape: TransformerShape, items: int) -> PartBytes:
     e, h, tokens = shape.itemsize, shape.hidden, items * shape.tokens
     norm = e * h + 2 * e
     layers = shape.layers * (e * h if shape.recompute == "full" else _layer(shape))
-    rows = tokens * e * h
+    pooled = tokens // shape.pooled
+    rows = pooled * e * h
     return PartBytes(
         inputs=tokens * shape.patch * shape.input_itemsize,
         encoder=tokens * (e * shape.patch + layers + norm),
         rows=rows,
-        projector=rows + tokens * 2 * e * shape.projected // shape.tp,
+        projector=rows + pooled * 2 * e * shape.projected // shape.tp,
         encoder_flops=tokens * _encoder_flops(shape) // shape.tp,
-        projector_flops=tokens * 2 * shape.projected * (h + shape.projected) // shape.tp,
+        projector_flops=pooled * 2 * shape.projected * (h + shape.projected) // shape.tp,
     )
 
 
