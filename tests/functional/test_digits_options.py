@@ -23,6 +23,7 @@ def test_the_defaults_are_the_job_of_make_train() -> None:
     assert options.out == Path("runs/digits")
     assert not options.fresh
     assert options == Options()
+    assert options.audio is None
 
 
 def _parse(arguments: str, world_size: int | None = None) -> Options:
@@ -148,6 +149,45 @@ def test_every_option_is_read() -> None:
             "vision tp=2,dp=4 and language tp=2,cp=2,dp=2 span 8 ranks, but the job has 4 ranks; "
             "try --vision tp=2,dp=2 --language tp=2,cp=2,dp=1",
         ),
+        (
+            "--audio tp=1,dp=4",
+            "audio tp=1,dp=4 spans 4 ranks, language tp=2,cp=2,dp=2 spans 8, and both must span "
+            "the same ranks; try --vision tp=2,dp=4 --audio tp=1,dp=8 --language tp=2,cp=2,dp=2",
+        ),
+        (
+            "--audio tp=2,cp=2,dp=2",
+            "audio has cp=2, but its sounds are not cut and cp must be 1 (only the language "
+            "model's sequence is); "
+            "try --vision tp=2,dp=4 --audio tp=2,dp=4 --language tp=2,cp=2,dp=2",
+        ),
+        (
+            "--vision tp=4,dp=3 --audio tp=6,dp=2 --language tp=4,dp=3 --global-batch-size 12 "
+            "--eval-batch-size 12",
+            "audio dp=2 and language dp=3 do not divide, and the larger must be a multiple of the "
+            "smaller; try --vision tp=4,dp=3 --audio tp=4,dp=3 --language tp=4,dp=3",
+        ),
+        (
+            "--audio tp=1,dp=8 --micro-batches 8",
+            "a microbatch of 4 samples (global batch 32 / 8 microbatches) does not divide over "
+            "audio dp=8; try --vision tp=2,dp=4 --audio tp=1,dp=8 --language tp=2,cp=2,dp=2 "
+            "--global-batch-size 64",
+        ),
+        (
+            "--audio tp=1,dp=8 --eval-batch-size 4",
+            "an evaluation batch of 4 samples does not divide over audio dp=8; "
+            "try --vision tp=2,dp=4 --audio tp=1,dp=8 --language tp=2,cp=2,dp=2 "
+            "--eval-batch-size 8",
+        ),
+        (
+            "--vision tp=1,dp=16 --audio tp=16,dp=1 --language tp=2,cp=8,dp=1",
+            "audio tp=16 does not divide its 8 attention heads; "
+            "try --vision tp=1,dp=16 --audio tp=8,dp=2 --language tp=2,cp=8,dp=1",
+        ),
+        (
+            "--audio tp=1,dp=8 --nproc 4",
+            "vision tp=2,dp=4 and language tp=2,cp=2,dp=2 span 8 ranks, but the job has 4 ranks; "
+            "try --vision tp=2,dp=2 --audio tp=1,dp=4 --language tp=2,cp=2,dp=1",
+        ),
     ],
 )
 def test_layouts_that_do_not_fit(arguments: str, message: str) -> None:
@@ -210,6 +250,59 @@ def test_what_samples_of_different_lengths_need(arguments: str, message: str) ->
     assert options.packed
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "--audio tp=1,dp=8 --bridge gather",
+            r"^--bridge gather wants equally many rows of every sample where DP sizes differ, and "
+            r"with --audio some .*; got vision dp=4, audio dp=8, language dp=2; use --bridge rou",
+        ),
+        (
+            "--freeze audio-projector+language",
+            r"^--freeze audio-projector is for a run with sounds; add --audio tp=1,dp=8$",
+        ),
+        (
+            "--freeze vision-encoder+projector+language",
+            r"^--freeze: must leave something to train, got 'vision-encoder\+projector\+language'$",
+        ),
+        (
+            "--audio dp=8 --freeze encoder+vision-projector+audio-projector+language",
+            r"^--freeze: must leave something to train, got 'encoder\+vision-projector\+audio-pro",
+        ),
+    ],
+)
+def test_what_an_audio_encoder_does_not_go_with(arguments: str, message: str) -> None:
+    with pytest.raises(JobError, match=message):
+        parse_options(arguments.split())
+
+
+def test_what_an_audio_encoder_goes_with() -> None:
+    same = "--vision tp=2,dp=4 --audio tp=2,dp=4 --language tp=2,dp=4 --bridge gather"
+    assert _parse(same).audio == Layout(tp=2, dp=4)
+    kept = _parse("--audio dp=8 --freeze vision-encoder+vision-projector+language")
+    assert kept.freeze == "vision-encoder+vision-projector+language"
+    assert kept.as_dict()["audio"] == "tp=1,dp=8"
+    one = "--vision dp=1 --audio dp=1 --language dp=1"
+    assert _parse(f"{one} --micro-batches 32").world_size == 1
+
+
+@pytest.mark.parametrize("world", [None, 6, 8])
+def test_every_suggestion_of_three_layouts_fits(world: int | None) -> None:
+    limits = Limits(24, 2, 20, world_size=world)
+    refused = 0
+    for sizes in itertools.product((1, 2, 3), (1, 2), (1, 4), (2, 6), (1, 3, 8), (1, 2, 4)):
+        vision, audio = Layout(tp=sizes[0], dp=sizes[5]), Layout(sizes[3], sizes[1], sizes[4])
+        pair = Pair(vision, Layout(cp=sizes[1], dp=sizes[2] * sizes[4]), audio)
+        if not misfits(pair, limits):
+            continue
+        refused += 1
+        better, rounded = suggest(pair, limits)
+        assert better.audio is not None
+        assert misfits(better, rounded) == []
+    assert refused > 200
+
+
 def test_layouts_that_fit_no_batch_of_the_given_ranks_change_the_batch_too() -> None:
     with pytest.raises(
         JobError, match=r"has 5 ranks; try --vision tp=1,dp=5 .*-size 35 .*-size 35$"
@@ -263,6 +356,7 @@ def test_the_sequence_rule_is_the_models(cp: int, tp: int, sequence_parallel: bo
     ("arguments", "message"),
     [
         ("--vision tp=2,pp=2", r"--vision 'tp=2,pp=2': 'pp=2' is not an axis .* axes are tp, dp,"),
+        ("--audio tp=2,pp=2", r"--audio 'tp=2,pp=2': 'pp=2' is not an axis .* axes are tp, dp,"),
         ("--vision 8", r"'8' is not an axis and its size"),
         ("--language tp=2,", r"'' is not an axis and its size; the axes are tp, cp, pp, dp,"),
         ("--language tp=2,tp=2", r"tp is given twice; give it once"),
@@ -278,8 +372,8 @@ def test_the_sequence_rule_is_the_models(cp: int, tp: int, sequence_parallel: bo
         ("--dropout 1", r"--dropout: must be a number from 0 to below 1, got '1'"),
         (
             "--freeze encoder+head",
-            r"--freeze: must be parts of encoder, lower-encoder, projector, language, joined by "
-            r"'\+', got 'encoder\+head'",
+            r"--freeze: must be parts of encoder, lower-encoder, projector, language, "
+            r"vision-encoder, .*, audio-projector, joined by '\+', got 'encoder\+head'",
         ),
         (
             "--freeze encoder+projector+language",

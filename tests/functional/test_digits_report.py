@@ -17,7 +17,7 @@ import report
 from errors import JobError, write_atomically
 from layout_picture import LayoutPicture, plot_layout
 from matplotlib.image import imread
-from pictures import plot_loss, plot_predictions
+from pictures import _choose, plot_loss, plot_predictions
 from report import MetricsWriter, Progress, print_table, read_metrics, write_summary
 
 from megatron.core.hyper_comm_grid import GridShape
@@ -175,6 +175,40 @@ def test_accuracy_counts_what_is_counted(tmp_path: Path) -> None:
     assert imread(path).shape[2] == 4
 
 
+def test_images_sounds_and_names_are_drawn_where_they_are_shown(tmp_path: Path) -> None:
+    """Each kind has a colour that the others lack: grey ramps, a blue line, and neither."""
+    truth = np.arange(4).reshape(1, 4)
+    nothing = np.full((1, 4, 8, 8), np.nan), np.full((1, 4, 4352), np.nan)
+    blue, dark = {}, {}
+    for kind in ("image", "sound", "name"):
+        images, waveforms = (each.copy() for each in nothing)
+        if kind == "image":
+            images[:] = 1.0
+            images[..., 2:6, 2:6] = -1.0
+        elif kind == "sound":
+            waveforms[:] = np.sin(np.arange(4352) / 3)
+        path = tmp_path / f"{kind}.png"
+        plot_predictions(path, images, truth, truth, waveforms=waveforms)
+        red, green, sky = (imread(path)[..., channel] for channel in range(3))
+        blue[kind] = int(((sky > 0.6) & (red < 0.4)).sum())
+        dark[kind] = int(((red < 0.2) & (green < 0.2) & (sky < 0.4)).sum())
+    assert blue["image"] == blue["name"] == 0
+    assert blue["sound"] > 100
+    assert dark["image"] > 1.5 * dark["name"]
+    assert dark["sound"] > 1.5 * dark["name"]
+
+
+def test_samples_without_a_mistake_are_taken_from_all_over() -> None:
+    wrong = np.zeros(100, dtype=bool)
+    wrong[[7, 40]] = True
+    chosen = _choose(wrong, 5).tolist()
+    assert chosen[:2] == [7, 40]
+    assert (chosen[2], chosen[4]) == (0, 99)
+    assert _choose(wrong, 1).tolist() == [7]
+    assert _choose(wrong[:3], 30).tolist() == [0, 1, 2]
+    assert _choose(~wrong, 500).tolist() == [n for n in range(100) if n not in (7, 40)] + [7, 40]
+
+
 def test_wrong_digits_are_red(tmp_path: Path) -> None:
     truth = np.zeros((6, 4), dtype=int)
     red = []
@@ -259,6 +293,19 @@ def test_the_layout_picture_of_pipeline_stages(tmp_path: Path) -> None:
     _check_sends(LayoutPicture(routes, 8, 32), range(4))
     plot_layout(tmp_path / "stages.png", [routes], 8, 32)
     assert imread(tmp_path / "stages.png").shape[1] == 13 * 130
+
+
+def test_two_encoders_have_a_panel_each(tmp_path: Path) -> None:
+    dest = GridShape((2, 2, 2), ("tp", "cp", "dp"))
+    layouts = [
+        RouteLayout.from_grids(GridShape((tp, 8 // tp), ("tp", "dp")), dest, name, "language")
+        for tp, name in ((2, "images"), (1, "audio"))
+    ]
+    sizes = []
+    for number in (1, 2):
+        plot_layout(tmp_path / "p.png", layouts[:number], 8, 32)
+        sizes.append(imread(tmp_path / "p.png").shape[:2])
+    assert sizes[1] == (2 * sizes[0][0], sizes[0][1])
 
 
 def _check_sends(picture: LayoutPicture, owners: range) -> None:

@@ -22,7 +22,9 @@ process, unsharded**, fed the same samples in one microbatch. Nothing is copied 
 other: initial weights are a function of the seed and of the weights' names, batches of the seed
 and of the step. Rows named `text-` are the language model alone, over pipeline stages too, on
 Megatron-Core's own schedules; all others are an encoder and a language model on the same ranks,
-those named `pp` with pipeline stages of the language model.
+those named `pp` with pipeline stages of the language model, those named `several-encoders` with two
+encoders, of images and of spoken digits. Of these each sample shows its digits as images, as
+sounds, as a mix of both or as text, so some ranks and microbatches have no sound or no image.
 The task is reading handwritten digits, which both learn in a few steps.
 """
 
@@ -145,8 +147,15 @@ def _table(rows: tuple[Row, ...], summary: Summary) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|"
     for row in rows:
         name, verdict, error, allowed, where = cells(row, summary.results.get(row.name))
-        parts = (name, _sizes(row.vision), _sizes(row.language), _options(row, summary))
+        parts = (name, _encoders(row), _sizes(row.language), _options(row, summary))
         yield f"| {' | '.join(parts)} | {verdict} | {error} | {allowed} | {where} |"
+
+
+def _encoders(row: Row) -> str:
+    """Of one encoder its sizes, of two both with what they encode."""
+    if not row.audio:
+        return _sizes(row.vision)
+    return f"images {_sizes(row.vision)}, sounds {_sizes(row.audio)}"
 
 
 def _sizes(layout: str) -> str:

@@ -30,6 +30,8 @@ from tests.parity.tensors import (
 SIZE = ModelSize(
     vision_hidden=32,
     vision_layers=1,
+    audio_hidden=32,
+    audio_layers=1,
     language_hidden=64,
     language_layers=2,
     language_heads=16,
@@ -133,8 +135,9 @@ def _built(row: Row) -> Iterator[DigitsModel]:
         memory=EncoderMemory(row.encoder_memory, row.projector_memory, offload_from=0),
     )
     if row.vision:
-        vision = Layout.parse(row.vision, "vision")
-        built = build_model(vision, Layout.parse(row.language, LANGUAGE), options)
+        layouts = Layout.parse(row.vision, "vision"), Layout.parse(row.language, LANGUAGE)
+        audio = Layout.parse(row.audio, "audio") if row.audio else None
+        built = build_model(*layouts, options, audio=audio)
     else:
         built = build_language_model(axis_sizes(row.language), options, row.tied)
     try:
@@ -160,4 +163,5 @@ def one_process(reference: Reference) -> Row:
         images=reference.images,
         layers=reference.layers,
         varied=reference.varied,
+        audio="tp=1,dp=1" if reference.audio else "",
     )

@@ -44,6 +44,7 @@ class Reference:
         images: which samples have any, see ``tasks.py``.
         layers: of the language model beside an encoder.
         varied: samples show one to four images, so their lengths differ.
+        audio: a second encoder; each sample shows images, sounds, both or text alone.
     """
 
     task: str
@@ -56,6 +57,7 @@ class Reference:
     images: str = "all"
     layers: int = 2
     varied: bool = False
+    audio: bool = False
 
     @property
     def name(self) -> str:
@@ -67,6 +69,7 @@ class Reference:
         parts += [f"{self.images}-images"] if self.images != "all" else []
         parts += [f"{self.layers}layers"] if self.layers != 2 else []
         parts += ["varied"] if self.varied else []
+        parts += ["audio"] if self.audio else []
         return "reference-" + "-".join(parts)
 
 
@@ -78,6 +81,7 @@ class Row:
         name: unique; what ``LAYOUTS`` chooses by.
         language: sizes of the language model's axes, such as ``"tp=2,cp=2,dp=2"``.
         vision: sizes of the encoder's axes; empty for the language model alone.
+        audio: the same of a second encoder, for sounds; empty without.
         micro_batches: per step; 0 stands for the option ``MICRO_BATCHES``.
         masks, tied, freeze, dtype, experts, images, layers, varied: as in
             :class:`Reference`.
@@ -93,6 +97,7 @@ class Row:
     name: str
     language: str
     vision: str = ""
+    audio: str = ""
     micro_batches: int = 1
     masks: str = "uniform"
     tied: bool = False
@@ -142,6 +147,7 @@ class Row:
             images=self.images,
             layers=self.layers,
             varied=self.varied,
+            audio=bool(self.audio),
         )
 
 
@@ -247,6 +253,18 @@ _STAGES = (
         projector_memory="offload", overlap=True),
 )  # fmt: skip
 
+# Two encoders, each on its own layout, beside one language model.
+_SEVERAL_ENCODERS = (
+    Row("several-encoders-fan-in-cp2", **FAN_IN, audio="tp=1,dp=8", masks="uneven"),
+    Row("several-encoders-fan-out-and-in", **FAN_OUT, audio="tp=1,dp=8", masks="uneven", **_FULL),
+    Row("several-encoders-pp2-4mb-ahead", "tp=1,cp=2,pp=2,dp=2", "tp=2,dp=4", "tp=1,dp=8",
+        micro_batches=4, masks="uneven", encode_ahead=1, overlap=True),
+    Row("several-encoders-packed-4mb", **FAN_IN, audio="tp=8,dp=1", micro_batches=4,
+        masks="uneven", packed=True, sequence_parallel=True, overlap=True),
+    Row("several-encoders-equal-4mb-gather", "tp=1,cp=2,dp=4", "tp=2,dp=4", "tp=2,dp=4",
+        micro_batches=4, masks="uneven", bridge="gather", overlap=True),
+)  # fmt: skip
+
 
 def _nightly_stages() -> Iterator[Row]:
     """Every cut of 8 ranks into stages of one size, beside two encoder layouts."""
@@ -298,7 +316,7 @@ def _nightly_expert_rows() -> Iterator[Row]:
     yield Row("experts-pp2tp2-ep4etp1", "tp=2,cp=1,pp=2,dp=2,ep=4,etp=1", "tp=2,dp=4", **full)
 
 
-DEFAULT_ROWS = (*_text_rows(), *_IMAGE_ROWS, *_STAGES)
+DEFAULT_ROWS = (*_text_rows(), *_IMAGE_ROWS, *_STAGES, *_SEVERAL_ENCODERS)
 NIGHTLY_ROWS = (
     *DEFAULT_ROWS,
     *_nightly_rows(),

@@ -83,6 +83,12 @@ def batches(reference: Reference) -> DigitsBatches:
     """The data of a reference and of all rows that are compared with it."""
     assert reference.masks in MASKS, reference.masks
     assert reference.images in IMAGES, reference.images
+    if reference.audio:
+        assert reference.images == "all", reference.images
+        assert reference.masks in ("uniform", "uneven"), reference.masks
+        uneven = reference.masks == "uneven"
+        options = {"uneven_loss_mask": uneven, "varied": reference.varied, "audio": True}
+        return DigitsBatches(SEED, "train", reference.batch, **options)
     if reference.images != "all":
         assert reference.masks in ("uniform", "uneven"), reference.masks
         options = {"uneven_loss_mask": reference.masks == "uneven", "varied": reference.varied}

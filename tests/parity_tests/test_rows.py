@@ -20,7 +20,8 @@ TEXT = [row for row in DEFAULT_ROWS if not row.vision]
 
 
 def layouts(row: Row) -> Pair:
-    return Pair(Layout.parse(row.vision, "vision"), Layout.parse(row.language, "language"))
+    audio = Layout.parse(row.audio, "audio") if row.audio else None
+    return Pair(Layout.parse(row.vision, "vision"), Layout.parse(row.language, "language"), audio)
 
 
 def test_names_are_unique() -> None:
@@ -75,6 +76,20 @@ def test_rows_with_stages_have_every_other_way_to_cut_too() -> None:
     assert {row.encode_ahead for row in STAGES} == {0, 1, 2}
 
 
+def test_rows_with_two_encoders_have_every_direction_bridge_and_stages() -> None:
+    rows = [row for row in IMAGES if row.audio]
+    directions = set()
+    for row in rows:
+        pair = layouts(row)
+        for encoder in pair.encoders.values():
+            directions.add((encoder.dp > pair.language.dp) - (encoder.dp < pair.language.dp))
+    assert directions == {-1, 0, 1}
+    assert {row.bridge for row in rows} == {"routed", "gather"}
+    assert {layouts(row).language.pp for row in rows} == {1, 2}
+    assert {row.packed for row in rows} == {False, True}
+    assert any(row.audio != row.vision for row in rows)
+
+
 def test_every_row_fits_its_model_and_batch() -> None:
     for row in NIGHTLY_ROWS:
         if row.vision:
@@ -85,6 +100,7 @@ def test_every_row_fits_its_model_and_batch() -> None:
                 sequence_parallel=row.sequence_parallel,
                 world_size=8,
                 vision_heads=SIZE.vision_heads,
+                audio_heads=SIZE.audio_heads,
                 language_heads=SIZE.language_query_groups,
                 experts=EXPERTS.count if row.experts else 0,
                 language_layers=row.layers,

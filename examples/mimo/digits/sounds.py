@@ -28,7 +28,7 @@ TOKENS_PER_SOUND = FRAMES // FRAMES_PER_TOKEN
 
 SPEED = (0.8, 1.25)
 GAIN_DB = (-12.0, 0.0)
-NOISE_DB = (-25.0, -5.0)  # of the recording's own power, as it is played
+NOISE_DB = (-20.0, 0.0)  # of the recording's own power, as it is played
 _MEL_HZ = (80.0, RATE / 2)
 # The power in a band is seldom below the floor; log10 of it is brought to about -1..1.
 _FLOOR, _MIDDLE, _SPAN = 1e-4, -1.2, 2.0

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps of the digits job's trainer with an audio encoder, on two ranks. Its losses and gradients
+are compared with one process by the parity table; here is what a step must *not* do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from data import Batch, DigitsBatches, Kind
+from errors import JobError
+from job import Run
+from layouts import Layout
+from model import ModelOptions, ModelSize, build_model
+from options import parse_options
+from trainer import Trainer, TrainOptions
+
+SIZE = ModelSize(
+    vision_hidden=32, vision_layers=2, audio_hidden=32, audio_layers=2,
+    language_hidden=32, language_layers=1,
+)  # fmt: skip
+# What "modality_submodules.<modality>.<part>" a name freezes; "lower-encoder" only some of.
+FREEZES = {
+    "encoder": {"images.encoders", "audio.encoders"},
+    "projector": {"images.input_projections", "audio.input_projections"},
+    "vision-encoder": {"images.encoders"},
+    "audio-encoder": {"audio.encoders"},
+    "audio-projector+vision-projector": {"images.input_projections", "audio.input_projections"},
+}
+
+
+class Shown(DigitsBatches):
+    """Batches whose samples show what they are told to."""
+
+    def __init__(self, *kinds: Kind) -> None:
+        super().__init__(3, "train", len(kinds), audio=True)
+        self._given = kinds
+
+    def _kinds(self, step: int) -> object:
+        return torch.tensor(self._given)[:, None].expand(-1, 4).numpy().astype(int)
+
+
+@contextlib.contextmanager
+def trainer(samples: int, **options: object) -> Iterator[Trainer]:
+    """Images on DP2, sounds on TP2, language model on DP2."""
+    size = {"size": SIZE, "distributed_optimizer": False, **options}
+    built = build_model(Layout(dp=2), Layout(dp=2), ModelOptions(**size), audio=Layout(tp=2))
+    try:
+        yield Trainer(built, TrainOptions(steps=9, global_batch_size=samples), False)
+    finally:
+        dist.barrier()
+        built.destroy()
+
+
+def gradient_norms(run: Trainer) -> dict[str, float]:
+    """Of each module."""
+    return {
+        name: sum(float(p.main_grad.norm()) for p in module.parameters())
+        for name, module in {
+            **run.model.modality_submodules,
+            "language": run.model.language_model,
+        }.items()
+    }
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlap"])
+def test_steps_without_sounds_or_images_leave_their_encoder_alone(overlap: bool) -> None:
+    """On one rank, on both, and in turn: nobody waits, and who saw nothing gets zeros."""
+    image, sound, text = Kind.IMAGE, Kind.SOUND, Kind.TEXT
+    cases = {
+        (image, sound): {"images", "audio"},
+        (image, image): {"images"},
+        (text, sound): {"audio"},
+        (text, text): set(),
+        (sound, image): {"images", "audio"},
+    }
+    with trainer(2, overlap_grad_reduce=overlap) as run:
+        for kinds, moved in cases.items():
+            loss, tokens = run.gradients(Shown(*kinds), 0)
+            norms = gradient_norms(run)
+            assert {name for name, norm in norms.items() if norm > 0} == moved | {"language"}
+            assert loss > 0
+            assert tokens == 8
+
+
+@pytest.mark.ranks(2)
+def test_parts_of_either_modality_freeze() -> None:
+    for freeze, wanted in FREEZES.items():
+        with trainer(2, freeze=freeze) as run:
+            names = {
+                f"{modality}.{name.removeprefix('module.').partition('.')[0]}"
+                for modality, submodule in run.model.modality_submodules.items()
+                for name, parameter in submodule.named_parameters()
+                if not parameter.requires_grad
+            }
+            assert names == wanted, freeze
+            assert run.step(Shown(Kind.IMAGE, Kind.SOUND), 0).success
+    with trainer(2, freeze="lower-encoder") as run:
+        for submodule in run.model.modality_submodules.values():
+            trained = [n for n, p in submodule.named_parameters() if p.requires_grad]
+            assert not any("embedding" in name or "layers.0" in name for name in trained)
+            assert any("layers.1" in name for name in trained)
+
+
+@pytest.mark.ranks(2)
+def test_reading_takes_sounds_and_images() -> None:
+    """An answer depends on what the sample shows: other sounds give other logits."""
+    with trainer(8) as run, torch.no_grad():
+        run.model.eval()
+        batches = Shown(*[Kind.SOUND] * 4, *[Kind.IMAGE] * 4)
+        batch: Batch = run._local_batch(batches, 0, 0, 1)
+        other = replace(batch, clips=replace(batch.clips, stream=(9, 9)))
+        changed = (run.logits(batch) - run.logits(other)).abs().amax(dim=(1, 2))
+        heard = (batch.kinds == Kind.SOUND).any(dim=1)
+        assert torch.equal(changed > 0, heard)
+        answers = run.read(batches, 0)
+        assert answers.shape == (8, 4)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "sentence"),
+    [
+        (None, "--audio tp=1,dp=8", r"holds a run with no sounds; leave out --audio to resume it"),
+        ("tp=2,dp=4", "", r"with sounds; give --audio tp=2,dp=4 \(or another layout\) to resume"),
+    ],
+)
+def test_sounds_cannot_come_or_go_in_mid_run(before: str | None, now: str, sentence: str) -> None:
+    options = parse_options(now.split())
+    manifest = SimpleNamespace(extra={"options": {**options.as_dict(), "audio": before}})
+    with pytest.raises(JobError, match=sentence):
+        Run._check_options(SimpleNamespace(options=options), manifest)
+
+
+def test_a_run_with_sounds_resumes_in_another_layout() -> None:
+    before = parse_options(["--audio", "tp=1,dp=8"]).as_dict()
+    now = parse_options(["--audio", "tp=4,dp=2"])
+    manifest = SimpleNamespace(extra={"options": before})
+    Run._check_options(SimpleNamespace(options=now), manifest)
+
+
+def test_an_audio_encoder_needs_a_vision_encoder_with_a_layout_of_its_own() -> None:
+    with pytest.raises(ValueError, match=r"^An audio encoder \(tp=2,dp=1\) needs a vision encoder"):
+        build_model(None, Layout(tp=2), ModelOptions(), audio=Layout(tp=2))
