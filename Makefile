@@ -27,7 +27,7 @@ train: ## train the digits job on 8 ranks, results in runs/digits
 
 train-audio: ## the same on images and spoken digits, two encoders; results in runs/digits-audio
 	@python=$$(sh tools/find_python.sh base) && sh tools/setup_venv.sh $(VENV) examples "$$python"
-	@$(VENV)/bin/python examples/mimo/digits/train.py --audio tp=1,dp=8 \
+	@$(VENV)/bin/python examples/mimo/digits/train.py --audio tp=1,dp=8 --steps 1000 \
 		--out runs/digits-audio $(ARGS)
 
 setup: ## make .venv with all that train and test need

@@ -170,6 +170,71 @@ def test_fresh_sets_earlier_results_aside_and_deletes_nothing(
     assert fresh.losses()[0] == reference.losses()[0]
 
 
+# ----------------------------------------------------------------------------------- two encoders
+
+SOUND_STEPS = 12
+ONE_RANK_WITH_SOUNDS = "--vision tp=1,dp=1 --audio tp=1,dp=1 --language tp=1,dp=1"
+STAGES_WITH_SOUNDS = (
+    "--vision tp=2,dp=4 --audio tp=1,dp=8 --language tp=1,cp=2,pp=2,dp=2 --micro-batches 4 "
+    "--encode-ahead 1"
+)
+
+
+@pytest.fixture(scope="module")
+def with_sounds(shelf: Path) -> tuple[Job, Job]:
+    """The same steps on one process and on 8 ranks, with images and sounds."""
+    alone = f"{ONE_RANK_WITH_SOUNDS} --steps {SOUND_STEPS} --no-evaluate --save-every 0"
+    staged = f"{STAGES_WITH_SOUNDS} --steps {SOUND_STEPS} --save-every 6"
+    return (
+        Job(shelf / "sounds_one", alone).wait().succeeded(),
+        Job(shelf / "sounds_eight", staged).wait().succeeded(),
+    )
+
+
+def test_two_encoders_lose_what_one_process_loses(with_sounds: tuple[Job, Job]) -> None:
+    alone, staged = with_sounds
+    wanted = alone.losses()
+    assert len(wanted) == SOUND_STEPS
+    assert wanted[-1] < wanted[0] - 1
+    assert staged.losses() == pytest.approx(wanted, rel=0, abs=1e-4)
+
+
+def test_the_outputs_tell_of_both_encoders(with_sounds: tuple[Job, Job]) -> None:
+    alone, staged = with_sounds
+    summary = staged.summary()
+    layouts = {name: summary[name] for name in ("vision", "audio", "language")}
+    assert {name: layout["dp"] for name, layout in layouts.items()} == {
+        "vision": 4,
+        "audio": 8,
+        "language": 2,
+    }
+    kinds = summary["test_accuracy_by_kind"]
+    assert set(kinds) == {"images", "sounds"}
+    assert summary["test_accuracy"] == pytest.approx(sum(kinds.values()) / 2)
+    assert "reading 359 held-out images and 359 sounds" in staged.output
+    sizes = {
+        name: matplotlib.image.imread(staged.out / name).shape
+        for name in ("layout.png", "predictions.png")
+    }
+    assert sizes["layout.png"][0] > sizes["layout.png"][1] * 0.9  # one panel is half as high
+    assert min(sizes["predictions.png"][:2]) > 100
+    assert alone.summary()["test_accuracy"] is None
+
+
+def test_a_run_with_sounds_goes_on_in_another_layout(
+    with_sounds: tuple[Job, Job], tmp_path: Path
+) -> None:
+    alone, staged = with_sounds
+    out = tmp_path / "run"
+    shutil.copytree(staged.out, out)
+    shutil.rmtree(out / "checkpoints" / f"step_{SOUND_STEPS:08}")
+    two_ranks = "--vision tp=1,dp=2 --audio tp=2,dp=1 --language tp=2,dp=1 --micro-batches 4"
+    job = Job(out, f"{two_ranks} --steps {SOUND_STEPS} --no-evaluate").wait().succeeded()
+    assert f"resuming after step 6 from {out}" in job.output
+    assert "saved in another layout" in job.output
+    assert job.losses() == pytest.approx(alone.losses(), rel=0, abs=1e-4)
+
+
 # -------------------------------------------------------------------------------------- SIGKILL
 
 KILLED = f"{TWO_RANKS} --steps 8 --save-every 3 --no-evaluate"

@@ -286,7 +286,7 @@ def test_held_out_digits_are_each_shown_once_in_each_way() -> None:
     np.testing.assert_array_equal(np.concatenate(pixels)[order], expected)
 
 
-def test_held_out_sounds_do_not_follow_the_seed_and_are_not_those_of_training() -> None:
+def test_held_out_sounds_do_not_follow_the_seed() -> None:
     left, right = (DigitsBatches(seed, "held_out", 16, audio=True) for seed in (1, 2))
     for step in (0, len(left) - 1):
         assert torch.equal(left.batch(step).input_ids, right.batch(step).input_ids)

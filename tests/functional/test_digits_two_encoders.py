@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,6 +21,9 @@ from layouts import Layout
 from model import ModelOptions, ModelSize, build_model
 from options import parse_options
 from trainer import Trainer, TrainOptions
+
+from megatron.core.hyper_comm_grid import GridShape
+from megatron.core.models.mimo.comm.route_layout import RouteLayout
 
 SIZE = ModelSize(
     vision_hidden=32, vision_layers=2, audio_hidden=32, audio_layers=2,
@@ -122,6 +126,21 @@ def test_reading_takes_sounds_and_images() -> None:
         assert torch.equal(changed > 0, heard)
         answers = run.read(batches, 0)
         assert answers.shape == (8, 4)
+
+
+def test_a_plan_serves_as_long_as_tokens_stand_in_the_same_places(monkeypatch) -> None:
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    grids = GridShape((1, 2), ("tp", "dp")), GridShape((1, 1, 2), ("tp", "cp", "dp"))
+    bridge = SimpleNamespace(layout=RouteLayout.from_grids(*grids))
+    run = SimpleNamespace(bridges={"images": bridge, "audio": bridge}, _planned={}, packed=False)
+    mask = np.zeros((4, 8), dtype=bool)
+    mask[2, 3] = True
+    other = np.roll(mask, 1, axis=1)
+    plans = [Trainer._route(run, "audio", each) for each in (mask, mask.copy(), other)]
+    assert plans[0] is plans[1]
+    assert [plan.tokens.positions().tolist() for plan in plans[1:]] == [[3], [4]]
+    assert Trainer._route(run, "images", mask).tokens.count == 1
+    assert Trainer._route(run, "audio", other) is plans[2]
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,7 @@ class _Reporter:
         summary = self._summary(lines)
         plot_loss(self.out / "loss.png", lines, self._title())
         if read is not None:
+            kinds = read.accuracies() if self.run.options.audio else None
             summary["test_accuracy"] = plot_predictions(
                 self.out / "predictions.png",
                 read.images,
@@ -279,9 +280,10 @@ class _Reporter:
                 read.read,
                 read.counted,
                 waveforms=read.waveforms,
+                by_kind=kinds,
             )
-            if self.run.options.audio:
-                summary["test_accuracy_by_kind"] = read.accuracies()
+            if kinds:
+                summary["test_accuracy_by_kind"] = kinds
         write_summary(self.out / "summary.json", summary)
         print_table(summary)
         self.run.say(f"results are in {self.out}")

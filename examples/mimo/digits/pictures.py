@@ -83,6 +83,7 @@ def plot_predictions(
     counted: np.ndarray | None = None,
     *,
     waveforms: np.ndarray | None = None,
+    by_kind: Mapping[str, float] | None = None,
     show: int = 30,
 ) -> float:
     """Draw held-out samples with what the model read, wrong digits in red; wrong samples first.
@@ -96,6 +97,7 @@ def plot_predictions(
         read: ``(n, 4)``, the digits that the model read; -1 where it gave no digit.
         counted: ``(n, 4)`` bool, all by default; the accuracy is over these.
         waveforms: ``(n, 4, samples)``, the same for sounds; none by default.
+        by_kind: shares read right of some kinds of digits, for the title.
         show: samples to draw at most; those without a mistake are taken from all over.
 
     Returns:
@@ -108,8 +110,10 @@ def plot_predictions(
     columns = min(5, len(order))
     rows = -(-len(order) // columns)
     figure = Figure(figsize=(2.3 * columns, 0.92 * rows + 0.9), layout="constrained")
+    kinds = ", ".join(f"{share:.1%} of the {kind}" for kind, share in (by_kind or {}).items())
     figure.suptitle(
-        f"{accuracy:.1%} of {counted.sum()} held-out digits read right\n"
+        f"{accuracy:.1%} of {counted.sum()} held-out digits read right"
+        f"{f' ({kinds})' if kinds else ''}\n"
         f"{len(order)} of {len(truth)} samples, those with a mistake first "
         "(red: what was read, above: what it is)",
         fontsize=10,

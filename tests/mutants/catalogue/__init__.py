@@ -18,6 +18,7 @@ from tests.mutants.catalogue.training import (
     OPTIMIZER,
     WEIGHTS,
 )
+from tests.mutants.catalogue.two_encoders import TWO_ENCODERS
 
 MUTANTS = (
     *GRIDS,
@@ -37,4 +38,5 @@ MUTANTS = (
     *FROZEN,
     *MEMORY,
     *OVERLAP,
+    *TWO_ENCODERS,
 )

@@ -4,3 +4,5 @@
 CORE = "megatron/core/"
 MIMO = CORE + "models/mimo/"
 UNIT = "tests/unit_tests/mimo/"
+FUNCTIONAL = "tests/functional/"
+EXAMPLE = "examples/mimo/digits/"
