@@ -18,12 +18,17 @@ from data import Batch, DigitsBatches, Kind
 from errors import JobError
 from job import Run
 from layouts import Layout
+from memory_plan import encoder_shape, items_of_a_microbatch, print_memory_plan, step_of
 from model import ModelOptions, ModelSize, build_model
 from options import parse_options
+from sounds import BANDS, FRAMES
 from trainer import Trainer, TrainOptions
 
 from megatron.core.hyper_comm_grid import GridShape
 from megatron.core.models.mimo.comm.route_layout import RouteLayout
+from megatron.core.models.mimo.memory.kept import part_bytes
+from megatron.core.models.mimo.memory.plan import transformer_bytes
+from megatron.core.utils import unwrap_model
 
 SIZE = ModelSize(
     vision_hidden=32, vision_layers=2, audio_hidden=32, audio_layers=2,
@@ -126,6 +131,35 @@ def test_reading_takes_sounds_and_images() -> None:
         assert torch.equal(changed > 0, heard)
         answers = run.read(batches, 0)
         assert answers.shape == (8, 4)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("changes", [{}, {"dropout": 0.25}], ids=["plain", "dropout"])
+def test_the_memory_plan_counts_what_the_audio_encoder_keeps(changes: dict) -> None:
+    with trainer(2, **changes) as run:
+        spectra = torch.rand(24, FRAMES, BANDS, device=run.device)
+        module = unwrap_model(run.model.train().modality_submodules["audio"])
+        counted = part_bytes(module, {"digits": {"spectra": spectra}})
+        accelerated = run.device.type != torch.empty(0).device.type
+    shape = encoder_shape(2, ModelOptions(size=SIZE, **changes), accelerated, "audio")
+    expected = transformer_bytes(shape, 24)
+    assert (counted.inputs, counted.rows) == (expected.inputs, expected.rows)
+    # Random numbers' seeds, a few bytes.
+    assert abs(counted.projector - expected.projector) <= 64
+    assert abs(counted.encoder - expected.encoder) <= 64 * SIZE.audio_layers
+
+
+def test_the_memory_plan_has_a_table_for_each_encoder(capsys: pytest.CaptureFixture[str]) -> None:
+    options = parse_options(["--audio", "tp=1,dp=8", "--freeze", "audio-encoder+vision-projector"])
+    print_memory_plan(options, accelerated=False)
+    text = capsys.readouterr().out
+    assert text.index("vision encoder:") < text.index("audio encoder:")
+    steps = [step_of(options, side) for side in ("vision", "audio")]
+    assert [(step.encoder_trains, step.projector_trains) for step in steps] == [
+        (True, False),
+        (False, True),
+    ]
+    assert [items_of_a_microbatch(options, side) for side in ("vision", "audio")] == [32, 16]
 
 
 def test_a_plan_serves_as_long_as_tokens_stand_in_the_same_places(monkeypatch) -> None:
