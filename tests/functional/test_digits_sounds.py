@@ -235,6 +235,20 @@ def test_samples_of_every_sort_come_in_runs() -> None:
     assert min(without["IMAGE"], without["SOUND"]) > 5
 
 
+def test_varied_samples_say_only_what_they_show() -> None:
+    batch = DigitsBatches(2, "train", 64, audio=True, varied=True).batch(0)
+    whole = DigitsBatches(2, "train", 64, audio=True).batch(0)
+    shown = (batch.kinds >= 0).sum(dim=1)
+    assert set(shown.tolist()) == {1, 2, 3, 4}
+    assert torch.equal(torch.from_numpy(batch.clips.slots), _slots(batch, Kind.SOUND))
+    assert 0 < len(batch.clips) < len(whole.clips)
+    for sample, count in enumerate(shown.tolist()):
+        assert torch.equal(batch.kinds[sample, :count], whole.kinds[sample, :count])
+        start = 1 + 5 * count
+        assert torch.equal(batch.input_ids[sample, :start], whole.input_ids[sample, :start])
+        assert batch.input_ids[sample, start] == Token.READ
+
+
 def test_a_batch_with_sounds_depends_on_seed_and_step_only() -> None:
     batches = DigitsBatches(7, "train", 8, audio=True)
     later, again = batches.batch(5), DigitsBatches(7, "train", 8, audio=True).batch(5)

@@ -166,15 +166,19 @@ def test_a_plan_serves_as_long_as_tokens_stand_in_the_same_places(monkeypatch) -
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     grids = GridShape((1, 2), ("tp", "dp")), GridShape((1, 1, 2), ("tp", "cp", "dp"))
     bridge = SimpleNamespace(layout=RouteLayout.from_grids(*grids))
-    run = SimpleNamespace(bridges={"images": bridge, "audio": bridge}, _planned={}, packed=False)
+    run = SimpleNamespace(bridges={"images": bridge, "audio": bridge}, _planned={}, multiple=1)
     mask = np.zeros((4, 8), dtype=bool)
     mask[2, 3] = True
     other = np.roll(mask, 1, axis=1)
-    plans = [Trainer._route(run, "audio", each) for each in (mask, mask.copy(), other)]
+    plans = [Trainer._route(run, "audio", each, None) for each in (mask, mask.copy(), other)]
     assert plans[0] is plans[1]
     assert [plan.tokens.positions().tolist() for plan in plans[1:]] == [[3], [4]]
-    assert Trainer._route(run, "images", mask).tokens.count == 1
-    assert Trainer._route(run, "audio", other) is plans[2]
+    assert Trainer._route(run, "images", mask, None).tokens.count == 1
+    assert Trainer._route(run, "audio", other, None) is plans[2]
+    lengths = np.full(4, 8), np.full(4, 5)
+    packed = [Trainer._route(run, "audio", other, each) for each in lengths]
+    assert [plan.tokens.positions().tolist() for plan in packed] == [[4], [4]]
+    assert [plan.tokens.cu_seqlens for plan in packed] == [(0, 8, 16), (0, 5, 10)]
 
 
 @pytest.mark.parametrize(

@@ -259,8 +259,8 @@ _SEVERAL_ENCODERS = (
     Row("several-encoders-fan-out-and-in", **FAN_OUT, audio="tp=1,dp=8", masks="uneven", **_FULL),
     Row("several-encoders-pp2-4mb-ahead", "tp=1,cp=2,pp=2,dp=2", "tp=2,dp=4", "tp=1,dp=8",
         micro_batches=4, masks="uneven", encode_ahead=1, overlap=True),
-    Row("several-encoders-packed-4mb", **FAN_IN, audio="tp=8,dp=1", micro_batches=4,
-        masks="uneven", packed=True, sequence_parallel=True, overlap=True),
+    Row("several-encoders-packed-varied-4mb", **FAN_IN, audio="tp=8,dp=1", micro_batches=4,
+        masks="uneven", packed=True, varied=True, sequence_parallel=True, overlap=True),
     Row("several-encoders-equal-4mb-gather", "tp=1,cp=2,dp=4", "tp=2,dp=4", "tp=2,dp=4",
         micro_batches=4, masks="uneven", bridge="gather", overlap=True),
 )  # fmt: skip
