@@ -212,6 +212,10 @@ def test_gathers_and_reductions_run_beside_forward_and_backward(
         for step, kind in ((1, {True}), (2, {True, False}), (3, {False})):
             events.seen.clear()
             one.trainer.step(batches, step)
+            waited_for = {n: sorted(events.all_of("finish_param_sync", n)) for n in counts}
+            # On all ranks: one that fails alone leaves the others waiting.
+            complete = {name: list(range(count)) for name, count in counts.items()}
+            assert on_all_ranks(waited_for == complete) == [True] * 8
             head = 0  # the bucket of a module's last parameters
             started = events.at("start_param_sync", LANGUAGE, head)
             assert started < events.at("forward", LANGUAGE, "layer")
@@ -227,10 +231,8 @@ def test_gathers_and_reductions_run_beside_forward_and_backward(
             assert reduced < events.at("backward", LANGUAGE, "embedding")
             for name, count in counts.items():
                 assert count > 2
-                everything = list(range(count))
-                assert sorted(events.all_of("finish_param_sync", name)) == everything
-                assert events.all_of("start_param_sync", name) == everything[::-1]
-                assert events.all_of("start_grad_sync", name) == everything
+                assert events.all_of("start_param_sync", name) == complete[name][::-1]
+                assert events.all_of("start_grad_sync", name) == complete[name]
             assert set(on_all_ranks(ran)) == kind
 
 
