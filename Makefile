@@ -13,7 +13,7 @@ SEED ?= $(shell date +%Y%m%d)
 PYTHON ?=
 export PYTHON
 
-.PHONY: help train train-audio test test-newest parity parity-nightly mutants properties reshape bench setup lint clean
+.PHONY: help train train-audio test test-newest parity parity-nightly mutants properties reshape faults bench setup lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do \
@@ -63,6 +63,9 @@ parity-nightly: setup ## the same for every pair of 8-rank layouts; run again to
 reshape: setup ## checkpoints from one layout to another, then killed saves; ARGS=--all: every pair
 	@$(VENV)/bin/python -m tests.reshape $(ARGS)
 	@MIMO_KILLS=20 $(VENV)/bin/python -m pytest -q -s tests/functional/test_killed_saves.py
+
+faults: setup ## kill and stop ranks in every phase; ARGS="--cases 50 --seed 1", --docs
+	@$(VENV)/bin/python -W ignore -m tests.faults $(ARGS)
 
 bench: setup ## measure the bridges: bytes, time, memory, overlap, the whole step; ARGS="--quick"
 	@$(VENV)/bin/python -W ignore -m benchmarks $(ARGS)

@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from mimo_colocated import phases
+
 logger = logging.getLogger(__name__)
 
 # What making a group under a name of one's own hands to torch (2.6 and newer have it all).
@@ -46,7 +48,8 @@ def make_groups(
         backend: their backend; ``None`` is the default group's.
         kwargs: ``timeout``, ``pg_options``, ``group_desc``, as for
             ``torch.distributed.new_subgroups_by_enumeration``. ``timeout`` also bounds the wait
-            for the other members.
+            for the other members; it is the default group's if none is given, not torch's 30
+            minutes (NCCL: 10), in which a job does not learn that a rank is lost.
 
     Returns:
         This rank's group, ``None`` if it is in none of them.
@@ -55,6 +58,9 @@ def make_groups(
         ValueError: on all ranks: no group, a rank that the world lacks, or one that occurs twice.
         RuntimeError: not all members came in time; the message names those that did not.
     """
+    timeout = kwargs.get("timeout") or _timeout_of_the_default_group()
+    if timeout is not None:
+        kwargs["timeout"] = timeout
     if _members_suffice(backend):
         pg = _make_own_group(rank_enum, backend, **kwargs)
     else:
@@ -65,6 +71,19 @@ def make_groups(
         # and then destroys the group breaks the connecting of a slower one, so wait for all.
         dist.all_reduce(torch.zeros(1), group=pg)
     return pg
+
+
+def _timeout_of_the_default_group() -> timedelta | None:
+    """What ``init_process_group`` was given; ``None``, torch's own, if that cannot be seen."""
+    world = c10d._world.default_pg
+    for device in getattr(world, "_device_types", ()):
+        try:
+            timeout = world._get_backend(device).options._timeout
+        except (AttributeError, RuntimeError):  # a backend without options
+            continue
+        if isinstance(timeout, timedelta):
+            return timeout
+    return None
 
 
 def _members_suffice(backend: str | None) -> bool:
@@ -103,7 +122,8 @@ def _make_own_group(
     timeout = timeout or c10d._get_default_timeout(backend)
     # A fake group has no other members to meet, and its store keeps nothing.
     meet = _meet_nobody if backend == _FAKE_BACKEND else meet_members
-    group_name = meet(store, ranks, world.rank(), timeout)
+    with phases.waiting("the making", ranks, group_desc or ""):
+        group_name = meet(store, ranks, world.rank(), timeout)
     with _unbound(world) as device:
         pg, _ = c10d._new_process_group_helper(
             len(ranks),

@@ -292,6 +292,8 @@ class HyperCommGrid:
         return self._pgs[key]
 
     def _make(self, key: _GroupKey, rank_enum: list[list[int]], **kwargs: Any) -> None:
+        # Said of a rank that is waited for.
+        kwargs.setdefault("group_desc", key if isinstance(key, str) else "-".join(key[1]))
         self._pgs[key] = make_groups(rank_enum, self.backend, **kwargs)
         self._members[key] = _members(rank_enum)
 

@@ -35,7 +35,9 @@ class Job:
     ) -> None:
         self.out = out
         environment = {k: v for k, v in os.environ.items() if k not in _LAUNCH_VARIABLES}
-        environment |= {"PYTHONPATH": str(faults)} if faults else {}
+        if faults:
+            paths = [str(faults), *filter(None, [environment.get("PYTHONPATH")])]
+            environment["PYTHONPATH"] = os.pathsep.join(paths)
         self._output, self._errors = (
             _free_name(out.parent, f"{out.name}.{name}") for name in ("stdout", "stderr")
         )
@@ -116,7 +118,8 @@ class Job:
         """The one sentence of a job that failed; everything else about the console is checked."""
         text = self.errors
         assert self.process.returncode not in (0, None), self.output
-        lines = [line for line in text.splitlines() if not line.startswith("full traceback: ")]
+        details = ("full traceback: ", "who waits for whom: ")
+        lines = [line for line in text.splitlines() if not line.startswith(details)]
         assert len(lines) == 1, text
         assert lines[0].startswith("error: "), text
         assert "Traceback" not in self.output + text

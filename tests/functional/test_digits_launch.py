@@ -14,12 +14,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from errors import JobError, require_packages
 from failures import Exit, Report, explain, read_reports
 from launch import choose_backend
+
+from mimo_colocated.evidence import STOPPED, Evidence
+from mimo_colocated.phases import Place
 
 _MODULES = Path(__file__).parents[2] / "examples" / "mimo" / "digits"
 _OTHERS = "; the other 7 ranks were ended"
@@ -123,6 +128,69 @@ def test_the_first_failure_is_named(
     assert (reason.sentence, reason.log) == (sentence, log)
 
 
+_GROUP = {"process_group": ("7", "cp"), "profiling_name": "gloo:all_gather"}
+_CALL = {**_GROUP, "collective_seq_id": 17, "time_created_ns": 1, "retired": False}
+_DUMP = {"entries": [_CALL], "pg_config": {"7": {"desc": "cp", "ranks": "[0, 3]"}}}
+_EVIDENCE = Evidence(
+    places={
+        0: Place(0, step=2, phase="language forward"),
+        3: Place(3, step=2, phase="bridge forward"),
+    },
+    dumps={0: _DUMP},
+)
+_WAITED = (
+    " in the phase 'bridge forward' of step 2; rank 0 waited for it in all_gather #17 of the group "
+    "cp [0, 3]" + _OTHERS
+)
+
+
+@pytest.mark.parametrize(
+    ("exits", "reports", "fates", "sentence", "log"),
+    [
+        (_exits(r3=-9), {}, {}, "rank 3 was killed by SIGKILL" + _WAITED, ""),
+        # The launcher had to kill it, since it was stopped; that is no reason.
+        (
+            _exits(r3=-9, r0=1),
+            _report(0, "peer"),
+            {3: STOPPED},
+            "rank 3 was stopped (SIGSTOP)" + _WAITED,
+            "",
+        ),
+        # Under torchrun nobody tells exit codes.
+        ({}, _report(0, "peer"), {3: "died"}, "rank 3 died" + _WAITED, ""),
+        # It runs, in no collective, and ends when it is told to.
+        (
+            _exits(r0=1, **{f"r{rank}": -15 for rank in range(1, 8)}),
+            _report(0, "peer"),
+            {},
+            "rank 3 stopped answering" + _WAITED,
+            "rank_0.log",
+        ),
+        # A rank that says itself why it failed needs no evidence, whoever hangs after that.
+        (
+            _exits(r2=1, r3=-9),
+            _report(2, "error", "ValueError: no"),
+            {3: "stopped answering"},
+            "rank 2 failed: ValueError: no" + _OTHERS,
+            "rank_2.log",
+        ),
+    ],
+)
+def test_lost_ranks_are_named_with_phase_and_collective(
+    exits: dict[int, Exit],
+    reports: dict[int, Report],
+    fates: dict[int, str],
+    sentence: str,
+    log: str,
+) -> None:
+    # Of a rank that only stopped answering there is a dump, in which it has entered nothing.
+    idle = {**_DUMP, "entries": [{**_CALL, "collective_seq_id": 16, "retired": True}]}
+    dumps = {0: _DUMP, **({3: idle} if "stopped answering" in sentence else {})}
+    reason = explain(8, exits, reports, replace(_EVIDENCE, fates=fates, dumps=dumps))
+    assert (reason.sentence, reason.log) == (sentence, log)
+    assert (reason.waits is None) == sentence.startswith("rank 2 failed")
+
+
 def test_one_and_two_ranks_are_counted_in_words() -> None:
     assert explain(1, {0: Exit(-9, 0.0)}, {}).sentence == "rank 0 was killed by SIGKILL"
     assert explain(1, {}, _report(0, "error")).sentence == "the only rank failed: m"
@@ -186,6 +254,7 @@ sys.path.insert(0, {str(_MODULES)!r})
 from errors import JobError
 from launch import init_distributed, run
 from options import parse_options
+from mimo_colocated import phases
 
 def job(options, backend):
     import torch
@@ -198,8 +267,9 @@ def job(options, backend):
         if step == 2:
             if mode == "everywhere":
                 raise JobError("the checkpoint is of another model")
-            if rank == 1 and mode == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
+            if rank == 1 and mode in ("SIGKILL", "SIGSTOP"):
+                phases.mark("lesson")
+                os.kill(os.getpid(), getattr(signal, mode))
             if rank == 1 and mode == "raise":
                 raise ValueError("no such thing")
         if mode == "waits":
@@ -262,14 +332,65 @@ def test_a_wrong_layout_is_refused_before_anything_starts(tmp_path: Path) -> Non
 
 
 def test_a_killed_rank_is_named_and_the_others_end(tmp_path: Path) -> None:
-    process = _start(tmp_path, "kill", "--vision", "dp=4", "--language", "dp=4")
+    process = _start(tmp_path, "SIGKILL", "--vision", "dp=4", "--language", "dp=4")
     assert process.stdout is not None
     assert process.stdout.readline() == "running 4 gloo 1\n"
     start = time.monotonic()
     code, _, errors = _finish(process)
     assert time.monotonic() - start < 60
     assert code == 1
-    assert errors == "error: rank 1 was killed by SIGKILL; the other 3 ranks were ended\n"
+    summary = tmp_path / "out" / "errors" / "flight_recorder" / "summary.txt"
+    said = re.fullmatch(
+        r"error: (rank 1 was killed by SIGKILL in the phase 'lesson'; ranks? [\d, and-]+ waited "
+        r"for it in all_reduce #\d of all ranks; the other 3 ranks were ended)\n"
+        rf"{_WHERE}{summary}\n",
+        errors,
+    )
+    assert said, errors
+    assert summary.read_text().startswith(
+        f"{said[1]}.\n\nRank 1 was killed by SIGKILL in the phase 'lesson'.\n\nWaiting for it:\n"
+    )
+    assert sorted(path.name for path in summary.parent.iterdir()) == [
+        *("rank_0", "rank_2", "rank_3", "summary.txt")
+    ]
+
+
+_WHERE = "who waits for whom: "
+
+
+def test_a_stopped_rank_is_named_and_does_not_stay(tmp_path: Path) -> None:
+    stalls = ("--vision", "dp=2", "--language", "dp=2", "--timeout", "15")
+    process = _start(tmp_path, "SIGSTOP", *stalls)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "running 2 gloo 1\n"
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    start = time.monotonic()
+    code, _, errors = _finish(process)
+    assert 10 < time.monotonic() - start < 60
+    assert code == 1
+    assert re.fullmatch(
+        r"error: rank 1 was stopped \(SIGSTOP\) in the phase 'lesson'; rank 0 waited for it in "
+        rf"all_reduce #\d of all ranks; the other rank was ended\n{_WHERE}.*/summary.txt\n",
+        errors,
+    ), errors
+    assert len(ranks) >= 2
+    assert all(_gone(rank.pid) for rank in ranks)
+
+
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGSTOP"])
+def test_a_lost_rank_under_torchrun(tmp_path: Path, fault: str) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    stalls = ("--vision", "dp=2", "--language", "dp=2", "--timeout", "15")
+    code, _, errors = _finish(_start(tmp_path, fault, *stalls, before=torchrun))
+    fate = {"SIGKILL": "died", "SIGSTOP": "was stopped (SIGSTOP)"}[fault]
+    assert code == 1
+    said = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1, errors
+    assert said[0].startswith(
+        f"error: rank 1 {fate} in the phase 'lesson'; rank 0 waited for it in all_reduce #"
+    ), errors
+    summary = tmp_path / "out" / "errors" / "flight_recorder" / "summary.txt"
+    assert f"Rank 1 {fate} in the phase 'lesson'." in summary.read_text()
 
 
 def test_an_exception_is_one_sentence_and_a_log(tmp_path: Path) -> None:

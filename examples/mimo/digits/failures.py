@@ -15,8 +15,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from errors import JobError, one_sentence
+
+if TYPE_CHECKING:  # not installed yet, perhaps: the launcher then says so
+    from mimo_colocated.evidence import Evidence
+    from mimo_colocated.who_waits import WhoWaits
 
 # Ranks that do not stop when told to are killed after 30 s: a death that is noticed this long after
 # the first report is a consequence, not the reason.
@@ -81,30 +86,46 @@ class Exit:
 
 @dataclass(frozen=True)
 class Reason:
-    """Why the run failed, in one sentence, and the file with the traceback if there is one."""
+    """Why the run failed.
+
+    Attributes:
+        sentence: for the user.
+        log: the file with the traceback, empty if there is none.
+        waits: who waits for whom; ``None`` where no rank was lost.
+    """
 
     sentence: str
     log: str = ""
+    waits: WhoWaits | None = None
 
 
-def explain(world: int, exits: Mapping[int, Exit], reports: Mapping[int, Report]) -> Reason:
+def explain(
+    world: int,
+    exits: Mapping[int, Exit],
+    reports: Mapping[int, Report],
+    evidence: Evidence | None = None,
+) -> Reason:
     """Name the rank that failed first, and why.
 
     Args:
         world: ranks that were started.
         exits: the ranks that did not end with exit code 0.
         reports: what ranks left behind.
+        evidence: where they were, and what they waited in.
 
     >>> explain(2, {1: Exit(-9, 0.0)}, {}).sentence
     'rank 1 was killed by SIGKILL; the other rank was ended'
     """
-    killed = _killed(exits, reports)
+    fates = evidence.fates if evidence else {}
+    killed = _killed({r: end for r, end in exits.items() if r not in fates}, reports)
     if killed:
-        return Reason(_were_killed(world, killed))
+        return _lost(world, evidence, killed)
     own = sorted((r for r in reports.values() if r.kind in ("job", "error")), key=lambda r: r.at)
     if own:
         same = [report for report in own if report.message == own[0].message]
         return Reason(_failed(world, same), same[0].log)
+    if fates:
+        return _lost(world, evidence, fates)
     told = sorted(rank for rank, report in reports.items() if report.kind == "signal")
     if told:
         return Reason(f"{_ranks(told)} {_was(told)} ended by SIGTERM{_others(world, len(told))}")
@@ -113,24 +134,32 @@ def explain(world: int, exits: Mapping[int, Exit], reports: Mapping[int, Report]
         code = exits[by_itself[0]].code
         who = _ranks(by_itself)
         return Reason(f"{who} ended with exit code {code}{_others(world, len(by_itself))}")
-    return _only_peers(world, exits, reports)
+    return _only_peers(world, exits, reports, evidence)
 
 
 def _killed(exits: Mapping[int, Exit], reports: Mapping[int, Report]) -> dict[int, str]:
-    """Ranks that a signal ended first, with its name; SIGTERM is how the launcher ends the rest."""
+    """Ranks that a signal ended first, and which; SIGTERM is how the launcher ends the rest."""
     moments = [report.at for report in reports.values()] + [end.at for end in exits.values()]
     limit = min(moments, default=0.0) + _SAME_MOMENT_S
     return {
-        rank: _signal_name(-end.code)
+        rank: f"was killed by {_signal_name(-end.code)}"
         for rank, end in sorted(exits.items())
         if end.code < 0 and end.code != -signal.SIGTERM and end.at <= limit
     }
 
 
-def _were_killed(world: int, killed: Mapping[int, str]) -> str:
-    ranks = sorted(killed)
-    names = " and ".join(sorted(set(killed.values())))
-    return f"{_ranks(ranks)} {_was(ranks)} killed by {names}{_others(world, len(ranks))}"
+def _lost(world: int, evidence: Evidence | None, lost: Mapping[int, str], log: str = "") -> Reason:
+    """The sentence of ranks that no longer answer: what became of them, where, who waited."""
+    ranks, waits = sorted(lost), evidence.about(lost) if evidence else None
+    fates = sorted(set(lost.values()))
+    what = " and ".join([fates[0], *(fate.removeprefix("was killed by ") for fate in fates[1:])])
+    if len(ranks) > 1:
+        what = re.sub("^was ", "were ", what)
+    sentence = f"{_ranks(ranks)} {what}"
+    if waits:
+        waited = waits.waited()
+        sentence += waits.where(ranks) + (f"; {waited}" if waited else "")
+    return Reason(sentence + _others(world, len(ranks)), log, waits)
 
 
 def _failed(world: int, same: list[Report]) -> str:
@@ -144,17 +173,20 @@ def _failed(world: int, same: list[Report]) -> str:
     return f"{_ranks(ranks)} failed: {message}{_others(world, len(ranks))}"
 
 
-def _only_peers(world: int, exits: Mapping[int, Exit], reports: Mapping[int, Report]) -> Reason:
+def _only_peers(
+    world: int, exits: Mapping[int, Exit], reports: Mapping[int, Report], evidence: Evidence | None
+) -> Reason:
     """Every rank that says something waited for another one: name those that say nothing."""
     early = sorted(set(range(world)) - set(exits) - set(reports)) if exits else []
     if early:
         return Reason(f"{_ranks(early)} ended too early{_others(world, len(early))}")
     if not reports:
         return Reason("the ranks were ended by SIGTERM")
-    silent = sorted(set(range(world)) - set(reports))
     first = min(reports.values(), key=lambda report: report.at)
+    waited_for = evidence.about({}).lost if evidence else []
+    silent = waited_for or sorted(set(range(world)) - set(reports))
     if silent and len(silent) < world / 2:
-        return Reason(f"{_ranks(silent)} stopped answering{_others(world, len(silent))}", first.log)
+        return _lost(world, evidence, dict.fromkeys(silent, "stopped answering"), first.log)
     lost = f"rank {first.rank} waited in vain for another rank"
     return Reason(f"{lost}{_others(world, 1)}", first.log)
 

@@ -22,13 +22,17 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from errors import JobError, one_sentence, require_packages
 from failures import Exit, Reason, Report, explain, read_reports
 
+if TYPE_CHECKING:  # not installed yet, perhaps: require_packages says so
+    from lost_ranks import RankWatch
+
 _REPORTS = "DIGITS_REPORTS"  # set in the ranks that this launcher starts: where they report
 _SETTLE_S = 0.5  # a failing rank waits this long for the reports of the ranks that fail with it
+_ENDING_S = 20.0  # a failing rank that is told to end has this long to say why
 
 
 class JobOptions(Protocol):
@@ -98,13 +102,16 @@ def init_distributed(backend: str, timeout_s: int) -> None:
     """Join the default process group; a collective that waits longer than ``timeout_s`` fails."""
     import torch
 
+    from mimo_colocated import phases
+
     device = None
     if backend == "nccl":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group(
-        backend, timeout=datetime.timedelta(seconds=timeout_s), device_id=device
-    )
+    timeout = datetime.timedelta(seconds=timeout_s)
+    everyone = range(int(os.environ["WORLD_SIZE"]))
+    with phases.waiting("init_process_group", everyone, "default_pg"):
+        torch.distributed.init_process_group(backend, timeout=timeout, device_id=device)
 
 
 def _gpus() -> int:
@@ -113,9 +120,14 @@ def _gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def _complain(reason: str | Reason, code: int) -> int:
+def _complain(reason: str | Reason, code: int, dumps: Path | None = None) -> int:
     reason = Reason(reason) if isinstance(reason, str) else reason
     where = f"\nfull traceback: {reason.log}" if reason.log else ""
+    if dumps is not None:
+        from lost_ranks import write_summary
+
+        summary = write_summary(reason, dumps)
+        where += f"\nwho waits for whom: {summary}" if summary else ""
     print(f"error: {reason.sentence}{where}", file=sys.stderr, flush=True)
     return code
 
@@ -127,20 +139,23 @@ def _launch(script: str, argv: Sequence[str], options: JobOptions, backend: str)
     folder = Path(tempfile.mkdtemp(prefix="digits-"))
     try:
         with _rank_environment(folder, hide_gpus=backend == "gloo"):
-            return _start_and_wait(script, argv, options.world_size, folder)
+            return _start_and_wait(script, argv, options, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start_and_wait(script: str, argv: Sequence[str], world: int, folder: Path) -> int:
+def _start_and_wait(script: str, argv: Sequence[str], options: JobOptions, folder: Path) -> int:
+    from lost_ranks import Reaper, dump_folder, peers_gave_up
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import LaunchConfig
+
+    from mimo_colocated.evidence import Evidence, clear_dumps
 
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=world,
+        nproc_per_node=options.world_size,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
@@ -153,20 +168,33 @@ def _start_and_wait(script: str, argv: Sequence[str], world: int, folder: Path) 
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+    dumps, reaper = dump_folder(options.out), Reaper(folder)
+    with contextlib.suppress(OSError):
+        clear_dumps(dumps)
+    reaper.start()
     try:
-        elastic_launch(config, sys.executable)("-u", str(Path(script).resolve()), *argv)
+        _run_ranks(config, script, argv)
     except ChildFailedError as error:
+        reaper.close()
         exits = {
             rank: Exit(failure.exitcode, failure.timestamp)
             for rank, failure in error.failures.items()
         }
-        reports = read_reports(folder)
-        return _complain(explain(world, exits, reports), 1)
+        evidence = Evidence.read(folder, dumps, reaper.fates, peers_gave_up(folder))
+        reason = explain(options.world_size, exits, read_reports(folder), evidence)
+        return _complain(reason, 1, dumps)
     except SignalException as stop:
         return _complain(f"stopped by {stop.sigval.name}; all ranks were ended", 128 + stop.sigval)
     except KeyboardInterrupt:
         return _complain("stopped by SIGINT; all ranks were ended", 128 + signal.SIGINT)
     return 0
+
+
+def _run_ranks(config: Any, script: str, argv: Sequence[str]) -> None:
+    """Start the ranks and wait for them."""
+    from torch.distributed.launcher.api import elastic_launch
+
+    elastic_launch(config, sys.executable)("-u", str(Path(script).resolve()), *argv)
 
 
 @contextlib.contextmanager
@@ -179,7 +207,8 @@ def _rank_environment(folder: Path, *, hide_gpus: bool) -> Iterator[None]:
     # a GPU they run uncompiled anyway.
     if hide_gpus:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo's notes on each lost connection
+    # Gloo tells of each lost connection, on every rank; which rank is lost is said once.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL" if hide_gpus else "ERROR")
     if hide_gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
@@ -201,21 +230,35 @@ def _run_rank(
     ours = _REPORTS in os.environ
     if ours:
         _end_with_the_launcher()
-        _report_foreign_sigterm(rank, Path(os.environ[_REPORTS]))
+    watch = _watch(rank)
+    failing = _handle_sigterm(rank, world, watch, prints=not ours)
     out: Path | None = None
     try:
         options = parse(argv, world)
         out = options.out
         backend = _rank_backend(options, world)
+        if watch is not None:
+            watch.start(out)
         job(options, backend)
         _leave()
     except SystemExit as stop:
         _exit_now(stop.code if isinstance(stop.code, int) else int(stop.code is not None))
     except Exception as error:
+        failing.set()
         report = Report.of(rank, error, _write_traceback(out, rank))
-        _settle(report, world, prints=not ours)
+        _settle(report, world, watch, prints=not ours)
         _exit_now(1)
     return 0
+
+
+def _watch(rank: int) -> RankWatch | None:
+    """What this rank leaves for the others; ``None`` without a launcher or what it is made with."""
+    folder = _report_folder()
+    with contextlib.suppress(ImportError, OSError):
+        from lost_ranks import RankWatch
+
+        return RankWatch(rank, folder) if folder is not None else None
+    return None
 
 
 def _exit_now(code: int) -> NoReturn:
@@ -241,23 +284,34 @@ def _leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _settle(report: Report, world: int, *, prints: bool) -> None:
+def _settle(report: Report, world: int, watch: RankWatch | None, *, prints: bool) -> None:
     """Leave the report, and wait for others of the same failure; one rank prints (torchrun)."""
     folder = _report_folder()
     if folder is not None:
         with contextlib.suppress(OSError):
             report.write(folder)
+    if watch is not None and report.kind == "peer":
+        watch.save()
     time.sleep(_SETTLE_S)
-    if not prints:
-        return
-    reports = {report.rank: report, **(read_reports(folder) if folder is not None else {})}
-    if report.rank == min(_reporters(reports)):
+    if prints:
+        _say_once(world, {report.rank: report}, watch)
+
+
+def _say_once(world: int, reports: dict[int, Report], watch: RankWatch | None) -> None:
+    """Under torchrun: one rank of each host says why its ranks end."""
+    if watch is None:
         _complain(explain(world, {}, reports), 1)
+        return
+    from lost_ranks import claim
 
-
-def _reporters(reports: dict[int, Report]) -> list[int]:
-    own = [rank for rank, report in reports.items() if report.kind != "peer"]
-    return own or list(reports)
+    own = reports.keys() - {r.rank for r in reports.values() if r.kind == "peer"}
+    reports = {**reports, **read_reports(watch.folder)}
+    reasons = {rank for rank, report in reports.items() if report.kind != "peer"}
+    # A rank with a reason of its own says it.
+    if (reasons and not own) or not claim(watch.folder):
+        return
+    evidence = None if reasons else watch.evidence()
+    _complain(explain(world, {}, reports, evidence), 1, watch.dumps)
 
 
 def _report_folder() -> Path | None:
@@ -290,19 +344,35 @@ def _end_with_the_launcher() -> None:
         ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
 
 
-def _report_foreign_sigterm(rank: int, folder: Path) -> None:
-    """Report a SIGTERM that the launcher did not send: it is then the reason, not a consequence."""
-    if not hasattr(signal, "sigwaitinfo"):
-        return
+def _handle_sigterm(
+    rank: int, world: int, watch: RankWatch | None, *, prints: bool
+) -> threading.Event:
+    """End by SIGTERM, but not without a word.
+
+    One that the agent did not send is reported: it is the reason, not a consequence. One of the
+    agent's may mean that another rank is lost: what this rank knows of it is saved.
+
+    Returns:
+        To be set when this rank fails by itself: it then ends by itself, too.
+    """
+    failing = threading.Event()
+    if watch is None or not hasattr(signal, "sigwaitinfo"):
+        return failing
 
     def wait() -> None:
         sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
-        if sender != os.getppid():
+        if failing.is_set():
+            time.sleep(_ENDING_S)
+        elif sender != os.getppid():
             with contextlib.suppress(OSError):
-                Report(rank, "signal", "ended by SIGTERM", "", time.time()).write(folder)
+                Report(rank, "signal", "ended by SIGTERM", "", time.time()).write(watch.folder)
+        elif watch.told_to_end() and prints:
+            _say_once(world, {}, watch)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         os.kill(os.getpid(), signal.SIGTERM)
 
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # Blocked before the first thread starts, so that only the waiting thread receives it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=wait, daemon=True, name="sigterm").start()
+    return failing

@@ -43,6 +43,7 @@ from megatron.core.models.mimo.training.pipeline_step import forward_backward_pi
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
+from mimo_colocated import phases
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
@@ -208,6 +209,7 @@ class Trainer:
 
     def step(self, batches: DigitsBatches, step: int) -> StepResult:
         """One training step."""
+        phases.at_step(step + 1)  # as the console counts them
         self.model.train()
         loss, tokens = self.gradients(batches, step)
         learning_rate = self.optimizer.param_groups[0]["lr"]
@@ -261,14 +263,19 @@ class Trainer:
         self, batches: DigitsBatches, step: int, microbatch: int, count: int
     ) -> Batch:
         """This rank's part of a microbatch, on its device."""
-        batch = batches.local_batch(step, microbatch, count, **self._dp_coordinates())
-        if self.bridges:
-            at = (step, microbatch, count)
-            lengths = batches.lengths(*at) if self.packed else None
-            tokens = {name: batches.tokens(MODALITIES[name].token, *at) for name in self.bridges}
-            routes = {name: self._route(name, where, lengths) for name, where in tokens.items()}
-            batch = replace(batch, routes=routes)
-        return batch.to(self.device)
+        with phases.during(phases.DATA):
+            batch = batches.local_batch(step, microbatch, count, **self._dp_coordinates())
+            if self.bridges:
+                at = (step, microbatch, count)
+                lengths = batches.lengths(*at) if self.packed else None
+                tokens = {
+                    name: batches.tokens(MODALITIES[name].token, *at) for name in self.bridges
+                }
+                routes = {
+                    name: self._route(name, where, lengths) for name, where in tokens.items()
+                }
+                batch = replace(batch, routes=routes)
+            return batch.to(self.device)
 
     def _route(self, modality: str, tokens: np.ndarray, lengths: np.ndarray | None) -> RoutePlan:
         """Planned on the host with the batch, so that the model does not look at its tokens."""
@@ -347,6 +354,7 @@ class Trainer:
         The answer is produced token by token: each digit is fed back before the next is asked
         for. Every rank returns the whole batch's answers; -1 stands for a token that is no digit.
         """
+        phases.at_step(step, "evaluation batch")
         self.model.eval()
         batch = self._local_batch(batches, step, 0, 1)
         read = batch.input_ids.new_zeros((len(batch.input_ids), 0))

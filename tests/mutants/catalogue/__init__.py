@@ -3,6 +3,7 @@
 
 from tests.mutants.catalogue.bridge import BRIDGE, GRIDS
 from tests.mutants.catalogue.exchange import EXCHANGE
+from tests.mutants.catalogue.faults import FAULTS
 from tests.mutants.catalogue.files import FILES
 from tests.mutants.catalogue.frozen import FROZEN
 from tests.mutants.catalogue.memory import MEMORY
@@ -39,4 +40,5 @@ MUTANTS = (
     *MEMORY,
     *OVERLAP,
     *TWO_ENCODERS,
+    *FAULTS,
 )

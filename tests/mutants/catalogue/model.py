@@ -113,8 +113,8 @@ MODEL = (
     Mutant(
         name="text-only-batch-leaves-ddp-waiting",
         file=_ENCODER,
-        old="return empty + torch.stack(zeros).sum().to(empty.dtype) if zeros else empty",
-        new="return empty",
+        old="empty + torch.stack(zeros).sum().to(empty.dtype) if zeros else empty",
+        new="empty",
         tests=(
             _MODEL_TESTS + "TestDataParallelCalls::"
             "test_a_text_only_batch_readies_every_parameter_of_an_overlapping_encoder",

@@ -314,7 +314,7 @@ def _collective(
 
 
 def _new_subgroups(
-    ranks_per_subgroup_list: Sequence[Sequence[int]], timeout: Any = None, backend: Any = None
+    ranks_per_subgroup_list: Sequence[Sequence[int]], backend: Any = None, **options: Any
 ) -> tuple[InProcessGroup | None, list[InProcessGroup]]:
     groups = _here.world.make_groups(ranks_per_subgroup_list)
     own = [group for group in groups if _here.rank in group.ranks]

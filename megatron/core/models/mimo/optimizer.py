@@ -32,6 +32,7 @@ from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
+from mimo_colocated import phases
 
 if TYPE_CHECKING:
     from megatron.core.hyper_comm_grid import HyperCommGrid
@@ -144,6 +145,12 @@ class MimoOptimizer(MegatronOptimizer):
             ``(False, None, None)`` on every rank if any rank found an inf or nan;
             ``nonfinite_modules`` and ``nonfinite_gradients`` tell where.
         """
+        phases.mark(phases.OPTIMIZER)
+        outcome = self._step()
+        phases.mark(phases.BETWEEN)
+        return outcome
+
+    def _step(self) -> tuple[bool, float | None, int | None]:
         found_inf = self.prepare_grads()
         norms = self.get_module_grad_norms()
         self._note_nonfinite(norms)

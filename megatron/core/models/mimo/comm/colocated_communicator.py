@@ -186,7 +186,7 @@ class ColocatedBridgeCommunicator:
     def _make_gather_pg(self, backend: str | None) -> dist.ProcessGroup | None:
         if self.scale == 1:
             return None
-        group = make_groups(self.gather_group_ranks, backend)
+        group = make_groups(self.gather_group_ranks, backend, group_desc=self._describe())
         if self.current_rank in self.layout.ranks:
             # torch numbers a group's members by global rank; our blocks lie in slot order.
             assert dist.get_rank(group) == self.layout.slot(self.current_rank)

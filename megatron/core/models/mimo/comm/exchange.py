@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from megatron.core.models.mimo.comm.merged_routes import Routes
+from mimo_colocated import phases
 
 
 def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
@@ -165,6 +166,7 @@ class _Issue(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
         flight, plan = ctx.flight, ctx.flight.plan
+        phases.mark(phases.BRIDGE_BACKWARD)
         flight.wait()
         received, flight._gradients = flight._gradients, None
         dx = dy.new_empty((plan.held, dy.size(1)))
@@ -178,7 +180,8 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: torch.Tensor, flight: Flight) -> torch.Tensor:
         ctx.flight = flight
-        flight.wait()
+        with phases.during(phases.BRIDGE_FORWARD):
+            flight.wait()
         return own.view_as(own)
 
     @staticmethod
@@ -186,7 +189,8 @@ class _Arrive(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
         flight, plan = ctx.flight, ctx.flight.plan
         if plan.backward is not None:
-            flight._gradients = dy.new_empty((plan.backward_index.numel(), dy.size(1)))
-            gradients = dy.index_select(0, plan.backward_send_index)
-            flight.start(flight._gradients, gradients, plan.backward)
+            with phases.during(phases.BRIDGE_BACKWARD):
+                flight._gradients = dy.new_empty((plan.backward_index.numel(), dy.size(1)))
+                gradients = dy.index_select(0, plan.backward_send_index)
+                flight.start(flight._gradients, gradients, plan.backward)
         return dy, None

@@ -256,9 +256,10 @@ class RoutedBridge:
         ranks = [group.ranks.tolist() for group in self.layout.groups() if group.size > 1]
         if not ranks:
             return
-        self.group = self.control = make_groups(ranks, backend)
+        self.group = self.control = make_groups(ranks, backend, group_desc=self.name)
         if not takes_host_tensors(backend):
-            self.control = make_groups(ranks, dist.Backend.GLOO)
+            host = f"{self.name}, host"
+            self.control = make_groups(ranks, dist.Backend.GLOO, group_desc=host)
 
     def _agree(self, mine: Statement) -> Agreed:
         self._check_alive()

@@ -40,6 +40,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.utils import unwrap_model
+from mimo_colocated import phases
 
 _DEFAULT_MAX_SEQ_LEN = 4096
 
@@ -277,6 +278,7 @@ class MimoModel(
                 without a routed bridge; a language model in pipeline stages.
             RuntimeError: an attention mask under CP; special tokens without inputs.
         """
+        phases.next_microbatch()
         self._refuse_plan_without_routes(route_plan)
         language_inputs = (input_ids, position_ids, attention_mask, loss_mask, labels)
         self.start_param_gathers()
@@ -372,6 +374,7 @@ class MimoModel(
         packing_kwargs: Mapping[str, Any] | None,
     ) -> tuple[Any, torch.Tensor | None]:
         """Fuse modality rows with the text and run the language model on the result."""
+        phases.mark(phases.LANGUAGE_FORWARD)
         fused = self._fuse_gathered(rows, input_ids, position_ids)
         return self._run_language_model(
             fused, position_ids, attention_mask, loss_mask, labels, packing_kwargs
@@ -406,13 +409,14 @@ class MimoModel(
         language_model: nn.Module | None = None,
     ) -> Any:
         """The language model, or the given stage of it, on inputs that are cut."""
+        phases.mark(phases.LANGUAGE_FORWARD)
         stage = language_model or self.language_model
         if embeddings is not None:
             embeddings = recomputable(embeddings, stage)
         adapter = self.partition_adapter
         cp_group = adapter.cfg.cp_group if adapter is not None and adapter.cfg.use_cp else None
         with rotary_positions_of(stage, packed, cp_group):
-            return stage(
+            output = stage(
                 input_ids=None,
                 # Not cut: multimodal rotary embeddings read them whole and cut by themselves.
                 position_ids=position_ids,
@@ -421,6 +425,7 @@ class MimoModel(
                 attention_mask=attention_mask,
                 packed_seq_params=packed,
             )
+        return phases.when_gradient_arrives(output, phases.LANGUAGE_BACKWARD)
 
 
 def _only(value: Any) -> Any:

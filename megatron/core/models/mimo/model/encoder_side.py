@@ -23,6 +23,7 @@ from megatron.core.models.mimo.memory.activations import latest_offloaded
 from megatron.core.models.mimo.memory.offload import reload_when_needed
 from megatron.core.models.mimo.model.token_rows import TEXT
 from megatron.core.utils import unwrap_model
+from mimo_colocated import phases
 
 # Attribute on an encoder's output that stock's pipeline bridge reads.
 _SPLIT_SIZES = "_mimo_bridge_split_sizes"
@@ -101,9 +102,11 @@ class EncoderSide:
         for name in list(modality_embeddings):
             communicator = self.colocated_comms.get((name, MIMO_LANGUAGE_MODULE_KEY))
             if communicator is not None:
-                rows = communicator.communicate(modality_embeddings[name])
+                phases.mark(phases.BRIDGE_FORWARD)
+                moved = communicator.communicate(modality_embeddings[name])
+                phases.when_gradient_arrives(moved, phases.BRIDGE_BACKWARD)
                 offloaded = latest_offloaded(self.modality_submodules[name])
-                modality_embeddings[name] = reload_when_needed(rows, offloaded)
+                modality_embeddings[name] = reload_when_needed(moved, offloaded)
         return modality_embeddings
 
     def _rows_to_bring(
@@ -285,7 +288,9 @@ def _refuse_tokens_without_inputs(name: str, tokens: int | None) -> None:
 
 def _call(submodule: Any, **inputs: Any) -> torch.Tensor | None:
     """Through ``__call__``, so that forward hooks run: DDP's parameter gather is one."""
-    return submodule(**inputs) if isinstance(submodule, nn.Module) else submodule.forward(**inputs)
+    phases.mark(phases.ENCODER_FORWARD)
+    call = submodule if isinstance(submodule, nn.Module) else submodule.forward
+    return phases.when_gradient_arrives(call(**inputs), phases.ENCODER_BACKWARD)
 
 
 def waits_for_gradients(submodule: nn.Module) -> bool:
@@ -315,4 +320,5 @@ def _tied_to_parameters(empty: torch.Tensor, submodule: nn.Module) -> torch.Tens
     """
     trained = [p for p in _row_parameters(submodule) if p.requires_grad]
     zeros = [p.reshape(-1)[:0].sum().float() for p in trained]
-    return empty + torch.stack(zeros).sum().to(empty.dtype) if zeros else empty
+    tied = empty + torch.stack(zeros).sum().to(empty.dtype) if zeros else empty
+    return phases.when_gradient_arrives(tied, phases.ENCODER_BACKWARD)

@@ -32,6 +32,7 @@ from megatron.core.models.mimo.model.encoder_side import (
 from megatron.core.models.mimo.model.local_text import LocalText
 from megatron.core.models.mimo.model.token_rows import TEXT, fill_places
 from megatron.core.packed_seq_params import PackedSeqParams
+from mimo_colocated import phases
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +126,7 @@ class RoutedSide:
         modality_inputs, held = self._balance_inputs(modality_inputs, plans)
         rows, failure = self._try_to_encode(modality_inputs)
         problem = problem or (failure and problem_of(failure, "an encoder"))
+        phases.mark(phases.BRIDGE_FORWARD)
         moving = []
         for name, bridge in self._routed_bridges().items():
             own_problem = (
@@ -168,6 +170,7 @@ class RoutedSide:
         for name, items in self._input_balances.items():
             if name in plans:
                 continue
+            phases.mark(phases.INPUT_EXCHANGE)
             device = self._empty_encoder_output(name).device
             inputs, plan = items.balance((modality_inputs or {}).get(name), device)
             modality_inputs = {**(modality_inputs or {}), name: inputs}
@@ -304,6 +307,7 @@ class RoutedSide:
         flights: Mapping[str, Arriving],
     ) -> torch.Tensor:
         """Text of this rank's part, and among it the rows that arrive: ``(S_local, B, H)``."""
+        phases.mark(phases.LANGUAGE_FORWARD)
         self._refuse_embedding_scatter()
         layout = next(iter(self._routed_bridges().values())).layout
         rank = next(iter(self._routed_bridges().values())).current_rank - layout.rank_offset

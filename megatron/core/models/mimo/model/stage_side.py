@@ -26,6 +26,7 @@ from megatron.core.models.mimo.memory.activations import latest_offloaded
 from megatron.core.models.mimo.memory.offload import reload_when_needed
 from megatron.core.models.mimo.model.routed_side import Brought
 from megatron.core.utils import unwrap_model
+from mimo_colocated import phases
 
 # The attributes of a model that hold its language model, and the further virtual stages of it.
 LANGUAGE_MODEL, VIRTUAL_STAGES = "language_model", "virtual_stages"
@@ -56,11 +57,13 @@ class EncodedMicrobatch:
         tokens: modality -> where its tokens stand in the rank's language batch.
         rows: modality -> its rows, for modalities that brought any.
         gathered: over gather bridges: modality -> all rows of the language replica, a leaf.
+        number: of the microbatch in its step, -1 if nobody counts.
     """
 
     tokens: dict[str, TokenRuns]
     rows: dict[str, LandedRows]
     gathered: dict[str, torch.Tensor] | None = None
+    number: int = -1
 
 
 class EncodedMicrobatches:
@@ -81,6 +84,8 @@ class EncodedMicrobatches:
         the microbatches. Without encoders that train it does nothing.
         """
         ends, self._ends = self._ends, []
+        if ends:
+            phases.mark(phases.BRIDGE_BACKWARD)
         # One modality after the other: all ranks enter the exchanges in one order.
         for end in reversed(ends):
             end.backward()
@@ -164,6 +169,7 @@ class StageSide:
         Returns:
             (output, CP-local loss mask). The output is hidden states before the last stage.
         """
+        phases.mark(phases.LANGUAGE_FORWARD, encoded.number)
         self._refuse_mask_under_cp(attention_mask)
         fused = None
         packed, whole = self._build_packed_seq_params(packing_kwargs), None

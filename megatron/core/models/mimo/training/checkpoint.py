@@ -32,6 +32,7 @@ from megatron.core.models.mimo.training.frozen_state import Frozen, start_fresh,
 from megatron.core.models.mimo.training.manifest import FORMAT, MANIFEST, Manifest
 from megatron.core.models.mimo.training.randomness import ModuleRandomness
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from mimo_colocated import phases
 
 _NAME = re.compile(r"step_(\d{8})")
 _PARTIAL_PREFIX = ".saving_"
@@ -139,6 +140,16 @@ class CheckpointStore:
         Raises:
             CheckpointError: on every rank if any rank could not write; nothing is left behind.
         """
+        with phases.during(phases.SAVE):
+            return self._save(step, model, optimizer, extra)
+
+    def _save(
+        self,
+        step: int,
+        model: torch.nn.Module,
+        optimizer: Any,
+        extra: dict[str, Any] | None,
+    ) -> Path:
         final, partial = self.path(step), self.root / f"{_PARTIAL_PREFIX}{step:08d}"
         if final.exists():
             return final
@@ -236,6 +247,10 @@ class CheckpointStore:
                 another model or kind of optimizer, or a file of it is missing, damaged or would
                 execute code.
         """
+        with phases.during(phases.LOAD):
+            return self._load(step, model, optimizer)
+
+    def _load(self, step: int, model: torch.nn.Module, optimizer: Any) -> Manifest:
         manifest = self.manifest(step)
         self._check_same_optimizer(manifest, optimizer.config.use_distributed_optimizer)
         state = self._sharded_state(model, optimizer, is_loading=True)

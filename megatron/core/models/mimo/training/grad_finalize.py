@@ -26,6 +26,7 @@ from megatron.core.models.mimo.training.experts import check_expert_sizes, mark_
 from megatron.core.models.mimo.training.nonfinite import ranks_text
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
+from mimo_colocated import phases
 
 if TYPE_CHECKING:
     from megatron.core.hyper_comm_grid import HyperCommGrid
@@ -154,6 +155,8 @@ class MimoGradFinalizer:
                 gradient that an overlapping reduction waits for; the latter, in the first step, is
                 raised on every rank.
         """
+        phases.end_of_microbatches()
+        phases.mark(phases.FINALIZE)
         mimo_model = unwrap_model(model[0])
         modules: dict[str, list[torch.nn.Module]] = {}
         for name, module in iter_modules(mimo_model):

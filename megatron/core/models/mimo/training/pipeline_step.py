@@ -18,6 +18,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from megatron.core.pipeline_parallel.schedules import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
+from mimo_colocated import phases
 
 # The argument of a stage's forward that stands for the encoders' inputs.
 ENCODED = "encoded"
@@ -130,7 +132,7 @@ def _schedule(
         # Its first stage begins microbatches in groups, so all of them were encoded before.
         return forward_backward_pipelining_with_interleaving, {
             "data_iterator": encoders.batches_for(virtual),
-            "p2p_communicator": P2PCommunicator(groups.pp, config),
+            "p2p_communicator": _NotedP2P(groups.pp, config),
         }
     if groups.pp.size() > 1:
         return forward_backward_pipelining_without_interleaving, {
@@ -228,7 +230,8 @@ class _Encoders:
             encoded = self._model.encode_microbatches(batches, problem)
         for number, (batch, rows) in enumerate(zip(batches, encoded.microbatches, strict=True)):
             language = {k: v for k, v in batch.items() if k not in _READ_BY_ENCODERS}
-            self._language[first + number] = {**language, ENCODED: rows}
+            numbered = replace(rows, number=first + number)
+            self._language[first + number] = {**language, ENCODED: numbered}
         if self._backward:
             self._under_way[window] = encoded
 
@@ -251,7 +254,8 @@ class _Encoders:
         batches: list[Microbatch] = []
         try:
             self._data = iter(self._data)
-            batches += itertools.islice(self._data, count)
+            with phases.during(phases.DATA):
+                batches += itertools.islice(self._data, count)
             shapes = [tuple(batch["input_ids"].shape) for batch in batches]
         except Exception as error:  # the user's loader
             problem = problem_of(error, "reading data_iterator")
@@ -273,7 +277,29 @@ class _Encoders:
         return batches, None
 
 
-class _EncodingP2P(P2PCommunicator):
+class _NotedP2P(P2PCommunicator):
+    """Stock's exchange between stages; a rank that waits in it notes for whom.
+
+    PyTorch's flight recorder has no sends and receives of gloo.
+    """
+
+    def _communicate(self, **tensors: Any) -> Any:
+        def ranks(before: str, after: str) -> list[int]:
+            ends = ((before, self.prev_rank), (after, self.next_rank))
+            return [
+                rank
+                for name, rank in ends
+                if tensors[name] is not None and tensors[name] is not False
+            ]
+
+        sends = ranks("tensor_send_prev", "tensor_send_next")
+        receives = ranks("recv_prev", "recv_next")
+        kind = "receive" if receives else "send"
+        with phases.waiting(kind, sorted({*sends, *receives}), self.pp_group.group_desc):
+            return super()._communicate(**tensors)
+
+
+class _EncodingP2P(_NotedP2P):
     """Stock's exchange between stages; encoders take their turns before a stage waits for input."""
 
     def __init__(self, pp_group: Any, config: Any, encoders: _Encoders) -> None:

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts the digits job with all its ranks forked from this process, which has the libraries.
+
+Importing PyTorch and Megatron-Core in 8 ranks takes longer than all that a case is about. The
+launcher and the job are the real ones; only how a rank's process comes to be differs.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import psutil
+
+from tests.faults.cases import Case
+from tests.faults.inject import watch_rank
+
+_DIGITS = Path(__file__).parents[2] / "examples" / "mimo" / "digits"
+_LIBRARIES = ("job", "torch.distributed.launcher.api", "matplotlib.pyplot", "sklearn.datasets")
+_LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+
+
+def prepare() -> None:
+    """Import what every start needs; before anything makes threads."""
+    os.environ.update(OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1", CUDA_VISIBLE_DEVICES="")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # as the launcher does for its ranks
+    sys.path.insert(0, str(_DIGITS))
+    for name in _LIBRARIES:
+        importlib.import_module(name)
+    gc.freeze()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a start ended.
+
+    Attributes:
+        code: exit code of the launcher; ``None`` if it had to be killed.
+        at: when, on the monotonic clock.
+        errors: what was written to stderr.
+        left: processes that were still there a moment later.
+    """
+
+    code: int | None
+    at: float
+    errors: str
+    left: list[str]
+
+
+def start(arguments: Sequence[str], folder: Path, case: Case | None, deadline_s: float) -> Ended:
+    """Run the job to its end.
+
+    Args:
+        arguments: of the job, ``--out`` among them.
+        folder: for the journal and what the job prints; it is there.
+        case: the fault, if any.
+        deadline_s: the launcher is killed after so many seconds.
+    """
+    pid = os.fork()
+    if pid == 0:
+        _become_the_launcher(arguments, folder, case)
+    deadline, status = time.monotonic() + deadline_s, None
+    while status is None and time.monotonic() < deadline:
+        done, found = os.waitpid(pid, os.WNOHANG)
+        status = os.waitstatus_to_exitcode(found) if done else None
+        time.sleep(0.02)
+    ended = time.monotonic()
+    left = _left_behind(pid)
+    if status is None:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return Ended(status, ended, (folder / "stderr").read_text(), left)
+
+
+def _become_the_launcher(arguments: Sequence[str], folder: Path, case: Case | None) -> NoReturn:
+    code = 1
+    try:
+        os.setsid()
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(file, number)
+        for name in _LAUNCH_VARIABLES:
+            os.environ.pop(name, None)
+        launch, train = (importlib.import_module(name) for name in ("launch", "train"))
+
+        # How forked ranks are ended is told line by line; a user's are not forked.
+        logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+
+        def rank_main() -> None:
+            watch_rank(int(os.environ["RANK"]), folder, case)
+            found = launch.run(train.__file__, arguments, train.parse, train.job)
+            if found:
+                launch._exit_now(found)
+
+        def fork_ranks(config: Any, _script: str, _arguments: Sequence[str]) -> None:
+            from torch.distributed.launcher.api import elastic_launch
+
+            config.start_method = "fork"
+            elastic_launch(config, rank_main)()
+
+        launch._run_ranks = fork_ranks
+        code = launch.run(train.__file__, arguments, train.parse, train.job)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _left_behind(session: int, patience_s: float = 5.0) -> list[str]:
+    """Processes of a start that do not end; they are killed."""
+    deadline = time.monotonic() + patience_s
+    while (found := _alive(session)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in found:
+        process.kill()
+    return [f"{process.pid}" for process in found]
+
+
+def _alive(session: int) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            member = os.getsid(process.pid) == session and process.pid != session
+            if member and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.Error, ProcessLookupError):
+            continue
+    return found

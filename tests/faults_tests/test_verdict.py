@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drawing cases, and judging them: a message that is wrong in any point does not pass."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mimo_colocated import phases
+from tests.faults import report
+from tests.faults.cases import ANY, LAYOUTS, SIGNALS, Case, draw
+from tests.faults.journal import Control, Journal, read
+from tests.faults.verdict import GRACE_S, Outcome, judge, ranks_of
+
+RANKS = range(8)
+
+
+def mark(phase, at, step=1, microbatch=0, entered=True):
+    return {"phase": phase, "at": at, "step": step, "microbatch": microbatch, "entered": entered}
+
+
+def call(at, *ranks):
+    return {"collective": "all_gather", "at": at, "ranks": list(ranks)}
+
+
+def control() -> Control:
+    trained = [{"event": "start", "at": 0.0}]
+    for step in range(3):
+        trained += [mark(phases.DATA, step + 0.5), mark(phases.OPTIMIZER, step + 0.75)]
+    # A load of the run that trains (there is none in truth) is not counted, nor resumed training.
+    resumed = [mark(phases.LOAD, 1.0), mark(phases.DATA, 1.5), mark(phases.OPTIMIZER, 2.0)]
+    return Control(dict.fromkeys(RANKS, trained), dict.fromkeys(RANKS, resumed))
+
+
+def test_a_control_run_is_counted():
+    done = control()
+    assert done.phases() == {phases.DATA, phases.OPTIMIZER, phases.LOAD}
+    assert done.entries(0, phases.DATA) == 3
+    assert done.entries(0, phases.LOAD) == 1
+    assert done.seconds(0, phases.DATA) == 0.25
+    assert done.span(0, phases.START) == (0.0, 0.45)
+    assert done.span(0, ANY) == pytest.approx((0.0, 0.95 * 2.75))
+
+
+def test_cases_go_through_every_phase_and_signal_and_are_the_seeds():
+    controls = {layout.name: control() for layout in LAYOUTS}
+    cases = draw(50, 1, controls)
+    kinds = {(case.phase, case.signal) for case in cases[:10]}
+    every = (phases.DATA, phases.OPTIMIZER, phases.LOAD, phases.START, ANY)
+    assert kinds == {(phase, signal) for phase in every for signal in SIGNALS}
+    assert {case.rank for case in cases} == set(RANKS)
+    assert {case.layout for case in cases} == set(controls)
+    assert all(1 <= case.entry <= 3 for case in cases if case.phase == phases.DATA)
+    assert {case.delay > 0 for case in cases if case.phase == phases.DATA} == {True, False}
+    assert [case.resumes for case in cases] == [case.phase == phases.LOAD for case in cases]
+    assert cases == draw(50, 1, controls)
+    assert cases != draw(50, 2, controls)
+
+
+def test_a_journal_is_read_as_it_was_written(tmp_path: Path):
+    Journal(tmp_path, 3).write(phase="data", step=2)
+    ((event),) = read(tmp_path, 3)
+    assert (event["phase"], event["step"]) == ("data", 2)
+    assert read(tmp_path, 4) == []
+
+
+SENTENCE = (
+    "rank 3 was killed by SIGKILL in the phase 'bridge forward' of step 2, microbatch 0; ranks 1 "
+    "and 2 waited for it in all_gather #17 of the group cp [1-3]; the other 7 ranks were ended"
+)
+
+
+@pytest.fixture
+def right(tmp_path: Path) -> Outcome:
+    """A case in which everything is as it should be."""
+    journal = {rank: [call(1.0, *RANKS)] for rank in RANKS}
+    journal[1].append(call(5.0, 1, 2, 3))
+    journal[2].append(call(5.1, 1, 2, 3))
+    journal[3] += [mark(phases.DATA, 4.0, 2), mark(phases.BRIDGE_FORWARD, 4.5, 2)]
+    journal[3].append({"fault": "SIGKILL", "at": 4.9})
+    folder = tmp_path / "errors" / "flight_recorder"
+    folder.mkdir(parents=True)
+    for rank in set(RANKS) - {3}:
+        (folder / f"rank_{rank}").write_bytes(pickle.dumps({"entries": []}))
+    (folder / "summary.txt").write_text(
+        f"{SENTENCE}.\n\nWaiting for it:\n\n  rank 3: the phase 'bridge forward' of step 2\n"
+    )
+    case = Case(1, "fan-in", "SIGKILL", 3, phases.BRIDGE_FORWARD, 1, 0.4)
+    errors = f"error: {SENTENCE}\nwho waits for whom: {folder / 'summary.txt'}\n"
+    return Outcome(case, 1, errors, 1.0, [], journal, tmp_path, 10.0)
+
+
+def test_a_right_case_passes(right: Outcome):
+    verdict = judge(right)
+    assert verdict.problems == []
+    assert (verdict.phase, verdict.call) == (
+        phases.BRIDGE_FORWARD,
+        "all_gather #17 of the group cp [1-3]",
+    )
+    done = report.Done(right.case, right, verdict)
+    assert report.closing_line([done], 7) == "PASS: 1 of 1 cases, seed 7"
+    assert "PASS fan-in" in report.line(done, 1)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("rank 3 was killed", "rank 2 was killed", "the message"),
+        ("was killed by SIGKILL", "was stopped (SIGSTOP)", "the message"),
+        ("bridge forward", "data", "the place"),
+        ("of step 2", "of step 1", "the place"),
+        ("microbatch 0", "microbatch 1", "the microbatch"),
+        ("ranks 1 and 2", "ranks 0 and 2", "rank 0 is said to wait"),
+        ("cp [1-3]", "cp [1, 2]", "which is not in it"),
+        ("; the other 7 ranks were ended", "", "the message"),
+        ("error:", "error: once\nerror:", "not one message"),
+        ("error:", "Traceback (most recent call last)\nerror:", "not one message"),
+    ],
+)
+def test_a_message_that_is_wrong_fails(right: Outcome, old: str, new: str, problem: str):
+    problems = judge(replace(right, errors=right.errors.replace(old, new))).problems
+    assert any(problem in each for each in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"code": None}, "hung"),
+        ({"code": 0}, "exit code 0"),
+        ({"seconds": GRACE_S + 1}, "ended after"),
+        ({"seconds": -1.0}, "did not happen"),
+        ({"left": ["4711"]}, "left behind: processes 4711"),
+    ],
+)
+def test_a_job_that_ends_wrongly_fails(right: Outcome, change: dict, problem: str):
+    problems = judge(replace(right, **change)).problems
+    assert any(problem in each for each in problems), problems
+
+
+def test_files_that_are_missing_fail(right: Outcome):
+    folder = right.out / "errors" / "flight_recorder"
+    (folder / "rank_5").unlink()
+    assert any("dumps were saved of" in each for each in judge(right).problems)
+    (folder / "summary.txt").write_text("nothing")
+    problems = judge(right).problems
+    assert any("does not say what the message says" in each for each in problems)
+    assert any("lacks who waits" in each for each in problems)
+
+
+def test_a_mark_that_races_with_the_fault_may_be_the_place_or_not(right: Outcome):
+    right.journal[3][-1:] = [mark(phases.LANGUAGE_FORWARD, 4.895, 2), right.journal[3][-1]]
+    assert judge(right).problems == []
+    right.journal[3][-2]["at"] = 4.8  # long enough before
+    assert any("the place" in each for each in judge(right).problems)
+
+
+def test_figures_go_where_the_document_wants_them(right: Outcome, tmp_path: Path):
+    page = tmp_path / "faults.md"
+    page.write_text("no place")
+    done = report.Done(right.case, right, judge(right))
+    with pytest.raises(ValueError, match="must hold"):
+        report.write_docs(page, [done], 1, 10.0)
+    page.write_text(f"before\n{report.DOC_START}\nold\n{report.DOC_END}\nafter\n")
+    report.write_docs(page, [done], 1, 10.0)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "1 of 1 cases pass, seed 1" in text
+    assert "| bridge forward | 1 of 1 |  | 1.0 s |  | fan-in |" in text
+
+
+def test_ranks_in_words():
+    assert ranks_of("0-2, 5 and 7") == [0, 1, 2, 5, 7]
+    assert ranks_of("4") == [4]

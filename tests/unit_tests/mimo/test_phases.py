@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a rank is doing: marks, and the file that outlives the process. One process, no torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mimo_colocated import phases
+from mimo_colocated.phases import Place, Wait, read_places
+
+
+@pytest.fixture(autouse=True)
+def _own_place(monkeypatch):
+    monkeypatch.setattr(phases, "_own", phases._Own())
+
+
+def test_marks_steps_and_microbatches(tmp_path):
+    path = phases.record_into(tmp_path, 3)
+    assert read_places(tmp_path)[3].phase == phases.START
+    phases.at_step(12)
+    assert [phases.next_microbatch(), phases.next_microbatch()] == [0, 1]
+    phases.mark(phases.ENCODER_FORWARD)
+    place = read_places(tmp_path)[3]
+    assert (place.rank, place.pid) == (3, os.getpid())
+    assert place.words() == "the phase 'encoder forward' of step 12, microbatch 1"
+    assert place == phases.here()
+    assert path.stat().st_size == phases.SIZE
+    phases.end_of_microbatches()
+    phases.mark(phases.FINALIZE)
+    assert read_places(tmp_path)[3].words() == "the phase 'gradient finalisation' of step 12"
+    phases.at_step(0, "evaluation batch")
+    assert phases.next_microbatch() == 0
+    phases.mark(phases.LANGUAGE_FORWARD, 5)
+    assert phases.here().words() == (
+        "the phase 'language forward' of evaluation batch 0, microbatch 5"
+    )
+
+
+def test_without_steps_only_the_phase_is_told():
+    phases.next_microbatch()
+    phases.mark("my own phase")
+    assert phases.here().words() == "the phase 'my own phase'"
+
+
+def test_the_phase_before_comes_back_but_not_after_an_error():
+    phases.mark(phases.LANGUAGE_BACKWARD)
+    with phases.during(phases.BRIDGE_BACKWARD):
+        assert phases.here().phase == phases.BRIDGE_BACKWARD
+    assert phases.here().phase == phases.LANGUAGE_BACKWARD
+    with pytest.raises(ValueError, match="full"), phases.during(phases.SAVE):
+        raise ValueError("full")
+    assert phases.here().phase == phases.SAVE
+
+
+def test_a_wait_is_noted_while_it_lasts_and_after_an_error():
+    with phases.waiting("receive", [4], "pp"):
+        assert phases.here().wait == Wait("receive", (4,), "pp")
+    assert phases.here().wait is None
+    with pytest.raises(ValueError, match="lost"), phases.waiting("send", [0, 1], "pp"):
+        raise ValueError("lost")
+    assert phases.here().wait == Wait("send", (0, 1), "pp")
+    with phases.waiting("receive", range(1000), "pp"):  # more than fits is not told
+        assert phases.here().wait is None
+
+
+_CHILD = """
+import sys, time
+from mimo_colocated import phases
+phases.record_into(sys.argv[1], 5)
+phases.at_step(7)
+phases.mark(phases.OPTIMIZER)
+print("there", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_stopped_and_a_killed_process_are_read_by_another(tmp_path: Path):
+    command = [sys.executable, "-c", _CHILD, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            assert child.stdout.readline() == "there\n"
+            place = read_places(tmp_path)[5]
+            assert place.words() == "the phase 'optimizer step' of step 7"
+            assert place.process_state() in ("S", "R", "D")
+            child.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
+            assert place.process_state() == "T"
+        finally:
+            child.kill()
+    assert read_places(tmp_path)[5] == place
+    assert place.process_state() == ""
+
+
+def test_another_process_of_the_same_number_is_not_taken_for_it():
+    assert Place(0, os.getpid(), phases._process(os.getpid())[1]).process_state() != ""
+    assert Place(0, os.getpid(), 1).process_state() == ""
+
+
+def test_files_that_are_not_whole_are_left_out(tmp_path: Path):
+    phases.record_into(tmp_path, 0)
+    (tmp_path / "phase_1.bin").write_bytes(b"short")
+    (tmp_path / "phase_2.bin").write_bytes(b"x" * phases.SIZE)
+    assert list(read_places(tmp_path)) == [0]
+
+
+def test_backward_marks_only_what_needs_a_gradient():
+    torch = pytest.importorskip("torch")
+    phases.at_step(1)
+    weight = torch.ones(2, requires_grad=True)
+    phases.next_microbatch()
+    first = phases.when_gradient_arrives(weight * 2, phases.ENCODER_BACKWARD)
+    second = phases.when_gradient_arrives(first * 3, phases.LANGUAGE_BACKWARD, 7)
+    seen = []
+    first.register_hook(lambda _: seen.append(phases.here()))
+    second.register_hook(lambda _: seen.append(phases.here()))
+    second.sum().backward()
+    assert [(p.phase, p.microbatch) for p in seen] == [
+        (phases.LANGUAGE_BACKWARD, 7),
+        (phases.ENCODER_BACKWARD, 0),
+    ]
+    assert torch.equal(weight.grad, torch.full((2,), 6.0))
+    still = torch.ones(1)
+    assert phases.when_gradient_arrives(still, phases.DATA) is still
+    assert phases.when_gradient_arrives(None, phases.DATA) is None
