@@ -59,9 +59,17 @@ class LayerNormLinear(Linear):
 class RMSNorm(nn.Module):
     """PyTorch's."""
 
-    def __init__(self, hidden_size: int, eps: float, **_: Any) -> None:
+    def __init__(
+        self,
+        normalized_shape: int | None = None,
+        eps: float = 1e-5,
+        *,
+        hidden_size: int | None = None,  # its name before TE 1.13 called it like PyTorch
+        **_: Any,
+    ) -> None:
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(hidden_size)), eps
+        width = hidden_size if normalized_shape is None else normalized_shape
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.rms_norm(x, (x.size(-1),), self.weight, self.eps)
@@ -180,7 +188,7 @@ def install() -> None:
         distributed=types.SimpleNamespace(CudaRNGStatesTracker=tracker),
     )
     module("transformer_engine.pytorch.fp8", FP8GlobalStateManager=MagicMock(),
-           fp8_autocast=MagicMock())  # fmt: skip
+           fp8_autocast=MagicMock(), fp8_model_init=MagicMock())  # fmt: skip
     # Of fp8, which no test here uses.
     quantized = type("Float8Tensor", (), {})
     module("transformer_engine.pytorch.float8_tensor", Float8Tensor=quantized)

@@ -12,15 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 SCRIPT = Path(__file__).with_name("te_stand_in.py")
 
 
-@pytest.mark.skipif(
-    sys.version_info >= (3, 12),
-    reason="the stand-in lacks what Megatron-Core 0.19 asks of Transformer Engine",
-)
 def test_packed_sequences_over_cp_through_transformer_engine_s_layers() -> None:
     """Loss and gradients are those of each sequence alone."""
     root = SCRIPT.parents[3]
