@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from data import IMAGES_PER_SAMPLE, DigitsBatches
+from data import DIGITS_PER_SAMPLE, DigitsBatches
 from layouts import Layout
 from memory_plan import encoder_shape
 from model import VISION, ModelOptions, ModelSize, build_model
@@ -100,7 +100,7 @@ class Case:
         """Of one microbatch on one rank, by formula."""
         accelerated = rank_device().type != torch.empty(0).device.type
         shape = encoder_shape(self.pair.vision.tp, self.options, accelerated)
-        return transformer_bytes(shape, _SAMPLES * IMAGES_PER_SAMPLE // self.pair.vision.dp)
+        return transformer_bytes(shape, _SAMPLES * DIGITS_PER_SAMPLE // self.pair.vision.dp)
 
     def predicted(self, memory: EncoderMemory) -> Prediction:
         """What a policy comes to."""

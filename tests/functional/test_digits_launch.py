@@ -17,6 +17,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import connection_notes
 import psutil
 import pytest
 from errors import JobError, require_packages
@@ -29,6 +30,7 @@ from mimo_colocated.phases import Place
 _MODULES = Path(__file__).parents[2] / "examples" / "mimo" / "digits"
 _OTHERS = "; the other 7 ranks were ended"
 _GLOO = "[x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:30117"
+_REFUSED = "[x/gloo/transport/tcp/debug_logger.cc:9] ERROR failed to connect, willRetry=1"
 
 
 def _exits(**codes: int) -> dict[int, Exit]:
@@ -440,3 +442,14 @@ def test_the_ranks_end_with_the_launcher(tmp_path: Path, sent: signal.Signals) -
     assert all(map(_gone, pids))
     if sent is signal.SIGINT:
         assert (code, errors) == (130, "error: stopped by SIGINT; all ranks were ended\n")
+
+
+def test_gloo_s_notes_on_refused_connections_are_held_back(capfd):
+    def write(*lines: str) -> None:
+        os.write(2, "".join(f"{line}\n" for line in lines).encode())
+
+    with pytest.raises(RuntimeError, match="lost"), connection_notes.held_back():  # noqa: PT012
+        write(_REFUSED, "a warning", _REFUSED)
+        raise RuntimeError("lost")
+    write("what comes later", _REFUSED)
+    assert capfd.readouterr().err.splitlines() == ["a warning", "what comes later", _REFUSED]

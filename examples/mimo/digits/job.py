@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import connection_notes
 import torch
 import torch.distributed as dist
 from data import SEQUENCE_LENGTH, DigitsBatches
@@ -380,9 +381,11 @@ def run_job(options: Options, backend: str) -> None:
     Raises:
         JobError: what the user has to know, the same sentence on every rank.
     """
-    init_distributed(backend, options.timeout)
     try:
-        Run(options, backend).run()
+        with connection_notes.held_back():
+            init_distributed(backend, options.timeout)
+            run = Run(options, backend)
+        run.run()
     except CheckpointError as error:
         raise JobError(str(error)) from error
     sys.stdout.flush()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,13 +26,11 @@ from tests.unit_tests.mimo.collective_calls import Calls, calls
 from tests.unit_tests.mimo.digits_runs import BATCH, SIZE
 from tests.unit_tests.mimo.tiny_modules import COLOCATED, tiny_model
 
-import model as digits_model  # isort: skip
 from data import DigitsBatches, Token  # isort: skip
+from encoders import MODALITIES, VISION, DigitEncoder  # isort: skip
 from layouts import Layout  # isort: skip
 from model import (  # isort: skip
     LANGUAGE,
-    VISION,
-    DigitEncoder,
     DigitsModel,
     ModelOptions,
     build_model,
@@ -196,7 +195,8 @@ def test_a_parameter_without_a_gradient_is_named_on_all_ranks(
     unused: Sequence[int], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before stock asserts in the second step, on some ranks, and leaves the others waiting."""
-    monkeypatch.setattr(digits_model, "DigitEncoder", WithUnused)
+    unusing = replace(MODALITIES[VISION], encoder=WithUnused)
+    monkeypatch.setitem(MODALITIES, VISION, unusing)
     monkeypatch.setattr(WithUnused, "unused_on", tuple(unused))
     batches = DigitsBatches(7, "train", BATCH)
     with trainer("", "routed", overlap=True) as run:
