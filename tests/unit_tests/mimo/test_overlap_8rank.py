@@ -19,11 +19,13 @@ import torch
 
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+from megatron.core.models.mimo.model.encoder_side import _tied_to_parameters
 from megatron.core.models.mimo.training.grad_finalize import iter_modules, wrap_modules_with_ddp
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 from tests.parity.tasks import MixedBatches
 from tests.unit_tests.mimo.digits_runs import BATCH, DATA_SEED, SIZE, Run, ended, same
-from tests.unit_tests.mimo.tiny_modules import COLOCATED, config, on_all_ranks, tiny_model
+from tests.unit_tests.mimo.tiny_modules import COLOCATED, WIDTH, config, on_all_ranks, tiny_model
 
 import model as digits_model  # isort: skip
 from data import Batch, DigitsBatches  # isort: skip
@@ -256,3 +258,43 @@ def test_gathers_of_weights_that_nobody_cuts_are_refused() -> None:
         ddp_config = DistributedDataParallelConfig(overlap_param_gather=True)
         with pytest.raises(ValueError, match="gathers weights .*set it to True, or leave overlap"):
             wrap_modules_with_ddp(model, configs, ddp_config, model.collections)
+
+
+class Crossed(MegatronModule):
+    """Two layers that run in another order than they are registered in."""
+
+    def __init__(self) -> None:
+        super().__init__(config=config())
+        self.second = torch.nn.Linear(WIDTH, WIDTH, bias=False)
+        self.first = torch.nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(rows))
+
+
+def test_buckets_that_ranks_fill_in_different_orders_are_reduced_in_one(rank_device):
+    """Stock would sum the first layer's gradient on some ranks with the second's on others."""
+    with tiny_model(COLOCATED, wrap=False) as model:
+        torch.manual_seed(5)
+        module = Crossed().to(rank_device)
+        model.modality_submodules["images"] = module
+        rows = torch.randn(3, WIDTH, device=rank_device)
+        module(rows).sum().backward()
+        alone = {n: p.grad.clone() for n, p in module.named_parameters()}
+        module.zero_grad()
+        settings = DistributedDataParallelConfig(overlap_grad_reduce=True, bucket_size=WIDTH**2)
+        configs = {name: config() for name in COLOCATED}
+        wrap_modules_with_ddp(model, configs, settings, model.collections)
+        wrapped = model.modality_submodules["images"]
+        assert len(wrapped.bucket_groups) == 2
+        group = model.collections["images"].dp
+        for _ in range(3):  # stock reduces during backward from the second step on
+            wrapped.zero_grad_buffer()
+            if group.rank() == 1:
+                _tied_to_parameters(rows[:0], wrapped).sum().backward()
+            else:
+                wrapped(rows).sum().backward()
+            wrapped.finish_grad_sync()
+            for name, parameter in wrapped.module.named_parameters():
+                wanted = (group.size() - 1) * alone[name]
+                torch.testing.assert_close(parameter.main_grad, wanted)

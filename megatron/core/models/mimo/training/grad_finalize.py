@@ -22,6 +22,7 @@ from megatron.core.distributed.distributed_data_parallel_config import (
 )
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.models.mimo.model.stage_side import stages_of
+from megatron.core.models.mimo.training.bucket_order import reduce_in_one_order
 from megatron.core.models.mimo.training.experts import check_expert_sizes, mark_expert_parameters
 from megatron.core.models.mimo.training.nonfinite import ranks_text
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -86,6 +87,7 @@ def wrap_modules_with_ddp(
             module,
             pg_collection=collections[name],
         )
+        reduce_in_one_order(wrapped)
         if name == MIMO_LANGUAGE_MODULE_KEY:
             stages.append(wrapped)
         else:
