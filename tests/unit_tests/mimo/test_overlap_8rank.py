@@ -58,8 +58,8 @@ class Steps:
     def local_batch(self, step: int, *args: int, **ranks: int) -> Batch:
         return self._steps[step].local_batch(step, *args, **ranks)
 
-    def image_tokens(self, step: int, *args: int) -> Any:
-        return self._steps[step].image_tokens(step, *args)
+    def tokens(self, token: int, step: int, *args: int) -> Any:
+        return self._steps[step].tokens(token, step, *args)
 
 
 @contextlib.contextmanager

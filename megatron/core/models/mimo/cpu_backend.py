@@ -294,7 +294,7 @@ def _redirects() -> list[Redirect]:
         _redirect(
             cuda.random, "get_rng_state", _get_rng_state, f"{random_py}: _get_cuda_rng_state"
         ),
-        _redirect(cuda, "set_rng_state", _set_rng_state, f"{own_random_py}: _restore"),
+        _redirect(cuda, "set_rng_state", _set_rng_state, f"{own_random_py}: restore_states"),
         _redirect(
             cuda, "manual_seed", _manual_seed, f"{random_py}: model_parallel_cuda_manual_seed"
         ),

@@ -33,7 +33,7 @@ class _Order:
     """Starts the bucket groups of one step in turn, then those of the next step."""
 
     def __init__(self, groups: Sequence[Any]) -> None:
-        self._starts = [group.start_grad_sync for group in groups]
+        self._groups = list(groups)
         self._asked: dict[int, dict[str, Any]] = {}
         self._next = 0
         for place, group in enumerate(groups):
@@ -43,5 +43,6 @@ class _Order:
         self._asked[place] = options
         while self._next in self._asked:
             turn = self._next
-            self._next = (turn + 1) % len(self._starts)
-            self._starts[turn](**self._asked.pop(turn))
+            self._next = (turn + 1) % len(self._groups)
+            group, options = self._groups[turn], self._asked.pop(turn)
+            type(group).start_grad_sync(group, **options)
