@@ -55,6 +55,14 @@ def _journal_marks(journal: Journal, case: Case | None) -> None:
             _fire_after(case, journal)
 
     phases.mark = marked
+    at_step = phases.at_step
+
+    def at_marked_step(step: int, *kind: str) -> None:
+        # The phase stays, but the place that a message names is another one.
+        journal.write(phase=phases._own.phase, step=step, microbatch=-1, entered=False)
+        at_step(step, *kind)
+
+    phases.at_step = at_marked_step
 
 
 def _fire_after(case: Case, journal: Journal) -> None:
