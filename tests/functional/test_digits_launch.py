@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import connection_notes
+import launch
 import psutil
 import pytest
 from errors import JobError, require_packages
@@ -453,3 +454,20 @@ def test_gloo_s_notes_on_refused_connections_are_held_back(capfd):
         raise RuntimeError("lost")
     write("what comes later", _REFUSED)
     assert capfd.readouterr().err.splitlines() == ["a warning", "what comes later", _REFUSED]
+
+
+def test_a_rank_that_joins_in_vain_gives_up(monkeypatch):
+    """Gloo would try a rank that is stopped again and again, and cannot be interrupted."""
+    errors: list[Exception] = []
+    monkeypatch.setattr(launch, "_fail_this_rank", [errors.append])
+    with launch._given_up_after(30.0):
+        pass
+    with launch._given_up_after(0.05):
+        deadline = time.monotonic() + 20
+        while not errors and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert len(errors) == 1
+    report = Report.of(3, errors[0], "")
+    assert (report.kind, report.message) == (
+        "peer", "TimeoutError: Timed out after 0.05 s in init_process_group"
+    )  # fmt: skip

@@ -7,9 +7,10 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _GLOO = b"gloo/transport/tcp/debug_logger.cc"
+_held: list[Callable[[], None]] = []
 
 
 @contextlib.contextmanager
@@ -21,16 +22,27 @@ def held_back() -> Iterator[None]:
     killed within it takes what waits with it.
     """
     sys.stderr.flush()
-    shown = os.dup(2)
-    with tempfile.TemporaryFile() as waiting:
-        os.dup2(waiting.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(shown, 2)
-            os.close(shown)
+    shown, waiting = os.dup(2), tempfile.TemporaryFile()  # noqa: SIM115 closed by show()
+    os.dup2(waiting.fileno(), 2)
+
+    def put_back() -> None:
+        sys.stderr.flush()
+        os.dup2(shown, 2)
+        os.close(shown)
+        with waiting:
             waiting.seek(0)
             rest = b"".join(line for line in waiting if _GLOO not in line)
-            if rest:
-                os.write(2, rest)
+        if rest:
+            os.write(2, rest)
+
+    _held.append(put_back)
+    try:
+        yield
+    finally:
+        show()
+
+
+def show() -> None:
+    """Show what waits now; also for a thread that is about to end the process."""
+    while _held:
+        _held.pop()()

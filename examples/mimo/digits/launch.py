@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
+import connection_notes
 from errors import JobError, one_sentence, require_packages
 from failures import Exit, Reason, Report, explain, read_reports
 
@@ -32,7 +33,11 @@ if TYPE_CHECKING:  # not installed yet, perhaps: require_packages says so
 
 _REPORTS = "DIGITS_REPORTS"  # set in the ranks that this launcher starts: where they report
 _SETTLE_S = 0.5  # a failing rank waits this long for the reports of the ranks that fail with it
+_JOINING_S = 2.0  # beyond the timeout, joining the others has this long to notice a lost one
 _ENDING_S = 20.0  # a failing rank that is told to end has this long to say why
+
+# Ends this rank, which the error says why; set in ranks. Its peers' errors are for the launcher.
+_fail_this_rank: list[Callable[[Exception], NoReturn]] = []
 
 
 class JobOptions(Protocol):
@@ -110,8 +115,31 @@ def init_distributed(backend: str, timeout_s: int) -> None:
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(seconds=timeout_s)
     everyone = range(int(os.environ["WORLD_SIZE"]))
-    with phases.waiting("init_process_group", everyone, "default_pg"):
+    waiting = phases.waiting("init_process_group", everyone, "default_pg")
+    with waiting, _given_up_after(timeout_s + _JOINING_S):
         torch.distributed.init_process_group(backend, timeout=timeout, device_id=device)
+
+
+@contextlib.contextmanager
+def _given_up_after(seconds: float) -> Iterator[None]:
+    """End this rank as one that waits for a lost one if what is within takes longer.
+
+    A rank that is stopped while the ranks connect accepts connections and never answers. Gloo tries
+    each several times, for the timeout each time, and cannot be interrupted.
+    """
+
+    def give_up() -> None:
+        _fail_this_rank[-1](TimeoutError(f"Timed out after {seconds:g} s in init_process_group"))
+
+    timer = threading.Timer(seconds, give_up) if _fail_this_rank else None
+    if timer is not None:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield
+    finally:
+        if timer is not None:
+            timer.cancel()
 
 
 def _gpus() -> int:
@@ -233,6 +261,15 @@ def _run_rank(
     watch = _watch(rank)
     failing = _handle_sigterm(rank, world, watch, prints=not ours)
     out: Path | None = None
+
+    def fail(error: Exception) -> NoReturn:
+        connection_notes.show()
+        failing.set()
+        report = Report.of(rank, error, _write_traceback(out, rank, error))
+        _settle(report, world, watch, prints=not ours)
+        _exit_now(1)
+
+    _fail_this_rank.append(fail)
     try:
         options = parse(argv, world)
         out = options.out
@@ -244,10 +281,7 @@ def _run_rank(
     except SystemExit as stop:
         _exit_now(stop.code if isinstance(stop.code, int) else int(stop.code is not None))
     except Exception as error:
-        failing.set()
-        report = Report.of(rank, error, _write_traceback(out, rank))
-        _settle(report, world, watch, prints=not ours)
-        _exit_now(1)
+        fail(error)
     return 0
 
 
@@ -322,16 +356,16 @@ def _report_folder() -> Path | None:
     return Path(error_file).parent.parent if error_file else None
 
 
-def _write_traceback(out: Path | None, rank: int) -> str:
-    """The current traceback into a file under ``out``; onto stderr if that cannot be written."""
+def _write_traceback(out: Path | None, rank: int, error: BaseException) -> str:
+    """An error's traceback into a file under ``out``; onto stderr if that cannot be written."""
     if out is None:
         return ""
     path = out / "errors" / f"rank_{rank}.log"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(traceback.format_exc())
+        path.write_text("".join(traceback.format_exception(error)))
     except OSError:
-        traceback.print_exc()
+        traceback.print_exception(error)
         return ""
     return str(path)
 
