@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -141,7 +142,10 @@ class Trainer:
         config = self.model.config
         config.finalize_model_grads_func = built.finalize
         config.no_sync_func = self.model.no_sync
-        config.grad_scale_func = self.optimizer.scale_loss
+        # Weak: through the distributed optimizer's views of the parameters, autograd's C++ holds
+        # the configuration, and Python's collector would never see that nobody needs them.
+        scale_loss = weakref.WeakMethod(self.optimizer.scale_loss)
+        config.grad_scale_func = lambda loss: scale_loss()(loss)
 
     def _make_scheduler(self) -> OptimizerParamScheduler:
         options = self.options

@@ -9,6 +9,7 @@ compared before the optimizer, and what the optimizer says of their norm.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -107,7 +108,8 @@ def build(layouts: dict[str, Layout], device: torch.device, rank_offset: int = 0
     )
     model.config.finalize_model_grads_func = MimoGradFinalizer(groups)
     model.config.no_sync_func = model.no_sync
-    model.config.grad_scale_func = optimizer.scale_loss
+    scale_loss = weakref.WeakMethod(optimizer.scale_loss)  # see the example's Trainer
+    model.config.grad_scale_func = lambda loss: scale_loss()(loss)
     return Built(model, grids, groups, optimizer)
 
 
