@@ -44,6 +44,12 @@ LAYOUTS = (
         "experts",
         "--vision tp=4,dp=2 --language tp=2,cp=2,dp=2,ep=2 --experts 4 --sequence-parallel",
     ),
+    # Samples without images, without sounds or with one digit only: some ranks encode nothing.
+    Layout(
+        "two encoders",
+        "--vision tp=2,dp=4 --audio tp=1,dp=8 --language tp=2,cp=2,dp=2 --varied-samples "
+        "--sequence-parallel",
+    ),
 )
 STEPS = 4
 COMMON = f"--steps {STEPS} --save-every 2 --global-batch-size 16 --eval-batch-size 400"

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,7 +25,7 @@ from tests.faults.cases import Case
 from tests.faults.inject import watch_rank
 
 _DIGITS = Path(__file__).parents[2] / "examples" / "mimo" / "digits"
-_LIBRARIES = ("job", "torch.distributed.launcher.api", "matplotlib.pyplot", "sklearn.datasets")
+_LIBRARIES = ("job", "torch.distributed.launcher.api", "layout_picture", "sklearn.datasets")
 _LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 
 
@@ -81,6 +81,37 @@ def start(arguments: Sequence[str], folder: Path, case: Case | None, deadline_s:
     return Ended(status, ended, (folder / "stderr").read_text(), left)
 
 
+def run_forked(
+    arguments: Sequence[str], first_in_rank: Callable[[int], object] | None = None
+) -> int:
+    """Be the job's launcher, after :func:`prepare`; returns its exit code.
+
+    Args:
+        arguments: of the job.
+        first_in_rank: called in each rank's process before the job, with the rank.
+    """
+    launch, train = (importlib.import_module(name) for name in ("launch", "train"))
+
+    # How forked ranks are ended is told line by line; a user's are not forked.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+
+    def rank_main() -> None:
+        if first_in_rank is not None:
+            first_in_rank(int(os.environ["RANK"]))
+        found = launch.run(train.__file__, arguments, train.parse, train.job)
+        if found:
+            launch._exit_now(found)
+
+    def fork_ranks(config: Any, _script: str, _arguments: Sequence[str]) -> None:
+        from torch.distributed.launcher.api import elastic_launch
+
+        config.start_method = "fork"
+        elastic_launch(config, rank_main)()
+
+    launch._run_ranks = fork_ranks
+    return launch.run(train.__file__, arguments, train.parse, train.job)
+
+
 def _become_the_launcher(arguments: Sequence[str], folder: Path, case: Case | None) -> NoReturn:
     code = 1
     try:
@@ -90,25 +121,7 @@ def _become_the_launcher(arguments: Sequence[str], folder: Path, case: Case | No
             os.dup2(file, number)
         for name in _LAUNCH_VARIABLES:
             os.environ.pop(name, None)
-        launch, train = (importlib.import_module(name) for name in ("launch", "train"))
-
-        # How forked ranks are ended is told line by line; a user's are not forked.
-        logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-
-        def rank_main() -> None:
-            watch_rank(int(os.environ["RANK"]), folder, case)
-            found = launch.run(train.__file__, arguments, train.parse, train.job)
-            if found:
-                launch._exit_now(found)
-
-        def fork_ranks(config: Any, _script: str, _arguments: Sequence[str]) -> None:
-            from torch.distributed.launcher.api import elastic_launch
-
-            config.start_method = "fork"
-            elastic_launch(config, rank_main)()
-
-        launch._run_ranks = fork_ranks
-        code = launch.run(train.__file__, arguments, train.parse, train.job)
+        code = run_forked(arguments, lambda rank: watch_rank(rank, folder, case))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 TRAIN = Path(__file__).parents[2] / "examples" / "mimo" / "digits" / "train.py"
+FORKED = Path(__file__).with_name("forked_job.py")
 TIMEOUT_S = 500
 # On a busy machine ranks start minutes apart; a rank that dies is noticed at once all the same.
 _PATIENT = ("--timeout", "400")
@@ -28,10 +29,19 @@ _LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MA
 
 
 class Job:
-    """One start of ``train.py``; ``arguments`` is one string as typed after the script's name."""
+    """One start of ``train.py``; ``arguments`` is one string as typed after the script's name.
+
+    ``script`` is another one that does the same, such as :data:`FORKED`.
+    """
 
     def __init__(
-        self, out: Path, arguments: str, *, faults: Path | None = None, **variables: str
+        self,
+        out: Path,
+        arguments: str,
+        *,
+        faults: Path | None = None,
+        script: Path = TRAIN,
+        **variables: str,
     ) -> None:
         self.out = out
         environment = {k: v for k, v in os.environ.items() if k not in _LAUNCH_VARIABLES}
@@ -44,7 +54,7 @@ class Job:
         # Into files: nobody has to read a pipe while the test waits for something else.
         with self._output.open("w") as output, self._errors.open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, str(TRAIN), *_PATIENT, *arguments.split(), "--out", str(out)],
+                [sys.executable, str(script), *_PATIENT, *arguments.split(), "--out", str(out)],
                 env=environment | variables,
                 cwd=out.parent,
                 stdout=output,

@@ -18,6 +18,8 @@ import matplotlib.image
 import pytest
 
 from tests.functional.digits_job import (
+    FORKED,
+    TRAIN,
     Job,
     checkpoints,
     everything,
@@ -89,7 +91,9 @@ def eight_ranks(request: pytest.FixtureRequest, shelf: Path) -> tuple[Parity, Jo
     parity = EIGHT_RANKS[request.param]
     arguments = f"{parity.arguments} --steps {PARITY_STEPS}"
     folder = shelf / request.param.replace(" ", "_")
-    return parity, Job(folder, arguments).wait().succeeded()
+    # One of them starts as a user starts it.
+    script = TRAIN if request.param == "fan-in" else FORKED
+    return parity, Job(folder, arguments, script=script).wait().succeeded()
 
 
 def test_eight_ranks_lose_what_one_process_loses(
@@ -107,7 +111,7 @@ def test_experts_on_eight_ranks_lose_what_they_lose_on_one(tmp_path: Path) -> No
     more = "--experts 4 --steps 3 --save-every 0 --no-evaluate"
     eight = "--vision tp=2,dp=4 --language tp=2,cp=2,dp=2,ep=4,etp=1 --sequence-parallel"
     one = Job(tmp_path / "one", f"{ONE_RANK} {more}")
-    many = Job(tmp_path / "many", f"{eight} {more}").wait().succeeded()
+    many = Job(tmp_path / "many", f"{eight} {more}", script=FORKED).wait().succeeded()
     assert many.summary()["language"] | {"ep": 4, "etp": 1} == many.summary()["language"]
     assert many.losses() == pytest.approx(one.wait().succeeded().losses(), rel=0, abs=1e-4)
 
@@ -187,7 +191,7 @@ def with_sounds(shelf: Path) -> tuple[Job, Job]:
     staged = f"{STAGES_WITH_SOUNDS} --steps {SOUND_STEPS} --save-every 6"
     return (
         Job(shelf / "sounds_one", alone).wait().succeeded(),
-        Job(shelf / "sounds_eight", staged).wait().succeeded(),
+        Job(shelf / "sounds_eight", staged, script=FORKED).wait().succeeded(),
     )
 
 

@@ -19,10 +19,8 @@ from data import SEQUENCE_LENGTH, DigitsBatches
 from encoders import AUDIO, VISION
 from errors import JobError, writing
 from launch import init_distributed
-from layout_picture import plot_layout
 from model import LANGUAGE, DigitsModel, Experts, ModelOptions, ModelSize, build_model
 from options import Options
-from pictures import plot_loss, plot_predictions
 from reading import HeldOut
 from report import MetricsWriter, Progress, print_table, read_metrics, write_summary
 from trainer import StepResult, Trainer, TrainOptions
@@ -233,6 +231,9 @@ class _Reporter:
     """Rank 0's output: progress, metrics, pictures, summary."""
 
     def __init__(self, run: Run, done: int) -> None:
+        # Here: no other rank draws, and the library for it takes long to import.
+        from layout_picture import plot_layout
+
         self.run, options = run, run.options
         self.out = options.out
         with writing(self.out, "the results"):
@@ -269,6 +270,8 @@ class _Reporter:
 
     def finish(self, read: HeldOut | None) -> None:
         """Pictures, ``summary.json`` and the closing table."""
+        from pictures import plot_loss, plot_predictions
+
         lines = read_metrics(self.out / "metrics.jsonl")
         summary = self._summary(lines)
         plot_loss(self.out / "loss.png", lines, self._title())
