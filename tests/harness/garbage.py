@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import gc
 import sys
+from typing import Any
 
 _ROTARY = "megatron.core.models.common.embeddings.rotary_pos_embedding"
+_DISPATCHERS = "megatron.core.transformer.moe.token_dispatcher"
 
 
 def end_threads_of_groups() -> None:
@@ -20,7 +22,18 @@ def end_threads_of_groups() -> None:
     forward = getattr(getattr(rotary, "RotaryEmbedding", None), "forward", None)
     if hasattr(forward, "cache_clear"):
         forward.cache_clear()
+    dispatcher = getattr(sys.modules.get(_DISPATCHERS), "MoETokenDispatcher", None)
+    if dispatcher is not None:
+        for each in gc.get_objects():
+            if issubclass(type(each), dispatcher):
+                _forget_graphs(vars(each))
     gc.collect()
+
+
+def _forget_graphs(attributes: dict[str, Any]) -> None:
+    for name, value in attributes.items():
+        if getattr(value, "grad_fn", None) is not None:
+            attributes[name] = value.detach()
 
 
 def set_imports_aside() -> None:
