@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.core.models.mimo.optimizer import MimoOptimizer, _dynamic_scalers, get_mimo_optimizer
+from megatron.core.models.mimo.optimizer import MimoOptimizer, get_mimo_optimizer
+from megatron.core.models.mimo.training.inner_optimizers import dynamic_scalers
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from tests.unit_tests.mimo.digits_runs import BATCH, FAN_IN, Run, run, same
@@ -50,7 +51,7 @@ def optimizer_of(model: TinyModel, distributed: bool) -> MimoOptimizer:
 
 def scales(optimizer: MimoOptimizer) -> set[float]:
     """Of all modules on all ranks."""
-    mine = [float(scaler.scale) for scaler in _dynamic_scalers(optimizer._active_optimizers)]
+    mine = [float(scaler.scale) for scaler in dynamic_scalers(optimizer._active_optimizers)]
     assert len(mine) == len(optimizer._active_optimizers)
     return {scale for each in on_all_ranks(mine) for scale in each}
 

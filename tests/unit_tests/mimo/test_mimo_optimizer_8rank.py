@@ -15,12 +15,9 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.models.mimo.optimizer import (
-    MimoOptimizer,
-    _attend_optimizer_construction,
-    get_mimo_optimizer,
-)
+from megatron.core.models.mimo.optimizer import MimoOptimizer, get_mimo_optimizer
 from megatron.core.models.mimo.training.grad_finalize import iter_modules
+from megatron.core.models.mimo.training.inner_optimizers import attend_construction
 from megatron.core.optimizer import OptimizerConfig
 from tests.unit_tests.mimo.tiny_modules import (
     COLOCATED,
@@ -364,4 +361,4 @@ def test_other_optimizers_need_every_module_everywhere() -> None:
         # Ranks of the language model would wait in stock code: only the others are asked here.
         if model.language_model is None:
             with pytest.raises(ValueError, match="optimizer 'muon' needs every module .*'adam'"):
-                _attend_optimizer_construction(config)
+                attend_construction(config)

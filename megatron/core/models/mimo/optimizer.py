@@ -9,7 +9,6 @@ are not finite skip the step in every dtype: their modules' norms, which clippin
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,14 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.models.mimo.training.frozen_state import FRESH
+from megatron.core.models.mimo.training.inner_optimizers import (
+    attend_construction,
+    build_inner_optimizer,
+    count_zeros_of,
+    dynamic_scalers,
+    held_scales,
+    inner_optimizers,
+)
 from megatron.core.models.mimo.training.nonfinite import (
     NonFiniteGradients,
     find_nonfinite_gradients,
@@ -28,7 +35,6 @@ from megatron.core.models.mimo.training.optimizer_state import (
     sharded_inner_state,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -37,10 +43,6 @@ from mimo_colocated import phases
 if TYPE_CHECKING:
     from megatron.core.hyper_comm_grid import HyperCommGrid
     from megatron.core.models.mimo.model.base import MimoModel
-
-
-# Gathers over the world by which Megatron-Core constructs one optimizer.
-_KEY_GATHERS = 2
 
 
 @dataclass
@@ -100,8 +102,8 @@ class MimoOptimizer(MegatronOptimizer):
         The modules' loss scalers all follow that one answer: the loss is scaled once, so scales
         that drift apart would unscale a module's gradients by the wrong factor.
         """
-        scalers = _dynamic_scalers(self._active_optimizers)
-        with _held_scales(scalers):
+        scalers = dynamic_scalers(self._active_optimizers)
+        with held_scales(scalers):
             found = [opt.prepare_grads() for opt in self._active_optimizers]
         found_inf = self._any_rank(any(found))
         for scaler in scalers:
@@ -192,7 +194,7 @@ class MimoOptimizer(MegatronOptimizer):
         for index, name in enumerate(names):
             info = self.module_infos[name]
             if info.is_active and info.optimizer is not None:
-                count = _count_zeros(info.optimizer)
+                count = count_zeros_of(info.optimizer)
                 if self._speaks_for(name):
                     counts[index] = count
         dist.all_reduce(counts)
@@ -239,13 +241,13 @@ class MimoOptimizer(MegatronOptimizer):
             for name, info in self.module_infos.items()
             if info.is_active and info.optimizer and FRESH not in loaded[name]
         ]
-        mine = [scaler.state_dict() for scaler in _dynamic_scalers(going_on)]
+        mine = [scaler.state_dict() for scaler in dynamic_scalers(going_on)]
         # On the host: the ranks' devices differ.
         states: list = [None] * dist.get_world_size()
         first = {**mine[0], "scale": mine[0]["scale"].cpu()} if mine else None
         dist.all_gather_object(states, first)
         known = next((state for state in states if state is not None), None)
-        for scaler in _dynamic_scalers(self._active_optimizers) if known else []:
+        for scaler in dynamic_scalers(self._active_optimizers) if known else []:
             scaler.load_state_dict(known)
 
     def sharded_state_dict(
@@ -291,7 +293,7 @@ class MimoOptimizer(MegatronOptimizer):
             )
 
     def _device(self) -> torch.device:
-        for opt in _inner_optimizers(self._active_optimizers):
+        for opt in inner_optimizers(self._active_optimizers):
             for param in opt.get_parameters():
                 return param.device
         return torch.empty(0).device if not torch.cuda.is_available() else _current_device()
@@ -309,7 +311,7 @@ class MimoOptimizer(MegatronOptimizer):
         if not (info.is_active and info.optimizer):
             return
         tp = info.pg_collection.tp.size() > 1
-        for inner in _inner_optimizers([info.optimizer]):
+        for inner in inner_optimizers([info.optimizer]):
             for param in inner.get_parameters():
                 copied = tp and not getattr(param, "tensor_model_parallel", False)
                 if copied or getattr(param, "shared", False):
@@ -329,7 +331,7 @@ class MimoOptimizer(MegatronOptimizer):
         return bool(value.item())
 
     def _clip(self, grad_norm: float) -> None:
-        for opt in _inner_optimizers(self._active_optimizers):
+        for opt in inner_optimizers(self._active_optimizers):
             if getattr(opt, "is_stub_optimizer", False) or opt.config.clip_grad <= 0.0:
                 continue
             params = opt.get_parameters()
@@ -388,67 +390,11 @@ def _module_info(
     dist.all_gather_object(trained_on, trained)
     optimizer = None
     if trained:
-        optimizer = _inner_optimizer(name, modules, config, collection)
+        optimizer = build_inner_optimizer(name, modules, config, collection)
     elif any(trained_on):
-        _attend_optimizer_construction(config)
+        attend_construction(config)
     groups = collection if present else None
     return ModuleOptimizerInfo(optimizer, grid, groups, active, tuple(modules if present else ()))
-
-
-def _attend_optimizer_construction(config: OptimizerConfig) -> None:
-    """Answer the gathers of a module's optimizer that other ranks construct.
-
-    ``get_megatron_optimizer`` compares the keys of parameter groups over the whole world, once for
-    dense and once for expert parameters. A rank without the module has none.
-
-    Raises:
-        ValueError: for an optimizer whose construction gathers otherwise.
-    """
-    if config.optimizer not in ("adam", "sgd"):
-        raise ValueError(
-            f"optimizer '{config.optimizer}' needs every module to be trained on every rank; "
-            "with modules on different ranks use 'adam' or 'sgd'"
-        )
-    for _ in range(_KEY_GATHERS):
-        dist.all_gather_object([None] * dist.get_world_size(), [])
-
-
-def _inner_optimizer(
-    name: str,
-    modules: list[torch.nn.Module],
-    config: OptimizerConfig,
-    collection: ProcessGroupCollection,
-) -> MegatronOptimizer:
-    from megatron.core.optimizer import get_megatron_optimizer
-
-    ddp_config = getattr(modules[0], "ddp_config", None)
-    instances = getattr(ddp_config, "num_distributed_optimizer_instances", 1)
-    if instances != 1:
-        raise ValueError(
-            f"module '{name}' asks for {instances} distributed-optimizer instances; "
-            "the MIMO optimizer supports 1: set num_distributed_optimizer_instances=1"
-        )
-    optimizer = get_megatron_optimizer(
-        config=config,
-        model_chunks=modules,
-        pg_collection=collection,
-        use_gloo_process_groups=False,
-    )
-    _count_expert_copies_over_expert_tp(optimizer, collection)
-    return optimizer
-
-
-def _count_expert_copies_over_expert_tp(
-    optimizer: MegatronOptimizer, collection: ProcessGroupCollection
-) -> None:
-    """The norm counts a whole parameter of an expert once per expert-TP group, not per TP group.
-
-    Megatron-Core 0.16 gives every optimizer the TP group, and would leave out the biases of
-    experts that sit on other TP ranks than the first.
-    """
-    for inner in _inner_optimizers([optimizer]):
-        if any(group.get("is_expert_parallel") for group in inner.param_groups):
-            inner.tp_group = collection.expt_tp
 
 
 def _get_pg_collection_for_optimizer(grid: HyperCommGrid) -> ProcessGroupCollection:
@@ -460,38 +406,3 @@ def _get_pg_collection_for_optimizer(grid: HyperCommGrid) -> ProcessGroupCollect
 
 def _current_device() -> torch.device:
     return torch.device(torch.accelerator.current_accelerator().type, torch.cuda.current_device())
-
-
-def _inner_optimizers(optimizers: list[MegatronOptimizer]) -> list[MegatronOptimizer]:
-    """Those of every chain one by one: a module with experts has one for them and one for the rest.
-
-    A chain of several has no ``get_parameters`` in Megatron-Core 0.16.
-    """
-    return [o for opt in optimizers for o in getattr(opt, "chained_optimizers", [opt])]
-
-
-def _dynamic_scalers(optimizers: list[MegatronOptimizer]) -> list[DynamicGradScaler]:
-    """Loss scalers that follow found-inf; none unless training in fp16."""
-    scalers = (getattr(opt, "grad_scaler", None) for opt in _inner_optimizers(optimizers))
-    return [scaler for scaler in scalers if isinstance(scaler, DynamicGradScaler)]
-
-
-@contextlib.contextmanager
-def _held_scales(scalers: list[DynamicGradScaler]) -> Iterator[None]:
-    """Inside, an inner optimizer's ``prepare_grads`` does not update its loss scale."""
-    for scaler in scalers:
-        scaler.update = lambda _found_inf: None
-    try:
-        yield
-    finally:
-        for scaler in scalers:
-            del scaler.update
-
-
-def _count_zeros(optimizer: MegatronOptimizer) -> int:
-    """Zero gradient elements of one module.
-
-    Each optimizer of a chain counts its own: it knows the module's TP group, which the chain of
-    0.16 looks up among the global groups.
-    """
-    return sum(int(inner.count_zeros()) for inner in _inner_optimizers([optimizer]))

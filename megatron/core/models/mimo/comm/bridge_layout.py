@@ -232,11 +232,7 @@ class BridgeLayout:
         Raises:
             ValueError: the rank is outside the grids.
         """
-        if rank not in self.ranks:
-            raise ValueError(
-                f"Rank {rank} is not on the bridge {self.src_name} -> {self.dest_name}; its "
-                f"ranks are {self.ranks.start} to {self.ranks.stop - 1}. Call this on those only."
-            )
+        check_on_bridge(rank, self.ranks, self.src_name, self.dest_name)
 
 
 def _position(grid: Grid, rank: int) -> tuple[int, int, int, int]:
@@ -282,6 +278,19 @@ def _gather_groups(
         dp, *copy = fine[rank]
         members.setdefault((dp // scale, *copy), []).append(rank)
     return tuple(tuple(members[key]) for key in sorted(members))
+
+
+def check_on_bridge(rank: int, ranks: range, src_name: str, dest_name: str) -> None:
+    """Refuse a rank that the bridge does not span.
+
+    Raises:
+        ValueError: ``rank`` is not among ``ranks``.
+    """
+    if rank not in ranks:
+        raise ValueError(
+            f"Rank {rank} is not on the bridge {src_name} -> {dest_name}; its ranks are "
+            f"{ranks.start} to {ranks.stop - 1}. Call this on those only."
+        )
 
 
 def check_grids(src_grid: Grid, dest_grid: Grid) -> None:

@@ -25,7 +25,7 @@ from functools import cached_property
 
 import numpy as np
 
-from megatron.core.models.mimo.comm.bridge_layout import Grid, check_grids
+from megatron.core.models.mimo.comm.bridge_layout import Grid, check_grids, check_on_bridge
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,11 +132,7 @@ class RouteLayout:
         Raises:
             ValueError: the rank is outside the grids.
         """
-        if rank not in self.ranks:
-            raise ValueError(
-                f"Rank {rank} is not on the bridge {self.src_name} -> {self.dest_name}; its "
-                f"ranks are {self.ranks.start} to {self.ranks.stop - 1}. Call this on those only."
-            )
+        check_on_bridge(rank, self.ranks, self.src_name, self.dest_name)
         number = self.component[rank - self.rank_offset]
         return ExchangeGroup(self, np.flatnonzero(self.component == number))
 

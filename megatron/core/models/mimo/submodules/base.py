@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -274,18 +274,34 @@ class ModalitySubmodules(ABC, nn.Module):
         )
 
 
-def refuse_many_projections(submodules: ModalitySubmodules) -> None:
-    """Modalities with one projection each way refuse more.
+class OneProjectionEach(ModalitySubmodules):
+    """A modality that is only encoded, with at most one projection into language space.
+
+    Attributes:
+        data: what it encodes, in words.
 
     Raises:
         compat.ContractError: more than one input or output projection.
     """
-    for kind in ("input", "output"):
-        count = len(getattr(submodules, f"{kind}_projections"))
-        if count > 1:
-            raise compat.ContractError(
-                f"{type(submodules).__name__} supports only one {kind} projection, got {count}"
-            )
+
+    data: ClassVar[str]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for kind in ("input", "output"):
+            count = len(getattr(self, f"{kind}_projections"))
+            if count > 1:
+                raise compat.ContractError(
+                    f"{type(self).__name__} supports only one {kind} projection, got {count}"
+                )
+
+    def decode(self, embeddings: torch.Tensor, data_batch: dict[str, Any]) -> torch.Tensor:
+        """Not available: this project encodes data, it does not generate it.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(f"Decoding to {self.data} data is not implemented")
 
 
 def _tensor_of(output: Any) -> torch.Tensor:

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stock's optimizers of one module: built together on all ranks, and what is asked of each.
+
+A module's optimizer may be a chain: with experts, one for their parameters and one for the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from megatron.core.optimizer.grad_scaler import DynamicGradScaler
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+# Gathers over the world by which Megatron-Core constructs one optimizer.
+_KEY_GATHERS = 2
+
+
+def attend_construction(config: OptimizerConfig) -> None:
+    """Answer the gathers of a module's optimizer that other ranks construct.
+
+    ``get_megatron_optimizer`` compares the keys of parameter groups over the whole world, once for
+    dense and once for expert parameters. A rank without the module has none.
+
+    Raises:
+        ValueError: for an optimizer whose construction gathers otherwise.
+    """
+    if config.optimizer not in ("adam", "sgd"):
+        raise ValueError(
+            f"optimizer '{config.optimizer}' needs every module to be trained on every rank; "
+            "with modules on different ranks use 'adam' or 'sgd'"
+        )
+    for _ in range(_KEY_GATHERS):
+        dist.all_gather_object([None] * dist.get_world_size(), [])
+
+
+def build_inner_optimizer(
+    name: str,
+    modules: list[torch.nn.Module],
+    config: OptimizerConfig,
+    collection: ProcessGroupCollection,
+) -> MegatronOptimizer:
+    """Stock's optimizer of one module; every rank that trains the module calls this together.
+
+    Args:
+        name: of the module, for errors.
+        modules: its parts on this rank, wrapped in DDP or bare.
+        config: of the optimizer.
+        collection: the module's groups.
+
+    Raises:
+        ValueError: the module asks for several distributed-optimizer instances.
+    """
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    ddp_config = getattr(modules[0], "ddp_config", None)
+    instances = getattr(ddp_config, "num_distributed_optimizer_instances", 1)
+    if instances != 1:
+        raise ValueError(
+            f"module '{name}' asks for {instances} distributed-optimizer instances; "
+            "the MIMO optimizer supports 1: set num_distributed_optimizer_instances=1"
+        )
+    optimizer = get_megatron_optimizer(
+        config=config,
+        model_chunks=modules,
+        pg_collection=collection,
+        use_gloo_process_groups=False,
+    )
+    _count_expert_copies_over_expert_tp(optimizer, collection)
+    return optimizer
+
+
+def _count_expert_copies_over_expert_tp(
+    optimizer: MegatronOptimizer, collection: ProcessGroupCollection
+) -> None:
+    """The norm counts a whole parameter of an expert once per expert-TP group, not per TP group.
+
+    Megatron-Core 0.16 gives every optimizer the TP group, and would leave out the biases of
+    experts that sit on other TP ranks than the first.
+    """
+    for inner in inner_optimizers([optimizer]):
+        if any(group.get("is_expert_parallel") for group in inner.param_groups):
+            inner.tp_group = collection.expt_tp
+
+
+def inner_optimizers(optimizers: list[MegatronOptimizer]) -> list[MegatronOptimizer]:
+    """Those of every chain one by one: a module with experts has one for them and one for the rest.
+
+    A chain of several has no ``get_parameters`` in Megatron-Core 0.16.
+    """
+    return [o for opt in optimizers for o in getattr(opt, "chained_optimizers", [opt])]
+
+
+def dynamic_scalers(optimizers: list[MegatronOptimizer]) -> list[DynamicGradScaler]:
+    """Loss scalers that follow found-inf; none unless training in fp16."""
+    scalers = (getattr(opt, "grad_scaler", None) for opt in inner_optimizers(optimizers))
+    return [scaler for scaler in scalers if isinstance(scaler, DynamicGradScaler)]
+
+
+@contextlib.contextmanager
+def held_scales(scalers: list[DynamicGradScaler]) -> Iterator[None]:
+    """Inside, an inner optimizer's ``prepare_grads`` does not update its loss scale."""
+    for scaler in scalers:
+        scaler.update = lambda _found_inf: None
+    try:
+        yield
+    finally:
+        for scaler in scalers:
+            del scaler.update
+
+
+def count_zeros_of(optimizer: MegatronOptimizer) -> int:
+    """Zero gradient elements of one module.
+
+    Each optimizer of a chain counts its own: it knows the module's TP group, which the chain of
+    0.16 looks up among the global groups.
+    """
+    return sum(int(inner.count_zeros()) for inner in inner_optimizers([optimizer]))
