@@ -11,8 +11,10 @@ import gc
 import importlib
 import logging
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -91,11 +93,13 @@ def run_forked(
         first_in_rank: called in each rank's process before the job, with the rank.
     """
     launch, train = (importlib.import_module(name) for name in ("launch", "train"))
+    gate = Path(tempfile.mkdtemp())
 
     # How forked ranks are ended is told line by line; a user's are not forked.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
 
     def rank_main() -> None:
+        _wait_until_all_are_forked(gate)
         if first_in_rank is not None:
             first_in_rank(int(os.environ["RANK"]))
         found = launch.run(train.__file__, arguments, train.parse, train.job)
@@ -109,7 +113,21 @@ def run_forked(
         elastic_launch(config, rank_main)()
 
     launch._run_ranks = fork_ranks
-    return launch.run(train.__file__, arguments, train.parse, train.job)
+    try:
+        return launch.run(train.__file__, arguments, train.parse, train.job)
+    finally:
+        shutil.rmtree(gate, ignore_errors=True)
+
+
+def _wait_until_all_are_forked(gate: Path) -> None:
+    """The launcher serves the ranks' store in a thread of its own.
+
+    A rank that is forked while that thread serves another one may get a lock that nobody opens: one
+    start of 8 ranks in a hundred hung in ``init_process_group``.
+    """
+    (gate / os.environ["RANK"]).touch()
+    while len(list(gate.iterdir())) < int(os.environ["WORLD_SIZE"]):
+        time.sleep(0.002)
 
 
 def _become_the_launcher(arguments: Sequence[str], folder: Path, case: Case | None) -> NoReturn:

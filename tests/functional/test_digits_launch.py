@@ -147,6 +147,16 @@ _WAITED = (
 )
 
 
+def test_a_rank_that_hangs_while_the_ranks_connect_has_not_ended_early() -> None:
+    """It runs until it is told to end, and saves a dump when its peers give up."""
+    exits = _exits(**{f"r{rank}": 1 for rank in range(7)})
+    reports = {rank: report for rank, report in _all("peer").items() if rank != 7}
+    place = Place(7, step=0, phase="start")
+    evidence = Evidence({7: place}, {7: {"entries": [], "pg_config": {}}}, {}, frozenset(range(7)))
+    sentence = explain(8, exits, reports, evidence).sentence
+    assert sentence.startswith("rank 7 stopped answering in the phase 'start'"), sentence
+
+
 @pytest.mark.parametrize(
     ("exits", "reports", "fates", "sentence", "log"),
     [

@@ -177,7 +177,9 @@ def _only_peers(
     world: int, exits: Mapping[int, Exit], reports: Mapping[int, Report], evidence: Evidence | None
 ) -> Reason:
     """Every rank that says something waited for another one: name those that say nothing."""
-    early = sorted(set(range(world)) - set(exits) - set(reports)) if exits else []
+    # A rank with a dump still ran when its peers gave up.
+    dumped = evidence.dumps if evidence else {}
+    early = sorted(set(range(world)) - {*exits, *reports, *dumped}) if exits else []
     if early:
         return Reason(f"{_ranks(early)} ended too early{_others(world, len(early))}")
     if not reports:
