@@ -28,7 +28,8 @@ from tests.faults.inject import watch_rank
 
 _DIGITS = Path(__file__).parents[2] / "examples" / "mimo" / "digits"
 _LIBRARIES = ("job", "torch.distributed.launcher.api", "layout_picture", "sklearn.datasets")
-_LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+"""Of an outer launch; a job that is started must not take itself for one of its ranks."""
 
 
 def prepare() -> None:
@@ -137,7 +138,7 @@ def _become_the_launcher(arguments: Sequence[str], folder: Path, case: Case | No
         for number, name in ((1, "stdout"), (2, "stderr")):
             file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, number)
-        for name in _LAUNCH_VARIABLES:
+        for name in LAUNCH_VARIABLES:
             os.environ.pop(name, None)
         code = run_forked(arguments, lambda rank: watch_rank(rank, folder, case))
     finally:

@@ -20,12 +20,13 @@ from typing import Any
 
 import psutil
 
+from tests.faults.starts import LAUNCH_VARIABLES
+
 TRAIN = Path(__file__).parents[2] / "examples" / "mimo" / "digits" / "train.py"
 FORKED = Path(__file__).with_name("forked_job.py")
 TIMEOUT_S = 500
 # On a busy machine ranks start minutes apart; a rank that dies is noticed at once all the same.
 _PATIENT = ("--timeout", "400")
-_LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 
 
 class Job:
@@ -44,7 +45,7 @@ class Job:
         **variables: str,
     ) -> None:
         self.out = out
-        environment = {k: v for k, v in os.environ.items() if k not in _LAUNCH_VARIABLES}
+        environment = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES}
         if faults:
             paths = [str(faults), *filter(None, [environment.get("PYTHONPATH")])]
             environment["PYTHONPATH"] = os.pathsep.join(paths)
