@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Set-up shared by all tests: one thread per process, repeatable examples, the rank harness."""
+"""Set-up shared by all tests: threads, Ctrl-C, repeatable examples, the rank harness."""
 
 from __future__ import annotations
 
 import os
+import signal
 
+# A shell lets what it runs in the background ignore Ctrl-C, and so would all that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before anything imports torch: eight processes share a handful of cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
