@@ -2,10 +2,11 @@
 """PyTorch's flight recorder of this rank, saved when something goes wrong.
 
 PyTorch records every collective of NCCL and gloo: kind, process group, number, shapes, whether it
-has ended. NCCL's watchdog writes the record by itself when a collective takes too long; gloo has no
-such watchdog, so :class:`Watch` writes it: when this rank fails, and when another one has. Gloo's
-record lacks the ranks of the groups, which are added here so that PyTorch's own analysis reads it
-(``torchfrtrace FOLDER -p rank_``), and sends and receives (:func:`.phases.waiting` notes these).
+has ended. A build for CUDA has two recorders, NCCL's and that of all others. NCCL's watchdog writes
+the record by itself when a collective takes too long; gloo has no such watchdog, so :class:`Watch`
+writes it: when this rank fails, and when another one has. Gloo's record lacks the ranks of the
+groups, which are added here so that PyTorch's own analysis reads it (``torchfrtrace FOLDER -p
+rank_``), and sends and receives (:func:`.phases.waiting` notes these).
 """
 
 from __future__ import annotations
@@ -49,29 +50,39 @@ def switch_on(folder: str | Path, entries: int = ENTRIES) -> None:
     for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
         os.environ.setdefault(name, str(Path(folder) / "nccl_rank_"))
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    # The watchdog makes no folder.
+    with contextlib.suppress(OSError):
+        Path(os.environ["TORCH_FR_DUMP_TEMP_FILE"]).parent.mkdir(parents=True, exist_ok=True)
 
 
 def take_dump() -> dict[str, Any] | None:
-    """This rank's record; ``None`` if PyTorch has none.
+    """This rank's record, of both recorders; ``None`` if PyTorch has none.
 
     ``pg_config`` is completed by the groups that this process has.
     """
-    taken = _recorded("_dump_fr_trace", "_dump_nccl_trace")
-    if taken is None:
+    taken = [pickle.loads(dump) for dump in _recorded("", {}, RuntimeError)]
+    if not taken:
         return None
-    dump = pickle.loads(taken)
-    config = {name: dict(entry) for name, entry in dump.get("pg_config", {}).items() if name}
-    return {**dump, "entries": dump.get("entries", []), "pg_config": {**_groups(), **config}}
+    whole: dict[str, Any] = {}
+    for dump in taken:
+        whole |= dump
+    for key in ("pg_config", "pg_status"):
+        whole[key] = {name: each for dump in taken for name, each in dump.get(key, {}).items()}
+    config = {name: dict(entry) for name, entry in whole["pg_config"].items() if name}
+    entries = [entry for dump in taken for entry in dump.get("entries", [])]
+    return {**whole, "entries": entries, "pg_config": {**_groups(), **config}}
 
 
-def _recorded(*functions: str) -> bytes | None:
+def _recorded(suffix: str, how: dict[str, Any], *errors: type[Exception]) -> list[Any]:
+    """What the recorders say that this build of PyTorch has: of gloo first, then of NCCL."""
     module = dist.distributed_c10d.torch._C._distributed_c10d
-    for name in functions:
-        function = getattr(module, name, None)
+    found = []
+    for name in ("_dump_fr_trace", "_dump_nccl_trace"):
+        function = getattr(module, name + suffix, None)
         if function is not None:
-            with contextlib.suppress(RuntimeError):
-                return function()
-    return None
+            with contextlib.suppress(*errors):
+                found.append(function(**how))
+    return found
 
 
 def _groups() -> dict[str, dict[str, str]]:
@@ -87,14 +98,10 @@ def _groups() -> dict[str, dict[str, str]]:
 
 def progress() -> tuple[tuple[str, int, int], ...]:
     """(group, collectives entered, collectives ended) of every group; cheap, for polling."""
-    module = dist.distributed_c10d.torch._C._distributed_c10d
-    function = getattr(module, "_dump_fr_trace_json", None)
-    if function is None:
-        return ()
-    try:
-        status = json.loads(function(includeCollectives=False)).get("pg_status", {})
-    except (RuntimeError, TypeError, ValueError):
-        return ()
+    status: dict[str, Any] = {}
+    for taken in _recorded("_json", {"includeCollectives": False}, RuntimeError, TypeError):
+        with contextlib.suppress(ValueError):
+            status |= json.loads(taken).get("pg_status", {})
     numbers = ("last_enqueued_collective", "last_completed_collective")
     return tuple((name, *(int(each[n]) for n in numbers)) for name, each in sorted(status.items()))
 

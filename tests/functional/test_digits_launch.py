@@ -21,9 +21,11 @@ import connection_notes
 import launch
 import psutil
 import pytest
+import torch
 from errors import JobError, require_packages
 from failures import Exit, Report, explain, read_reports
 from launch import choose_backend
+from options import parse_options
 
 from mimo_colocated.evidence import STOPPED, Evidence
 from mimo_colocated.phases import Place
@@ -169,6 +171,16 @@ def test_a_rank_that_hangs_while_the_ranks_connect_has_not_ended_early() -> None
             "rank 3 was stopped (SIGSTOP)" + _WAITED,
             "",
         ),
+        # NCCL's watchdog aborted those that waited.
+        (
+            _exits(r0=-6, r1=-6, r2=-15, r3=-9),
+            {},
+            {3: STOPPED},
+            "rank 3 was stopped (SIGSTOP)" + _WAITED,
+            "",
+        ),
+        (_exits(r0=-6, r3=-9), {}, {}, "rank 3 was killed by SIGKILL" + _WAITED, ""),
+        (_exits(r3=-6), {}, {}, "rank 3 was killed by SIGABRT" + _WAITED, ""),
         # Under torchrun nobody tells exit codes.
         ({}, _report(0, "peer"), {3: "died"}, "rank 3 died" + _WAITED, ""),
         # It runs, in no collective, and ends when it is told to.
@@ -184,6 +196,13 @@ def test_a_rank_that_hangs_while_the_ranks_connect_has_not_ended_early() -> None
             _exits(r2=1, r3=-9),
             _report(2, "error", "ValueError: no"),
             {3: "stopped answering"},
+            "rank 2 failed: ValueError: no" + _OTHERS,
+            "rank_2.log",
+        ),
+        (
+            _exits(r0=-6, r2=1),
+            _report(2, "error", "ValueError: no"),
+            {},
             "rank 2 failed: ValueError: no" + _OTHERS,
             "rank_2.log",
         ),
@@ -242,6 +261,19 @@ def test_reports_of_exceptions(error: Exception, kind: str, message: str, tmp_pa
 )
 def test_nccl_needs_a_gpu_per_rank(wanted: str, gpus: int, backend: str) -> None:
     assert choose_backend(wanted, 8, gpus) == backend
+
+
+@pytest.mark.parametrize("wanted", ["auto", "gloo"])
+def test_cuda_is_not_started_before_its_devices_are_hidden(wanted: str, monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    started = []
+    seen = lambda: started.append(os.environ["CUDA_VISIBLE_DEVICES"])  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_available", seen)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    options = parse_options(["--backend", wanted])
+    assert launch._rank_backend(options, 8) == "gloo"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert started == []
 
 
 def test_too_few_gpus_are_refused() -> None:

@@ -118,9 +118,13 @@ def explain(
     """
     fates = evidence.fates if evidence else {}
     killed = _killed({r: end for r, end in exits.items() if r not in fates}, reports)
+    own = sorted((r for r in reports.values() if r.kind in ("job", "error")), key=lambda r: r.at)
+    # NCCL's watchdog aborts a rank that waited in vain: a reason only where there is no other.
+    aborted = {rank for rank in killed if exits[rank].code == -signal.SIGABRT}
+    if own or fates or len(aborted) < len(killed):
+        killed = {rank: what for rank, what in killed.items() if rank not in aborted}
     if killed:
         return _lost(world, evidence, killed)
-    own = sorted((r for r in reports.values() if r.kind in ("job", "error")), key=lambda r: r.at)
     if own:
         same = [report for report in own if report.message == own[0].message]
         return Reason(_failed(world, same), same[0].log)

@@ -145,7 +145,9 @@ def _given_up_after(seconds: float) -> Iterator[None]:
 def _gpus() -> int:
     import torch
 
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    # Counted by the driver's library for management: ``is_available`` would start CUDA here, and
+    # this process could not be told any more to leave its devices alone.
+    return torch.cuda.device_count()
 
 
 def _complain(reason: str | Reason, code: int, dumps: Path | None = None) -> int:
@@ -305,9 +307,12 @@ def _exit_now(code: int) -> NoReturn:
 def _rank_backend(options: JobOptions, world: int) -> str:
     require_packages()
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    # The driver reads the variable once, when something first asks it for a device.
+    if options.backend == "gloo":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     backend = choose_backend(options.backend, local_ranks, _gpus())
     if backend == "gloo":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks CUDA for a device
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     return backend
 
 

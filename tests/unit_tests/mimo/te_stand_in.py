@@ -51,9 +51,7 @@ class LayerNormLinear(Linear):
 
     def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Any:
         width = (x.size(-1),)
-        return super().forward(
-            nn.functional.rms_norm(x, width, self.layer_norm_weight, self.eps)
-        )
+        return super().forward(nn.functional.rms_norm(x, width, self.layer_norm_weight, self.eps))
 
 
 class RMSNorm(nn.Module):
@@ -202,7 +200,7 @@ LENGTHS, PADDED = (5, 11, 1, 8), (8, 12, 4, 8)
 VOCABULARY = 32
 
 
-def build(cp: int, config: Any) -> nn.Module:
+def build(cp: int, config: Any, te_attention: bool = True) -> nn.Module:
     """A GPT of TE layers, the same weights on every rank and for every CP size."""
     from megatron.core.models.mimo.training.groups import create_process_groups, make_grid
     from megatron.core.models.mimo.transformer import layer_specs
@@ -211,6 +209,8 @@ def build(cp: int, config: Any) -> nn.Module:
     rank = torch.distributed.get_rank()
     grid = make_grid(cp=cp, rank_offset=0 if cp > 1 else rank)
     layer_specs.use_transformer_engine = lambda: True
+    # The comparison is in fp32, in which TE itself has no attention over CP.
+    layer_specs.te_attends = lambda _: te_attention
     model = ExactLossGPTModel(
         config,
         layer_specs.language_layer_spec(config),
@@ -261,6 +261,9 @@ def main() -> None:
     import megatron.core.models.mimo  # noqa: F401  stock modules on CPU
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
     from megatron.core.models.mimo.training.randomness import seed_everything
+    from megatron.core.models.mimo.transformer.context_parallel_attention import (
+        ContextParallelAttention,
+    )
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     dist.init_process_group("gloo")
@@ -294,20 +297,22 @@ def main() -> None:
         for own, wanted in samples
     )
     expected.backward()
-    before = len(checked)
-    cut = build(2, config(2))
-    assert type(cut.decoder.layers[0].self_attention.core_attention) is TEDotProductAttention
-    loss = run_packed(cut, ids, labels, mask, dist.group.WORLD)
-    loss.backward()
-    total = loss.detach()
-    dist.all_reduce(total)
-    torch.testing.assert_close(total, expected.detach(), rtol=1e-5, atol=1e-5)
     wanted = dict(alone.named_parameters())
-    for name, parameter in cut.named_parameters():
-        dist.all_reduce(parameter.grad)
-        torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-4, atol=1e-5)
-    if dist.get_rank() == 0:
-        print("TE CALLS", sorted(set(checked[before:])), len(checked) - before)
+    # TE's attention, and this project's in TE's layers.
+    for attention in (TEDotProductAttention, ContextParallelAttention):
+        before = len(checked)
+        cut = build(2, config(2), attention is TEDotProductAttention)
+        assert type(cut.decoder.layers[0].self_attention.core_attention) is attention
+        loss = run_packed(cut, ids, labels, mask, dist.group.WORLD)
+        loss.backward()
+        total = loss.detach()
+        dist.all_reduce(total)
+        torch.testing.assert_close(total, expected.detach(), rtol=1e-5, atol=1e-5)
+        for name, parameter in cut.named_parameters():
+            dist.all_reduce(parameter.grad)
+            torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-4, atol=1e-5)
+        if dist.get_rank() == 0:
+            print("TE CALLS", sorted(set(checked[before:])), len(checked) - before)
     dist.barrier()
     dist.destroy_process_group()
 

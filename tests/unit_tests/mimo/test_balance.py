@@ -21,6 +21,7 @@ from megatron.core.models.mimo.comm.balance import (
     TokenCost,
     plan_balance,
 )
+from megatron.core.models.mimo.comm.input_balance import InputBalance
 from megatron.core.models.mimo.comm.item_exchange import ItemExchange
 from megatron.core.models.mimo.comm.token_runs import expand
 from tests.unit_tests.mimo.balanced_cases import LINEAR, check_balanced_encoder
@@ -200,6 +201,24 @@ def test_a_rank_that_does_otherwise_is_named_on_all() -> None:
     assert "item shape differs: (3, 4) on" in (told := told_to_all(other_shape))
     assert "(3,) on ranks [2]" in told
     assert told_to_all(too_many) == "Rank 3 brings 1 units of images, planned are 0"
+
+
+def test_all_tensors_are_moved_over_the_group_of_the_device(monkeypatch) -> None:
+    """A loader may leave sizes on the host, and the group may be one of an accelerator's."""
+    balance = EncoderBalance(tokens_per_item=lambda inputs: [9, 1, 1], cost=LINEAR.cost)
+    inputs = {"vit": {"pixels": torch.ones(3, 4), "sizes": torch.ones(3, dtype=torch.int64)}}
+    sent = []
+
+    def body(rank: int) -> None:
+        with bridge(*FAN_IN) as made:
+            balancing = InputBalance(made, balance)
+            moves = lambda value, *_: sent.append((rank, value.device.type))  # noqa: E731
+            monkeypatch.setattr(balancing._items, "move", moves)
+            balancing.balance(inputs if rank in (0, 1) else None, torch.device("meta"))
+
+    InProcessWorld(8).run(body)
+    # Two arguments, over all ranks of the exchange group that reads items.
+    assert sorted(sent) == [(rank, "meta") for rank in (0, 1, 2, 3) for _ in inputs["vit"]]
 
 
 def test_copies_of_a_replica_that_read_other_items_are_named() -> None:

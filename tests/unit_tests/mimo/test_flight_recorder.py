@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from mimo_colocated.evidence import Evidence, read_dumps
-from mimo_colocated.flight_recorder import ENTRIES, switch_on
+from mimo_colocated.flight_recorder import ENTRIES, progress, switch_on, take_dump
 from mimo_colocated.who_waits import calls_of
 
 _RANK = """
@@ -85,15 +88,37 @@ def test_who_waits_for_whom_from_the_recorder_itself(tmp_path: Path):
     assert {config["ranks"] for config in saved["pg_config"].values()} == {"[0, 1]"}
 
 
+def test_nccl_has_a_recorder_of_its_own(monkeypatch):
+    """Played: a build for CUDA has two, and only NCCL's knows what goes over NCCL."""
+    module = torch._C._distributed_c10d
+    status = {"last_enqueued_collective": 9, "last_completed_collective": 8}
+    told = {"pg_status": {"5": status}, "pg_config": {"5": {"name": "5", "desc": "cp"}}}
+    dump = {**told, "entries": [{"record_id": 3}], "version": "2.10"}
+    monkeypatch.setattr(module, "_dump_nccl_trace", lambda: pickle.dumps(dump), raising=False)
+    monkeypatch.setattr(
+        module,
+        "_dump_nccl_trace_json",
+        lambda includeCollectives: json.dumps(told),
+        raising=False,
+    )
+    taken = take_dump()
+    assert {"record_id": 3} in taken["entries"]
+    assert taken["pg_config"]["5"]["desc"] == "cp"
+    assert taken["pg_status"]["5"] == status
+    assert ("5", 9, 8) in progress()
+
+
 def test_what_the_user_has_switched_stays(monkeypatch, tmp_path: Path):
     names = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE")
     more = ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "TORCH_NCCL_DUMP_ON_TIMEOUT")
     for name in (*names, *more):
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
-    switch_on(tmp_path)
+    switch_on(tmp_path / "errors" / "flight_recorder")
     assert os.environ["TORCH_FR_BUFFER_SIZE"] == str(ENTRIES)
-    assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == str(tmp_path / "nccl_rank_")
+    file = Path(os.environ["TORCH_FR_DUMP_TEMP_FILE"])
+    assert file == tmp_path / "errors" / "flight_recorder" / "nccl_rank_"
+    assert file.parent.is_dir()  # NCCL's watchdog makes none
     assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
     monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "0")
     switch_on(tmp_path)

@@ -62,9 +62,7 @@ def test_dtype_is_the_configs() -> None:
         ({"layernorm_zero_centered_gamma": True}, "zero_centered_gamma=True is not supported"),
     ],
 )
-def test_what_pytorchs_norms_cannot_do_is_refused(
-    options: dict[str, object], message: str
-) -> None:
+def test_what_pytorchs_norms_cannot_do_is_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SequenceParallelNorm(tiny_config(**options), 24)
 
@@ -114,9 +112,7 @@ def test_a_pipeline_stage_gets_its_own_layers() -> None:
 
 
 def test_stage_has_to_be_named_and_an_encoder_has_one() -> None:
-    config = tiny_config(
-        num_layers=2, pipeline_model_parallel_size=2, pipeline_dtype=torch.float32
-    )
+    config = tiny_config(num_layers=2, pipeline_model_parallel_size=2, pipeline_dtype=torch.float32)
     with pytest.raises(ValueError, match=r"size is 2: pass pp_rank \(0 to 1\)"):
         language_layer_spec(config)
     with pytest.raises(ValueError, match="An encoder has one pipeline stage, .*size=2"):
@@ -128,6 +124,13 @@ def test_fewer_query_groups_than_tp_ranks_are_refused(layer_spec: Any) -> None:
     config = tiny_config(num_query_groups=2, tensor_model_parallel_size=4)
     with pytest.raises(ValueError, match=r"num_query_groups \(2\) .* \(4\); use TP 2 or fewer"):
         layer_spec(config)
+
+
+def test_transformer_engine_attends_over_cp_in_16_bits_only() -> None:
+    for size, changes, attends in (
+        (1, {}, True), (2, {}, False), (2, {"bf16": True}, True), (2, {"fp16": True}, True),
+    ):  # fmt: skip
+        assert layer_specs.te_attends(tiny_config(context_parallel_size=size, **changes)) is attends
 
 
 def test_transformer_engine_needs_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:

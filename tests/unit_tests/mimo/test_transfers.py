@@ -180,15 +180,40 @@ def test_nothing_waits_for_a_copy_before_it_is_needed(streams: Streams):
     assert data.tolist() == [7] * 8
 
 
-def test_memory_that_came_back_is_kept_for_the_computation(streams: Streams):
+def test_copies_come_back_into_what_the_computation_released(streams: Streams):
+    """An allocator reuses memory on one stream only, after that stream's work so far."""
     side = SideStream(streams)
-    data = written(streams, 7)
-    back, event = side.to_device(side.to_host(data))
+    host = side.to_host(written(streams, 7))
+    read = []
+    streams.main.add(lambda: read.append(True))  # of the activation that lay there
+    back, _ = side.to_device(host)
+    assert streams.memory(back).owner is streams.main
+    streams.side.run()
+    assert read
+
+
+def test_memory_of_a_copy_that_nobody_asked_for_is_kept_for_the_copy(streams: Streams):
+    side = SideStream(streams)
+    back, _ = side.to_device(side.to_host(written(streams, 7)))
+    memory = streams.memory(back)
+    assert streams.side in memory.users
+    del back  # a step that was given up
+    streams.reuse_released()
+    streams.side.run()
+    assert bytes(memory.data) == bytes([GARBAGE] * 8)
+
+
+def test_memory_that_came_back_is_kept_for_the_computation(streams: Streams):
+    """On whichever stream reads it: backward runs where forward ran."""
+    side = SideStream(streams)
+    back, event = side.to_device(side.to_host(written(streams, 7)))
+    streams._in = reader = Stream()
     side.arrived(back, event)
-    found = reading(streams, back)
+    found, memory = bytearray(), streams.memory(back)
+    reader.add(lambda: found.extend(memory.data))
     del back  # autograd lets go before the kernel that reads it has run
     streams.reuse_released()
-    streams.main.run()
+    reader.run()
     assert found == bytes([7] * 8)
 
 

@@ -100,8 +100,10 @@ class InputBalance:
             value = None if inputs is None else inputs[encoder][argument]
             if value is None:
                 value = torch.empty((0, *shape), dtype=dtype, device=device)
+            # All on the device over which the group communicates: a loader may leave sizes and
+            # lengths on the host, and a rank that reads nothing cannot know.
             moved.setdefault(encoder, {})[argument] = self._items.move(
-                value, plan, units if packed else None
+                value.to(device), plan, units if packed else None
             )
         for (encoder, argument), value in others.items():
             moved.setdefault(encoder, {})[argument] = value

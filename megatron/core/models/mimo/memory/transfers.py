@@ -112,15 +112,22 @@ class SideStream:
         return host
 
     def to_device(self, host: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """Copy back; the memory is the side stream's, so this waits for no computation."""
+        """Copy back, when what is computed so far is done.
+
+        PyTorch reuses released memory on the stream alone that it was allocated on. So the bytes
+        are the computing stream's, and lie where activations lay that its backward pass released.
+        """
         streams = self._streams
+        data = streams.empty_on_device(host.numel())
+        streams.side.wait_stream(streams.current())
         with streams.on_side():
-            data = streams.empty_on_device(host.numel())
             streams.copy(data, host)
-            return data, streams.side.record_event()
+            event = streams.side.record_event()
+        streams.keep_until_done(data, streams.side)
+        return data, event
 
     def arrived(self, data: torch.Tensor, event: Any) -> None:
-        """The computing stream waits for the copy, and the memory for the computing stream."""
+        """The stream that computes here waits for the copy, and the memory for that stream."""
         current = self._streams.current()
         current.wait_event(event)
         self._streams.keep_until_done(data, current)

@@ -59,6 +59,10 @@ def run_together(action: Callable[[], Any], *, has_collectives: bool) -> Failure
     Returns:
         None if all ranks succeeded, else the failure to name.
 
+    With ``has_collectives`` a rank that fails leaves the others in a collective. Over gloo that
+    ends at once, over NCCL after the timeout, in the watchdog, if no launcher ends these ranks
+    first: they then end without the failure that this rank names.
+
     Raises:
         RuntimeError: a rank is gone without a reason (killed).
     """

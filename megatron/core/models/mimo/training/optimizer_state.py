@@ -151,14 +151,18 @@ def _list_main_copies(state: Any) -> None:
 
 
 def _without_local(value: Any) -> Any:
-    """A copy without what belongs to this rank alone; loading puts this run's own there."""
+    """A copy without what belongs to this rank alone; loading puts this run's own there.
+
+    Tensors (a loss scale) are on the host: they are loaded as they were saved, and the device of
+    another rank may not be there.
+    """
     if isinstance(value, LocalNonpersistentObject):
         return None
     if isinstance(value, dict):
         return {key: _without_local(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_local(item) for item in value]
-    return value
+    return value.detach().cpu() if isinstance(value, torch.Tensor) else value
 
 
 def _parts(state: Any, optimizer: MegatronOptimizer) -> list[tuple[dict, MegatronOptimizer]]:

@@ -3,7 +3,8 @@
 
 Both start from stock's own GPT block spec, so MoE patterns, MLA and pipeline stages mean what
 they mean there. Without Transformer Engine three parts are exchanged: the core attention, the
-norms of the layers, and the final norm. On Megatron-Core 0.16 the router of experts is, too.
+norms of the layers, and the final norm; with it the core attention alone, where it has none. On
+Megatron-Core 0.16 the router of experts is, too.
 """
 
 from __future__ import annotations
@@ -39,6 +40,15 @@ _KEPT_NORMS = (IdentityOp, L2Norm)
 def use_transformer_engine() -> bool:
     """True where Transformer Engine is installed and a CUDA device can run it."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def te_attends(config: TransformerConfig) -> bool:
+    """Whether Transformer Engine has attention for this config, where it is used.
+
+    Over context parallel ranks it has that of 16-bit numbers only.
+    """
+    halves = config.params_dtype in (torch.bfloat16, torch.float16)
+    return config.context_parallel_size == 1 or config.bf16 or config.fp16 or halves
 
 
 def language_layer_spec(
@@ -101,7 +111,8 @@ def _block_spec(
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=with_te, pp_rank=pp_rank, vp_stage=vp_stage
     )
-    layers = [_layer(spec, mask_type, with_te) for spec in block.layer_specs]
+    attends = with_te and te_attends(config)
+    layers = [_layer(spec, mask_type, with_te, attends) for spec in block.layer_specs]
     norm = block.layer_norm if with_te else SequenceParallelNorm
     return ModuleSpec(
         module=TransformerBlock,
@@ -122,7 +133,9 @@ def _check_query_groups(config: TransformerConfig) -> None:
         )
 
 
-def _layer(spec: ModuleSpec, mask_type: AttnMaskType | None, with_te: bool) -> ModuleSpec:
+def _layer(
+    spec: ModuleSpec, mask_type: AttnMaskType | None, with_te: bool, te_attention: bool
+) -> ModuleSpec:
     """A copy of stock's layer spec with this project's parts and mask type."""
     parts = spec.submodules
     attention = parts.self_attention
@@ -131,10 +144,9 @@ def _layer(spec: ModuleSpec, mask_type: AttnMaskType | None, with_te: bool) -> M
             attention, params={**attention.params, "attn_mask_type": mask_type}
         )
     changes: dict[str, Any] = {"self_attention": attention}
-    if not with_te:
-        inner = dataclasses.replace(
-            _with_norms(attention.submodules), core_attention=ContextParallelAttention
-        )
+    if not te_attention:
+        inner = attention.submodules if with_te else _with_norms(attention.submodules)
+        inner = dataclasses.replace(inner, core_attention=ContextParallelAttention)
         changes["self_attention"] = dataclasses.replace(attention, submodules=inner)
     if compat.ROUTER_LOSSES_MISS_RANKS and _has_stock_router(parts.mlp):
         experts = dataclasses.replace(parts.mlp.submodules, router=PerTokenRouter)
