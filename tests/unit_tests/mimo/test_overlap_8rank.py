@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,37 @@ def test_a_checkpoint_has_the_weights_of_the_last_step(shared_tmp_path: Path) ->
             other.load(other.store(shared_tmp_path), 2)
             assert same(other.weights(), weights)
             assert [other.trainer.step(batches, step) for step in (2, 3)] == last
+
+
+def test_steps_may_have_other_numbers_of_microbatches() -> None:
+    """Over a gather bridge encoders run backward once for each."""
+    size = digits_model.ModelSize(**{**vars(SIZE), "language_layers": 2})
+    layouts = {"vision": "tp=2,dp=4", "language": "tp=1,cp=2,pp=2,dp=2", "size": size}
+    batches, found = Steps(*["all"] * 4), []
+    for overlap in (False, True):
+        with run(**layouts, gather=False, bridge="gather", overlap_grad_reduce=overlap) as one:
+            results = []
+            for step, micro_batches in enumerate((2, 4, 1, 2)):
+                one.trainer.options = replace(one.trainer.options, micro_batches=micro_batches)
+                result = one.trainer.step(batches, step)
+                results += [result.loss, result.grad_norm]
+            found.append(results)
+    assert found[0] == pytest.approx(found[1], rel=1e-5)  # buckets are summed in another order
+
+
+def test_weights_are_gathered_after_a_step_whatever_ran_before_it() -> None:
+    """Say, an evaluation with the gradients already there."""
+    batches, found = Steps("all", "mixed", "all"), []
+    for gather in (False, True):
+        with run("tp=1,dp=8", "tp=2,cp=2,dp=2", gather=gather) as one:
+            one.trainer.step(batches, 0)
+            one.trainer.model.train()
+            one.trainer.gradients(batches, 1)
+            one.trainer.read(DigitsBatches(DATA_SEED, "held_out", BATCH), 0)
+            assert one.trainer.optimizer.step()[0]
+            found.append((one.trainer.step(batches, 2), one.weights()))
+    assert found[0][0] == found[1][0]
+    assert same(found[0][1], found[1][1])
 
 
 class Events:
@@ -298,3 +330,61 @@ def test_buckets_that_ranks_fill_in_different_orders_are_reduced_in_one(rank_dev
             for name, parameter in wrapped.module.named_parameters():
                 wanted = (group.size() - 1) * alone[name]
                 torch.testing.assert_close(parameter.main_grad, wanted)
+
+
+class Straight(MegatronModule):
+    """Two layers of which the second's bucket is full first, and some that come apart."""
+
+    def __init__(self) -> None:
+        super().__init__(config=config())
+        self.first = torch.nn.Linear(WIDTH, WIDTH, bias=False)
+        self.second = torch.nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, rows: torch.Tensor, times: int = 1) -> torch.Tensor:
+        rows = self.first(rows)
+        recomputed = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=True)
+        return sum(recomputed(self.second, rows) for _ in range(times))
+
+
+@pytest.fixture
+def straight(rank_device) -> Iterator[tuple[Any, torch.Tensor]]:
+    """The module, wrapped, after a first step; and rows for it."""
+    with tiny_model(COLOCATED, wrap=False) as model:
+        torch.manual_seed(5)
+        model.modality_submodules["images"] = Straight().to(rank_device)
+        settings = DistributedDataParallelConfig(overlap_grad_reduce=True, bucket_size=WIDTH**2)
+        configs = {name: config() for name in COLOCATED}
+        wrap_modules_with_ddp(model, configs, settings, model.collections)
+        wrapped = model.modality_submodules["images"]
+        assert len(wrapped.bucket_groups) == 2
+        yield wrapped, torch.randn(3, WIDTH, device=rank_device)
+
+
+def reduced(wrapped: Any, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gradients of one step."""
+    wrapped.zero_grad_buffer()
+    wrapped(rows).sum().backward()
+    wrapped.finish_grad_sync()
+    return {n: p.main_grad.clone() for n, p in wrapped.module.named_parameters()}
+
+
+def test_of_a_step_that_was_given_up_nothing_stays(straight):
+    """There the bucket that is reduced first was not full, but the one behind it was."""
+    wrapped, rows = straight
+    wanted = reduced(wrapped, rows)
+    wrapped.zero_grad_buffer()
+    wrapped.module.first(rows).sum().backward()
+    for _ in range(2):
+        assert same(reduced(wrapped, rows), wanted)
+
+
+def test_a_gradient_after_the_reduction_is_an_error(straight):
+    """Else it would be missing from the sum, and nobody would be told."""
+    wrapped, rows = straight
+    reduced(wrapped, rows)
+    wrapped.zero_grad_buffer()
+    with pytest.raises(ValueError, match="parameter 'second.weight' got one more gradient after"):
+        wrapped(rows, times=2).sum().backward()
+    for group in wrapped.bucket_groups:
+        if group.grad_reduce_handle is not None:
+            group.grad_reduce_handle.wait()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ import torch.distributed as dist
 
 from megatron.core.models.mimo.comm.token_runs import split_items
 from megatron.core.models.mimo.model.stage_side import EncodedMicrobatches, StageSide
+from megatron.core.utils import unwrap_model
 from tests.parity.compare import GRADIENTS, tensor_checks, worst_by_kind
 from tests.parity.tasks import named
 from tests.parity.tensors import local_gradients, whole_tensors
@@ -27,7 +29,7 @@ from tests.unit_tests.mimo.test_end_to_end_8rank import names_on_all_stages
 
 from data import DIGITS_PER_SAMPLE, Batch, DigitsBatches  # isort: skip
 from layouts import Layout  # isort: skip
-from model import DigitsModel, ModelOptions, ModelSize, build_model  # isort: skip
+from model import VISION, DigitsModel, ModelOptions, ModelSize, build_model  # isort: skip
 from trainer import Trainer, TrainOptions  # isort: skip
 
 pytestmark = pytest.mark.ranks(8, timeout=120)
@@ -254,6 +256,39 @@ def test_what_does_not_fit_is_an_error_on_all_ranks(pipe):
     with pytest.raises(ValueError, match=r"rank 3: microbatches .* got input_ids \(\d, 16\) after"):
         trainer._schedule(iter(batches), 4)
     trainer.model.zero_grad_buffer()
+
+
+def test_lengths_that_two_interleaved_ranks_cannot_tell_are_refused(pipe, monkeypatch):
+    config = pipe.built.model.config
+    if not config.virtual_pipeline_model_parallel_size:
+        return
+    monkeypatch.setattr(config, "variable_seq_lengths", True)
+    with pytest.raises(ValueError, match="pipeline of 2 ranks cannot tell lengths that differ"):
+        pipe.trainer._schedule(iter(()), 4)
+
+
+def test_no_microbatch_of_an_encoder_is_the_first(pipe, monkeypatch):
+    """Transformer Engine's flag: its kernels overwrite gradients there, and keep fp8 weights."""
+    trainer = pipe.trainer
+    encoder = unwrap_model(pipe.built.model.modality_submodules[VISION]).encoders["digits"]
+    part = encoder.patch_embedding
+    monkeypatch.setattr(part, "is_first_microbatch", True, raising=False)
+    told = []
+    hook = part.register_forward_pre_hook(lambda *_: told.append(part.is_first_microbatch))
+    try:
+        pipe.step(MIXED)
+    finally:
+        hook.remove()
+    assert not any(told)
+    config = SimpleNamespace(fp8="e4m3", disable_parameter_transpose_cache=False)
+    monkeypatch.setattr(part, "config", config, raising=False)
+    with pytest.raises(ValueError, match="computes in fp8 and keeps its weights so from"):
+        trainer._schedule(iter(()), 4)
+    trainer.model.set_is_first_microbatch()  # of a plain step
+    assert part.is_first_microbatch
+    part.is_first_microbatch, config.fp8 = False, None
+    trainer.model.set_is_first_microbatch()
+    assert not part.is_first_microbatch
 
 
 def reading(batches: list[Any], error: Exception | None) -> Iterator[Any]:

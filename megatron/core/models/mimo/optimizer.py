@@ -167,8 +167,24 @@ class MimoOptimizer(MegatronOptimizer):
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
         """Step every module's optimizer on gradients that ``prepare_grads`` has readied."""
+        self._forget_gathers()
         successes = [opt.step_with_ready_grads() for opt in self._active_optimizers]
         return all(successes)
+
+    def _forget_gathers(self) -> None:
+        """Weights that were gathered since backward are to be gathered again after the step.
+
+        Stock takes no forward pass for possible between the two, and counts it as the next one's.
+        """
+        for info in self.module_infos.values():
+            for module in info.modules:
+                config = getattr(module, "ddp_config", None)
+                if not getattr(config, "overlap_param_gather", False):
+                    continue
+                for group in module.bucket_groups + module.expert_parallel_bucket_groups:
+                    if group.param_gather_handle is not None:
+                        group.finish_param_sync(skip_next_bucket_dispatch=True)
+                    group.param_gather_dispatched = False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of all modules."""

@@ -14,6 +14,12 @@ from typing import Any
 from torch import nn
 
 
+def in_low_precision(part: nn.Module) -> bool:
+    """Whether a layer's config has it compute in less than 16 bits (fp8, fp4, kitchen's)."""
+    config = getattr(part, "config", None)
+    return any(getattr(config, name, None) for name in ("fp8", "fp4", "use_kitchen"))
+
+
 class DDPMethods:
     """Mixin: data-parallel calls, handed on to the wrapped modules of this rank."""
 
@@ -43,6 +49,16 @@ class DDPMethods:
         """Start the gradient reduction of modules that overlap it."""
         for module in self._overlapping("overlap_grad_reduce"):
             module.start_grad_sync()
+
+    def set_is_first_microbatch(self) -> None:
+        """A step begins: Transformer Engine's layers are to convert their weights to fp8 anew.
+
+        Stock asks the whole model's config, which is the language model's; here each layer's own.
+        """
+        for module in self._active_submodules():
+            for part in module.modules():
+                if hasattr(part, "is_first_microbatch") and in_low_precision(part):
+                    part.is_first_microbatch = True
 
     def zero_grad_buffer(self) -> None:
         """Forget the gradients of all modules of this rank, wrapped or not."""

@@ -71,10 +71,16 @@ class EncodedMicrobatches:
 
     Attributes:
         microbatches: in the order in which they were given.
+        comes_apart: whether encoders run backward once per microbatch, not once for all of them.
     """
 
-    def __init__(self, microbatches: list[EncodedMicrobatch], ends: list[torch.Tensor]) -> None:
-        self.microbatches = microbatches
+    def __init__(
+        self,
+        microbatches: list[EncodedMicrobatch],
+        ends: list[torch.Tensor],
+        comes_apart: bool = False,
+    ) -> None:
+        self.microbatches, self.comes_apart = microbatches, comes_apart
         self._ends = ends
 
     def backward(self) -> None:
@@ -206,7 +212,7 @@ class StageSide:
                 if end.requires_grad:
                     ends.append(end)
             encoded.append(EncodedMicrobatch({}, {}, gathered))
-        return EncodedMicrobatches(encoded, ends)
+        return EncodedMicrobatches(encoded, ends, comes_apart=True)
 
     def _refuse_problems(self, problem: str | None, count: int) -> None:
         """Raise what any rank has to say against encoding so many microbatches.

@@ -10,9 +10,11 @@ would then reduce one rank's first bucket with another rank's second.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
+
+import torch
 
 from megatron.core.distributed import DistributedDataParallel
 
@@ -25,22 +27,51 @@ def reduce_in_one_order(wrapped: DistributedDataParallel) -> None:
             ordered apart. Without ``overlap_grad_reduce`` stock starts them in order anyway.
     """
     if wrapped.ddp_config.overlap_grad_reduce:
+        names = {parameter: name for name, parameter in wrapped.module.named_parameters()}
         for groups in (wrapped.bucket_groups, wrapped.expert_parallel_bucket_groups):
-            _Order(groups)
+            _Order(groups, names)
 
 
 class _Order:
-    """Starts the bucket groups of one step in turn, then those of the next step."""
+    """Starts the bucket groups of one step in turn.
 
-    def __init__(self, groups: Sequence[Any]) -> None:
-        self._groups = list(groups)
+    Stock knows a bucket to be full by how many gradients its weights got in the first step. Those
+    of a later step may be more, where layers have a backward pass of their own for every time that
+    they ran. What comes after the reduction was asked for would be missing from the sum.
+    """
+
+    def __init__(self, groups: Sequence[Any], names: Mapping[torch.nn.Parameter, str]) -> None:
+        self._groups, self._names = list(groups), names
         self._asked: dict[int, dict[str, Any]] = {}
+        self._full: set[int] = set()
         self._next = 0
         for place, group in enumerate(groups):
             group.start_grad_sync = partial(self._ask, place)
+            group.register_grad_ready = partial(self._ready, place)
+            group.reset = partial(self._reset, group)
+
+    def _reset(self, group: Any) -> None:
+        """A step begins; of one that was given up nothing stays."""
+        self._asked.clear()
+        self._full.clear()
+        self._next = 0
+        type(group).reset(group)
+
+    def _ready(self, place: int, parameter: torch.nn.Parameter, *args: Any, **kwargs: Any) -> None:
+        group = self._groups[place]
+        if place in self._full and group.is_last_microbatch:
+            raise ValueError(
+                f"parameter '{self._names[parameter]}' got one more gradient after the reduction "
+                "of its bucket had started: it gets more in this step than in the first one, as "
+                "in layers that are recomputed with a backward pass of their own and run a "
+                "varying number of times. Set overlap_grad_reduce=False for this module, or "
+                "recompute with use_reentrant=False"
+            )
+        type(group).register_grad_ready(group, parameter, *args, **kwargs)
 
     def _ask(self, place: int, **options: Any) -> None:
         self._asked[place] = options
+        self._full.add(place)
         while self._next in self._asked:
             turn = self._next
             self._next = (turn + 1) % len(self._groups)

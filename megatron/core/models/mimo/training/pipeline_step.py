@@ -26,9 +26,9 @@ from torch import nn
 
 from megatron.core.enums import ModelType
 from megatron.core.models.mimo.comm.plan_guard import problem_of
-from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY, ModuleLayout
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.models.mimo.model.stage_side import EncodedMicrobatches
+from megatron.core.models.mimo.training.pipeline_checks import check_step
 from megatron.core.models.mimo.training.recompute import gradients_come_apart
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import (
@@ -93,7 +93,7 @@ def forward_backward_pipelined(
     """
     (mimo,) = model if isinstance(model, Sequence) else (model,)
     mimo = unwrap_model(mimo)
-    _check(mimo, num_microbatches, pg_collection, encode_ahead)
+    check_step(mimo, num_microbatches, pg_collection, encode_ahead)
     backward = not forward_only and torch.is_grad_enabled()
     counted: list[torch.Tensor | None] = []
     config = _schedule_config(mimo, counted, backward)
@@ -192,6 +192,12 @@ class _Encoders:
         self._window, self._backward = window, backward
         # Windows that a window outlives, apart from its own.
         self._lag = -(-(stages - 1) // window)
+        # Microbatches go back together, the first one last: none may overwrite the others' sum, as
+        # Transformer Engine has the first one do where its kernels add to gradients.
+        for module in model.modality_submodules.values():
+            for part in module.modules():
+                if hasattr(part, "is_first_microbatch"):
+                    part.is_first_microbatch = False
         self._variable = bool(model.config.variable_seq_lengths)
         self._language: dict[int, dict[str, Any]] = {}
         self._under_way: dict[int, EncodedMicrobatches] = {}
@@ -242,8 +248,13 @@ class _Encoders:
         last = (window + 1) * self._window >= self._count
         modules = self._model.modality_submodules
         # DDP knows a gradient to be whole by how often it came in the first step. Recomputed layers
-        # give it once per microbatch with images, so they are counted afterwards.
-        late = [name for name, module in modules.items() if gradients_come_apart(module)]
+        # give it once per microbatch with images and gather bridges once per microbatch, of which
+        # later windows may have more or fewer. So they are counted afterwards.
+        late = [
+            name
+            for name, module in modules.items()
+            if encoded.comes_apart or gradients_come_apart(module)
+        ]
         with _no_sync([modules[name] for name in modules if not last or name in late]):
             encoded.backward()
         for name in late if last else ():
@@ -347,54 +358,3 @@ def _schedule_config(mimo: MimoModel, counted: list[torch.Tensor | None], backwa
     config.no_sync_func = (lambda: _no_sync(mimo.language_stages())) if backward else None
     config.grad_sync_func = config.param_sync_func = None
     return config
-
-
-def _check(
-    mimo: MimoModel,
-    num_microbatches: int,
-    groups: ProcessGroupCollection,
-    encode_ahead: int | None,
-) -> None:
-    """Refuse what cannot run; integers only, so all ranks refuse alike.
-
-    Raises:
-        ValueError: see :func:`forward_backward_pipelined`.
-    """
-    if num_microbatches < 1:
-        raise ValueError(f"num_microbatches must be 1 or more, got {num_microbatches}")
-    chunks = len(mimo.language_stages())
-    if chunks > 1 and groups.pp.size() == 2 and mimo.config.batch_p2p_comm:
-        raise ValueError(
-            "An interleaved pipeline of 2 ranks sends two tensors to the same rank at a time, and "
-            "batched exchanges mix them up; set overlap_p2p_comm=True and batch_p2p_comm=False in "
-            "the language config"
-        )
-    if encode_ahead is not None and encode_ahead < num_microbatches and chunks > 1:
-        raise ValueError(
-            f"encode_ahead={encode_ahead} of {num_microbatches} microbatches needs one stage per "
-            f"rank, this language model has {chunks} virtual ones: its first stage begins "
-            "microbatches in another order; use None, or a pipeline without virtual stages"
-        )
-    if encode_ahead is not None and encode_ahead < 1:
-        raise ValueError(
-            f"encode_ahead must be 1 or more microbatches, got {encode_ahead}; None encodes all "
-            "of the step together"
-        )
-    if mimo.role.mode is not ModuleLayout.COLOCATED:
-        raise ValueError(
-            "forward_backward_pipelined runs colocated models; modules on different ranks go "
-            "over stock's multi-module schedules"
-        )
-    bridged = {modality for modality, _ in mimo.colocated_comms}
-    if bridged != set(mimo.modality_submodules) or not bridged:
-        raise ValueError(
-            f"forward_backward_pipelined needs a bridge for each modality "
-            f"({sorted(mimo.modality_submodules)}), the model has some for {sorted(bridged)}; "
-            "build it with MimoModelConfig(module_to_grid_map=...)"
-        )
-    grid = mimo.mimo_config.module_to_grid_map[MIMO_LANGUAGE_MODULE_KEY]
-    if groups.pp.size() != grid.dim_size("pp"):
-        raise ValueError(
-            f"pg_collection has {groups.pp.size()} pipeline stages, the language grid "
-            f"{grid.dim_size('pp')}; pass the language model's groups"
-        )

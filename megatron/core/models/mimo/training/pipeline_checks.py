@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a pipelined step asks of the model and of its arguments, before any collective."""
+
+from __future__ import annotations
+
+from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY, ModuleLayout
+from megatron.core.models.mimo.model.base import MimoModel
+from megatron.core.models.mimo.model.ddp_methods import in_low_precision
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+def check_step(
+    mimo: MimoModel,
+    num_microbatches: int,
+    groups: ProcessGroupCollection,
+    encode_ahead: int | None,
+) -> None:
+    """Refuse what cannot run; no rank's data is looked at, so all ranks refuse alike.
+
+    Args:
+        mimo: the whole model.
+        num_microbatches: of the step.
+        groups: the language model's.
+        encode_ahead: microbatches that are encoded together; ``None`` for all.
+
+    Raises:
+        ValueError: see :func:`.forward_backward_pipelined`.
+    """
+    if num_microbatches < 1:
+        raise ValueError(f"num_microbatches must be 1 or more, got {num_microbatches}")
+    chunks = len(mimo.language_stages())
+    if chunks > 1 and groups.pp.size() == 2 and mimo.config.batch_p2p_comm:
+        raise ValueError(
+            "An interleaved pipeline of 2 ranks sends two tensors to the same rank at a time, and "
+            "batched exchanges mix them up; set overlap_p2p_comm=True and batch_p2p_comm=False in "
+            "the language config"
+        )
+    if chunks > 1 and groups.pp.size() == 2 and mimo.config.variable_seq_lengths:
+        raise ValueError(
+            "An interleaved pipeline of 2 ranks cannot tell lengths that differ: what each tells "
+            "the other on the way forward and back is mixed up; pad microbatches to one length "
+            "(variable_seq_lengths=False), or use more ranks or no virtual stages"
+        )
+    if encode_ahead is not None and encode_ahead < num_microbatches and chunks > 1:
+        raise ValueError(
+            f"encode_ahead={encode_ahead} of {num_microbatches} microbatches needs one stage per "
+            f"rank, this language model has {chunks} virtual ones: its first stage begins "
+            "microbatches in another order; use None, or a pipeline without virtual stages"
+        )
+    if encode_ahead is not None and encode_ahead < 1:
+        raise ValueError(
+            f"encode_ahead must be 1 or more microbatches, got {encode_ahead}; None encodes all "
+            "of the step together"
+        )
+    if mimo.role.mode is not ModuleLayout.COLOCATED:
+        raise ValueError(
+            "forward_backward_pipelined runs colocated models; modules on different ranks go "
+            "over stock's multi-module schedules"
+        )
+    for name, module in mimo.modality_submodules.items():
+        for key, part in module.named_modules():
+            cached = not getattr(
+                getattr(part, "config", None), "disable_parameter_transpose_cache", False
+            )
+            if hasattr(part, "is_first_microbatch") and in_low_precision(part) and cached:
+                raise ValueError(
+                    f"'{key}' of modality '{name}' computes in fp8 and keeps its weights so from "
+                    "the first microbatch on, but in a pipelined step encoders are not told which "
+                    "one that is; set disable_parameter_transpose_cache=True in its config"
+                )
+    bridged = {modality for modality, _ in mimo.colocated_comms}
+    if bridged != set(mimo.modality_submodules) or not bridged:
+        raise ValueError(
+            f"forward_backward_pipelined needs a bridge for each modality "
+            f"({sorted(mimo.modality_submodules)}), the model has some for {sorted(bridged)}; "
+            "build it with MimoModelConfig(module_to_grid_map=...)"
+        )
+    grid = mimo.mimo_config.module_to_grid_map[MIMO_LANGUAGE_MODULE_KEY]
+    if groups.pp.size() != grid.dim_size("pp"):
+        raise ValueError(
+            f"pg_collection has {groups.pp.size()} pipeline stages, the language grid "
+            f"{grid.dim_size('pp')}; pass the language model's groups"
+        )
