@@ -307,12 +307,10 @@ def _exit_now(code: int) -> NoReturn:
 def _rank_backend(options: JobOptions, world: int) -> str:
     require_packages()
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    # The driver reads the variable once, when something first asks it for a device.
-    if options.backend == "gloo":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    backend = choose_backend(options.backend, local_ranks, _gpus())
+    gpus = 0 if options.backend == "gloo" else _gpus()
+    backend = choose_backend(options.backend, local_ranks, gpus)
     if backend == "gloo":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks CUDA for a device
     return backend
 
 

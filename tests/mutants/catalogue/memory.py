@@ -84,24 +84,25 @@ MEMORY = (
         why="what several operations keep is copied back for each of them",
     ),
     Mutant(
-        name="offloaded-before-it-is-computed",
+        name="copied-before-it-is-computed",
         file=_TRANSFERS,
-        old="""        streams.side.wait_stream(streams.current())
-        with streams.on_side():
-            streams.copy(host, data)
-""",
-        new="""        with streams.on_side():
-            streams.copy(host, data)
-""",
-        tests=(_STREAMS + "test_a_copy_waits_for_what_writes_the_bytes",),
-        why="the host gets what stood in the memory before",
+        old="        streams.side.wait_stream(streams.current())\n",
+        new="",
+        tests=(
+            _STREAMS + "test_a_copy_waits_for_what_writes_the_bytes",
+            _STREAMS + "test_copies_come_back_into_what_the_computation_released",
+        ),
+        why="the host gets what stood in the memory before, and copies come back over what is read",
     ),
     Mutant(
-        name="memory-reused-while-it-is-offloaded",
+        name="memory-reused-while-it-is-copied",
         file=_TRANSFERS,
-        old="        streams.keep_until_done(data, streams.side)\n        return host\n",
-        new="        return host\n",
-        tests=(_STREAMS + "test_bytes_go_to_the_host_and_back",),
+        old="        streams.keep_until_done(on_device, streams.side)\n",
+        new="",
+        tests=(
+            _STREAMS + "test_bytes_go_to_the_host_and_back",
+            _STREAMS + "test_memory_of_a_copy_that_nobody_asked_for_is_kept_for_the_copy",
+        ),
         why="the host gets what the language model writes there",
     ),
     Mutant(
@@ -111,27 +112,6 @@ MEMORY = (
         new="",
         tests=(_STREAMS + "test_bytes_go_to_the_host_and_back",),
         why="backward reads memory that the copy has not reached",
-    ),
-    Mutant(
-        name="reloaded-over-what-is-still-read",
-        file=_TRANSFERS,
-        old="""        streams.side.wait_stream(streams.current())
-        with streams.on_side():
-            streams.copy(data, host)
-""",
-        new="""        with streams.on_side():
-            streams.copy(data, host)
-""",
-        tests=(_STREAMS + "test_copies_come_back_into_what_the_computation_released",),
-        why="the copy overwrites activations that the language model's backward still reads",
-    ),
-    Mutant(
-        name="memory-reused-while-it-is-reloaded",
-        file=_TRANSFERS,
-        old="        streams.keep_until_done(data, streams.side)\n        return data, event\n",
-        new="        return data, event\n",
-        tests=(_STREAMS + "test_memory_of_a_copy_that_nobody_asked_for_is_kept_for_the_copy",),
-        why="a copy that a given-up step has started overwrites what lies there next",
     ),
     Mutant(
         name="reloaded-memory-reused-before-it-is-read",

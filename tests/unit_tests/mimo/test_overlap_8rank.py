@@ -304,21 +304,27 @@ class Crossed(MegatronModule):
         return self.second(self.first(rows))
 
 
+def wrapped_in_two_buckets(model: Any, module: torch.nn.Module) -> Any:
+    """The module as the model's encoder, with a bucket for each of its two weights."""
+    model.modality_submodules["images"] = module
+    settings = DistributedDataParallelConfig(overlap_grad_reduce=True, bucket_size=WIDTH**2)
+    configs = {name: config() for name in COLOCATED}
+    wrap_modules_with_ddp(model, configs, settings, model.collections)
+    wrapped = model.modality_submodules["images"]
+    assert len(wrapped.bucket_groups) == 2
+    return wrapped
+
+
 def test_buckets_that_ranks_fill_in_different_orders_are_reduced_in_one(rank_device):
     """Stock would sum the first layer's gradient on some ranks with the second's on others."""
     with tiny_model(COLOCATED, wrap=False) as model:
         torch.manual_seed(5)
         module = Crossed().to(rank_device)
-        model.modality_submodules["images"] = module
         rows = torch.randn(3, WIDTH, device=rank_device)
         module(rows).sum().backward()
         alone = {n: p.grad.clone() for n, p in module.named_parameters()}
         module.zero_grad()
-        settings = DistributedDataParallelConfig(overlap_grad_reduce=True, bucket_size=WIDTH**2)
-        configs = {name: config() for name in COLOCATED}
-        wrap_modules_with_ddp(model, configs, settings, model.collections)
-        wrapped = model.modality_submodules["images"]
-        assert len(wrapped.bucket_groups) == 2
+        wrapped = wrapped_in_two_buckets(model, module)
         group = model.collections["images"].dp
         for _ in range(3):  # stock reduces during backward from the second step on
             wrapped.zero_grad_buffer()
@@ -351,12 +357,7 @@ def straight(rank_device) -> Iterator[tuple[Any, torch.Tensor]]:
     """The module, wrapped, after a first step; and rows for it."""
     with tiny_model(COLOCATED, wrap=False) as model:
         torch.manual_seed(5)
-        model.modality_submodules["images"] = Straight().to(rank_device)
-        settings = DistributedDataParallelConfig(overlap_grad_reduce=True, bucket_size=WIDTH**2)
-        configs = {name: config() for name in COLOCATED}
-        wrap_modules_with_ddp(model, configs, settings, model.collections)
-        wrapped = model.modality_submodules["images"]
-        assert len(wrapped.bucket_groups) == 2
+        wrapped = wrapped_in_two_buckets(model, Straight().to(rank_device))
         yield wrapped, torch.randn(3, WIDTH, device=rank_device)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from megatron.core.models.mimo.model.ddp_methods import finish_param_gather
 from megatron.core.models.mimo.training.frozen_state import FRESH
 from megatron.core.models.mimo.training.inner_optimizers import (
     attend_construction,
@@ -182,8 +183,7 @@ class MimoOptimizer(MegatronOptimizer):
                 if not getattr(config, "overlap_param_gather", False):
                     continue
                 for group in module.bucket_groups + module.expert_parallel_bucket_groups:
-                    if group.param_gather_handle is not None:
-                        group.finish_param_sync(skip_next_bucket_dispatch=True)
+                    finish_param_gather(group)
                     group.param_gather_dispatched = False
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -103,12 +103,8 @@ class SideStream:
 
     def to_host(self, data: torch.Tensor) -> torch.Tensor:
         """Copy when what writes ``data`` is done; its memory lives until the copy is."""
-        streams = self._streams
-        host = streams.empty_on_host(data.numel())
-        streams.side.wait_stream(streams.current())
-        with streams.on_side():
-            streams.copy(host, data)
-        streams.keep_until_done(data, streams.side)
+        host = self._streams.empty_on_host(data.numel())
+        self._copy(host, data, on_device=data)
         return host
 
     def to_device(self, host: torch.Tensor) -> tuple[torch.Tensor, Any]:
@@ -117,20 +113,23 @@ class SideStream:
         PyTorch reuses released memory on the stream alone that it was allocated on. So the bytes
         are the computing stream's, and lie where activations lay that its backward pass released.
         """
-        streams = self._streams
-        data = streams.empty_on_device(host.numel())
-        streams.side.wait_stream(streams.current())
-        with streams.on_side():
-            streams.copy(data, host)
-            event = streams.side.record_event()
-        streams.keep_until_done(data, streams.side)
-        return data, event
+        data = self._streams.empty_on_device(host.numel())
+        self._copy(data, host, on_device=data)
+        return data, self._streams.side.record_event()
 
     def arrived(self, data: torch.Tensor, event: Any) -> None:
         """The stream that computes here waits for the copy, and the memory for that stream."""
         current = self._streams.current()
         current.wait_event(event)
         self._streams.keep_until_done(data, current)
+
+    def _copy(self, into: torch.Tensor, source: torch.Tensor, *, on_device: torch.Tensor) -> None:
+        """After what is computed so far; the memory ``on_device`` lives until the copy is done."""
+        streams = self._streams
+        streams.side.wait_stream(streams.current())
+        with streams.on_side():
+            streams.copy(into, source)
+        streams.keep_until_done(on_device, streams.side)
 
 
 @functools.cache

@@ -20,6 +20,19 @@ def in_low_precision(part: nn.Module) -> bool:
     return any(getattr(config, name, None) for name in ("fp8", "fp4", "use_kitchen"))
 
 
+def first_microbatch_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of what Transformer Engine tells which microbatch is a step's first."""
+    for name, part in module.named_modules():
+        if hasattr(part, "is_first_microbatch"):
+            yield name, part
+
+
+def finish_param_gather(group: Any) -> None:
+    """Wait for a bucket group's gather, if one is under way, and start none of the next group."""
+    if group.param_gather_handle is not None:
+        group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+
 class DDPMethods:
     """Mixin: data-parallel calls, handed on to the wrapped modules of this rank."""
 
@@ -56,8 +69,8 @@ class DDPMethods:
         Stock asks the whole model's config, which is the language model's; here each layer's own.
         """
         for module in self._active_submodules():
-            for part in module.modules():
-                if hasattr(part, "is_first_microbatch") and in_low_precision(part):
+            for _, part in first_microbatch_layers(module):
+                if in_low_precision(part):
                     part.is_first_microbatch = True
 
     def zero_grad_buffer(self) -> None:
@@ -103,8 +116,7 @@ class DDPMethods:
         The optimizer must not write weights that are still being gathered.
         """
         for group in self._gathering():
-            if group.param_gather_handle is not None:
-                group.finish_param_sync(skip_next_bucket_dispatch=True)
+            finish_param_gather(group)
 
     def _gathering(self) -> Iterator[Any]:
         """Bucket groups whose weights forward hooks wait for, in the order of the forward pass."""

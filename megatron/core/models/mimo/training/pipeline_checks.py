@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY, ModuleLayout
 from megatron.core.models.mimo.model.base import MimoModel
-from megatron.core.models.mimo.model.ddp_methods import in_low_precision
+from megatron.core.models.mimo.model.ddp_methods import first_microbatch_layers, in_low_precision
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 
@@ -58,11 +58,11 @@ def check_step(
             "over stock's multi-module schedules"
         )
     for name, module in mimo.modality_submodules.items():
-        for key, part in module.named_modules():
+        for key, part in first_microbatch_layers(module):
             cached = not getattr(
                 getattr(part, "config", None), "disable_parameter_transpose_cache", False
             )
-            if hasattr(part, "is_first_microbatch") and in_low_precision(part) and cached:
+            if in_low_precision(part) and cached:
                 raise ValueError(
                     f"'{key}' of modality '{name}' computes in fp8 and keeps its weights so from "
                     "the first microbatch on, but in a pipelined step encoders are not told which "

@@ -27,6 +27,7 @@ from torch import nn
 from megatron.core.enums import ModelType
 from megatron.core.models.mimo.comm.plan_guard import problem_of
 from megatron.core.models.mimo.model.base import MimoModel
+from megatron.core.models.mimo.model.ddp_methods import first_microbatch_layers
 from megatron.core.models.mimo.model.stage_side import EncodedMicrobatches
 from megatron.core.models.mimo.training.pipeline_checks import check_step
 from megatron.core.models.mimo.training.recompute import gradients_come_apart
@@ -195,9 +196,8 @@ class _Encoders:
         # Microbatches go back together, the first one last: none may overwrite the others' sum, as
         # Transformer Engine has the first one do where its kernels add to gradients.
         for module in model.modality_submodules.values():
-            for part in module.modules():
-                if hasattr(part, "is_first_microbatch"):
-                    part.is_first_microbatch = False
+            for _, part in first_microbatch_layers(module):
+                part.is_first_microbatch = False
         self._variable = bool(model.config.variable_seq_lengths)
         self._language: dict[int, dict[str, Any]] = {}
         self._under_way: dict[int, EncodedMicrobatches] = {}
