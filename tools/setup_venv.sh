@@ -47,6 +47,7 @@ pytest==$PIN_PYTEST
 hypothesis==$PIN_HYPOTHESIS
 spmd_types==$PIN_SPMD_TYPES
 ruff==$PIN_RUFF
+transformers==$PIN_TRANSFORMERS
 hatchling==$PIN_HATCHLING
 EOF
 "$folder/bin/python" -m pip install --no-input --disable-pip-version-check --quiet \
