@@ -71,5 +71,5 @@ bench: setup ## measure the bridges: bytes, time, memory, overlap, the whole ste
 	@$(VENV)/bin/python -W ignore -m benchmarks $(ARGS)
 
 clean: ## remove the environments and caches; runs/ stays, it is yours
-	rm -rf $(VENV) $(VENV_NEWEST) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_NEWEST) *.egg-info build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

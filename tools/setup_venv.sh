@@ -19,7 +19,7 @@ else
 fi
 
 base=$("$python" -c 'import sys; print(sys.base_prefix, sys.version.split()[0])')
-inputs=$(cat pyproject.toml pins.env hatch_build.py tools/setup_venv.sh | cksum)
+inputs=$(cat pyproject.toml pins.env setup.py tools/setup_venv.sh | cksum)
 place=$(pwd)
 ready="$folder/.ready"
 if [ -f "$ready" ]; then
@@ -48,7 +48,7 @@ hypothesis==$PIN_HYPOTHESIS
 spmd_types==$PIN_SPMD_TYPES
 ruff==$PIN_RUFF
 transformers==$PIN_TRANSFORMERS
-hatchling==$PIN_HATCHLING
+setuptools==$PIN_SETUPTOOLS
 EOF
 "$folder/bin/python" -m pip install --no-input --disable-pip-version-check --quiet \
     --constraint "$folder/constraints.txt" --editable ".[$extras]"

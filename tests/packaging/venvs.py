@@ -41,7 +41,7 @@ def copy_checkout(target: Path) -> Path:
     junk = shutil.ignore_patterns("__pycache__", "*.pyc")
     for name in ("mimo_colocated", "megatron"):
         shutil.copytree(REPO / name, target / name, ignore=junk)
-    for name in ("pyproject.toml", "hatch_build.py", "LICENSE", "pins.env", "README.md"):
+    for name in ("pyproject.toml", "setup.py", "LICENSE", "pins.env", "README.md"):
         if (REPO / name).exists():
             shutil.copy(REPO / name, target / name)
     return target
@@ -59,7 +59,7 @@ def _sha256(path: Path) -> str:
 
 def _build_requirements() -> list[importlib.metadata.Distribution]:
     """Return the build backend's distribution and those it needs."""
-    waiting, found = ["hatchling", "editables"], {}
+    waiting, found = ["setuptools"], {}
     while waiting:
         name = waiting.pop()
         if name in found:
