@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mutants of this project, by area."""
 
+from tests.mutants.catalogue.backend import BACKEND
 from tests.mutants.catalogue.bridge import BRIDGE, GRIDS
 from tests.mutants.catalogue.exchange import EXCHANGE
 from tests.mutants.catalogue.faults import FAULTS
@@ -41,4 +42,5 @@ MUTANTS = (
     *OVERLAP,
     *TWO_ENCODERS,
     *FAULTS,
+    *BACKEND,
 )

@@ -9,6 +9,8 @@ installed Megatron-Core's syntax tree.
 from __future__ import annotations
 
 import ast
+import functools
+import importlib.abc
 import importlib.metadata
 import importlib.util
 import queue
@@ -16,7 +18,8 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -97,6 +100,8 @@ def uses(function: ast.AST, key: str) -> bool:
         names = [n.value for n in nodes if isinstance(n, ast.Constant)]
         asked = any(c.func.attr == "type" and not c.args for c in methods)
         return asked and "torch.cuda.FloatTensor" in names
+    if key == "torch.compile":
+        return any(dotted(n) == key for n in nodes)
     if owner == "torch":
         return any(dotted(c.func) == key and asks_for_a_device(c) for c in calls)
     if owner.startswith("megatron."):
@@ -168,28 +173,68 @@ def entries(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("key", here)
 
 
+STOCK_TORCH = stock_optimizer.torch  # as Megatron's modules see it
+
+
+class MadeUpModules(importlib.abc.MetaPathFinder):
+    """Finds ``megatron.core.made_up_*`` in a folder of its own, as a stock module that is new."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> object:
+        file = self.folder / f"{fullname}.py"
+        return importlib.util.spec_from_file_location(fullname, file) if file.exists() else None
+
+
+Define = Callable[..., Callable[..., object]]
+Ask = Callable[..., object]
+
+
+@pytest.fixture
+def define(tmp_path: Path) -> Iterator[Define]:
+    """Defines a function by its expression in a Megatron module that is loaded afterwards."""
+    finder = MadeUpModules(tmp_path)
+    sys.meta_path.append(finder)
+
+    def define(code: str, *names: str) -> Callable[..., object]:
+        module = f"megatron.core.made_up_{len(list(tmp_path.iterdir()))}"
+        source = f"import torch\n\ndef answer({', '.join(names)}):\n    return {code}\n"
+        (tmp_path / f"{module}.py").write_text(source)
+        try:
+            return importlib.import_module(module).answer
+        finally:
+            sys.modules.pop(module, None)
+
+    yield define
+    sys.meta_path.remove(finder)
+
+
+@pytest.fixture
+def ask(define: Define) -> Ask:
+    """Evaluates an expression inside a Megatron module that is loaded after the redirects."""
+    return lambda code, **names: define(code, *names)(**names)
+
+
+def seen_by_stock(key: str) -> object:
+    """What an entry's name means in Megatron's modules."""
+    owner, _, name = key.rpartition(".")
+    whole = STOCK_TORCH if owner.startswith("torch") else sys.modules[owner]
+    path = owner.split(".")[1:] if owner.startswith("torch") else []
+    return getattr(functools.reduce(getattr, path, whole), name)
+
+
 @entries("torch.cuda.current_device")
 def test_current_device_serves_as_a_device(key: str) -> None:
-    assert torch.zeros(1, device=torch.cuda.current_device()).device == CPU
-    assert torch.zeros(1).to(torch.cuda.current_device()).device == CPU
-
-
-@entries("ShardedTensor.init_data")
-def test_sharded_tensors_get_their_data_on_the_cpu(key: str) -> None:
-    for device in (*CUDA_NAMES, CPU):
-        tensor = ShardedTensor.from_rank_offsets("key", torch.zeros(2, 3)).without_data()
-        tensor.init_data(device)
-        assert tensor.data.device == CPU
-        assert tensor.data.shape == (2, 3)
-        keyword = ShardedTensor.from_rank_offsets("key", torch.zeros(2)).without_data()
-        keyword.init_data(device=device, init_fn=torch.ones)
-        assert keyword.data.tolist() == [1.0, 1.0]
+    device = STOCK_TORCH.cuda.current_device()
+    assert torch.zeros(1, device=device).device == CPU
+    assert torch.zeros(1).to(device).device == CPU
 
 
 @entries(*(f"torch.{name}" for name in FACTORIES))
 def test_factories_make_cpu_tensors_of_cuda_requests(key: str) -> None:
     name = key.removeprefix("torch.")
-    factory, args = getattr(torch, name), FACTORIES[name]
+    factory, args = getattr(STOCK_TORCH, name), FACTORIES[name]
     plain = factory(*args)
     for device in CUDA_NAMES:
         made = factory(*args, device=device, dtype=torch.float64)
@@ -199,49 +244,109 @@ def test_factories_make_cpu_tensors_of_cuda_requests(key: str) -> None:
     assert factory.__name__ == name
 
 
+@entries("torch.zeros")
+def test_megatron_uses_what_others_put_in_place_of_torchs_functions(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As accelerate's ``init_empty_weights(include_buffers=True)`` does."""
+    for name in ("zeros", "full"):  # one with a redirect, one without
+        monkeypatch.setattr(torch, name, functools.partial(getattr(torch, name), device="meta"))
+    assert STOCK_TORCH.zeros(2).device.type == "meta"
+    assert STOCK_TORCH.full((2,), 1.0).device.type == "meta"
+
+
+@entries("torch.zeros")
+def test_assignments_to_torch_in_megatron_reach_torch(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = torch.zeros
+    monkeypatch.setattr(STOCK_TORCH, "zeros", None)
+    monkeypatch.setattr(STOCK_TORCH, "a_new_name", 1, raising=False)
+    assert torch.zeros is plain, "replaced in Megatron's view only"
+    assert torch.a_new_name == 1
+    monkeypatch.undo()
+    assert not hasattr(torch, "a_new_name")
+    assert STOCK_TORCH.zeros(1).tolist() == [0.0]
+
+
+@entries("torch.compile")
+def test_compilers_trace_megatrons_functions(key: str, define: Define) -> None:
+    """A user's ``torch.compile`` of a model with Megatron's layers sees through the view."""
+    code = "torch.nn.functional.gelu(x) + torch.zeros(2, device=torch.cuda.current_device())"
+    layer = torch.compile(define(code, "x"), backend="eager", fullgraph=True)
+    x = torch.tensor([1.0, -2.0])
+    torch.testing.assert_close(layer(x), torch.nn.functional.gelu(x))
+
+
+@entries("torch.compile")
+def test_megatrons_functions_are_not_compiled(key: str) -> None:
+    def function() -> None:
+        return None
+
+    assert STOCK_TORCH.compile(function) is function
+    assert STOCK_TORCH.compile(fullgraph=True)(function) is function
+    loaded = [m for name, m in list(sys.modules.items()) if name.startswith("megatron.core.")]
+    types_seen = [c for m in loaded for c in vars(m).values() if isinstance(c, type)]
+    spaces = [*loaded, *(c for c in types_seen if c.__module__.startswith("megatron."))]
+    values = [v for space in spaces for v in vars(space).values()]
+    functions = [v for v in values if isinstance(v, types.FunctionType)]
+    assert len(functions) > 1000
+    left = [f for f in functions if f is torch.compile or "_torchdynamo_orig_callable" in vars(f)]
+    assert not left
+
+
+@entries("ShardedTensor.init_data")
+def test_sharded_tensors_get_their_data_on_the_cpu(key: str, ask: Ask) -> None:
+    def fresh() -> ShardedTensor:
+        return ShardedTensor.from_rank_offsets("key", torch.zeros(2, 3)).without_data()
+
+    tensor = fresh()
+    ask("tensor.init_data('cuda')", tensor=tensor)
+    assert (tensor.data.device, tensor.data.shape) == (CPU, (2, 3))
+    tensor = fresh()
+    ask("tensor.init_data(device='cuda:1', init_fn=torch.ones)", tensor=tensor)
+    assert tensor.data.tolist() == [[1.0] * 3] * 2
+    tensor = fresh()
+    ask("tensor.init_data('meta')", tensor=tensor)
+    assert tensor.data.device.type == "meta"
+
+
 @entries("Tensor.to")
-def test_tensors_stay_on_the_cpu(key: str) -> None:
+def test_tensors_stay_on_the_cpu(key: str, ask: Ask) -> None:
     tensor = torch.arange(3)
-    for device in CUDA_NAMES:
-        assert tensor.to(device) is tensor
-        assert tensor.to(device=device, non_blocking=True) is tensor
-        assert tensor.to(device, torch.float64).dtype == torch.float64
-    assert tensor.to(torch.float16).dtype == torch.float16
-    assert tensor.to("meta").device.type == "meta"
-    assert torch.nn.Linear(2, 2).to("cuda", torch.float64).weight.dtype == torch.float64
+    assert ask("tensor.to('cuda')", tensor=tensor) is tensor
+    assert ask("tensor.to(device='cuda:1', non_blocking=True)", tensor=tensor) is tensor
+    assert ask("tensor.to('cuda', torch.float64)", tensor=tensor).dtype == torch.float64
+    assert ask("tensor.to(torch.float16)", tensor=tensor).dtype == torch.float16
+    assert ask("tensor.to('meta')", tensor=tensor).device.type == "meta"
+    layer = torch.nn.Linear(2, 2)
+    assert ask("layer.to('cuda', torch.float64)", layer=layer).weight.dtype == torch.float64
 
 
 @entries("Tensor.cuda")
-def test_cuda_keeps_tensors_and_modules(key: str) -> None:
+def test_cuda_keeps_tensors_and_modules(key: str, ask: Ask) -> None:
     tensor = torch.arange(3)
-    assert tensor.cuda() is tensor
-    assert tensor.cuda(0, non_blocking=True) is tensor
+    assert ask("tensor.cuda()", tensor=tensor) is tensor
+    assert (
+        ask("tensor.cuda(torch.cuda.current_device(), non_blocking=True)", tensor=tensor) is tensor
+    )
     module = torch.nn.Linear(2, 2)
     weight = module.weight
-    assert module.cuda() is module
+    assert ask("module.cuda()", module=module) is module
     assert module.weight is weight
-
-
-def ask_from(module: str, tensor: torch.Tensor) -> str:
-    """``tensor.type()`` as code of another module would see it."""
-    asker: dict = {"__name__": module}
-    exec("def ask(tensor): return tensor.type()", asker)
-    return asker["ask"](tensor)
+    other = types.SimpleNamespace(cuda=lambda *args, **kwargs: (args, kwargs))
+    assert ask("other.cuda(1, a=2)", other=other) == ((1,), {"a": 2})
 
 
 @entries("Tensor.type")
-def test_only_megatrons_optimizers_are_told_a_cuda_type(key: str) -> None:
-    tensor = torch.zeros(1)
-    asker = "megatron.core.optimizer.optimizer"
-    assert ask_from(asker, tensor) == "torch.cuda.FloatTensor"
-    assert ask_from("megatron.core.optimizer", tensor.half()) == "torch.cuda.HalfTensor"
-    assert ask_from(asker, tensor.bfloat16()) == "torch.cuda.BFloat16Tensor"
-    for other in ("megatron.core.distributed.param_and_grad_buffer", "torch.optim", "__main__"):
-        assert ask_from(other, tensor) == "torch.FloatTensor"
-    assert ask_from("megatron.core.optimizers_of_somebody", tensor) == "torch.FloatTensor"
-    assert tensor.type() == "torch.FloatTensor"
-    assert tensor.type(torch.float64).dtype == torch.float64
-    assert tensor.type(dtype="torch.IntTensor").dtype == torch.int32
+def test_only_code_that_compares_type_names_is_told_a_cuda_type(key: str, ask: Ask) -> None:
+    compared = "tensor.type() if 'torch.cuda.FloatTensor' else None"
+    assert ask(compared, tensor=torch.zeros(1)) == "torch.cuda.FloatTensor"
+    assert ask(compared, tensor=torch.zeros(1).half()) == "torch.cuda.HalfTensor"
+    assert ask(compared, tensor=torch.zeros(1).bfloat16()) == "torch.cuda.BFloat16Tensor"
+    assert ask("tensor.type()", tensor=torch.zeros(1)) == "torch.FloatTensor"
+    other = compared.replace("type()", "type(torch.float64)")
+    assert ask(other, tensor=torch.zeros(1)).dtype == torch.float64
 
 
 @entries("Tensor.type")
@@ -274,13 +379,12 @@ def cpu_generator() -> Iterator[None]:
     "megatron.core.tensor_parallel.random._set_cuda_rng_state",
 )
 def test_the_generator_round_trips(key: str, cpu_generator: None) -> None:
-    redirect = WITHOUT_CUDA[KEYS.index(key)]
-    function = getattr(redirect.owner, redirect.name)
+    function = seen_by_stock(key)
     torch.default_generator.manual_seed(5)
     start, drawn = torch.get_rng_state(), torch.rand(4)
-    if redirect.name == "manual_seed":
+    if key.endswith("manual_seed"):
         function(5)
-    elif redirect.name.endswith("get_rng_state"):
+    elif key.endswith("get_rng_state"):
         torch.set_rng_state(start)
         assert torch.equal(function(), start)
         assert torch.equal(function(device="cuda"), start)
@@ -293,7 +397,7 @@ def test_the_generator_round_trips(key: str, cpu_generator: None) -> None:
 def test_seeding_through_torch_does_not_recurse(key: str, cpu_generator: None) -> None:
     torch.manual_seed(3)
     drawn = torch.rand(2)
-    torch.cuda.manual_seed(3)
+    seen_by_stock(key)(3)
     assert torch.equal(torch.rand(2), drawn)
 
 
@@ -332,8 +436,8 @@ def test_megatron_seeds_its_global_tracker(key: str, cpu_generator: None) -> Non
 
 @entries("torch.cuda.Stream", "torch.cuda.current_stream", "torch.cuda.default_stream")
 def test_streams_have_nothing_outstanding(key: str) -> None:
-    stream = getattr(torch.cuda, key.rpartition(".")[2])()
-    stream.wait_stream(torch.cuda.current_stream())
+    stream = seen_by_stock(key)()
+    stream.wait_stream(STOCK_TORCH.cuda.current_stream())
     stream.synchronize()
     assert stream.query() is True
     event = stream.record_event()
@@ -346,23 +450,24 @@ def test_streams_have_nothing_outstanding(key: str) -> None:
 
 @entries("torch.cuda.Stream")
 def test_a_stream_can_be_a_class_and_take_a_device(key: str) -> None:
-    assert isinstance(torch.cuda.Stream(device=torch.cuda.current_device()), torch.cuda.Stream)
+    stream = seen_by_stock(key)
+    assert isinstance(stream(device=STOCK_TORCH.cuda.current_device()), stream)
 
 
 @entries("torch.cuda.stream")
 def test_stream_contexts_run_their_body(key: str) -> None:
-    with torch.cuda.stream(torch.cuda.Stream()):
+    context = seen_by_stock(key)
+    with context(STOCK_TORCH.cuda.Stream()):
         value = torch.ones(1)
     assert value.item() == 1
-    with pytest.raises(KeyError, match="passes through"), torch.cuda.stream(None):
+    with pytest.raises(KeyError, match="passes through"), context(None):
         raise KeyError("passes through")
 
 
 @entries("torch.cuda.synchronize", "torch.cuda.nvtx.range_push", "torch.cuda.nvtx.range_pop")
 def test_calls_without_meaning_here_return_nothing(key: str) -> None:
-    redirect = WITHOUT_CUDA[KEYS.index(key)]
-    arguments = ("a range",) if redirect.name == "range_push" else ()
-    assert getattr(redirect.owner, redirect.name)(*arguments) is None
+    arguments = ("a range",) if key.endswith("range_push") else ()
+    assert seen_by_stock(key)(*arguments) is None
 
 
 @entries("megatron.core.dist_checkpointing.strategies.filesystem_async.mp")
@@ -442,12 +547,13 @@ def test_parts_of_different_sizes_are_reduced(key: str, monkeypatch: pytest.Monk
 
 @entries("torch.zeros")
 def test_enabling_twice_changes_nothing(key: str) -> None:
-    before = [getattr(r.owner, r.name) for r in cpu_backend.REDIRECTS]
+    names = [k for k in KEYS if not k.startswith(("Tensor.", "ShardedTensor."))]
+    before, finders = [seen_by_stock(k) for k in names], list(sys.meta_path)
     assert cpu_backend.enable() is True
     assert cpu_backend.is_enabled()
     assert [r.name for r in cpu_backend.REDIRECTS] == [r.name for r in WITHOUT_CUDA]
-    after = [getattr(r.owner, r.name) for r in cpu_backend.REDIRECTS]
-    assert all(a is b for a, b in zip(after, before, strict=True))
+    assert all(a is b for a, b in zip(map(seen_by_stock, names), before, strict=True))
+    assert sys.meta_path == finders
 
 
 BEHAVIOUR_TESTS = {

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron.core.models.mimo.training.randomness import capture_states
 from megatron.core.models.mimo.transformer import context_parallel_attention
 from tests.parity.tensors import local_gradients
 from tests.unit_tests.mimo.digits_runs import BATCH, FAN_IN, run
@@ -44,9 +45,9 @@ def draws(monkeypatch: pytest.MonkeyPatch) -> Draws:
 
     def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            before = torch.cuda.get_rng_state()
+            before = capture_states()["default"]
             result = function(*args, **kwargs)
-            if not torch.equal(before, torch.cuda.get_rng_state()):  # it drew
+            if not torch.equal(before, capture_states()["default"]):  # it drew
                 digest = hashlib.blake2b(before.cpu().numpy().tobytes()).hexdigest()
                 found.append((name, digest))
             return result

@@ -4,12 +4,15 @@
 Megatron-Core names CUDA literally in a handful of places. On a machine without a CUDA device
 every one of those calls can only raise, so redirecting them to the CPU takes nothing away.
 ``REDIRECTS`` lists each redirected call with a Megatron call site that needs it; there are no
-others. ``enable()`` refuses to do anything where CUDA is available, and
-``megatron.core.models.mimo`` does not even import this module there.
+others. They exist *inside Megatron's modules only* (``stock_view``): torch itself is not touched,
+so users, transformers or accelerate get from torch what they would get without this package.
+``enable()`` refuses to do anything where CUDA is available, and ``megatron.core.models.mimo``
+does not even import this module there.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import logging
@@ -23,6 +26,8 @@ from typing import Any
 
 import torch
 
+from megatron.core.models.mimo.stock_view import MethodCall, StockView, View
+
 _CPU = torch.device("cpu")
 _TYPE_PREFIX = "torch."
 _CUDA_TYPE_PREFIX = "torch.cuda."
@@ -34,7 +39,9 @@ class Redirect:
     """One redirected call.
 
     Attributes:
-        owner: object that carries the attribute.
+        owner: object that carries the attribute: a module of torch (replaced in Megatron's view
+            of it), a type of torch (its method calls in Megatron's code are), or something of
+            Megatron's own.
         name: attribute that is replaced.
         make: builds the replacement from the original.
         call_sites: Megatron-Core places that fail without it, as "file: function"; one that only
@@ -110,42 +117,55 @@ def _device_argument(original: Callable[..., Any]) -> Callable[..., Any]:
     return factory
 
 
-def _method_device_argument(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a method that takes a device at any place: CUDA becomes the CPU."""
-
-    @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        args = tuple(_CPU if _is_cuda(a) else a for a in args)
-        if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = _CPU
-        return original(self, *args, **kwargs)
-
-    return method
+def _to_cpu(tensor: Any, *args: Any, method: str, **kwargs: Any) -> Any:
+    """Call a method that takes a device at any place: CUDA becomes the CPU."""
+    args = tuple(_CPU if _is_cuda(a) else a for a in args)
+    if _is_cuda(kwargs.get("device")):
+        kwargs["device"] = _CPU
+    return getattr(tensor, method)(*args, **kwargs)
 
 
-def _stay(_original: Any) -> Callable[..., Any]:
-    """``.cuda()`` on a tensor, and so on a module: already where it has to be."""
-    return lambda self, *_args, **_kwargs: self
+def _to(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return _to_cpu(self, *args, method="to", **kwargs)
 
 
-def _tensor_type(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``tensor.type()`` answers with CUDA's type name to Megatron's optimizers, to nobody else.
+def _init_data(self: Any, *args: Any, **kwargs: Any) -> None:
+    _to_cpu(self, *args, method="init_data", **kwargs)
 
-    They compare the name against "torch.cuda.FloatTensor" and refuse anything else.
-    """
 
-    @functools.wraps(original)
-    def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        answer = original(self, *args, **kwargs)
-        if args or kwargs or not isinstance(answer, str):
-            return answer
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        asked_by_optimizer = f"{caller}.".startswith("megatron.core.optimizer.")
-        if asked_by_optimizer and answer.startswith(_TYPE_PREFIX):
-            return _CUDA_TYPE_PREFIX + answer.removeprefix(_TYPE_PREFIX)
-        return answer
+def _cuda(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """``.cuda()`` of a tensor or a module: already where it has to be."""
+    if isinstance(self, torch.Tensor | torch.nn.Module):
+        return self
+    return self.cuda(*args, **kwargs)
 
-    return type_name
+
+def _type(self: Any) -> Any:
+    """``tensor.type()`` with CUDA's name, the only one that Megatron's optimizers accept."""
+    answer = self.type()
+    if isinstance(answer, str) and answer.startswith(_TYPE_PREFIX):
+        return _CUDA_TYPE_PREFIX + answer.removeprefix(_TYPE_PREFIX)
+    return answer
+
+
+def _says_cuda(call: ast.Call) -> bool:
+    """True for a call with a literal CUDA device among its arguments."""
+    values = [*call.args, *(keyword.value for keyword in call.keywords)]
+    return any(isinstance(v, ast.Constant) and _is_cuda(v.value) for v in values)
+
+
+def _is_method(call: ast.Call) -> bool:
+    """False for a function of ``torch`` itself, as in ``torch.cuda(…)``."""
+    return not (isinstance(call.func.value, ast.Name) and call.func.value.id == "torch")
+
+
+# Method -> (what a file contains that may call it, which of its calls are meant).
+_METHODS: dict[str, tuple[str, Callable[[ast.Call], bool]]] = {
+    "to": (r"\.to\([^()]*['\"]cuda", _says_cuda),
+    "init_data": (r"\.init_data\([^()]*['\"]cuda", _says_cuda),
+    "cuda": (r"\.cuda\(", _is_method),
+    "type": (r"['\"]torch\.cuda\.\w+Tensor", lambda call: not call.args and not call.keywords),
+}
 
 
 def _get_rng_state(_original: Any) -> Callable[..., torch.Tensor]:
@@ -158,7 +178,7 @@ def _set_rng_state(_original: Any) -> Callable[..., None]:
 
 def _manual_seed(_original: Any) -> Callable[[int], None]:
     def seed(value: int) -> None:
-        # default_generator only: torch.manual_seed would call back into torch.cuda.
+        # As on a GPU, no other generator is seeded.
         torch.default_generator.manual_seed(int(value))
 
     return seed
@@ -255,6 +275,14 @@ def _reduce_scatter_of_any_sizes(original: Callable[..., Any]) -> Callable[..., 
     return scatter
 
 
+def _not_compiled(model: Any = None, **_kwargs: Any) -> Any:
+    """``torch.compile`` of Megatron's fused functions: as they are written.
+
+    Without a GPU the compiler has nothing to fuse for and would need a C++ toolchain.
+    """
+    return (lambda function: function) if model is None else model
+
+
 def _redirect(owner: Any, name: str, make: Callable[[Any], Any], *call_sites: str) -> Redirect:
     return Redirect(owner, name, make, call_sites)
 
@@ -316,30 +344,31 @@ def _redirects() -> list[Redirect]:
             torch, "zeros", to_cpu, "pipeline_parallel/schedules.py: forward_backward_no_pipelining"
         ),
         _redirect(torch, "ones", to_cpu, "transformer/utils.py: get_default_causal_mask"),
+        _redirect(torch, "compile", lambda _o: _not_compiled, "jit.py: enable_jit_fuser"),
         _redirect(torch, "empty", to_cpu, f"{exchange_py}: exchange_loaded_tensors_gather_rounds"),
         _redirect(torch, "empty_like", to_cpu, f"{exchange_py}: _get_empty_tensor_for_exchange"),
         _redirect(
             ShardedTensor,  # which keeps the torch.empty of before, as a default
             "init_data",
-            _method_device_argument,
+            lambda _o: _init_data,
             f"{exchange_py}: _get_empty_tensor_for_exchange",
         ),
         _redirect(
             torch.Tensor,
             "to",
-            _method_device_argument,
+            lambda _o: _to,
             "optimizer/cpu_offloading/hybrid_optimizer.py: _move_new_state_to_right_device",
         ),
         _redirect(
             torch.Tensor,
             "cuda",
-            _stay,
+            lambda _o: _cuda,
             "models/common/embeddings/rope_utils.py: get_pos_emb_on_this_cp_rank",
         ),
         _redirect(
             torch.Tensor,
             "type",
-            _tensor_type,
+            lambda _o: _type,
             "optimizer/optimizer.py: Float16OptimizerWithFloat16Params.__init__",
         ),
         _redirect(
@@ -382,8 +411,41 @@ def _drop_shared_generator_warning(record: logging.LogRecord) -> bool:
     return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
 
 
+def _current(owner: Any, name: str) -> Callable[..., Any]:
+    """What ``owner.name`` is when the result is called: others may replace it, and put it back."""
+
+    @functools.wraps(getattr(owner, name))
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(owner, name)(*args, **kwargs)
+
+    return call
+
+
+def _stock_view(redirects: list[Redirect]) -> StockView:
+    """Collect the redirects of torch's modules and types; carry out those of Megatron's own."""
+    views: dict[str, View] = {}
+    names: list[tuple[Any, Any]] = []
+    methods = []
+    for redirect in redirects:
+        owner, name = redirect.owner, redirect.name
+        if isinstance(owner, type):
+            methods.append(MethodCall(*_METHODS[name], name, redirect.make(getattr(owner, name))))
+        elif owner.__name__.partition(".")[0] == "torch":
+            value = redirect.make(_current(owner, name))
+            views.setdefault(owner.__name__, View(owner)).show(name, value)
+            names.append((getattr(owner, name), value))
+        else:
+            setattr(owner, name, redirect.make(getattr(owner, name)))
+    for name, view in views.items():
+        parent, _, last = name.rpartition(".")
+        if parent:
+            views[parent].show(last, view)
+    names += [(sys.modules[name], view) for name, view in views.items()]
+    return StockView(names, methods, leave=frozenset({__name__}))
+
+
 def enable() -> bool:
-    """Redirect the calls of ``REDIRECTS``; idempotent.
+    """Redirect the calls of ``REDIRECTS`` in Megatron's modules; idempotent.
 
     Returns:
         True where the redirections are active, False where CUDA is available and nothing was
@@ -395,12 +457,7 @@ def enable() -> bool:
     if _enabled:
         return True
     REDIRECTS.extend(_redirects())
-    for redirect in REDIRECTS:
-        original = getattr(redirect.owner, redirect.name)
-        setattr(redirect.owner, redirect.name, redirect.make(original))
-    # Megatron decorates its fused functions with torch.compile while it is imported; without a
-    # GPU the compiler has nothing to fuse for and would need a C++ toolchain at run time.
-    torch._dynamo.config.disable = True
+    _stock_view(REDIRECTS).install()
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         _drop_shared_generator_warning
     )
