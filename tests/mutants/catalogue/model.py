@@ -10,25 +10,54 @@ _LANGUAGE = MIMO + "model/language_side.py"
 _ROWS = MIMO + "model/token_rows.py"
 _DDP = MIMO + "model/ddp_methods.py"
 _SUBMODULES = MIMO + "submodules/base.py"
+_OUTPUTS = MIMO + "submodules/encoder_outputs.py"
+_OUTPUT_TESTS = UNIT + "test_encoder_outputs.py::"
 _MODEL_TESTS = UNIT + "test_model.py::"
 _SUBMODULE_TESTS = UNIT + "test_submodules.py::"
 
 MODEL = (
     Mutant(
         name="sequence-major-rows",
-        file=_SUBMODULES,
-        old="batch_first = output.transpose(0, 1) if sequence_first else output",
+        file=_OUTPUTS,
+        old="batch_first = output.transpose(0, 1) if self.sequence_first else output",
         new="batch_first = output",
         tests=(_SUBMODULE_TESTS + "test_sequence_first_rows_become_sample_major",),
         why="with more than one sample, embeddings go to another sample's tokens",
     ),
     Mutant(
         name="projection-bias-dropped",
-        file=_SUBMODULES,
-        old="return value if bias is None else value + bias",
+        file=_OUTPUTS,
+        old="return value + more[0]",
         new="return value",
         tests=(_SUBMODULE_TESTS + "test_projection_that_returns_megatron_s_output_and_bias",),
         why="a trained bias never reaches the language model",
+    ),
+    Mutant(
+        name="encoder-by-encoder-rows",
+        file=_SUBMODULES,
+        old="return embeddings.by_item()",
+        new="return torch.cat(list(embeddings), dim=0)",
+        tests=(
+            UNIT + "test_routed_model.py::test_two_encoders_of_one_modality",
+            _OUTPUT_TESTS + "test_several_encoders_are_put_together_item_by_item",
+        ),
+        why="a sample's tokens get rows of other samples, depending on the layout",
+    ),
+    Mutant(
+        name="first-of-the-images-taken-for-all",
+        file=_OUTPUTS,
+        old="if len(output) > 1 and len(kinds) == 1:",
+        new="if False:",
+        tests=(_OUTPUT_TESTS + "test_what_holds_no_rows_or_may_be_two_things_is_refused",),
+        why="of a tuple with one tensor per image only the first image is used",
+    ),
+    Mutant(
+        name="unmerged-rows-of-a-model-output",
+        file=_OUTPUTS,
+        old="if dims == {_MAIN: 3, _POOLED: 2}:",
+        new="if _MAIN in dims:",
+        tests=(_OUTPUT_TESTS + "test_what_holds_no_rows_or_may_be_two_things_is_refused",),
+        why="Qwen's tower returns the rows before merging under that name",
     ),
     Mutant(
         name="fused-sequence-batch-first",

@@ -20,7 +20,44 @@ _COUNT = _FINALIZE_TESTS + "test_tokens_are_counted_once_over_dp_and_cp"
 _EXPERT_TESTS = UNIT + "test_experts_8rank.py::"
 _NORM = _OPTIMIZER_TESTS + "test_the_norm_is_that_of_all_modules_on_every_rank"
 
+_NAMES = MIMO + "wrappers.py"
+_NAME_TESTS = UNIT + "test_wrapped_names.py::"
+_PRETRAINED = MIMO + "training/pretrained.py"
+_PRETRAINED_TESTS = UNIT + "test_pretrained.py::"
+
 WEIGHTS = (
+    Mutant(
+        name="compiled-parts-have-weights-of-their-own",
+        file=_NAMES,
+        old="_KEYS = (_COMPILED, _CHECKPOINTED)",
+        new="_KEYS = (_CHECKPOINTED,)",
+        tests=(_NAME_TESTS + "test_initial_weights",),
+        why="torch.compile changes the model that a seed gives",
+    ),
+    Mutant(
+        name="wrappers-in-checkpoints",
+        file=_NAMES,
+        old='entry.key = _HIDDEN.sub("", entry.key)',
+        new="pass",
+        tests=(_NAME_TESTS + "test_checkpoints_do_not_know_wrappers",),
+        why="a checkpoint of a compiled encoder loads into a compiled one only",
+    ),
+    Mutant(
+        name="pretrained-weights-drawn-anew",
+        file=_WEIGHTS,
+        old="done=set(kept)",
+        new="done=set()",
+        tests=(_PRETRAINED_TESTS + "test_what_is_marked_stays",),
+        why="a pretrained encoder starts from noise",
+    ),
+    Mutant(
+        name="pretrained-parts-of-tp-ranks-compared",
+        file=_PRETRAINED,
+        old="yield (name, pp, tp if cut else -1)",
+        new="yield (name, pp, -1 - cut)",
+        tests=(_PRETRAINED_TESTS + "test_parts_of_tensor_parallel_ranks_differ",),
+        why="every pretrained encoder with TP is refused",
+    ),
     Mutant(
         name="local-layer-index-in-init",
         file=MIMO + "training/global_names.py",

@@ -223,6 +223,6 @@ def test_freezing_after_wrapping_is_refused(late: bool) -> None:
         model.modality_submodules["images"].module.whole.requires_grad_(late)
         how = "unfrozen" if late else "frozen"
         with pytest.raises(
-            ValueError, match=f"'module.whole' of module 'images' was {how} after .*save a checkp"
+            ValueError, match=f"'whole' of module 'images' was {how} after .*save a checkp"
         ):
             finalize([model], torch.ones((), dtype=torch.int))

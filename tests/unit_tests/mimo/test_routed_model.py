@@ -28,8 +28,16 @@ from megatron.core.models.mimo.comm.token_runs import TokenRuns
 from megatron.core.models.mimo.model import local_text
 from megatron.core.models.mimo.model.local_text import LocalText
 from megatron.core.models.mimo.partition.sequence_order import dense_positions, packed_positions
+from megatron.core.transformer.spec_utils import ModuleSpec
 from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
-from tests.unit_tests.mimo.model_stubs import HIDDEN, IMAGE, language_config, mimo_config
+from tests.unit_tests.mimo.model_stubs import (
+    HIDDEN,
+    IMAGE,
+    LinearEncoder,
+    language_config,
+    mimo_config,
+    modality_spec,
+)
 
 LENGTH = 16
 FAN_IN, FAN_OUT, EQUAL = ((2, 4), (2, 2, 2)), ((4, 2), (1, 2, 4)), ((4, 2), (2, 2, 2))
@@ -54,7 +62,7 @@ class Case:
     """Two layouts and a global batch.
 
     ``images``: images of each sample, two tokens each. ``encoded``: how many of all images each
-    encoder replica encodes.
+    encoder replica encodes. ``encoders``: each makes its share of the two rows of every image.
     """
 
     src: tuple[int, int]
@@ -68,6 +76,7 @@ class Case:
     ahead: bool = False
     overlap: bool = False
     balanced: bool = False
+    encoders: tuple[str, ...] = ("linear",)
     change: Callable[[int, dict[str, Any]], None] = lambda rank, inputs: None
 
     @property
@@ -110,7 +119,12 @@ class Case:
         options: dict[str, Any] = {"bridge": self.bridge, "kv_format": kv_format}
         if self.balanced:
             options["encoder_balance"] = {"images": BALANCE}
-        model = MimoModel(mimo_config(config, module_to_grid_map=grids, **options))
+        spec = modality_spec()
+        spec.submodules["encoders"] = {
+            name: ModuleSpec(module=LinearEncoder) for name in self.encoders
+        }
+        modalities = {"images": spec}
+        model = MimoModel(mimo_config(config, modalities, module_to_grid_map=grids, **options))
         model.modality_submodules["images"].requires_grad_(not self.frozen)
         if self.overlap:
             model.modality_submodules["images"].ddp_config = type(
@@ -129,7 +143,7 @@ class Case:
             "position_ids": torch.arange(ids.size(1)).expand_as(ids),
             "labels": ids,
             "loss_mask": torch.ones(ids.shape),
-            "modality_inputs": {"images": {"linear": {"x": pixels}} if len(pixels) else None},
+            "modality_inputs": {"images": self._pixels_of_encoders(pixels)},
         }
         if self.packed:
             lengths = torch.tensor(self.packed, dtype=torch.int32)
@@ -142,6 +156,11 @@ class Case:
         if self.ahead:
             inputs["route_plan"] = {"images": self._plan(rank, model)}
         return inputs
+
+    def _pixels_of_encoders(self, pixels: torch.Tensor) -> dict[str, Any] | None:
+        shares = pixels.chunk(len(self.encoders), dim=1)
+        inputs = {name: {"x": share} for name, share in zip(self.encoders, shares, strict=True)}
+        return inputs if len(pixels) else None
 
     def _plan(self, rank: int, model: MimoModel) -> RoutePlan:
         layout = model.colocated_comms[("images", "language")].layout
@@ -220,7 +239,7 @@ UNEVEN = {
 
 def whole(case: Case) -> Result:
     """The same batch on one rank."""
-    single = Case((1, 1), (1, 1, 1), case.images, [sum(case.images)])
+    single = Case((1, 1), (1, 1, 1), case.images, [sum(case.images)], encoders=case.encoders)
     single.length = case.length
     return single.run()[0]
 
@@ -229,17 +248,35 @@ def whole(case: Case) -> Result:
 @pytest.mark.parametrize("balanced", [False, True], ids=["as_read", "balanced"])
 @pytest.mark.parametrize("name", list(UNEVEN))
 def test_any_number_of_tokens_against_one_rank(name, balanced, sequence_parallel):
-    """Each rank's part of the fused sequence, and the sums of gradients over all ranks."""
     (src, dest), images, encoded = UNEVEN[name]
-    tp, cp, dp = dest
-    sequence_parallel = sequence_parallel and tp > 1
+    sequence_parallel = sequence_parallel and dest[0] > 1
     case = Case(src, dest, images, encoded, sequence_parallel, balanced=balanced)
     case.ahead = name == "uneven_images" and not balanced
+    assert_as_on_one_rank(case)
+
+
+@pytest.mark.parametrize("how", ["gather", "routed", "balanced"])
+@pytest.mark.parametrize("pair", [FAN_IN, FAN_OUT, EQUAL], ids=["fan_in", "fan_out", "equal"])
+def test_two_encoders_of_one_modality(pair, how):
+    """Rows of both stand in each sample, so their order must not follow the layout."""
+    encoders = ("linear", "second")
+    if how == "gather":
+        assert_as_on_one_rank(uniform(pair, bridge="gather", encoders=encoders))
+        return
+    (src, dest), images = pair, [0, 3, 1, 2, 5, 0, 0, 1]
+    encoded = [6, 6] if src[1] == 2 else [0, 6, 5, 1]
+    balanced = how == "balanced"
+    assert_as_on_one_rank(Case(src, dest, images, encoded, balanced=balanced, encoders=encoders))
+
+
+def assert_as_on_one_rank(case: Case) -> None:
+    """Each rank's part of the fused sequence, and the sums of gradients over all ranks."""
+    (tp, cp, dp), src, sequence_parallel = case.dest, case.src, case.sequence_parallel
     found, expected = case.run(), whole(case)
-    batches = torch.arange(len(images)).chunk(dp)
+    batches = torch.arange(len(case.images)).chunk(dp)
     totals: dict[str, torch.Tensor] = {}
     for rank, result in enumerate(found):
-        at = coords(dest, rank)
+        at = coords(case.dest, rank)
         kept = dense_positions(case.length(), at["cp"], cp, at["tp"] * sequence_parallel,
                                tp if sequence_parallel else 1)  # fmt: skip
         mine = batches[at["dp"]]
@@ -414,6 +451,13 @@ def odd_length(rank: int, inputs: dict[str, Any]) -> None:
     inputs["input_ids"] = inputs["input_ids"][:, :15]
 
 
+def flat_rows(rank: int, inputs: dict[str, Any]) -> None:
+    """One encoder replica's encoders return rows whose items nobody knows."""
+    if rank < 2:
+        for each in inputs["modality_inputs"]["images"].values():
+            each["x"] = each["x"].flatten(0, 1)
+
+
 @pytest.mark.parametrize(
     ("options", "change", "error", "message"),
     [
@@ -428,6 +472,12 @@ def odd_length(rank: int, inputs: dict[str, Any]) -> None:
             r"lengths None, the batch has \(0, 8, 16\)",
         ),
         ({}, odd_length, ValueError, r"divisible by 4 .* got 15"),
+        (
+            {"encoders": ("linear", "second")},
+            flat_rows,
+            ValueError,
+            r"ranks 0-1: .*item by item.* \['linear', 'second'\] returned flat rows",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_error_in_an_exchange_group(options, change, error, message):
@@ -437,7 +487,8 @@ def test_what_does_not_fit_is_one_error_in_an_exchange_group(options, change, er
     if change is not None:
         case.change = change
     # The other exchange group is not concerned where only the first one's batch is changed.
-    concerned = range(4 if change in (shift_tokens, longer_batch) or options.get("encoded") else 8)
+    first_only = change in (shift_tokens, longer_batch, flat_rows) or options.get("encoded")
+    concerned = range(4 if first_only else 8)
 
     def body(rank: int) -> str:
         if rank not in concerned:

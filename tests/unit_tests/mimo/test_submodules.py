@@ -170,13 +170,6 @@ def test_of_a_tuple_the_first_entry_is_used():
     assert torch.equal(built(encoder_inputs={"e": {"x": numbered()}}), sample_major())
 
 
-def test_several_encoders_are_concatenated_in_their_order():
-    built = VisionModalitySubmodules(encoders={"a": Echo(), "b": SequenceFirstEcho()})
-    inputs = {"b": {"x": -numbered().transpose(0, 1)}, "a": {"x": numbered()}}
-    expected = torch.cat([sample_major(), -sample_major()])
-    assert torch.equal(built(encoder_inputs=inputs), expected)
-
-
 def test_missing_encoder_inputs_are_named_before_an_encoder_runs():
     class MustNotRun(nn.Module):
         def forward(self, x):

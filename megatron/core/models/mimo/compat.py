@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.models.mimo.wrappers import hide_in_checkpoint
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
@@ -98,6 +99,7 @@ def sharded_state_dict_of_children(
                     module, prefix, sharded_offsets, own_metadata, tp_group=tp_group
                 )
             )
+    hide_in_checkpoint(state)
     return state
 
 

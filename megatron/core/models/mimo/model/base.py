@@ -30,12 +30,14 @@ from megatron.core.models.mimo.model.language_groups import (
 )
 from megatron.core.models.mimo.model.language_side import LanguageSide
 from megatron.core.models.mimo.model.multimodal_rotary import rotary_positions_of
+from megatron.core.models.mimo.model.replicated_encoders import warn_of_replicated_encoders
 from megatron.core.models.mimo.model.routed_side import RoutedSide
 from megatron.core.models.mimo.model.stage_side import StageSide, stages_of
 from megatron.core.models.mimo.model.state_dicts import StateDicts
 from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig
 from megatron.core.models.mimo.training.recompute import recomputable
 from megatron.core.models.mimo.transformer.input_gradients import sum_wanted_gradients_only
+from megatron.core.models.mimo.wrappers import hide_in_states
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
@@ -113,6 +115,7 @@ class MimoModel(
         self.modality_submodules = nn.ModuleDict()
         self._initialize_submodules()
         self._initialize_language_model()
+        hide_in_states(self)
 
     # -- construction ----------------------------------------------------------------------
 
@@ -181,6 +184,8 @@ class MimoModel(
                 if name in self.mimo_config.encoder_memory:
                     built.use_memory(self.mimo_config.encoder_memory[name])
                 sum_wanted_gradients_only(built)
+                grid = (self.mimo_config.module_to_grid_map or {}).get(name)
+                warn_of_replicated_encoders(name, built, grid)
                 self.modality_submodules[name] = built
 
     def _initialize_language_model(self) -> None:

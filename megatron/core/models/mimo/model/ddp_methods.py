@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from megatron.core.models.mimo.wrappers import clean_name
+
 
 def in_low_precision(part: nn.Module) -> bool:
     """Whether a layer's config has it compute in less than 16 bits (fp8, fp4, kitchen's)."""
@@ -24,7 +26,7 @@ def first_microbatch_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]
     """(name, layer) of what Transformer Engine tells which microbatch is a step's first."""
     for name, part in module.named_modules():
         if hasattr(part, "is_first_microbatch"):
-            yield name, part
+            yield clean_name(module, name), part
 
 
 def finish_param_gather(group: Any) -> None:

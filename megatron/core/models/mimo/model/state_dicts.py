@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -26,8 +26,9 @@ class StateDicts:
     ) -> dict[str, Any]:
         """The distributed-checkpoint view of all modules of this rank.
 
-        Each module's replicas are those of its own ``pg_collection``. A wrapper adds ``module.``
-        to the keys, so that they are the keys that :meth:`load_state_dict` takes. Where a module
+        Each module's replicas are those of its own ``pg_collection``. As in stock, DDP and
+        ``Float16Module`` add ``module.`` to the keys; other wrappers do not show in the names on
+        the disk, and ``load_state_dict`` takes names with and without any of them. Where a module
         overlaps its parameter gather, the weights of the last step are gathered here first: all
         ranks call it together.
 
@@ -49,25 +50,6 @@ class StateDicts:
                 replace_prefix_for_sharding(part, f"{prefix}{path}.", f"{prefix}{LANGUAGE_MODEL}.")
             state.update(part)
         return state
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Load a state, whether its keys name the wrappers or not.
-
-        ``state_dict()`` of a wrapped module has no ``module.`` level, its sharded state has.
-        """
-        named = {}
-        levels = [
-            (f"{path}.", compat.peel(module, f"{path}.")[1])
-            for path, module in self._named_modules_of_rank()
-        ]
-        for key, value in state_dict.items():
-            for bare, wrapped in levels:
-                if key.startswith(bare) and not key.startswith(wrapped):
-                    key = wrapped + key[len(bare) :]
-            named[key] = value
-        return super().load_state_dict(named, strict=strict, assign=assign)
 
     def _named_modules_of_rank(self) -> Iterator[tuple[str, nn.Module]]:
         """(path, module) of modalities, virtual stages and every other child, in child order."""

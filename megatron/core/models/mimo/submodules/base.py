@@ -13,8 +13,14 @@ from torch import nn
 from megatron.core.models.mimo import compat
 from megatron.core.models.mimo.memory.activations import ActivationMemory
 from megatron.core.models.mimo.memory.policy import EncoderMemory
+from megatron.core.models.mimo.submodules.encoder_outputs import (
+    EncodedRows,
+    EncoderOutput,
+    RowsPerItem,
+    projected,
+)
+from megatron.core.models.mimo.wrappers import hide_in_states, unwrapped
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from megatron.core.utils import unwrap_model
 
 # What the three dims of an encoder's output may mean: (b, s, h), or (s, b, h).
 OUTPUT_LAYOUTS = ("bsh", "sbh")
@@ -32,7 +38,16 @@ class ModalitySubmodules(ABC, nn.Module):
     * in the spec of the modality: ``params={"sequence_first_encoders": ["vit"]}``;
     * on its own class: ``output_layout = "sbh"`` (``"bsh"`` is the default).
 
-    With more than one encoder their rows are concatenated in the order of ``encoders``.
+    With more than one encoder they all encode the same *items* (images), and rows come item by
+    item: those of ``encoders``' first one for item 0, of its second one for item 0, then item 1.
+    Items are dim 0 of ``(b, s, h)``, or the tensors of a list. For flat rows ``(n, h)`` the spec
+    says what an item is: ``params={"rows_per_item": {"vit": 16}}``, or a function of the encoder's
+    keyword arguments that returns the rows of each item; with a count per *sample* from it, rows
+    of a sample's images stand together.
+
+    What an encoder may return, and where its rows are looked for, says
+    :mod:`.encoder_outputs`; ``params={"encoder_outputs": {"vit": "pooler_output"}}`` names a field
+    of the output, a number a place in a tuple, ``"per_item"`` a tuple of one tensor per item.
 
     Args:
         encoders: name -> module; called with ``encoder_inputs[name]`` as keyword arguments.
@@ -43,13 +58,15 @@ class ModalitySubmodules(ABC, nn.Module):
         is_last_stage: this rank holds its last one.
         pg_collection: the modality's process groups; ``dp_cp`` (and ``tp``) are used to save.
         sequence_first_encoders: names of encoders that return ``(s, b, h)``.
+        encoder_outputs: encoder -> where its output has the rows, if that cannot be seen.
+        rows_per_item: encoder -> rows of each item, if that cannot be seen.
 
     Attributes:
         activation_memory: what becomes of activations until backward; see :meth:`use_memory`.
 
     Raises:
-        ValueError: ``sequence_first_encoders`` names an encoder that is not there, or an
-            encoder's ``output_layout`` is unknown.
+        ValueError: a setting names an encoder that is not there, an encoder's ``output_layout``
+            is unknown, or a number of ``rows_per_item`` is not positive.
     """
 
     def __init__(
@@ -62,6 +79,8 @@ class ModalitySubmodules(ABC, nn.Module):
         is_last_stage: bool = True,
         pg_collection: Any = None,
         sequence_first_encoders: Iterable[str] = (),
+        encoder_outputs: Mapping[str, str | int] | None = None,
+        rows_per_item: Mapping[str, RowsPerItem] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
@@ -73,6 +92,10 @@ class ModalitySubmodules(ABC, nn.Module):
         self._is_first_stage = is_first_stage
         self._is_last_stage = is_last_stage
         self.sequence_first_encoders = self._resolve_layouts(sequence_first_encoders)
+        self.encoder_outputs = dict(encoder_outputs or {})
+        self.rows_per_item = dict(rows_per_item or {})
+        self._check_outputs()
+        hide_in_states(self)
         self.use_memory(EncoderMemory())
 
     def use_memory(self, policy: EncoderMemory) -> None:
@@ -131,13 +154,13 @@ class ModalitySubmodules(ABC, nn.Module):
     def encode(self, encoders_data_batch: Mapping[str, Mapping[str, Any]]) -> list[torch.Tensor]:
         """Run every encoder; one tensor of sample-major rows ``(n, h)`` each.
 
-        Of an encoder that returns ``(embeddings, more, ...)`` the first entry is used.
+        The list is an :class:`EncodedRows`, which knows the encoders' items.
 
         Args:
             encoders_data_batch: encoder name -> its keyword arguments.
 
         Raises:
-            ValueError: inputs of an encoder are missing, or its output is neither 3-D nor 2-D.
+            ValueError: inputs of an encoder are missing, or its output holds no rows.
         """
         if not encoders_data_batch:
             return []
@@ -148,20 +171,31 @@ class ModalitySubmodules(ABC, nn.Module):
                     f"No inputs found for encoder '{name}'; got inputs for "
                     f"{sorted(encoders_data_batch)}, and all of {list(self.encoders)} are needed"
                 )
-        return [
-            self._rows(name, encoder(**encoders_data_batch[name]))
+        found = [
+            self._output_of(name).rows(
+                encoder(**encoders_data_batch[name]), encoders_data_batch[name]
+            )
             for name, encoder in self.encoders.items()
         ]
+        rows, items = zip(*found, strict=True)
+        return EncodedRows(rows, list(self.encoders), items)
 
     def combine_embeddings(self, embeddings: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Concatenate the encoders' rows: a list of ``(n_i, h)`` -> ``(sum n_i, h)``.
+        """Put the encoders' rows together: a list of ``(n_i, h)`` -> ``(sum n_i, h)``.
+
+        Those of :meth:`encode` item by item; any other list, whose items nobody knows, is
+        concatenated.
 
         Raises:
-            ValueError: the list is empty.
+            ValueError: the list is empty; see :meth:`.EncodedRows.by_item`.
         """
         if not embeddings:
             raise ValueError("Cannot combine empty list of embeddings")
-        return embeddings[0] if len(embeddings) == 1 else torch.cat(list(embeddings), dim=0)
+        if len(embeddings) == 1:
+            return embeddings[0]
+        if isinstance(embeddings, EncodedRows):
+            return embeddings.by_item()
+        return torch.cat(list(embeddings), dim=0)
 
     @abstractmethod
     def decode(self, embeddings: torch.Tensor, data_batch: dict[str, Any]) -> torch.Tensor:
@@ -180,7 +214,7 @@ class ModalitySubmodules(ABC, nn.Module):
         """
         combined = self.combine_embeddings(embeddings)
         projections = self.input_projections if is_input else self.output_projections
-        return _tensor_of(projections[0](combined)) if projections else combined
+        return projected(projections[0](combined)) if projections else combined
 
     def forward(
         self,
@@ -211,6 +245,7 @@ class ModalitySubmodules(ABC, nn.Module):
 
         def encode() -> torch.Tensor | None:
             rows = self.encode(encoder_inputs)
+            self._refuse_unknown_order(rows)
             return self.combine_embeddings(rows) if rows else None
 
         return self.activation_memory.run(encode, self._project, None)
@@ -239,15 +274,9 @@ class ModalitySubmodules(ABC, nn.Module):
     def _resolve_layouts(self, sequence_first: Iterable[str]) -> frozenset[str]:
         """Names of the encoders that return ``(s, b, h)``, from the spec and their classes."""
         named = {sequence_first} if isinstance(sequence_first, str) else set(sequence_first)
-        unknown = named - set(self.encoders)
-        # A rank without encoders of its own has nothing to check the names against.
-        if unknown and self.encoders:
-            raise ValueError(
-                f"sequence_first_encoders names {sorted(unknown)}, but the encoders of "
-                f"{type(self).__name__} are {sorted(self.encoders)}"
-            )
+        self._check_names("sequence_first_encoders", named)
         for name, encoder in self.encoders.items():
-            layout = getattr(unwrap_model(encoder), "output_layout", OUTPUT_LAYOUTS[0])
+            layout = getattr(unwrapped(encoder), "output_layout", OUTPUT_LAYOUTS[0])
             if layout not in OUTPUT_LAYOUTS:
                 raise ValueError(
                     f"output_layout of encoder '{name}' must be one of {OUTPUT_LAYOUTS}, "
@@ -257,21 +286,42 @@ class ModalitySubmodules(ABC, nn.Module):
                 named.add(name)
         return frozenset(named)
 
-    def _rows(self, name: str, output: Any) -> torch.Tensor:
-        """One encoder's output -> sample-major rows ``(n, h)``."""
-        if isinstance(output, tuple) and output and torch.is_tensor(output[0]):
-            output = output[0]
-        sequence_first = name in self.sequence_first_encoders
-        if output.ndim == 3:
-            batch_first = output.transpose(0, 1) if sequence_first else output
-            return batch_first.reshape(-1, output.size(-1))
-        if output.ndim == 2 and not sequence_first:
-            return output
-        expected = "3D (s,b,h) tensor" if sequence_first else "3D (b,s,h) or 2D (b*s,h) tensor"
-        raise ValueError(
-            f"Encoder '{name}' output shape {tuple(output.shape)} is not supported. "
-            f"Expected {expected}, got {output.ndim}D"
+    def _check_outputs(self) -> None:
+        self._check_names("encoder_outputs", self.encoder_outputs)
+        self._check_names("rows_per_item", self.rows_per_item)
+        for name, rows in self.rows_per_item.items():
+            if not callable(rows) and not (isinstance(rows, int) and rows > 0):
+                raise ValueError(
+                    f"rows_per_item of encoder '{name}' must be a positive number or a function "
+                    f"of the encoder's keyword arguments, got {rows!r}"
+                )
+
+    def _check_names(self, setting: str, names: Iterable[str]) -> None:
+        unknown = set(names) - set(self.encoders)
+        # A rank without encoders of its own has nothing to check the names against.
+        if unknown and self.encoders:
+            raise ValueError(
+                f"{setting} names {sorted(unknown)}, but the encoders of "
+                f"{type(self).__name__} are {sorted(self.encoders)}"
+            )
+
+    def _output_of(self, name: str) -> EncoderOutput:
+        return EncoderOutput(
+            name,
+            sequence_first=name in self.sequence_first_encoders,
+            where=self.encoder_outputs.get(name),
+            rows_per_item=self.rows_per_item.get(name),
         )
+
+    def _refuse_unknown_order(self, rows: Sequence[torch.Tensor]) -> None:
+        """A class with an ``encode`` of its own, several encoders and the usual way to combine."""
+        own = type(self).combine_embeddings is not ModalitySubmodules.combine_embeddings
+        if len(rows) > 1 and not (own or isinstance(rows, EncodedRows)):
+            raise ValueError(
+                f"{type(self).__name__}.encode returned a {type(rows).__name__} of {len(rows)} "
+                "tensors, which does not say which rows belong to one item; return EncodedRows "
+                "(of submodules.encoder_outputs), or write combine_embeddings, too"
+            )
 
 
 class OneProjectionEach(ModalitySubmodules):
@@ -302,11 +352,3 @@ class OneProjectionEach(ModalitySubmodules):
             NotImplementedError: always.
         """
         raise NotImplementedError(f"Decoding to {self.data} data is not implemented")
-
-
-def _tensor_of(output: Any) -> torch.Tensor:
-    """The value of a projection, whether it returns a tensor or Megatron's (output, bias)."""
-    if not isinstance(output, tuple):
-        return output
-    value, bias = output[0], output[1] if len(output) > 1 else None
-    return value if bias is None else value + bias

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.mimo.wrappers import clean_name
 
 
 def reduce_in_one_order(wrapped: DistributedDataParallel) -> None:
@@ -27,7 +28,7 @@ def reduce_in_one_order(wrapped: DistributedDataParallel) -> None:
             ordered apart. Without ``overlap_grad_reduce`` stock starts them in order anyway.
     """
     if wrapped.ddp_config.overlap_grad_reduce:
-        names = {parameter: name for name, parameter in wrapped.module.named_parameters()}
+        names = {each: clean_name(wrapped, name) for name, each in wrapped.named_parameters()}
         for groups in (wrapped.bucket_groups, wrapped.expert_parallel_bucket_groups):
             _Order(groups, names)
 

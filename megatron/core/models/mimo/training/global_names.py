@@ -1,22 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of modules that do not depend on the layout or on wrapping.
 
-They are those of ``named_modules`` with wrappers (DDP, Float16Module) left out, layers counted
-over all pipeline stages (virtual ones, too) and experts over all expert-parallel ranks.
+They are those of ``named_modules`` with wrappers (:mod:`..wrappers`) left out, layers counted over
+all pipeline stages (virtual ones, too) and experts over all expert-parallel ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch.nn import Module
 
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.mimo.model.stage_side import LANGUAGE_MODEL, VIRTUAL_STAGES
-from megatron.core.transformer.module import Float16Module
-
-_WRAPPERS = (DistributedDataParallel, Float16Module, torch.nn.parallel.DistributedDataParallel)
+from megatron.core.models.mimo.wrappers import unwrapped, wrapped_key
 
 
 def global_modules(module: Module, name: str = "") -> Iterator[tuple[str, Module]]:
@@ -28,7 +24,7 @@ def global_modules(module: Module, name: str = "") -> Iterator[tuple[str, Module
     """
     yield name, module
     for key, child in module.named_children():
-        if isinstance(module, _WRAPPERS):
+        if key == wrapped_key(module):
             yield from global_modules(child, name)
         elif key == VIRTUAL_STAGES:
             for stage in child.children():
@@ -41,6 +37,7 @@ def global_modules(module: Module, name: str = "") -> Iterator[tuple[str, Module
 
 def _global_experts(experts: Module, name: str, owner: Module) -> Iterator[tuple[str, Module]]:
     """Experts under their indices over all expert-parallel ranks."""
+    experts = unwrapped(experts)
     rank = 0 if owner.ep_group is None else owner.ep_group.rank()
     first = rank * len(list(experts.children()))
     yield name, experts
@@ -50,7 +47,7 @@ def _global_experts(experts: Module, name: str, owner: Module) -> Iterator[tuple
 
 def _global_key(key: str, child: Module) -> str:
     """A list index becomes the layer's index over all pipeline stages; names stay."""
-    number = getattr(child, "layer_number", None)
+    number = getattr(unwrapped(child), "layer_number", None)
     if key.isdigit() and isinstance(number, int):
         return str(number - 1)
     return key

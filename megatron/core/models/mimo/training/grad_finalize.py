@@ -25,6 +25,8 @@ from megatron.core.models.mimo.model.stage_side import stages_of
 from megatron.core.models.mimo.training.bucket_order import reduce_in_one_order
 from megatron.core.models.mimo.training.experts import check_expert_sizes, mark_expert_parameters
 from megatron.core.models.mimo.training.nonfinite import ranks_text
+from megatron.core.models.mimo.training.pretrained import refuse_different_weights
+from megatron.core.models.mimo.wrappers import clean_name
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from mimo_colocated import phases
@@ -155,7 +157,7 @@ class MimoGradFinalizer:
         Raises:
             ValueError: a parameter was frozen or unfrozen after its module was wrapped, or got no
                 gradient that an overlapping reduction waits for; the latter, in the first step, is
-                raised on every rank.
+                raised on every rank. Pretrained weights that differ between copies, likewise.
         """
         phases.end_of_microbatches()
         phases.mark(phases.FINALIZE)
@@ -165,6 +167,8 @@ class MimoGradFinalizer:
             refuse_late_freezing(name, module)
             modules.setdefault(name, []).append(module)
         refuse_missing_gradients(modules, together=self._first_step)
+        if self._first_step:
+            refuse_different_weights(modules, self.collections)
         self._first_step = False
         for name, parts in modules.items():
             finalize_model_grads(
@@ -214,9 +218,10 @@ def refuse_late_freezing(name: str, module: torch.nn.Module) -> None:
         if parameter.requires_grad is not hasattr(parameter, "main_grad"):
             now = "unfrozen" if parameter.requires_grad else "frozen"
             raise ValueError(
-                f"parameter '{key}' of module '{name}' was {now} after the module was wrapped in "
-                "DistributedDataParallel; set requires_grad before wrapping. In mid-run: save a "
-                "checkpoint, build the model anew with what is to train, and load it"
+                f"parameter '{clean_name(module, key)}' of module '{name}' was {now} after the "
+                "module was wrapped in DistributedDataParallel; set requires_grad before wrapping. "
+                "In mid-run: save a checkpoint, build the model anew with what is to train, and "
+                "load it"
             )
 
 
@@ -264,7 +269,8 @@ def _without_gradient(parts: Sequence[torch.nn.Module]) -> list[str]:
             groups = module.bucket_groups + module.expert_parallel_bucket_groups
             ready = {p for group in groups for p in group.per_param_grad_ready_counts}
             late = {p for group in groups for p in group.params} - ready if ready else set()
-            found += [key for key, p in module.module.named_parameters() if p in late]
+            named = module.named_parameters()
+            found += [clean_name(module, key) for key, parameter in named if parameter in late]
     return found
 
 

@@ -21,7 +21,8 @@ What a weight is filled with is what stock's constructor would have drawn from: 
 modules of other packages use their own ``reset_parameters``. Draws are fp32 and cast afterwards,
 so precision makes no difference either. CPU and GPU generators give different numbers.
 
-Call it before an optimizer copies the weights, and load pretrained weights afterwards.
+Call it before an optimizer copies the weights. Pretrained weights that are loaded before stay, if
+they are known to be (:mod:`.pretrained`); others are loaded afterwards.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ from megatron.core.models.common.embeddings.language_model_embedding import (
 )
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.mimo.training.global_names import global_modules, join
+from megatron.core.models.mimo.training.pretrained import kept_parameters, say_what_is_kept
 from megatron.core.models.mimo.training.randomness import derive_seed
+from megatron.core.models.mimo.wrappers import unwrapped
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -80,9 +83,11 @@ def initialize_weights(
     tp_group: dist.ProcessGroup | None = None,
     policy: Policy = "global",
 ) -> None:
-    """Refill every parameter of ``module``, frozen ones too.
+    """Refill every parameter of ``module``, frozen ones too, but none that was loaded.
 
-    No collective runs, and the global random state is the same before and after.
+    Loaded is what ``from_pretrained`` of transformers read, and what
+    :func:`.pretrained.keep_weights` marks; rank 0 logs how many parameters stay. No
+    collective runs, and the global random state is the same before and after.
 
     Args:
         module: a model, or a part of one; wrapped or not.
@@ -99,7 +104,9 @@ def initialize_weights(
     if policy not in ("global", "per_shard"):
         raise ValueError(f"policy must be 'global' or 'per_shard', got {policy!r}")
     prefix = name_prefix.removesuffix(".")
-    filler = _Filler(seed, tp_group, policy, _survey(module, prefix))
+    kept = kept_parameters(module)
+    say_what_is_kept(module, prefix, kept)
+    filler = _Filler(seed, tp_group, policy, _survey(module, prefix), done=set(kept))
     with torch.no_grad():
         for name, owner in global_modules(module, prefix):
             filler.fill(name, owner)
@@ -156,7 +163,8 @@ def _survey(root: Module, name_prefix: str) -> _Survey:
             for parameter in module.parameters(recurse=False):
                 survey.init_methods[id(parameter)] = module.config.init_method
         elif isinstance(module, MLP) and module.config.gated_linear_unit:
-            survey.gated |= {id(p) for p in module.linear_fc1.parameters(recurse=False)}
+            gate = unwrapped(module.linear_fc1)
+            survey.gated |= {id(p) for p in gate.parameters(recurse=False)}
         elif isinstance(module, LanguageModule):
             _survey_output_layer(name, module, survey)
     return survey
