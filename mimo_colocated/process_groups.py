@@ -224,13 +224,18 @@ def _meet_nobody(store: dist.Store, ranks: list[int], rank: int, timeout: timede
     return f"hyper_comm_grid/{next(_unmet)}"
 
 
+def is_member(pg: dist.ProcessGroup | None) -> bool:
+    """Return whether ``pg`` is a group that this rank is in, not torch's marker for others."""
+    return pg is not None and pg is not dist.GroupMember.NON_GROUP_MEMBER
+
+
 def release_group(pg: dist.ProcessGroup | None) -> None:
     """Destroy a process group if this rank is in it; nothing is left to do after the world's end.
 
     Args:
         pg: a group, ``None``, or torch's marker for a group that this rank is not in.
     """
-    if pg is None or pg is dist.GroupMember.NON_GROUP_MEMBER:
+    if not is_member(pg):
         return
     try:
         dist.destroy_process_group(pg)

@@ -17,11 +17,14 @@ import numbers
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch.distributed as dist
 
-from mimo_colocated.process_groups import make_groups, release_group
+from mimo_colocated.process_groups import is_member, make_groups, release_group
+
+_is_process_group_member = is_member
 
 _BASE_VIEW_NAME = "base"
 
@@ -122,20 +125,19 @@ class GridShape:
 
 
 @dataclass(frozen=True)
-class _RankView:
+class _RankViewSpec:
     """One named factorisation of a grid's ranks; ``shared_dims`` use the base view's groups."""
 
     name: str
-    box: GridShape
+    shape: list[int]
+    dim_names: list[str]
     shared_dims: list[str]
+    rank_offset: int = 0
 
-    @property
-    def shape(self) -> list[int]:
-        return list(self.box.shape)
-
-    @property
-    def dim_names(self) -> list[str]:
-        return list(self.box.dim_names)
+    @cached_property
+    def box(self) -> GridShape:
+        """The ranks in it."""
+        return _box(self.shape, self.dim_names, self.rank_offset)
 
 
 class HyperCommGrid:
@@ -180,7 +182,8 @@ class HyperCommGrid:
         self.rank_offset = rank_offset
         self.size = box.size
         self.backend = backend
-        self._views: dict[str, _RankView] = {_BASE_VIEW_NAME: _RankView(_BASE_VIEW_NAME, box, [])}
+        base = _RankViewSpec(_BASE_VIEW_NAME, shape[:], dim_names[:], [], rank_offset)
+        self._views: dict[str, _RankViewSpec] = {_BASE_VIEW_NAME: base}
         self._pgs: dict[_GroupKey, dist.ProcessGroup | None] = {}
         # Who is in the groups that were made here, to share them instead of making twins.
         self._members: dict[_GroupKey, frozenset[tuple[int, ...]]] = {}
@@ -231,7 +234,8 @@ class HyperCommGrid:
             )
         shared = list(shared_dims or [])
         self._check_shared(name, box, shared)
-        self._views[name] = _RankView(name, box, shared)
+        spec = _RankViewSpec(name, shape[:], dim_names[:], shared, self.rank_offset)
+        self._views[name] = spec
 
     def create_pg(
         self, dims: str | list[str], *, view: str | None = None, **kwargs: Any
@@ -293,7 +297,8 @@ class HyperCommGrid:
 
     def _make(self, key: _GroupKey, rank_enum: list[list[int]], **kwargs: Any) -> None:
         # Said of a rank that is waited for.
-        kwargs.setdefault("group_desc", key if isinstance(key, str) else "-".join(key[1]))
+        name = key if self._is_base_pg_key(key) else "-".join(key[1])
+        kwargs.setdefault("group_desc", name)
         self._pgs[key] = make_groups(rank_enum, self.backend, **kwargs)
         self._members[key] = _members(rank_enum)
 
@@ -317,8 +322,8 @@ class HyperCommGrid:
 
         Whatever the order in ``dims``, the dim that comes first in ``dim_names`` is fastest.
         """
-        spec = self._view(view)
-        return spec.box.enumerate_groups(self._ordered_in_view(spec, dims))
+        spec = self._resolve_view(view)
+        return spec.box.enumerate_groups(self._order_dims_for_view(spec, dims)[0])
 
     def destroy(self) -> None:
         """Destroy each process group that this grid made and this rank is in; idempotent."""
@@ -334,7 +339,13 @@ class HyperCommGrid:
 
     def _gen_rank_enum(self, dims: list[str]) -> list[list[int]]:
         """Groups over ``dims`` of the base view, the last of ``dims`` fastest (no reordering)."""
-        return self._base.enumerate_groups(dims)
+        return self._gen_rank_enum_for(self.shape, self.dim_names, dims)
+
+    def _gen_rank_enum_for(
+        self, shape: list[int], dim_names: list[str], dims: list[str]
+    ) -> list[list[int]]:
+        """The same over another factorisation of the grid's ranks."""
+        return _box(shape, dim_names, self.rank_offset).enumerate_groups(dims)
 
     def _order_dims(self, dims: str | list[str]) -> tuple[list[str], str]:
         """``_order_dims_for`` on the base view (the name that Megatron-Core 0.16 has)."""
@@ -355,33 +366,51 @@ class HyperCommGrid:
         ordered = sorted(wanted, key=lambda dim: -dim_names.index(dim))
         return ordered, "-".join(ordered)
 
-    def _view(self, name: str | None) -> _RankView:
-        name = _BASE_VIEW_NAME if name is None else name
+    def _resolve_view(self, view: str | None) -> _RankViewSpec:
+        """The view of that name, ``None`` for the base view."""
+        name = _BASE_VIEW_NAME if view is None else view
         if name not in self._views:
             raise KeyError(
                 f"View {name!r} is not registered. Registered views: {sorted(self._views)}"
             )
         return self._views[name]
 
-    def _ordered_in_view(self, view: _RankView, dims: str | list[str]) -> list[str]:
+    def _order_dims_for_view(
+        self, view: _RankViewSpec, dims: str | list[str]
+    ) -> tuple[list[str], str]:
+        """``_order_dims_for`` on a view; the error names it."""
         for dim in [dims] if isinstance(dims, str) else dims:
-            if dim not in view.box.dim_names:
+            if dim not in view.dim_names:
                 raise ValueError(
                     f"{dim!r} is not in view {view.name!r} with dim_names {view.dim_names}"
                 )
-        return self._order_dims_for(view.dim_names, dims)[0]
+        return self._order_dims_for(view.dim_names, dims)
 
     def _locate(
         self, dims: str | list[str], view: str | None
     ) -> tuple[_GroupKey, GridShape, list[str]]:
         """Where groups over ``dims`` are kept, the box that numbers them, the dims in its order."""
-        spec = self._view(view)
-        ordered = self._ordered_in_view(spec, dims)
-        if spec.name != _BASE_VIEW_NAME:
-            if not set(ordered) <= set(spec.shared_dims):
-                return (spec.name, tuple(ordered)), spec.box, ordered
-            ordered = self._order_dims(ordered)[0]
-        return "-".join(ordered), self._base, ordered
+        spec = self._resolve_view(view)
+        ordered, _ = self._order_dims_for_view(spec, dims)
+        key, spec, ordered = self._canonical_pg_key_and_enum_view(spec, ordered)
+        return key, spec.box, ordered
+
+    def _canonical_pg_key_and_enum_view(
+        self, view: _RankViewSpec, ordered_dims: list[str]
+    ) -> tuple[_GroupKey, _RankViewSpec, list[str]]:
+        """Where groups are kept, the view that numbers them, the dims in that view's order.
+
+        Groups over shared dims are the base view's.
+        """
+        if view.name != _BASE_VIEW_NAME:
+            if not set(ordered_dims) <= set(view.shared_dims):
+                return (view.name, tuple(ordered_dims)), view, ordered_dims
+            ordered_dims, _ = self._order_dims(ordered_dims)
+        return "-".join(ordered_dims), self._views[_BASE_VIEW_NAME], ordered_dims
+
+    def _is_base_pg_key(self, key: _GroupKey) -> bool:
+        """Whether groups with this key are the base view's."""
+        return isinstance(key, str)
 
     def _check_shared(self, name: str, box: GridShape, shared: list[str]) -> None:
         if len(set(shared)) != len(shared):
@@ -404,6 +433,11 @@ class HyperCommGrid:
                     f"Shared dim {dim!r} has different membership across views: base enumeration "
                     f"{base} != view {name!r} enumeration {other}"
                 )
+
+
+def box_of(grid: Any) -> GridShape:
+    """The ranks of a grid, or of what has a grid's ``shape``, ``dim_names`` and ``rank_offset``."""
+    return _box(grid.shape, grid.dim_names, grid.rank_offset)
 
 
 def _members(rank_enum: list[list[int]]) -> frozenset[tuple[int, ...]]:

@@ -17,6 +17,25 @@ _SUBMODULE_TESTS = UNIT + "test_submodules.py::"
 
 MODEL = (
     Mutant(
+        name="helpers-of-a-mock",
+        file=MIMO + "stand_ins.py",
+        old="if found is _MISSING or (not helper and hasattr(stand_in, name)):",
+        new="if found is _MISSING or hasattr(stand_in, name):",
+        tests=(UNIT + "test_stand_ins.py::test_methods_work_on_mocks_that_answer_to_any_name",),
+        why="a method on a mock asks the mock for what only this project knows",
+    ),
+    Mutant(
+        name="own-adapter-gets-no-embeddings",
+        file=MIMO + "model/routed_side.py",
+        old="if adapter is None or cuts_as_ours(adapter):",
+        new="if True:",
+        tests=(
+            UNIT + "test_routed_model.py::"
+            "test_a_users_partition_adapter_gets_the_whole_sequence_and_what_it_returns_is_used",
+        ),
+        why="a user's adapter is called without the sequence, and what it makes of it is lost",
+    ),
+    Mutant(
         name="sequence-major-rows",
         file=_OUTPUTS,
         old="batch_first = output.transpose(0, 1) if self.sequence_first else output",

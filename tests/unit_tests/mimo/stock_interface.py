@@ -67,8 +67,7 @@ def definitions() -> Iterator[tuple[str, Any, Any]]:
             if isinstance(value, type) and not issubclass(value, enum.Enum):
                 for member, theirs in vars(value).items():
                     if _is_callable_member(member, theirs):
-                        found = inspect.getattr_static(mine, member, None) if mine else None
-                        yield f"{module_name}.{name}.{member}", theirs, found
+                        yield f"{module_name}.{name}.{member}", theirs, _member(mine, member)
 
 
 def _defined_in(module: ModuleType) -> Iterator[tuple[str, Any]]:
@@ -76,6 +75,17 @@ def _defined_in(module: ModuleType) -> Iterator[tuple[str, Any]]:
         here = getattr(value, "__module__", None) == module.__name__
         if here and isinstance(value, type | FunctionType):
             yield name, value
+
+
+def _member(owner: type | None, name: str) -> Any:
+    """Return a member; not one that only hands on what it is given, but what gets it."""
+    for each in getattr(owner, "__mro__", ()):
+        found = vars(each).get(name)
+        if found is not None:
+            kinds = [p.kind for p in _signature(found)] if isinstance(found, FunctionType) else []
+            if kinds[1:] != [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]:
+                return found
+    return None
 
 
 def _is_callable_member(name: str, value: Any) -> bool:
@@ -88,6 +98,7 @@ def differences(stock: Any, ours: Any) -> list[str]:
     if ours is None:
         return ["there is none"]
     if isinstance(stock, type):
+        # Its __init__ is compared like any method.
         return [] if isinstance(ours, type) else [f"a {type(ours).__name__}, not a class"]
     if isinstance(stock, property) or isinstance(ours, property):
         return [] if type(stock) is type(ours) else ["a property is one of the two"]
@@ -121,8 +132,9 @@ def _signature_differences(
             continue
         if each.kind in positional and places[place : place + 1] != [each.name]:
             found.append(f"{each.name} is not at place {place}")
-        if each.default is not each.empty and not _same_default(each.default, mine.default):
-            found.append(f"{each.name} is {mine.default!r} if it is not given, not {each.default!r}")
+        default = each.default
+        if default is not each.empty and not _same_default(default, mine.default):
+            found.append(f"{each.name} is {mine.default!r} by default, not {default!r}")
     known = {each.name for each in stock}
     for each in ours:
         optional = each.default is not each.empty or each.kind in (
@@ -135,5 +147,7 @@ def _signature_differences(
 
 
 def _same_default(stock: Any, ours: Any) -> bool:
-    # A dataclass's factory has a marker for a default.
-    return stock == ours or repr(stock) == repr(ours) == "<factory>"
+    # Enums of the two are different classes; a dataclass's factory has a marker for a default.
+    if isinstance(stock, enum.Enum) or repr(stock) == "<factory>":
+        return repr(stock) == repr(ours)
+    return stock == ours

@@ -11,7 +11,8 @@ from __future__ import annotations
 import doctest
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -541,3 +542,58 @@ def test_no_full_sequence_is_allocated(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, recorded(getattr(torch.Tensor, name)))
     uniform(FAN_IN, sequence_parallel=True).run()
     assert largest == dict.fromkeys(range(8), 4 * LENGTH // 4)
+
+
+class OwnAdapter:
+    """A user's partition adapter: notes what it is given and marks what it returns."""
+
+    def __init__(self, inner: Any, seq_parallel: bool) -> None:
+        self.inner, self.cfg = inner, SimpleNamespace(seq_parallel=seq_parallel)
+        self.given: list[dict[str, Any]] = []
+
+    def shard(self, **given: Any) -> Any:
+        self.given.append(given)
+        cut = tuple(given.values())
+        embeddings, labels, mask, packed = self.inner.shard(*cut) if self.inner else cut
+        return embeddings, labels + 1, mask * 2, packed
+
+
+@dataclass
+class OwnCase(Case):
+    """A case whose model has such an adapter on every rank."""
+
+    def build(self) -> tuple[MimoModel, dict[str, HyperCommGrid]]:
+        model, grids = super().build()
+        own = OwnAdapter(model.partition_adapter, self.sequence_parallel)
+        model.partition_adapter = own
+        forward = model.forward
+
+        def checked(**inputs: Any) -> Any:
+            output, mask = forward(**inputs)
+            (given,) = own.given
+            assert list(given) == ["embeddings", "labels", "loss_mask", "packed_seq_params"]
+            assert given["embeddings"].shape[:2] == inputs["input_ids"].T.shape
+            assert torch.equal(mask, inputs["loss_mask"] * 2)
+            return output, mask
+
+        model.forward = checked
+        return model, grids
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tp_copies", "sp"])
+def test_a_users_partition_adapter_gets_the_whole_sequence_and_what_it_returns_is_used(
+    sequence_parallel: bool,
+) -> None:
+    layout = (1, 4), (2, 1, 2), [2] * 4, [2] * 4
+    case = OwnCase(*layout, sequence_parallel=sequence_parallel)
+    plain = Case(*layout, sequence_parallel=sequence_parallel).run()
+    own, gathered = case.run(), replace(case, bridge="gather").run()
+    assert_equal(case, own, gathered)
+    assert all(torch.equal(a.fused, b.fused) for a, b in zip(own, plain, strict=True))
+    assert all(torch.equal(a.labels, b.labels + 1) for a, b in zip(own, plain, strict=True))
+
+
+def test_a_users_partition_adapter_is_refused_where_routes_cut_for_cp() -> None:
+    case = OwnCase((2, 2), (1, 2, 2), [2] * 4, [4, 4])
+    with pytest.raises(ValueError, match=r"OwnAdapter with a shard .* CP 2 .* bridge='gather'"):
+        case.run()

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
-from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.hyper_comm_grid import HyperCommGrid, box_of
 from megatron.core.models.mimo.comm.bridge_layout import (
     BridgeDirection,
     BridgeLayout,
@@ -86,16 +86,15 @@ class ColocatedBridgeCommunicator:
         *,
         check_shapes: bool = False,
     ) -> None:
-        self.layout = BridgeLayout.from_grids(
-            src_grid, dest_grid, src_module_name, dest_module_name
-        )
+        self.src_grid, self.dest_grid = src_grid, dest_grid
+        self.src_module_name, self.dest_module_name = src_module_name, dest_module_name
+        self._validate_grids()
         self.dim_mapping = dict(dim_mapping or _BATCH_FIRST)
         _check_dim_mapping(self.dim_mapping)
         backend = common_backend(src_grid, dest_grid)
-        self.src_grid, self.dest_grid = src_grid, dest_grid
-        self.src_module_name, self.dest_module_name = src_module_name, dest_module_name
         self.check_shapes = check_shapes
-        self._repeat_layout()
+        self._extract_parallelism_info()
+        self._build_rank_mappings()
         self.current_rank = dist.get_rank()
         self._destroyed = False
         self.dest_cp_pg = dest_grid.get_or_create_pg("cp") if self.dest_cp_size > 1 else None
@@ -172,16 +171,30 @@ class ColocatedBridgeCommunicator:
         group, self.gather_pg = self.gather_pg, None
         release_group(group)
 
-    def _repeat_layout(self) -> None:
+    def _validate_grids(self) -> None:
+        """Lay the bridge between the grids; see ``BridgeLayout.from_grids`` for what is refused."""
+        grids = box_of(self.src_grid), box_of(self.dest_grid)
+        self.layout = BridgeLayout.from_grids(*grids, self.src_module_name, self.dest_module_name)
+
+    def _extract_parallelism_info(self) -> None:
+        """The sizes of the layout, as attributes."""
         layout = self.layout
         self.direction, self.scale = layout.direction, layout.scale
         self.src_tp_size, self.src_dp_size = layout.src_tp_size, layout.src_dp_size
         self.dest_tp_size, self.dest_dp_size = layout.dest_tp_size, layout.dest_dp_size
         self.dest_cp_size, self.dest_pp_size = layout.dest_cp_size, layout.dest_pp_size
+
+    def _build_rank_mappings(self) -> None:
+        """Who is where in the layout, as attributes."""
+        layout = self.layout
         self.rank_to_src_pos = layout.rank_to_src_pos
         self.rank_to_dest_pos = layout.rank_to_dest_pos
         self.rank_to_dest_coords = layout.rank_to_dest_coords
         self.gather_group_ranks = [list(ranks) for ranks in layout.gather_groups]
+
+    def _check_divisible(self, batch_size: int) -> None:
+        """Refuse a batch dim that cannot be shared, see ``BridgeLayout.check_divisible``."""
+        self.layout.check_divisible(batch_size)
 
     def _make_gather_pg(self, backend: str | None) -> dist.ProcessGroup | None:
         if self.scale == 1:
@@ -208,7 +221,7 @@ class ColocatedBridgeCommunicator:
             )
         self.layout.check_rank(self.current_rank)
         if self.is_fan_out():
-            self.layout.check_divisible(tensor.shape[self.dim_mapping["b"]])
+            self._check_divisible(tensor.shape[self.dim_mapping["b"]])
 
     def _check_agreement(self, tensor: torch.Tensor) -> None:
         what = f"Input of bridge {self._describe()}"
@@ -231,12 +244,14 @@ def common_backend(src_grid: HyperCommGrid, dest_grid: HyperCommGrid) -> str | N
     Raises:
         ValueError: the grids name different ones.
     """
-    if src_grid.backend and dest_grid.backend and src_grid.backend != dest_grid.backend:
+    # What is only like a grid need not say one.
+    src, dest = (getattr(grid, "backend", None) for grid in (src_grid, dest_grid))
+    if src and dest and src != dest:
         raise ValueError(
-            f"Grids must have the same backend: src={src_grid.backend!r}, "
-            f"dest={dest_grid.backend!r}. Pass one backend to both, or None for the default one."
+            f"Grids must have the same backend: src={src!r}, dest={dest!r}. Pass one backend to "
+            "both, or None for the default one."
         )
-    return src_grid.backend or dest_grid.backend
+    return src or dest
 
 
 def _check_dim_mapping(dim_mapping: dict[str, int]) -> None:

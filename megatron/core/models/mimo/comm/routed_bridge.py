@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import BackendConfig
 
-from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.hyper_comm_grid import HyperCommGrid, box_of
 from megatron.core.models.mimo.comm.bridge_layout import BridgeDirection
 from megatron.core.models.mimo.comm.colocated_communicator import common_backend
 from megatron.core.models.mimo.comm.exchange import Flight, PlanTensors, issue_exchange
@@ -77,8 +77,8 @@ class RoutedBridge:
         if guard not in GUARDS:
             raise ValueError(f"guard must be one of {GUARDS}, got {guard!r}")
         self.layout = RouteLayout.from_grids(
-            src_grid,
-            dest_grid,
+            box_of(src_grid),
+            box_of(dest_grid),
             src_module_name,
             dest_module_name,
             sequence_parallel=sequence_parallel,

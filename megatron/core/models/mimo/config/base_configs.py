@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
 
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.comm.balance import EncoderBalance
@@ -104,3 +105,14 @@ class MimoModelConfig:
                 f"'{MIMO_LANGUAGE_MODULE_KEY}'. Missing: {sorted(expected - grid_keys)}, "
                 f"extra: {sorted(grid_keys - expected)}"
             )
+
+
+def option_of(config: Any, name: str) -> Any:
+    """Return an option that stock's config does not have; a stand-in for one gets its default."""
+    if isinstance(config, MimoModelConfig):
+        return getattr(config, name)
+    (option,) = (each for each in fields(MimoModelConfig) if each.name == name)
+    default = option.default if option.default is not MISSING else option.default_factory()
+    value = getattr(config, name, default)
+    # A mock answers to any name.
+    return value if isinstance(value, type(default)) else default

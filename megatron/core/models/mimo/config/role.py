@@ -65,7 +65,7 @@ class RankRole:
             RuntimeError: the rank is in no grid.
         """
         if module_to_grid_map is None or cls._all_grids_colocated(module_to_grid_map):
-            return cls._colocated(modality_module_names, module_to_grid_map or {})
+            return cls._colocated(modality_module_names, module_to_grid_map)
         return cls._from_grid_map(module_to_grid_map)
 
     @staticmethod
@@ -77,8 +77,9 @@ class RankRole:
     def _colocated(
         cls,
         modality_module_names: Iterable[str],
-        module_to_grid_map: Mapping[str, HyperCommGrid],
+        module_to_grid_map: Mapping[str, HyperCommGrid] | None = None,
     ) -> RankRole:
+        module_to_grid_map = module_to_grid_map or {}
         names = [*modality_module_names, MIMO_LANGUAGE_MODULE_KEY]
         stages = {name: _colocated_stage(module_to_grid_map.get(name)) for name in names}
         return cls(modules=stages, mode=ModuleLayout.COLOCATED)

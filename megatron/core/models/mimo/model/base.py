@@ -15,7 +15,7 @@ from megatron.core.enums import ModelType
 from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
 from megatron.core.models.mimo.comm.routes import RoutePlan
-from megatron.core.models.mimo.config.base_configs import MimoModelConfig
+from megatron.core.models.mimo.config.base_configs import MimoModelConfig, option_of
 from megatron.core.models.mimo.config.role import (
     MIMO_LANGUAGE_MODULE_KEY,
     ModuleLayout,
@@ -35,6 +35,7 @@ from megatron.core.models.mimo.model.routed_side import RoutedSide
 from megatron.core.models.mimo.model.stage_side import StageSide, stages_of
 from megatron.core.models.mimo.model.state_dicts import StateDicts
 from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig
+from megatron.core.models.mimo.stand_ins import model_method
 from megatron.core.models.mimo.training.recompute import recomputable
 from megatron.core.models.mimo.transformer.input_gradients import sum_wanted_gradients_only
 from megatron.core.models.mimo.wrappers import hide_in_states
@@ -131,7 +132,7 @@ class MimoModel(
         needs_cp, needs_sp = config.context_parallel_size > 1, config.sequence_parallel
         refuse_other_cp_size(grid, cp_group, config.context_parallel_size)
         if self.role.mode is ModuleLayout.COLOCATED:
-            refuse_other_pp_size(grid, config.pipeline_model_parallel_size)
+            refuse_other_pp_size(grid, getattr(config, "pipeline_model_parallel_size", None))
         cp_group = language_group(grid, "cp", cp_group, needs_cp)
         tp_group = language_group(grid, "tp", tp_group, needs_sp)
         if not needs_cp and not needs_sp:
@@ -147,12 +148,13 @@ class MimoModel(
             )
         )
 
+    @model_method
     def _build_colocated_communicators(self) -> None:
         """One bridge per modality; grids without ``tp`` or ``dp`` say nothing and get none."""
         grid_map = self.mimo_config.module_to_grid_map
         if any(not {"tp", "dp"} <= set(grid.dim_names) for grid in grid_map.values()):
             return
-        routed = self.mimo_config.bridge == "routed"
+        routed = option_of(self.mimo_config, "bridge") == "routed"
         make = self._routed_bridge if routed else self._gather_bridge
         # The spec's order, the same on all ranks: bridges create process groups.
         for name in self.mimo_config.modality_submodules_spec:
@@ -170,9 +172,10 @@ class MimoModel(
         return RoutedBridge(
             **ends,
             sequence_parallel=self.config.sequence_parallel,
-            guard=self.mimo_config.bridge_guard,
+            guard=option_of(self.mimo_config, "bridge_guard"),
         )
 
+    @model_method
     def _initialize_submodules(self) -> None:
         """Build the modalities of this rank."""
         for name, spec in self.mimo_config.modality_submodules_spec.items():
@@ -181,25 +184,29 @@ class MimoModel(
                 built = spec.module.from_spec(
                     spec, is_first_stage=stage.is_first_stage, is_last_stage=stage.is_last_stage
                 )
-                if name in self.mimo_config.encoder_memory:
-                    built.use_memory(self.mimo_config.encoder_memory[name])
-                sum_wanted_gradients_only(built)
-                grid = (self.mimo_config.module_to_grid_map or {}).get(name)
-                warn_of_replicated_encoders(name, built, grid)
+                memory = option_of(self.mimo_config, "encoder_memory")
+                if name in memory:
+                    built.use_memory(memory[name])
+                if isinstance(built, nn.Module):
+                    sum_wanted_gradients_only(built)
+                    grids = getattr(self.mimo_config, "module_to_grid_map", None) or {}
+                    warn_of_replicated_encoders(name, built, grids.get(name))
                 self.modality_submodules[name] = built
 
+    @model_method
     def _initialize_language_model(self) -> None:
         """Build the language model, where this rank has a stage of it."""
         self.language_model = None
         if self.role.has_language_module:
             self.language_model = build_module(self.mimo_config.language_model_spec)
-            if self.mimo_config.virtual_stage_specs:
-                specs = self.mimo_config.virtual_stage_specs
+            specs = option_of(self.mimo_config, "virtual_stage_specs")
+            if specs:
                 self.virtual_stages = nn.ModuleList(build_module(spec) for spec in specs)
             self._refuse_embedding_scatter()
             self._refuse_other_stages()
             self._drop_text_alike_over_tp()
 
+    @model_method
     def destroy(self) -> None:
         """Release the process groups that this model made. May be called again."""
         for communicator in self.colocated_comms.values():
@@ -215,19 +222,22 @@ class MimoModel(
         """
         return stages_of(self)
 
+    @model_method
     def _active_submodules(self) -> Iterator[nn.Module]:
         """The language model, then the modalities, as far as this rank has them."""
         yield from self.language_stages()
-        for submodule in self.modality_submodules.values():
+        for submodule in getattr(self, "modality_submodules", {}).values():
             if submodule is not None:
                 yield submodule
 
+    @model_method
     def _active_ddp_modules(self) -> Iterator[Any]:
         """Those of them that have a DDP wrapper."""
         for module in self._active_submodules():
             if isinstance(module, DistributedDataParallel):
                 yield module
 
+    @model_method
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take what the schedule received from other ranks.
 
@@ -247,6 +257,7 @@ class MimoModel(
 
     # -- forward ---------------------------------------------------------------------------
 
+    @model_method
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -285,12 +296,14 @@ class MimoModel(
         """
         phases.next_microbatch()
         self._refuse_plan_without_routes(route_plan)
+        # What stock does not know is said only where it is given: a replaced method may lack it.
+        further = {} if route_plan is None else {"route_plan": route_plan}
         language_inputs = (input_ids, position_ids, attention_mask, loss_mask, labels)
         self.start_param_gathers()
         try:
             if self.role.mode is ModuleLayout.COLOCATED:
                 found = self._forward_all_modules(
-                    *language_inputs, modality_inputs, packing_kwargs, route_plan
+                    *language_inputs, modality_inputs, packing_kwargs, **further
                 )
             elif self.role.has_modality_modules:
                 rows = self._forward_encoders(input_ids, modality_inputs, self.input_tensors)
@@ -306,6 +319,7 @@ class MimoModel(
         self.finish_param_gathers()
         return found
 
+    @model_method
     def _forward_all_modules(
         self,
         input_ids: torch.Tensor,
@@ -324,16 +338,16 @@ class MimoModel(
             fused, packed = self._fuse_routed(
                 input_ids, position_ids, modality_inputs, packing_kwargs, route_plan
             )
-            _, labels, loss_mask, packed = self._shard_language_inputs(
-                None, labels, loss_mask, packed
-            )
+            fused, labels, loss_mask, packed = self._shard_routed(fused, labels, loss_mask, packed)
             return self._call_language_model(fused, position_ids, None, labels, packed), loss_mask
-        self._check_batch(input_ids, self._build_packed_seq_params(packing_kwargs))
+        packed = self._build_packed_seq_params(packing_kwargs)
+        self._check_batch(input_ids, packed)
         rows = self._encode_for_language(input_ids, modality_inputs)
         return self._run_first_stage(
-            rows, input_ids, position_ids, None, loss_mask, labels, packing_kwargs
+            rows, input_ids, position_ids, None, loss_mask, labels, packed
         )
 
+    @model_method
     def _forward_language_module(
         self,
         input_ids: torch.Tensor,
@@ -351,19 +365,21 @@ class MimoModel(
             ``{"language": hidden states}``, for the schedule to route.
         """
         self._refuse_mask_under_cp(attention_mask)
+        packed = self._build_packed_seq_params(packing_kwargs)
         received = dict(input_tensors or {})
         hidden_states = received.pop(MIMO_LANGUAGE_MODULE_KEY, None)
         if self.role.is_first_stage(MIMO_LANGUAGE_MODULE_KEY):
             output, loss_mask = self._run_first_stage(
-                received, input_ids, position_ids, attention_mask, loss_mask, labels, packing_kwargs
+                received, input_ids, position_ids, attention_mask, loss_mask, labels, packed
             )
         else:
+            _, labels, loss_mask, packed = self._shard_language_inputs(
+                embeddings=None, labels=labels, loss_mask=loss_mask, packed_seq_params=packed
+            )
             language_model = unwrap_model(self.language_model)
             if hidden_states is not None and hasattr(language_model, "set_input_tensor"):
                 language_model.set_input_tensor(hidden_states)
-            output, loss_mask = self._run_language_model(
-                None, position_ids, attention_mask, loss_mask, labels, packing_kwargs
-            )
+            output = self._call_language_model(None, position_ids, attention_mask, labels, packed)
         if not self.role.is_last_stage(MIMO_LANGUAGE_MODULE_KEY):
             output = {MIMO_LANGUAGE_MODULE_KEY: output}
         return output, loss_mask
@@ -376,30 +392,15 @@ class MimoModel(
         attention_mask: torch.Tensor | None,
         loss_mask: torch.Tensor | None,
         labels: torch.Tensor | None,
-        packing_kwargs: Mapping[str, Any] | None,
+        packed: PackedSeqParams | None,
     ) -> tuple[Any, torch.Tensor | None]:
         """Fuse modality rows with the text and run the language model on the result."""
         phases.mark(phases.LANGUAGE_FORWARD)
-        fused = self._fuse_gathered(rows, input_ids, position_ids)
-        return self._run_language_model(
-            fused, position_ids, attention_mask, loss_mask, labels, packing_kwargs
-        )
-
-    def _run_language_model(
-        self,
-        fused: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        loss_mask: torch.Tensor | None,
-        labels: torch.Tensor | None,
-        packing_kwargs: Mapping[str, Any] | None,
-    ) -> tuple[Any, torch.Tensor | None]:
-        """Cut for CP and SP and call the language model; ``fused`` is ``(S, B, H)`` or None."""
         embeddings, labels, loss_mask, packed = self._shard_language_inputs(
-            embeddings=fused,
+            embeddings=self._fuse_gathered(rows, input_ids, position_ids),
             labels=labels,
             loss_mask=loss_mask,
-            packed_seq_params=self._build_packed_seq_params(packing_kwargs),
+            packed_seq_params=packed,
         )
         output = self._call_language_model(embeddings, position_ids, attention_mask, labels, packed)
         return output, loss_mask
@@ -418,8 +419,7 @@ class MimoModel(
         stage = language_model or self.language_model
         if embeddings is not None:
             embeddings = recomputable(embeddings, stage)
-        adapter = self.partition_adapter
-        cp_group = adapter.cfg.cp_group if adapter is not None and adapter.cfg.use_cp else None
+        cp_group = self._partitioning("cp_group") if self._partitioning("use_cp") else None
         with rotary_positions_of(stage, packed, cp_group):
             output = stage(
                 input_ids=None,

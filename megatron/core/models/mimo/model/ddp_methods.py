@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from megatron.core.models.mimo.stand_ins import TakesStandIns, model_method
 from megatron.core.models.mimo.wrappers import clean_name
 
 
@@ -35,7 +36,7 @@ def finish_param_gather(group: Any) -> None:
         group.finish_param_sync(skip_next_bucket_dispatch=True)
 
 
-class DDPMethods:
+class DDPMethods(TakesStandIns):
     """Mixin: data-parallel calls, handed on to the wrapped modules of this rank."""
 
     def _active_submodules(self) -> Iterator[nn.Module]:
@@ -52,6 +53,7 @@ class DDPMethods:
         """The DDP modules of this rank whose config has an overlap option on."""
         return [m for m in self._active_ddp_modules() if getattr(m.ddp_config, option)]
 
+    @model_method
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Gradients only accumulate inside: modules that reduce in the backward pass wait."""
@@ -60,6 +62,7 @@ class DDPMethods:
                 stack.enter_context(module.no_sync())
             yield
 
+    @model_method
     def start_grad_sync(self, *unused: Any) -> None:
         """Start the gradient reduction of modules that overlap it."""
         for module in self._overlapping("overlap_grad_reduce"):
@@ -75,6 +78,7 @@ class DDPMethods:
                 if in_low_precision(part):
                     part.is_first_microbatch = True
 
+    @model_method
     def zero_grad_buffer(self) -> None:
         """Forget the gradients of all modules of this rank, wrapped or not."""
         for module in self._active_submodules():
@@ -83,6 +87,7 @@ class DDPMethods:
             else:
                 module.zero_grad()
 
+    @model_method
     def start_param_sync(
         self, *unused: Any, force_sync: bool = False, force_dispatch: bool = False
     ) -> None:
@@ -122,6 +127,8 @@ class DDPMethods:
 
     def _gathering(self) -> Iterator[Any]:
         """Bucket groups whose weights forward hooks wait for, in the order of the forward pass."""
+        if not isinstance(self, nn.Module):
+            return  # of a stand-in no step is run
         stages = {id(stage) for stage in self.language_stages()}
         modules = self._overlapping("overlap_param_gather")
         for module in sorted(modules, key=lambda module: id(module) in stages):
@@ -130,17 +137,20 @@ class DDPMethods:
                 yield from reversed(module.bucket_groups)
                 yield from reversed(module.expert_parallel_bucket_groups)
 
+    @model_method
     def enable_forward_pre_hook(self) -> None:
         """Forward passes wait for gathered parameters, in modules that overlap the gather."""
         for module in self._overlapping("overlap_param_gather"):
             module.enable_forward_pre_hook()
 
+    @model_method
     def disable_forward_pre_hook(self, param_sync: bool = True) -> None:
         """Undo :meth:`enable_forward_pre_hook`; ``param_sync`` gathers the parameters now."""
         self.finish_param_gathers()
         for module in self._overlapping("overlap_param_gather"):
             module.disable_forward_pre_hook(param_sync=param_sync)
 
+    @model_method
     def free_overlap_buffers(self) -> None:
         """Release the gather buffers of modules that overlap the parameter gather.
 

@@ -22,6 +22,7 @@ from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY, Modu
 from megatron.core.models.mimo.memory.activations import latest_offloaded
 from megatron.core.models.mimo.memory.offload import reload_when_needed
 from megatron.core.models.mimo.model.token_rows import TEXT
+from megatron.core.models.mimo.stand_ins import TakesStandIns, model_method
 from megatron.core.utils import unwrap_model
 from mimo_colocated import phases
 
@@ -29,7 +30,7 @@ from mimo_colocated import phases
 _SPLIT_SIZES = "_mimo_bridge_split_sizes"
 
 
-class EncoderSide:
+class EncoderSide(TakesStandIns):
     """Mixin of :class:`MimoModel`: what happens before the rows meet the text."""
 
     def _encode_for_language(
@@ -95,6 +96,7 @@ class EncoderSide:
         )
         return text_is_frozen or waits_for_gradients(submodule)
 
+    @model_method
     def _apply_colocated_comms(
         self, modality_embeddings: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
@@ -105,7 +107,8 @@ class EncoderSide:
                 phases.mark(phases.BRIDGE_FORWARD)
                 moved = communicator.communicate(modality_embeddings[name])
                 phases.when_gradient_arrives(moved, phases.BRIDGE_BACKWARD)
-                offloaded = latest_offloaded(self.modality_submodules[name])
+                submodules = getattr(self, "modality_submodules", {})
+                offloaded = latest_offloaded(submodules[name]) if name in submodules else None
                 modality_embeddings[name] = reload_when_needed(moved, offloaded)
         return modality_embeddings
 
@@ -146,7 +149,9 @@ class EncoderSide:
         """
         communicator = self.colocated_comms.get((name, MIMO_LANGUAGE_MODULE_KEY))
         scale = getattr(communicator, "scale", 1)
-        if communicator is None or not isinstance(scale, int) or scale == 1:
+        if communicator is None:
+            return  # Nobody waits for it; where the rows are placed it is said, too.
+        if not isinstance(scale, int) or scale == 1:
             arriving, how = rows, ""
         elif communicator.is_fan_in():
             arriving = rows * scale
@@ -160,6 +165,7 @@ class EncoderSide:
             advice = "; every replica must have the same number" if how else ""
             raise ValueError(count_mismatch(name, tokens, arriving) + how + advice)
 
+    @model_method
     def _forward_encoders(
         self,
         input_ids: torch.Tensor | None,
@@ -193,6 +199,7 @@ class EncoderSide:
                 outputs[name] = output
         return outputs
 
+    @model_method
     def _attach_modality_split_sizes(
         self, output: torch.Tensor, input_ids: torch.Tensor | None, encoder_name: str
     ) -> None:
@@ -227,6 +234,7 @@ class EncoderSide:
                 "give every sample the same number of tokens or lower the encoder's DP"
             )
 
+    @model_method
     def _has_encoder_tokens(self, input_ids: torch.Tensor | None, encoder_name: str) -> bool:
         """Whether the batch has tokens of a modality."""
         token_id = self.special_token_ids.get(encoder_name)
@@ -234,6 +242,7 @@ class EncoderSide:
             return False
         return bool((input_ids == token_id).any())
 
+    @model_method
     def _empty_encoder_output(self, encoder_name: str) -> torch.Tensor:
         """No rows, ``(0, H)``, on the encoder's device and in the language model's dtype.
 
@@ -246,7 +255,8 @@ class EncoderSide:
             raise ValueError(
                 "Language model config must define hidden_size for empty modality output"
             )
-        parameter = next(self.modality_submodules[encoder_name].parameters(), None)
+        submodule = dict(getattr(self, "modality_submodules", {})).get(encoder_name)
+        parameter = next(submodule.parameters(), None) if isinstance(submodule, nn.Module) else None
         return torch.empty(
             (0, hidden_size),
             # A module without parameters has no device; Megatron's current one is then right.
@@ -302,6 +312,8 @@ def waits_for_gradients(submodule: nn.Module) -> bool:
 def _row_parameters(submodule: nn.Module) -> Iterator[nn.Parameter]:
     """What rows are made with: decoders and output projections have no part in them."""
     inner = unwrap_model(submodule)
+    if not isinstance(inner, nn.Module):
+        return  # a stand-in
     parts = [getattr(inner, part, None) for part in ("encoders", "input_projections")]
     for part in [part for part in parts if isinstance(part, nn.Module)] or [inner]:
         yield from part.parameters()

@@ -21,6 +21,8 @@ def refuse_other_cp_size(
         ValueError: two of them differ.
     """
     grid_size, group_size = _grid_size(grid, "cp"), _group_size(cp_group)
+    if known_size(config_size) is None:
+        return
     if grid_size not in (None, config_size):
         raise ValueError(
             f"The language grid has cp size {grid_size}, the language config has "
@@ -40,7 +42,7 @@ def refuse_other_pp_size(grid: HyperCommGrid | None, config_size: int) -> None:
         ValueError: they differ.
     """
     grid_size = _grid_size(grid, "pp") or 1
-    if grid is not None and grid_size != config_size:
+    if grid is not None and known_size(config_size) not in (None, grid_size):
         raise ValueError(
             f"The language grid has pp size {grid_size}, the language config has "
             f"pipeline_model_parallel_size {config_size}; they must be equal, change one of them"
@@ -90,14 +92,15 @@ def _grid_size(grid: HyperCommGrid | None, dim: str) -> int | None:
     """Size of a dim that the grid names; ``None`` where it does not say."""
     if grid is None or dim not in grid.dim_names:
         return None
-    return _as_int(grid.shape[list(grid.dim_names).index(dim)])
+    return known_size(grid.shape[list(grid.dim_names).index(dim)])
 
 
 def _group_size(group: Any) -> int | None:
     """Ranks of a group; ``None`` for a stand-in without a size."""
     size = getattr(group, "size", None)
-    return _as_int(size()) if callable(size) else None
+    return known_size(size()) if callable(size) else None
 
 
-def _as_int(value: Any) -> int | None:
+def known_size(value: Any) -> int | None:
+    """Return a size; ``None`` where a stand-in for a config or a group does not say one."""
     return value if isinstance(value, int) else None

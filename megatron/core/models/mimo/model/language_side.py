@@ -14,17 +14,19 @@ from megatron.core.models.mimo.comm.token_runs import count_mismatch
 from megatron.core.models.mimo.model.encoder_side import refuse_unknown_modalities
 from megatron.core.models.mimo.model.token_rows import TEXT, TokenRows
 from megatron.core.models.mimo.partition.packed_lengths import check_packing, longest_sequence
-from megatron.core.models.mimo.partition.utils import Sharded
+from megatron.core.models.mimo.partition.utils import Sharded, cuts_as_ours
+from megatron.core.models.mimo.stand_ins import TakesStandIns, model_method
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import unwrap_model
 
 
-class LanguageSide:
+class LanguageSide(TakesStandIns):
     """Mixin of :class:`MimoModel`: how text and modality rows become language-model input."""
 
     # The last batch's token positions, so that one forward pass looks for them once.
     _rows_memo: tuple[torch.Tensor, int, dict[str, int], TokenRows] | None = None
 
+    @model_method
     def get_text_embeddings(
         self,
         input_ids: torch.Tensor,
@@ -73,6 +75,7 @@ class LanguageSide:
             special_token_ids=self.special_token_ids,
         )
 
+    @model_method
     def align_embeddings_by_token_positions(
         self,
         modality_embeddings: Mapping[str, torch.Tensor],
@@ -120,13 +123,14 @@ class LanguageSide:
     def _embedding_dtype(self) -> torch.dtype:
         """What the embedding layer returns; the same on all ranks, known before it runs."""
         config = self.mimo_config.language_model_spec.params["config"]
-        if getattr(config, "fp32_residual_connection", False):
+        if getattr(config, "fp32_residual_connection", False) is True:
             return torch.float32
         language_model = unwrap_model(self.language_model)
         # A later pipeline stage has no embedding; its first weight is of the same dtype.
         owner = getattr(language_model, "embedding", None) or language_model
         return next(owner.parameters()).dtype
 
+    @model_method
     def _build_packed_seq_params(
         self, packing_kwargs: Mapping[str, Any] | None
     ) -> PackedSeqParams | None:
@@ -158,12 +162,13 @@ class LanguageSide:
         Raises:
             SequenceShardError: a length or a shape that cannot be cut.
         """
-        if self.partition_adapter is not None:
-            return self.partition_adapter.check(*input_ids.shape, packed)
-        if packed is not None:
+        adapter = getattr(self, "partition_adapter", None)
+        if adapter is None and isinstance(packed, PackedSeqParams):
             check_packing(packed, *input_ids.shape)
-        return None
+        # An adapter of the user's own knows what it can cut.
+        return adapter.check(*input_ids.shape, packed) if cuts_as_ours(adapter) else None
 
+    @model_method
     def _shard_language_inputs(
         self,
         embeddings: torch.Tensor | None,
@@ -181,14 +186,18 @@ class LanguageSide:
             packed_seq_params=packed_seq_params,
         )
 
+    def _partitioning(self, field: str) -> Any:
+        """A field of the partition adapter's ``cfg``; ``None`` where there is none."""
+        adapter = getattr(self, "partition_adapter", None)
+        return getattr(getattr(adapter, "cfg", None), field, None)
+
     def _refuse_embedding_scatter(self) -> None:
         """Under SP the embedding layer must return all positions: modality rows come between.
 
         Raises:
             RuntimeError: the embedding layer scatters over TP.
         """
-        adapter = self.partition_adapter
-        if adapter is None or not adapter.cfg.seq_parallel:
+        if not self._partitioning("seq_parallel"):
             return
         embedding = getattr(unwrap_model(self.language_model), "embedding", None)
         if getattr(embedding, "scatter_to_sequence_parallel", False):
@@ -206,10 +215,11 @@ class LanguageSide:
         goes to all ranks that hold a part of the vocabulary, through their own mask: with masks
         that differ it would be another function's.
         """
-        adapter = self.partition_adapter
+        if not self._partitioning("seq_parallel"):
+            return
         embedding = getattr(unwrap_model(self.language_model), "embedding", None)
         dropout = getattr(embedding, "embedding_dropout", None)
-        if adapter is None or not adapter.cfg.seq_parallel or not isinstance(dropout, nn.Dropout):
+        if not isinstance(dropout, nn.Dropout):
             return
         share, dropout.p = dropout.p, 0.0
 
@@ -219,8 +229,7 @@ class LanguageSide:
         embedding.register_forward_hook(drop)
 
     def _refuse_mask_under_cp(self, attention_mask: torch.Tensor | None) -> None:
-        adapter = self.partition_adapter
-        if attention_mask is not None and adapter is not None and adapter.cfg.use_cp:
+        if attention_mask is not None and self._partitioning("use_cp"):
             raise RuntimeError(
                 "MIMO context parallelism requires attention_mask=None, got a mask of shape "
                 f"{tuple(attention_mask.shape)}: a dense mask does not fit the cut sequence. Mask "

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.distributed import ProcessGroup
 
 from megatron.core.models.mimo.comm.collectives import sum_gradients
 from megatron.core.models.mimo.comm.exchange import to_device
@@ -23,6 +24,8 @@ from megatron.core.models.mimo.comm.plan_guard import problem_of
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
 from megatron.core.models.mimo.comm.routes import RoutePlan, RowCountError
 from megatron.core.models.mimo.comm.token_runs import Runs, TokenRuns
+from megatron.core.models.mimo.config.base_configs import option_of
+from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.models.mimo.memory.activations import latest_offloaded
 from megatron.core.models.mimo.memory.offload import reload_when_needed
 from megatron.core.models.mimo.model.encoder_side import (
@@ -31,7 +34,9 @@ from megatron.core.models.mimo.model.encoder_side import (
 )
 from megatron.core.models.mimo.model.local_text import LocalText
 from megatron.core.models.mimo.model.token_rows import TEXT, fill_places
+from megatron.core.models.mimo.partition.utils import Sharded, cuts_as_ours
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from mimo_colocated import phases
 
 
@@ -76,10 +81,11 @@ class RoutedSide:
 
     def _refuse_plan_without_routes(self, route_plan: Mapping[str, RoutePlan] | None) -> None:
         if route_plan is not None and not self._routed_bridges():
+            bridge = option_of(self.mimo_config, "bridge")
             raise ValueError(
-                "route_plan was given, but this model has no routed bridge (bridge="
-                f"{self.mimo_config.bridge!r}); build it with bridge='routed' and grids over the "
-                "same ranks, or leave route_plan out"
+                f"route_plan was given, but this model has no routed bridge (bridge={bridge!r}); "
+                "build it with bridge='routed' and grids over the same ranks, or leave "
+                "route_plan out"
             )
 
     def _fuse_routed(
@@ -159,7 +165,7 @@ class RoutedSide:
     @cached_property
     def _input_balances(self) -> dict[str, InputBalance]:
         bridges = self._routed_bridges()
-        wanted = self.mimo_config.encoder_balance.items()
+        wanted = option_of(self.mimo_config, "encoder_balance").items()
         return {name: InputBalance(bridges[name], how) for name, how in wanted if name in bridges}
 
     def _balance_inputs(
@@ -183,6 +189,7 @@ class RoutedSide:
         """(packing, cumulative lengths of a packed batch under CP, why it cannot be cut)."""
         packed = lengths = problem = None
         try:
+            self._refuse_own_adapter_under_cp()
             packed = self._build_packed_seq_params(packing_kwargs)
             lengths = self._check_batch(input_ids, packed)
         except ValueError as error:
@@ -294,6 +301,53 @@ class RoutedSide:
                 raise RuntimeError(missing_inputs(name, error.tokens)) from error
             raise
 
+    def _shard_routed(
+        self,
+        fused: torch.Tensor,
+        labels: torch.Tensor | None,
+        loss_mask: torch.Tensor | None,
+        packed: PackedSeqParams | None,
+    ) -> Sharded:
+        """Cut what goes with a fused sequence that its routes have cut.
+
+        A partition adapter that the user put in place gets the whole sequence, as in stock.
+        """
+        layout = next(iter(self._routed_bridges().values())).layout
+        adapter = getattr(self, "partition_adapter", None)
+        if adapter is None or cuts_as_ours(adapter):
+            _, labels, loss_mask, packed = self._shard_language_inputs(
+                embeddings=None, labels=labels, loss_mask=loss_mask, packed_seq_params=packed
+            )
+            return fused, labels, loss_mask, packed
+        if layout.sequence_parallel and layout.dest_tp_size > 1:
+            fused = gather_from_sequence_parallel_region(
+                fused, tensor_parallel_output_grad=False, group=self._language_tp_group()
+            )
+        return self._shard_language_inputs(
+            embeddings=fused, labels=labels, loss_mask=loss_mask, packed_seq_params=packed
+        )
+
+    def _refuse_own_adapter_under_cp(self) -> None:
+        """Over routes only the model's own adapter cuts for CP, since rows travel by its rule.
+
+        Raises:
+            ValueError: there is another one.
+        """
+        layout = next(iter(self._routed_bridges().values())).layout
+        adapter = getattr(self, "partition_adapter", None)
+        if layout.dest_cp_size > 1 and adapter is not None and not cuts_as_ours(adapter):
+            raise ValueError(
+                f"partition_adapter is a {type(adapter).__name__} with a shard of its own, but "
+                f"with bridge='routed' and CP {layout.dest_cp_size} rows go to the positions that "
+                "PartitionAdapter.shard keeps; build the model with bridge='gather'"
+            )
+
+    def _language_tp_group(self) -> ProcessGroup:
+        """The language model's TP group, also where the adapter in place does not say one."""
+        group = self._partitioning("tp_group")
+        grids = self.mimo_config.module_to_grid_map
+        return grids[MIMO_LANGUAGE_MODULE_KEY].get_pg("tp") if group is None else group
+
     def _encoder_takes_part(self, name: str, modality_inputs: Mapping[str, Any] | None) -> bool:
         """Whether an encoder without rows has a backward pass: it ran, or is waited for."""
         ran = (modality_inputs or {}).get(name) is not None
@@ -322,7 +376,7 @@ class RoutedSide:
         if text.kept is not None:
             # Each TP rank keeps other tokens, so each has another part of the gradient.
             if layout.dest_tp_size > 1:
-                embedded = sum_gradients(embedded, self.partition_adapter.cfg.tp_group)
+                embedded = sum_gradients(embedded, self._language_tp_group())
             embedded = embedded.index_select(0, kept)
         rows, places = {TEXT: embedded}, {TEXT: place}
         for name, flight in flights.items():

@@ -24,12 +24,14 @@ from megatron.core.models.mimo.comm.token_runs import TokenRuns
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY, ModuleLayout
 from megatron.core.models.mimo.memory.activations import latest_offloaded
 from megatron.core.models.mimo.memory.offload import reload_when_needed
+from megatron.core.models.mimo.model.language_groups import known_size
 from megatron.core.models.mimo.model.routed_side import Brought
 from megatron.core.utils import unwrap_model
 from mimo_colocated import phases
 
 # The attributes of a model that hold its language model, and the further virtual stages of it.
 LANGUAGE_MODEL, VIRTUAL_STAGES = "language_model", "virtual_stages"
+VIRTUAL_SIZE = "virtual_pipeline_model_parallel_size"
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +105,9 @@ class StageSide:
     @property
     def is_pipelined(self) -> bool:
         """Whether this rank holds some of the language model's stages only."""
-        stage = self.role.modules.get(MIMO_LANGUAGE_MODULE_KEY)
+        # Not all that its methods are called on has a role.
+        modules = getattr(getattr(self, "role", None), "modules", None) or {}
+        stage = modules.get(MIMO_LANGUAGE_MODULE_KEY)
         return stage is not None and not (stage.is_first_stage and stage.is_last_stage)
 
     def encode_microbatches(
@@ -184,10 +188,12 @@ class StageSide:
                 fused = self._place_local(input_ids, position_ids, encoded.tokens, encoded.rows)
             else:
                 whole = self._fuse_gathered(dict(encoded.gathered), input_ids, position_ids)
-        cut, labels, loss_mask, packed = self._shard_language_inputs(
-            whole, labels, loss_mask, packed
-        )
-        fused = cut if fused is None else fused
+        if fused is None:
+            fused, labels, loss_mask, packed = self._shard_language_inputs(
+                embeddings=whole, labels=labels, loss_mask=loss_mask, packed_seq_params=packed
+            )
+        else:
+            fused, labels, loss_mask, packed = self._shard_routed(fused, labels, loss_mask, packed)
         output = self._call_language_model(
             fused, position_ids, None, labels, packed, language_model=language_model
         )
@@ -244,10 +250,10 @@ class StageSide:
             ValueError: one embeds or has a head where it must not, or the other way round; or
                 their number is not the config's.
         """
-        if self.role.mode is not ModuleLayout.COLOCATED:
+        if getattr(self.role, "mode", None) is not ModuleLayout.COLOCATED:
             return
         stage, built = self.role.modules[MIMO_LANGUAGE_MODULE_KEY], stages_of(self)
-        virtual = self.config.virtual_pipeline_model_parallel_size or 1
+        virtual = known_size(getattr(self.config, VIRTUAL_SIZE, None)) or 1
         if len(built) != virtual:
             raise ValueError(
                 f"The language config has virtual_pipeline_model_parallel_size {virtual}, but "
@@ -261,7 +267,7 @@ class StageSide:
             }
             for flag, value in wanted.items():
                 found = getattr(each, flag, value)
-                if found != value:
+                if isinstance(found, bool) and found != value:
                     raise ValueError(
                         f"The language model's virtual stage {number} was built with "
                         f"{flag}={found}, but by its grid this rank is {self._stage_words()}; "
@@ -280,8 +286,11 @@ class StageSide:
 
 def stages_of(model: Any) -> list[nn.Module]:
     """The language model's stages on this rank, in order; see ``MimoModel.language_stages``."""
-    first = getattr(model, LANGUAGE_MODEL)
-    return [] if first is None else [first, *getattr(model, VIRTUAL_STAGES, ())]
+    first = getattr(model, LANGUAGE_MODEL, None)
+    further = getattr(model, VIRTUAL_STAGES, None)
+    # A mock answers to any name.
+    further = further if isinstance(further, nn.ModuleList) else ()
+    return [] if first is None else [first, *further]
 
 
 def _move_together(

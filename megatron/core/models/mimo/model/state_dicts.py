@@ -12,12 +12,14 @@ from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.mimo import compat
 from megatron.core.models.mimo.model.stage_side import LANGUAGE_MODEL, VIRTUAL_STAGES
+from megatron.core.models.mimo.stand_ins import TakesStandIns, model_method
 from megatron.core.transformer.module import Float16Module
 
 
-class StateDicts:
+class StateDicts(TakesStandIns):
     """Mixin of :class:`MimoModel`: states, with and without the wrappers of its modules."""
 
+    @model_method
     def sharded_state_dict(
         self,
         prefix: str = "",

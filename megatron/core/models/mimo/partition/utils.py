@@ -27,6 +27,7 @@ from megatron.core.models.mimo.partition.sequence_order import (
     packed_spans,
     shard_factor,
 )
+from megatron.core.models.mimo.stand_ins import TakesStandIns, on_stand_ins
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.parallel_state import (
     get_context_parallel_group,
@@ -39,6 +40,7 @@ try:
 except ImportError:
     tex = None
 
+_adapter_method = on_stand_ins(__name__, "PartitionAdapter")
 _HAVE_TEX = tex is not None
 # The first Transformer Engine release whose index kernel handles padded packed sequences.
 _TEX_MIN_VERSION = "1.10.0"
@@ -132,18 +134,21 @@ def get_batch_on_this_cp_rank(
     }
 
 
-class PartitionAdapter:
+class PartitionAdapter(TakesStandIns):
     """Cuts fused embeddings, labels and loss mask for the language model's CP and SP.
 
     Args:
         cfg: see :class:`PartitionConfig`.
     """
 
+    # What was found out about the latest packed batch.
+    _checked_lengths: tuple[list[Any], Any, list[int] | None] | None = None
+    _index: tuple[list[int], torch.device, torch.Tensor] | None = None
+
     def __init__(self, cfg: PartitionConfig) -> None:
         self.cfg = cfg
-        self._checked_lengths: tuple[list[Any], Any, list[int] | None] | None = None
-        self._index: tuple[list[int], torch.device, torch.Tensor] | None = None
 
+    @_adapter_method
     def shard(
         self,
         embeddings: torch.Tensor | None,
@@ -175,13 +180,17 @@ class PartitionAdapter:
         Raises:
             SequenceShardError: a length or a shape that cannot be cut.
         """
-        lengths = None
+        if not self.cfg.use_cp and not self.cfg.seq_parallel:
+            return embeddings, labels, loss_mask, packed_seq_params
         if embeddings is not None or labels is not None or loss_mask is not None:
-            lengths = self._check(embeddings, labels, loss_mask, packed_seq_params)
+            self._check(embeddings, labels, loss_mask, packed_seq_params)
         if self.cfg.use_cp:
-            embeddings, labels, loss_mask = self._apply_context_parallel(
-                embeddings, labels, loss_mask, packed_seq_params, lengths
+            batch_first = None if embeddings is None else embeddings.transpose(0, 1)
+            batch_first, labels, loss_mask, packed_seq_params = self._apply_context_parallel(
+                batch_first, labels, loss_mask, packed_seq_params
             )
+            if batch_first is not None:
+                embeddings = batch_first.transpose(0, 1).contiguous()
         if self.cfg.seq_parallel and embeddings is not None:
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(
                 embeddings, group=self.cfg.tp_group
@@ -254,31 +263,35 @@ class PartitionAdapter:
         self._checked_lengths = (tensors, key, lengths if cp > 1 else None)
         return self._checked_lengths[2]
 
+    @_adapter_method
     def _apply_context_parallel(
         self,
         embeddings: torch.Tensor | None,
         labels: torch.Tensor | None,
         loss_mask: torch.Tensor | None,
         packed_seq_params: PackedSeqParams | None,
-        lengths: list[int] | None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Keep this CP rank's positions: embeddings ``(S/cp,B,H)``, the others ``(B,S/cp)``."""
+    ) -> Sharded:
+        """Keep this CP rank's positions: ``(B,S,H)`` -> ``(B,S/cp,H)``, ``(B,S)`` -> ``(B,S/cp)``.
+
+        Raises:
+            SequenceShardError: a length or a shape that cannot be cut.
+        """
         named = {"embeddings": embeddings, "labels": labels, "loss_mask": loss_mask}
         batch = {key: value for key, value in named.items() if value is not None}
-        if embeddings is not None:
-            batch["embeddings"] = embeddings.transpose(0, 1)
-        if lengths is None:
+        if not self.cfg.use_cp or not batch:
+            return embeddings, labels, loss_mask, packed_seq_params
+        if not _is_packed(packed_seq_params):
             batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=self.cfg.cp_group)
         else:
+            shape, cp_size = next(iter(batch.values())).shape[:2], get_pg_size(self.cfg.cp_group)
+            lengths = self._check_packed(packed_seq_params, *shape, cp_size)
             batch = {
                 key: value.index_select(
                     1, self._packed_index(packed_seq_params, lengths, value.device)
                 )
                 for key, value in batch.items()
             }
-        if embeddings is not None:
-            batch["embeddings"] = batch["embeddings"].transpose(0, 1).contiguous()
-        return batch.get("embeddings"), batch.get("labels"), batch.get("loss_mask")
+        return (*(batch.get(key) for key in named), packed_seq_params)
 
     def _packed_index(
         self, params: PackedSeqParams | None, lengths: list[int], device: torch.device
@@ -313,6 +326,12 @@ def packed_index(lengths: list[int], cp_rank: int, cp_size: int) -> torch.Tensor
     spans = packed_spans(lengths, cp_rank, cp_size)
     pieces = [torch.arange(start, stop) for start, stop in spans]
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
+
+
+def cuts_as_ours(adapter: Any) -> bool:
+    """Whether a partition adapter cuts as :meth:`PartitionAdapter.shard` does, as it stands."""
+    shard = getattr(adapter, "shard", None)
+    return getattr(shard, "__func__", None) is PartitionAdapter.shard
 
 
 def _kernel_applies(device: torch.device) -> bool:
