@@ -326,7 +326,8 @@ class MimoOptimizer(MegatronOptimizer):
         info = self.module_infos[name]
         if not (info.is_active and info.optimizer):
             return
-        tp = info.pg_collection.tp.size() > 1
+        tp_group = getattr(info.pg_collection, "tp", None)
+        tp = tp_group is not None and tp_group.size() > 1
         for inner in inner_optimizers([info.optimizer]):
             for param in inner.get_parameters():
                 copied = tp and not getattr(param, "tensor_model_parallel", False)

@@ -93,7 +93,10 @@ def inner_optimizers(optimizers: list[MegatronOptimizer]) -> list[MegatronOptimi
 
     A chain of several has no ``get_parameters`` in Megatron-Core 0.16.
     """
-    return [o for opt in optimizers for o in getattr(opt, "chained_optimizers", [opt])]
+    chains = [getattr(opt, "chained_optimizers", None) for opt in optimizers]
+    # A list; a mock answers to any name.
+    links = [c if isinstance(c, list) else [o] for c, o in zip(chains, optimizers, strict=True)]
+    return [inner for chain in links for inner in chain]
 
 
 def dynamic_scalers(optimizers: list[MegatronOptimizer]) -> list[DynamicGradScaler]:
