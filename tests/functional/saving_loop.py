@@ -19,6 +19,8 @@ from tests.unit_tests.mimo.digits_runs import Run, only_rank_0, run
 def save_in_a_loop(root: str, journal: str, pair: tuple[str, str], saves: int) -> None:
     """Resume from the newest checkpoint, check its content, then save ``saves`` more.
 
+    Every other one in the background, while the weights change.
+
     The weights of step ``n`` are a function of ``n``, so that each checkpoint's content is known.
     Rank 0 writes to the journal what it found, and when each save begins and ends.
 
@@ -39,7 +41,9 @@ def save_in_a_loop(root: str, journal: str, pair: tuple[str, str], saves: int) -
         for number in range(step + 1, step + 1 + saves):
             _fill(one, number)
             note("begin", number)
-            one.save(store, number)
+            one.save(store, number, background=number % 2 == 0)
+            _fill(one, 0)  # what is written now, is written from copies
+            store.wait()
             note("end", number)
 
 

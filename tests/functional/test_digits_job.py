@@ -419,11 +419,12 @@ SAVING = f"{TWO_RANKS} --steps 3 --save-every 2 --no-evaluate"
 
 
 @pytest.mark.parametrize(
-    ("code", "sentence"),
+    ("code", "options", "sentence"),
     [
         pytest.param(
             "import shutil, types\n"
             "shutil.disk_usage = lambda path: types.SimpleNamespace(free=1_000_000)\n",
+            "",
             r"rank 0 could not write checkpoint .*/step_00000002: .* MB needed, 1\.0 MB free: make "
             r"room on that disk; training stopped after step 2",
             id="seen beforehand",
@@ -432,6 +433,7 @@ SAVING = f"{TWO_RANKS} --steps 3 --save-every 2 --no-evaluate"
             _WATCH_OPEN.format(
                 rank=1, name=".distcp", folder="", action='return _open("/dev/full", "wb")'
             ),
+            "--no-background-saves",
             r"rank 1 could not write checkpoint .*/step_00000002: the disk is full "
             r"\(No space left on device\); make room there and resume; training stopped after step "
             r"2",
@@ -439,8 +441,19 @@ SAVING = f"{TWO_RANKS} --steps 3 --save-every 2 --no-evaluate"
         ),
         pytest.param(
             _WATCH_OPEN.format(
+                rank=1, name=".distcp", folder="", action='return _open("/dev/full", "wb")'
+            ),
+            "",
+            r"rank 1 could not write checkpoint .*/step_00000002: the disk is full "
+            r"\(No space left on device\); make room there and resume; training stopped after step "
+            r"3",
+            id="in the background",
+        ),
+        pytest.param(
+            _WATCH_OPEN.format(
                 rank=0, name=".metadata.tmp", folder="", action='return _open("/dev/full", "wb")'
             ),
+            "--no-background-saves",
             r"rank 0 could not write checkpoint .*/step_00000002: the disk is full "
             r"\(No space left on device\); make room there and resume; training stopped after step "
             r"2",
@@ -449,17 +462,18 @@ SAVING = f"{TWO_RANKS} --steps 3 --save-every 2 --no-evaluate"
     ],
 )
 def test_a_full_disk_ends_the_run_and_leaves_no_checkpoint(
-    tmp_path: Path, code: str, sentence: str
+    tmp_path: Path, code: str, options: str, sentence: str
 ) -> None:
-    job = Job(tmp_path / "run", SAVING, faults=sabotage(tmp_path / "full", code))
-    job.wait_for(lambda: steps_done(job.out) == 2)
+    job = Job(tmp_path / "run", f"{SAVING} {options}", faults=sabotage(tmp_path / "full", code))
+    job.wait_for(lambda: steps_done(job.out) >= 2)
     start = time.monotonic()
     job.wait()
     assert time.monotonic() - start < 60
     assert job.process.returncode == 1
     assert re.fullmatch(sentence, job.error()), job.error()
     assert checkpoints(job.out) == []
-    assert [line["step"] for line in job.metrics()] == [1, 2]
+    last = int(sentence[-1])
+    assert [line["step"] for line in job.metrics()] == list(range(1, last + 1))
 
 
 def _of_another_model(out: Path) -> None:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """SIGKILL at random moments of a save: every restart finds the last complete checkpoint, intact.
 
-The ranks alone are killed, all at once; the writer processes that Megatron-Core forks from them
-live on for a moment, as they do when a node's memory runs out. ``MIMO_KILLS`` and ``MIMO_SEED``
-choose how often and when; ``make reshape`` does it 20 times.
+All ranks are killed at once; every other save runs in the background. ``MIMO_KILLS`` and
+``MIMO_SEED`` choose how often and when; ``make reshape`` does it 20 times.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import math
 import platform
 import shutil
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,9 @@ class Run:
                     self.save(done)
                     if reporter:
                         reporter.progress.pause()
+                else:
+                    self._saving(done, self.store.poll)
+            self._saving(done, self.store.wait)
         finally:
             if reporter:
                 reporter.close()
@@ -203,17 +207,21 @@ class Run:
         return every > 0 and (done % every == 0 or done == self.options.steps)
 
     def save(self, done: int) -> None:
-        """Write a checkpoint; all ranks together."""
+        """Write a checkpoint, or begin to; all ranks together."""
+        extra = {
+            "options": self.options.as_dict(),
+            "schedule_step": self.trainer.scheduler.num_steps,
+        }
+        model, optimizer = self.trainer.model, self.trainer.optimizer
+        background = self.options.background_saves
+        self._saving(
+            done, lambda: self.store.save(done, model, optimizer, extra, background=background)
+        )
+
+    @staticmethod
+    def _saving(done: int, action: Callable[[], Any]) -> None:
         try:
-            self.store.save(
-                done,
-                self.trainer.model,
-                self.trainer.optimizer,
-                extra={
-                    "options": self.options.as_dict(),
-                    "schedule_step": self.trainer.scheduler.num_steps,
-                },
-            )
+            action()
         except CheckpointError as error:
             raise JobError(f"{error}; training stopped after step {done}") from error
 

@@ -230,6 +230,9 @@ class Options:
     )
     out: Path = _option(Path("runs/digits"), "folder for checkpoints and results", Path)
     save_every: int = _option(50, "steps between checkpoints, 0 for none", _whole(0))
+    background_saves: bool = _switch(
+        True, "go on training while a checkpoint's files are written, from a copy in host memory"
+    )
     checkpoint_digests: bool = _switch(True, "compare digests of the checkpoint's files on resume")
     fresh: bool = _switch(False, "start anew instead of resuming from the last checkpoint")
     evaluate: bool = _switch(True, "read the held-out images at the end")

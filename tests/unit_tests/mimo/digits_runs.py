@@ -55,8 +55,9 @@ class Run:
         group = self.built.collections["language"].dp_cp
         return CheckpointStore(root, self.built.layouts(), self.built.randomness, group, **options)
 
-    def save(self, store: CheckpointStore, step: int) -> Path:
-        return store.save(step, self.built.model, self.trainer.optimizer)
+    def save(self, store: CheckpointStore, step: int, background: bool = False) -> Path:
+        model, optimizer = self.built.model, self.trainer.optimizer
+        return store.save(step, model, optimizer, background=background)
 
     def load(self, store: CheckpointStore, step: int) -> None:
         store.load(step, self.built.model, self.trainer.optimizer)

@@ -135,6 +135,10 @@ class InProcessWorld:
         self._own_groups[rank, members] += 1
         return InProcessGroup((members, self._own_groups[rank, members]), members, rank)
 
+    def everyone(self) -> InProcessGroup:
+        """The default group."""
+        return InProcessGroup("everyone", tuple(range(self.size)), _here.rank)
+
     def destroy_group(self, group: InProcessGroup) -> None:
         """This rank will not use the group again."""
         self._destroyed.add((_here.rank, group.number))
@@ -285,6 +289,7 @@ def _all_to_all(
 
 
 def _all_gather_object(objects: list[Any], mine: Any, group: Any = None) -> None:
+    group = group or _here.world.everyone()
     stated = _here.world.objects
     stated[_here.rank] = mine
     _collective("all_gather_object", group, (), lambda tensors: None, False)

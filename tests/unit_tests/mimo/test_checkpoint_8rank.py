@@ -8,7 +8,6 @@ rank 0 does alone (make room, publish) and into one rank's writer.
 from __future__ import annotations
 
 import errno
-import importlib.metadata
 import random
 import re
 import shutil
@@ -23,12 +22,11 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.models.mimo.training import checkpoint
+from megatron.core.models.mimo.training import background_save, history, shared_folder
 from megatron.core.models.mimo.training.checkpoint import (
     FORMAT,
     CheckpointError,
     CheckpointStore,
-    remove_partial,
 )
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from tests.unit_tests.mimo.digits_runs import FAN_IN, FAN_OUT, SIZE, Run, only_rank_0, run, same
@@ -62,10 +60,6 @@ def files(root: Path) -> list[str]:
     found = sorted(str(p.relative_to(root)) for p in root.rglob("*")) if root.exists() else []
     dist.barrier()
     return found
-
-
-def is_016() -> bool:
-    return importlib.metadata.version("megatron-core").startswith("0.16.")
 
 
 # ---- what comes back --------------------------------------------------------------------------
@@ -139,6 +133,18 @@ def test_the_manifest_says_what_was_saved(trained: Run, shared_tmp_path: Path) -
     assert not CheckpointStore(shared_tmp_path, {}).same_layout(manifest)
 
 
+def test_ranks_that_do_not_see_one_folder_are_told_so(
+    trained: Run, shared_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_folder, "PATIENCE_S", 0.2)
+    roots = [shared_tmp_path / name for name in ("one", "other")]
+    with pytest.raises(CheckpointError) as caught:
+        trained.store(roots[dist.get_rank() // 4])
+    assert len(set(on_all_ranks(str(caught.value)))) == 1
+    assert re.search(rf"ranks 4-7 cannot see the folder {roots[0]} of rank 0", str(caught.value))
+    assert files(shared_tmp_path) == []
+
+
 # ---- whole or absent --------------------------------------------------------------------------
 
 
@@ -172,9 +178,7 @@ def test_a_write_that_fails_on_one_rank_fails_on_all(
     if dist.get_rank() == rank:
         monkeypatch.setattr(filesystem_async, "_write_item", full)
     message = refused(trained, shared_tmp_path / "run")
-    # 0.19's writers keep nothing of an error but its type.
-    reason = "[Nn]o space left" if is_016() else "[Nn]o space left|OSError"
-    assert re.search(rf"rank {rank} could not write checkpoint .*({reason})", message)
+    assert re.search(rf"rank {rank} could not write checkpoint .*No space left", message)
     monkeypatch.undo()
     store = trained.store(shared_tmp_path / "run")
     trained.save(store, 1)
@@ -190,10 +194,10 @@ def test_a_checkpoint_that_cannot_be_published_is_absent(
 
     # Only what publishes: the writers of the tensors use os themselves.
     if broken == "fsync":
-        monkeypatch.setattr(checkpoint, "_fsync", fail)
+        monkeypatch.setattr(history, "fsync", fail)
     elif broken == "rename":
-        monkeypatch.setattr(checkpoint, "os", SimpleNamespace(rename=fail))
-        monkeypatch.setattr(checkpoint, "_fsync", lambda _path: None)
+        monkeypatch.setattr(history, "os", SimpleNamespace(rename=fail))
+        monkeypatch.setattr(history, "fsync", lambda _path: None)
     else:
         monkeypatch.setattr(Path, "write_text", fail)
     message = refused(trained, shared_tmp_path / "run")
@@ -207,11 +211,11 @@ def test_a_checkpoint_is_not_there_before_it_is_whole(
     store = trained.store(shared_tmp_path)
     seen: list[list[int]] = []
     flushed: set[str] = set()
-    write, publish = checkpoint.dist_checkpointing.save, checkpoint._fsync
+    write, publish = background_save.write_file, history.fsync
 
-    def watched_write(*args: object) -> None:
-        write(*args)
+    def watched_write(*args: object) -> object:
         seen.append(store.steps())
+        return write(*args)
 
     def watched_publish(path: Path) -> None:
         publish(path)
@@ -219,8 +223,8 @@ def test_a_checkpoint_is_not_there_before_it_is_whole(
             seen.append(store.steps())
             flushed.add(path.name)
 
-    monkeypatch.setattr(checkpoint.dist_checkpointing, "save", watched_write)
-    monkeypatch.setattr(checkpoint, "_fsync", watched_publish)
+    monkeypatch.setattr(background_save, "write_file", watched_write)
+    monkeypatch.setattr(history, "fsync", watched_publish)
     trained.save(store, 1)
     assert seen
     assert not any(seen)
@@ -254,13 +258,6 @@ def test_leftovers_of_a_killed_save_are_ignored_and_then_removed(
     assert names == ["other", "step_00000001", "step_00000004", "step_1"]
 
 
-def test_removing_leftovers_says_what_went(shared_tmp_path: Path) -> None:
-    only_rank_0(lambda: (shared_tmp_path / ".saving_00000009").mkdir())
-    removed = on_all_ranks(remove_partial(shared_tmp_path) if dist.get_rank() == 0 else None)
-    assert removed[0] == [".saving_00000009"]
-    assert remove_partial(shared_tmp_path / "absent") == []
-
-
 def test_only_the_newest_are_kept(trained: Run, shared_tmp_path: Path) -> None:
     store, seen = trained.store(shared_tmp_path, keep=2), []
     for step in (1, 2, 3):
@@ -276,12 +273,31 @@ def test_keeping_none_is_refused(keep: int, shared_tmp_path: Path) -> None:
         CheckpointStore(shared_tmp_path, {}, keep=keep)
 
 
-def test_a_checkpoint_is_never_written_over(trained: Run, shared_tmp_path: Path) -> None:
-    store = trained.store(shared_tmp_path)
-    path = trained.save(store, 1)
-    before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in path.iterdir()}
-    dist.barrier()
-    trained.train(1, 2)
-    assert trained.save(store, 1) == path
-    dist.barrier()
-    assert {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in path.iterdir()} == before
+def test_going_back_saves_the_new_run_and_keeps_the_abandoned_one(
+    trained: Run, shared_tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    root = shared_tmp_path
+    store = trained.store(root)
+    for step in (1, 2, 3):
+        if step > 1:
+            trained.train(step - 1, step)
+        trained.save(store, step)
+    old = {p.name: p.read_bytes() for p in store.path(3).iterdir()}
+    trained.load(store, 2)  # the oldest is rotated out
+    trained.train(7, 8)  # other data: another run
+    weights = trained.weights()
+    recwarn.clear()
+    assert trained.save(store, 3) == store.path(3)
+    said = on_all_ranks([str(w.message) for w in recwarn if "went on from" in str(w.message)])
+    assert [len(lines) for lines in said] == [1] + 7 * [0]
+    assert store.steps() == [2, 3]
+    aside = root / "abandoned" / "1" / "step_00000003"
+    assert {p.name: p.read_bytes() for p in aside.iterdir()} == old
+    trained.train(8, 9)
+    again = trained.store(root)
+    trained.load(again, 3)
+    assert same(trained.weights(), weights)
+    trained.load(again, 2)
+    assert not same(trained.weights(), weights)
+    assert again.steps() == [2, 3]
+    assert sorted(p.name for p in (root / "abandoned").iterdir()) == ["1"]

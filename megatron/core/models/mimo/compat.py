@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -201,6 +204,77 @@ def fully_parallel_save() -> FullyParallelSaveStrategyWrapper:
     tell each other what they hold, not the data. A new one for every save: it keeps state.
     """
     return FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy("torch_dist", 1))
+
+
+def plan_save(state: Any, folder: str) -> Any:
+    """Plan a save that shares the writing out over all ranks, who call it together.
+
+    The ``AsyncRequest`` says what this rank writes. Nothing but this process will write it, so its
+    results need no queue in another one, which stock starts on every rank.
+    """
+    filesystem_async._results_queue = queue.Queue()
+    takes_strategy = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    strategy = {"async_strategy": "mcore"} if takes_strategy else {}
+    return dist_checkpointing.save(
+        state, folder, fully_parallel_save(), async_sharded_save=True, **strategy
+    )
+
+
+def host_copies(request: Any, *, copy: bool) -> list[Any]:
+    """What this rank writes of a planned save, on the host, file by file.
+
+    The request keeps it in place of the tensors on the device.
+
+    Args:
+        request: of ``plan_save``.
+        copy: also of what is on the host.
+    """
+    if request.async_fn is None:  # nothing to write
+        return []
+    buckets = request.async_fn_args[1]
+    buckets[:] = [
+        (path, name, (blobs, [(item, tensor.to("cpu", copy=copy)) for item, tensor in tensors]))
+        for path, name, (blobs, tensors) in buckets
+    ]
+    return buckets
+
+
+def write_file(request: Any, number: int, bucket: Any) -> Any:
+    """Write a file of a planned save and have it on the disk; returns where its items lie.
+
+    Raises:
+        Exception: what kept it from being written.
+    """
+    results, running = queue.Queue(), queue.Queue()
+    running.put(number)
+    transforms = request.async_fn.args[0]
+    write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
+    write(transforms, number, bucket, results, running, True)
+    _, found = results.get_nowait()
+    if isinstance(found, Exception):
+        raise _without_frames(found)
+    return found
+
+
+def _without_frames(error: Exception) -> Exception:
+    """Take the calls that led to ``error``, and to what it came after, off it.
+
+    They hold PyTorch's file writer. Once a write has failed, it takes the process down when the
+    garbage collector frees it.
+    """
+    each: BaseException | None = error
+    while each is not None:
+        each.__traceback__ = None
+        each = each.__context__
+    return error
+
+
+def save_done(request: Any, results: list[Any]) -> None:
+    """Complete a planned save whose files are written; all ranks call it together."""
+    if request.async_fn is not None:
+        request.async_fn_args[2].put(dict(enumerate(results)))
+    for finalize in request.finalize_fns:
+        finalize()
 
 
 def fully_parallel_load(

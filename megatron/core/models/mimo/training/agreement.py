@@ -124,10 +124,18 @@ def _short(error: BaseException) -> str:
     """One line of the innermost cause, where the reason stands."""
     while error.__cause__ is not None:
         error = error.__cause__
+    error = _of_the_disk(error) or error
     text = str(error).strip()
     if isinstance(error, OSError) and error.errno is None and text:
         return _reason(text)  # our own words
     return _reason(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+
+
+def _of_the_disk(error: BaseException | None) -> OSError | None:
+    """The system's error that ``error`` came after: PyTorch's file writer hides a full disk."""
+    while error is not None and not (isinstance(error, OSError) and error.errno is not None):
+        error = error.__context__
+    return error
 
 
 def _reason(text: str) -> str:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints that are whole or absent.
 
-``megatron.core.dist_checkpointing`` writes and reads the tensors. This module decides where, and
+``megatron.core.dist_checkpointing`` writes and reads the tensors. ``history.py`` decides where, and
 makes the result visible in one step: a checkpoint is written under a hidden name and renamed
 after every rank is done and the data is on the disk. A run killed at any moment leaves either a
 complete checkpoint or a hidden folder that the next run removes.
@@ -9,48 +9,68 @@ complete checkpoint or a hidden folder that the next run removes.
 
 from __future__ import annotations
 
-import os
-import random
-import re
+import contextlib
+import copy
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.models.mimo.compat import fully_parallel_load, fully_parallel_save
-from megatron.core.models.mimo.training import global_tensors, integrity, safe_pickles
-from megatron.core.models.mimo.training.agreement import Failure, run_together
+from megatron.core.models.mimo.compat import fully_parallel_load, plan_save
+from megatron.core.models.mimo.training import global_tensors, integrity
+from megatron.core.models.mimo.training.background_save import ShardWriter
+from megatron.core.models.mimo.training.checkpoint_errors import (
+    CheckpointError,
+    alone,
+    of_all_ranks,
+    on_rank_0,
+    together,
+)
 from megatron.core.models.mimo.training.frozen_state import Frozen, start_fresh, whole_stacks
+from megatron.core.models.mimo.training.history import History, remove_partial
+from megatron.core.models.mimo.training.load_checks import (
+    check_files,
+    check_no_main_copies,
+    check_pickles,
+    check_same_model,
+    check_same_optimizer,
+    module_of,
+    read_manifest,
+    weights_of,
+)
 from megatron.core.models.mimo.training.manifest import FORMAT, MANIFEST, Manifest
-from megatron.core.models.mimo.training.randomness import ModuleRandomness
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.models.mimo.training.randomness import (
+    ModuleRandomness,
+    get_rng_state,
+    set_rng_state,
+)
+from megatron.core.models.mimo.training.shared_folder import check_shared
 from mimo_colocated import phases
 
-_NAME = re.compile(r"step_(\d{8})")
-_PARTIAL_PREFIX = ".saving_"
-# Room for file headers and metadata on top of the tensors' bytes.
-_DISK_MARGIN = 1.05
-_DISK_SLACK_BYTES = 4 << 20
 # Optimizer state that any layout can load (parameters of the model's own shapes).
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; the message is one sentence for the user."""
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "CheckpointError",
+    "CheckpointStore",
+    "Manifest",
+    "remove_partial",
+]
 
 
 class CheckpointStore:
     """Checkpoints of one run below ``root``.
 
-    Every method but the pure look-ups must be called by all ranks together.
+    All ranks build it together, and call every method but the pure look-ups together.
 
     Args:
         root: folder; made on first save.
@@ -58,12 +78,14 @@ class CheckpointStore:
         randomness: random states of the modules, saved and restored along.
         group: ranks that share the reading of what they all need, in place of all ranks; the
             language model's data and context parallel ranks are a good choice on large clusters.
-        keep: how many of the newest checkpoints stay; older ones go after a save.
+        keep: how many of the newest checkpoints of the line stay; older ones go after a save.
         digests: take a digest of every file when saving and compare it when loading; without,
             only the files' sizes (``integrity.py`` says what that costs).
 
     Raises:
         ValueError: if ``keep`` is less than 1.
+        CheckpointError: on every rank if not all of them see ``root`` as one folder, or some
+            cannot write there (``shared_folder.py``).
     """
 
     def __init__(
@@ -78,24 +100,24 @@ class CheckpointStore:
         if keep < 1:
             raise ValueError(f"keep={keep} would remove the checkpoint just saved; give at least 1")
         self.root = Path(root)
+        self.history = History(self.root, keep)
         self.layouts = layouts
         self.randomness = randomness
         self.group = group
-        self.keep = keep
         self.digests = digests
+        self._under_way: tuple[Manifest, ShardWriter] | None = None
+        if dist.is_initialized():
+            check_shared(self.root)
 
     # ---- look-ups -------------------------------------------------------------------------
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        if not self.root.is_dir():
-            return []
-        names = (_NAME.fullmatch(p.name) for p in self.root.iterdir() if p.is_dir())
-        return sorted(int(m.group(1)) for m in names if m)
+        return self.history.steps()
 
     def path(self, step: int) -> Path:
         """Folder of the checkpoint of ``step``."""
-        return self.root / f"step_{step:08d}"
+        return self.history.path(step)
 
     def manifest(self, step: int) -> Manifest:
         """Read the manifest of a complete checkpoint.
@@ -103,22 +125,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: if it is missing, unreadable or of another format.
         """
-        file = self.path(step) / MANIFEST
-        try:
-            manifest = Manifest.from_json(file.read_text())
-            if manifest.step != step:
-                raise ValueError(f"its {MANIFEST} is not that of step {step}")
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(
-                f"checkpoint {self.path(step)} cannot be read ({error}); "
-                "remove that folder to use an earlier one"
-            ) from error
-        if manifest.format != FORMAT:
-            raise CheckpointError(
-                f"checkpoint {self.path(step)} has format {manifest.format}, "
-                f"this version reads format {FORMAT}"
-            )
-        return manifest
+        return self.history.manifest(step)
 
     # ---- saving ---------------------------------------------------------------------------
 
@@ -128,31 +135,76 @@ class CheckpointStore:
         model: torch.nn.Module,
         optimizer: Any,
         extra: dict[str, Any] | None = None,
+        *,
+        background: bool = False,
     ) -> Path:
         """Write the checkpoint of ``step``; when this returns it is complete on the disk.
+
+        It becomes the end of the line: checkpoints that come after the step where this run goes
+        on (the one loaded or saved last; all of them if it loaded none), or that have this step
+        already, move to ``abandoned/<n>`` below the root, and rank 0 warns. Of the line the
+        newest ``keep`` stay.
 
         Args:
             step: training steps done.
             model: the MimoModel (modules wrapped as trained).
             optimizer: the MimoOptimizer.
             extra: JSON values for the manifest.
+            background: return once the state is copied to host memory; the files are written
+                while training goes on. The checkpoint is not there before ``poll`` or ``wait``
+                finds that all ranks have written; the next ``save`` and ``load`` wait for it.
+
+        Raises:
+            CheckpointError: on every rank if any rank could not write, this checkpoint or one
+                that was being written; nothing is left behind.
+        """
+        self.wait()
+        with phases.during(phases.SAVE):
+            self._under_way = self._begin(step, model, optimizer, extra, background)
+            if not background:
+                self._finish()
+        return self.path(step)
+
+    def poll(self) -> bool:
+        """Complete the save in the background if all ranks have written; all ranks call it.
+
+        Between two steps: it costs one small exchange while a save is under way, else nothing.
+
+        Returns:
+            Whether no save is under way any more.
 
         Raises:
             CheckpointError: on every rank if any rank could not write; nothing is left behind.
         """
-        with phases.during(phases.SAVE):
-            return self._save(step, model, optimizer, extra)
+        if self._under_way is None:
+            return True
+        writer = self._under_way[1]
+        said = of_all_ranks((writer.is_done(), writer.failed()))
+        if not (all(done for done, _ in said) or any(failed for _, failed in said)):
+            return False
+        self.wait()
+        return True
 
-    def _save(
+    def wait(self) -> None:
+        """Complete the save in the background, however long it takes; all ranks call it.
+
+        Call it before a run ends. Without a save under way it does nothing.
+
+        Raises:
+            CheckpointError: on every rank if any rank could not write; nothing is left behind.
+        """
+        if self._under_way is not None:
+            with phases.during(phases.SAVE):
+                self._finish()
+
+    def _begin(
         self,
         step: int,
         model: torch.nn.Module,
         optimizer: Any,
         extra: dict[str, Any] | None,
-    ) -> Path:
-        final, partial = self.path(step), self.root / f"{_PARTIAL_PREFIX}{step:08d}"
-        if final.exists():
-            return final
+        background: bool,
+    ) -> tuple[Manifest, ShardWriter]:
         state = self._sharded_state(model, optimizer, is_loading=False)
         frozen = Frozen.find(state["model"], state["optimizer"])
         state["frozen"] = whole_stacks(frozen, state["model"])
@@ -163,74 +215,73 @@ class CheckpointStore:
             layouts=self.layouts,
             world_size=dist.get_world_size(),
             shapes=global_tensors.shapes(weights),
-            extra=extra or {},
+            extra=copy.deepcopy(extra or {}),
             distributed_optimizer=optimizer.config.use_distributed_optimizer,
             frozen=sorted(frozen.names),
         )
+        with self._nothing_left_behind(step):
+            on_rank_0(lambda: self.history.begin(step, size), self._writing(step))
+            return manifest, self._writer(step, state, background)
+
+    def _writer(self, step: int, state: dict[str, Any], background: bool) -> ShardWriter:
+        """What writes this rank's files, at work where it is to work in the background."""
+        folder, made = self.history.partial(step), []
+        together(lambda: made.append(plan_save(state, str(folder))), self._writing(step))
+
+        def take() -> None:
+            digests = self.digests
+            made.append(ShardWriter(made[0], folder, digests=digests, background=background))
+
+        alone(take, self._writing(step))
+        if background:
+            made[1].start()
+        return made[1]
+
+    def _finish(self) -> None:
+        (manifest, writer), self._under_way = self._under_way, None
+        step = manifest.step
+        with self._nothing_left_behind(step):
+            alone(writer.join, self._writing(step))
+            together(writer.complete, self._writing(step))
+            files = [file for part in of_all_ranks(writer.files) for file in part.items()]
+            manifest = replace(manifest, files=dict(files))
+            final = self.path(step)
+            on_rank_0(lambda: self._publish(manifest), f"complete checkpoint {final}")
+        self.history.stands_at = step
+        on_rank_0(self.history.rotate, f"remove checkpoints older than {final}")
+
+    def _publish(self, manifest: Manifest) -> None:
+        """Describe the files that belong to no rank, then put the checkpoint on the line."""
+        folder = self.history.partial(manifest.step)
+        rest = sorted({path.name for path in folder.iterdir()} - manifest.files.keys())
+        files = manifest.files | integrity.describe(folder, rest, digests=self.digests)
+        moved = self.history.publish(replace(manifest, files=files))
+        if moved:
+            warnings.warn(moved, stacklevel=4)
+
+    @contextlib.contextmanager
+    def _nothing_left_behind(self, step: int) -> Iterator[None]:
+        """Inside, an error takes what was written along."""
         try:
-            self._on_rank_0(lambda: self._prepare(partial, size), f"write checkpoint {final}")
-            self._on_all_ranks(
-                lambda: dist_checkpointing.save(state, str(partial), fully_parallel_save()),
-                f"write checkpoint {final}",
-            )
-            manifest = replace(manifest, files=self._describe(partial, final))
-            self._on_rank_0(
-                lambda: self._publish(partial, final, manifest), f"complete checkpoint {final}"
-            )
+            yield
         except CheckpointError:
             # Each rank does: after some failures rank 0 still waits for ranks that are gone.
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(self.history.partial(step), ignore_errors=True)
             raise
-        return final
 
-    def _prepare(self, partial: Path, tensor_bytes: int) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
-        remove_partial(self.root)
-        need = int(tensor_bytes * _DISK_MARGIN) + _DISK_SLACK_BYTES
-        free = shutil.disk_usage(self.root).free
-        if free < need:
-            raise OSError(
-                f"{need / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free: make room on that disk"
-            )
-        partial.mkdir()
-
-    def _describe(self, partial: Path, final: Path) -> dict[str, dict[str, Any]]:
-        """Sizes and digests of the files; each rank reads what it wrote."""
-        found: list[list[str]] = [[]]
-        self._on_rank_0(
-            lambda: found[0].extend(sorted(p.name for p in partial.iterdir())),
-            f"write checkpoint {final}",
-        )
-        dist.broadcast_object_list(found, src=0)
-        own = integrity.written_by(dist.get_rank(), dist.get_world_size(), found[0])
-        mine: dict[str, dict[str, Any]] = {}
-        self._agreed(
-            run_together(
-                lambda: mine.update(integrity.describe(partial, own, digests=self.digests)),
-                has_collectives=False,
-            ),
-            f"write checkpoint {final}",
-        )
-        parts: list = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, mine)
-        return {name: part[name] for part in parts for name in sorted(part)}
-
-    def _publish(self, partial: Path, final: Path, manifest: Manifest) -> None:
-        (partial / MANIFEST).write_text(manifest.to_json())
-        for file in partial.iterdir():
-            _fsync(file)
-        _fsync(partial)
-        os.rename(partial, final)
-        _fsync(self.root)
-        for step in self.steps()[: -self.keep]:
-            # Hidden first: a run killed in between leaves no half of a checkpoint under its name.
-            old = self.root / f"{_PARTIAL_PREFIX}over_{step:08d}"
-            os.rename(self.path(step), old)
-            shutil.rmtree(old, ignore_errors=True)
+    def _writing(self, step: int) -> str:
+        return f"write checkpoint {self.path(step)}"
 
     # ---- loading --------------------------------------------------------------------------
 
-    def load(self, step: int, model: torch.nn.Module, optimizer: Any) -> Manifest:
+    def load(
+        self,
+        step: int,
+        model: torch.nn.Module,
+        optimizer: Any = None,
+        *,
+        modules: Collection[str] | None = None,
+    ) -> Manifest:
         """Load the checkpoint of ``step`` into model, optimizer and random generators.
 
         Random generators are restored where the layout is the one that saved. In another layout a
@@ -239,42 +290,87 @@ class CheckpointStore:
 
         What trains may differ from when the checkpoint was saved, see ``frozen_state``.
 
+        Without an optimizer the weights alone are loaded, whatever optimizer they were saved
+        with: no optimizer state, no random states, and the run does not move to ``step``.
+
+        Args:
+            step: of the checkpoint.
+            model: the MimoModel.
+            optimizer: the MimoOptimizer, or None for weights alone.
+            modules: names of the modules whose weights to load, such as ``("images",)``; the
+                others stay as they are and may be of another shape, or absent from one side.
+
         Returns:
             The checkpoint's manifest.
 
         Raises:
             CheckpointError: on every rank; before any tensor is read if the checkpoint is of
-                another model or kind of optimizer, or a file of it is missing, damaged or would
-                execute code.
+                another model or kind of optimizer, has no such module, or a file of it is
+                missing, damaged or would execute code.
+            ValueError: ``modules`` together with an optimizer, or none named.
         """
+        if modules is not None and optimizer is not None:
+            raise ValueError(
+                "modules= loads weights alone; leave the optimizer out, or load all of the run"
+            )
+        names = (modules,) if isinstance(modules, str) else modules
+        if names is not None and not names:
+            raise ValueError("modules= names none; leave it out to load the weights of all modules")
+        self.wait()
         with phases.during(phases.LOAD):
-            return self._load(step, model, optimizer)
+            manifest = read_manifest(self.history, step)
+            if optimizer is None:
+                self._load_weights(manifest, model, names)
+            else:
+                self._load_run(manifest, model, optimizer)
+        return manifest
 
-    def _load(self, step: int, model: torch.nn.Module, optimizer: Any) -> Manifest:
-        manifest = self.manifest(step)
-        self._check_same_optimizer(manifest, optimizer.config.use_distributed_optimizer)
+    def _load_run(self, manifest: Manifest, model: torch.nn.Module, optimizer: Any) -> None:
+        path = self.path(manifest.step)
+        distributed = optimizer.config.use_distributed_optimizer
+        check_same_optimizer(path, manifest, distributed=distributed)
         state = self._sharded_state(model, optimizer, is_loading=True)
-        self._check_same_model(manifest, global_tensors.shapes(_tensors(state["model"])))
+        check_same_model(path, manifest.shapes, global_tensors.shapes(_tensors(state["model"])))
         if not self.same_layout(manifest):
             state.pop("rng")
         self._request_what_was_trained(state, frozenset(manifest.frozen or ()))
-        path = self.path(step)
-        self._check_files(path, manifest)
-        self._check_pickles(path)
+        loaded = self._read(manifest, state)
+        model.load_state_dict(loaded["model"])
+        optimizer.load_state_dict(loaded["optimizer"])
+        if "rng" in loaded:
+            set_rng_state(loaded["rng"], self.randomness)
+        elif self.randomness:
+            self.randomness.reseed(manifest.step)
+        self.history.stands_at = manifest.step
+
+    def _load_weights(
+        self, manifest: Manifest, model: torch.nn.Module, modules: Collection[str] | None
+    ) -> None:
+        path = self.path(manifest.step)
+        state = model.sharded_state_dict(metadata=dict(SHARDING))
+        here, there = global_tensors.shapes(_tensors(state)), manifest.shapes
+        if modules is not None:
+            here = weights_of(modules, here, "this model")
+            there = weights_of(modules, there, f"checkpoint {path}")
+            state = {k: entry for k, entry in state.items() if module_of(entry.key) in modules}
+        check_same_model(path, there, here)
+        check_no_main_copies(state)
+        loaded = self._read(manifest, {"model": state})
+        model.load_state_dict(loaded.get("model", {}), strict=modules is None)
+
+    def _read(self, manifest: Manifest, state: dict[str, Any]) -> dict[str, Any]:
+        """What the checkpoint holds of ``state``, after all checks of its files."""
+        path = self.path(manifest.step)
+        check_files(path, manifest, digests=self.digests)
+        check_pickles(path)
         loaded: dict[str, Any] = {}
-        self._on_all_ranks(
+        together(
             lambda: loaded.update(
                 dist_checkpointing.load(state, str(path), fully_parallel_load(self.group))
             ),
             f"read checkpoint {path}",
         )
-        model.load_state_dict(loaded["model"])
-        optimizer.load_state_dict(loaded["optimizer"])
-        if "rng" in loaded:
-            self._set_rng_state(loaded["rng"])
-        elif self.randomness:
-            self.randomness.reseed(step)
-        return manifest
+        return loaded
 
     @staticmethod
     def _request_what_was_trained(state: dict[str, Any], then: frozenset[str]) -> None:
@@ -284,59 +380,9 @@ class CheckpointStore:
         if then:
             state["optimizer"] = start_fresh(state["optimizer"], state["model"], then)
 
-    def _check_files(self, path: Path, manifest: Manifest) -> None:
-        """Compare all files with the manifest, each rank its share."""
-        rank, world = dist.get_rank(), dist.get_world_size()
-        if manifest.files is None:
-            if rank == 0:
-                warnings.warn(
-                    f"checkpoint {path} was saved without digests; damage to its files would not "
-                    "be seen",
-                    stacklevel=3,
-                )
-            return
-        sizes = {name: saved["bytes"] for name, saved in manifest.files.items()}
-        mine = {name: manifest.files[name] for name in integrity.share(rank, world, sizes)}
-        self._agreed(
-            run_together(
-                lambda: integrity.check(path, mine, digests=self.digests), has_collectives=False
-            ),
-            f"read checkpoint {path}",
-            "remove that folder to use an earlier one",
-        )
-
-    def _check_pickles(self, path: Path) -> None:
-        """Make sure that loading executes nothing, each rank its share."""
-        rank, world = dist.get_rank(), dist.get_world_size()
-        self._agreed(
-            run_together(lambda: safe_pickles.check(path, rank, world), has_collectives=False),
-            f"read checkpoint {path}",
-        )
-
     def same_layout(self, manifest: Manifest) -> bool:
         """Whether this run has the layout and world size that wrote the checkpoint."""
         return manifest.layouts == self.layouts and manifest.world_size == dist.get_world_size()
-
-    def _check_same_optimizer(self, manifest: Manifest, distributed: bool) -> None:
-        """The distributed optimizer's state has a form of its own."""
-        if manifest.distributed_optimizer in (None, distributed):
-            return
-        kinds = {True: "the distributed optimizer", False: "the plain optimizer"}
-        raise CheckpointError(
-            f"checkpoint {self.path(manifest.step)} was saved with {kinds[not distributed]}, this "
-            f"run has {kinds[distributed]}; go on with {kinds[not distributed]}"
-        )
-
-    def _check_same_model(self, manifest: Manifest, shapes: dict[str, list[int]]) -> None:
-        if manifest.shapes == shapes:
-            return
-        names = sorted(set(manifest.shapes) | set(shapes))
-        name = next(n for n in names if manifest.shapes.get(n) != shapes.get(n))
-        raise CheckpointError(
-            f"checkpoint {self.path(manifest.step)} is of another model: '{name}' is "
-            f"{manifest.shapes.get(name, 'absent')} there and {shapes.get(name, 'absent')} here; "
-            "use the same model options, another output folder, or start afresh"
-        )
 
     # ---- state ----------------------------------------------------------------------------
 
@@ -351,62 +397,10 @@ class CheckpointStore:
             "optimizer": optimizer.sharded_state_dict(
                 model_state, is_loading=is_loading, metadata=dict(SHARDING)
             ),
-            "rng": ShardedObject("rng", self._get_rng_state(), (world,), (rank,)),
+            "rng": ShardedObject("rng", get_rng_state(self.randomness), (world,), (rank,)),
         }
-
-    def _get_rng_state(self) -> dict[str, Any]:
-        return {
-            "python": random.getstate(),
-            "numpy": np.random.get_state(),
-            "torch": torch.get_rng_state(),
-            "device": torch.cuda.get_rng_state(),
-            "tracker": get_cuda_rng_tracker().get_states(),
-            "modules": self.randomness.get_states() if self.randomness else {},
-        }
-
-    def _set_rng_state(self, state: dict[str, Any]) -> None:
-        random.setstate(state["python"])
-        np.random.set_state(state["numpy"])
-        torch.set_rng_state(state["torch"])
-        torch.cuda.set_rng_state(state["device"])
-        get_cuda_rng_tracker().set_states(state["tracker"])
-        if self.randomness:
-            self.randomness.set_states(state["modules"])
-
-    # ---- agreement ------------------------------------------------------------------------
-
-    def _on_rank_0(self, action: Callable[[], Any], doing: str) -> None:
-        mine = action if dist.get_rank() == 0 else lambda: None
-        self._agreed(run_together(mine, has_collectives=False), doing)
-
-    def _on_all_ranks(self, action: Callable[[], Any], doing: str) -> None:
-        """Run ``action``; if it fails on any rank, fail on all with that rank's reason."""
-        self._agreed(run_together(action, has_collectives=True), doing)
-
-    @staticmethod
-    def _agreed(failure: Failure | None, doing: str, advice: str = "") -> None:
-        if failure is not None:
-            text = f"rank {failure.rank} could not {doing}: {failure.reason}"
-            raise CheckpointError(f"{text}; {advice}" if advice else text)
-
-
-def remove_partial(root: Path) -> list[str]:
-    """Remove what interrupted saves left below ``root``; returns the removed names."""
-    removed = []
-    for path in sorted(root.glob(f"{_PARTIAL_PREFIX}*")) if root.is_dir() else []:
-        shutil.rmtree(path, ignore_errors=True)
-        removed.append(path.name)
-    return removed
 
 
 def _tensors(part: dict[str, Any]) -> global_tensors.Described:
     """The tensors of a part of the state, those of all ranks, which call it together."""
     return global_tensors.of_all_ranks(global_tensors.described(part))
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -14,14 +14,11 @@ that of the disk where it is slower. Where this is too much, sizes alone are rec
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 from pathlib import Path
 from typing import Any
 
 _CHUNK_BYTES = 4 << 20
-# Shards are named after the rank that wrote them.
-_WRITER = re.compile(r"__(\d+)_\d+\.distcp")
 
 
 class DamagedFile(OSError):
@@ -75,21 +72,6 @@ def check(folder: Path, files: dict[str, dict[str, Any]], *, digests: bool = Tru
     for name, saved in files.items():
         if digests and saved["sha256"] is not None and sha256(folder / name) != saved["sha256"]:
             raise DamagedFile(f"{folder / name} is damaged, its bytes are not those saved")
-
-
-def written_by(rank: int, world_size: int, names: list[str]) -> list[str]:
-    """Files that ``rank`` wrote itself; rank 0 takes those that nobody's name is on.
-
-    >>> written_by(1, 2, [".metadata", "__0_0.distcp", "__1_0.distcp", "__1_1.distcp"])
-    ['__1_0.distcp', '__1_1.distcp']
-    """
-
-    def writer(name: str) -> int:
-        match = _WRITER.fullmatch(name)
-        number = int(match[1]) if match else 0
-        return number if number < world_size else 0
-
-    return [name for name in names if writer(name) == rank]
 
 
 def share(rank: int, world_size: int, sizes: dict[str, int]) -> list[str]:

@@ -186,3 +186,26 @@ def restore_states(state: dict[str, Any]) -> None:
 def _clone(state: dict[str, Any]) -> dict[str, Any]:
     tracker = {key: value.clone() for key, value in state["tracker"].items()}
     return {"default": state["default"].clone(), "tracker": tracker}
+
+
+def get_rng_state(modules: ModuleRandomness | None) -> dict[str, Any]:
+    """All random states of the process, for a checkpoint."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+        "modules": modules.get_states() if modules else {},
+    }
+
+
+def set_rng_state(state: dict[str, Any], modules: ModuleRandomness | None) -> None:
+    """Put back what ``get_rng_state`` returned."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["device"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+    if modules:
+        modules.set_states(state["modules"])
