@@ -11,9 +11,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before anything imports torch: eight processes share a handful of cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Transformer Engine has no fp64, and its fp32 is TF32: only tests about it build its layers.
+os.environ.setdefault("MIMO_LAYERS", "local")
+os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 
 import hypothesis
 
+from tests.harness import gpus
+
+# Before anything imports torch, too.
+gpus.prepare(os.environ)
 # On a busy machine drawing an example takes as long as it takes; that is no failure.
 common = hypothesis.settings(
     deadline=None,

@@ -5,6 +5,7 @@ Under plain ``pytest`` all tests of one ``n`` share one ``torchrun`` launch and 
 with its own outcome; under ``torchrun --nproc-per-node n -m pytest`` they run directly.
 
     plugin.py      hooks; picks the side: supervising pytest, or pytest on a rank
+    gpus.py        who sees GPUs, decided before torch is imported
     supervisor.py  supervising side: launches torchrun, follows it, settles every test
     reports.py     supervising side: reports of n ranks -> the reports of one test
     rank_plugin.py rank side: process group, lockstep after each test, deadline, output

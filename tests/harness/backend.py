@@ -30,6 +30,13 @@ def device_for(local_rank: int, world_size: int) -> torch.device:
     return device
 
 
+def own_device() -> torch.device:
+    """The device of this rank, or of this process: its tensors and stock's modules lie there."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
 def share_gloo_device() -> None:
     """Let all gloo groups that this process makes from now on use one device.
 

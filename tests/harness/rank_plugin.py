@@ -57,6 +57,8 @@ class RankPlugin:
         self._store: dist.Store | None = None
         self._rebuild = False
         self._epoch = 0
+        # Before anything is built: tests of one process come first, and stock builds there.
+        self.device = backend.device_for(self.local_rank, self.world_size)
         self._index = 0
         self._failed = False
         self._texts: list[str] = []
@@ -194,7 +196,6 @@ class RankPlugin:
 
     def _build_world(self) -> None:
         name, _ = backend.choose(self.world_size)
-        self.device = backend.device_for(self.local_rank, self.world_size)
         self._epoch += 1
         if name == "gloo":
             backend.share_gloo_device()

@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import records
-from tests.harness.backend import choose
+from tests.harness.gpus import show_to_ranks
 from tests.harness.plugin import ranks_of, timeout_of
 from tests.harness.records import RankLog
 from tests.harness.reports import RankFailure, error, merge
@@ -84,7 +84,7 @@ class Launch:
         env[records.SUPERVISOR_VARIABLE] = str(os.getpid())
         env["PYTHONUNBUFFERED"] = "1"
         env.setdefault("OMP_NUM_THREADS", "1")
-        if choose(len(self.logs))[0] == "gloo":
+        if not show_to_ranks(env, len(self.logs)):
             # Megatron-Core compiles its fused functions while it is imported: seconds per rank,
             # for nothing, since they run uncompiled without a GPU.
             env.setdefault("TORCHDYNAMO_DISABLE", "1")

@@ -118,7 +118,7 @@ class Picture:
         faster = self.dest_order[: self.dest_order.index("cp")]
         stride = math.prod(self.dest[0] for name in faster if name == "tp")
         cp_rank = dist.get_rank() // stride % cp
-        chunk = torch.arange(whole.shape[1]) * 2 * cp // whole.shape[1]
+        chunk = torch.arange(whole.shape[1], device=whole.device) * 2 * cp // whole.shape[1]
         mine = (chunk == cp_rank) | (chunk == 2 * cp - 1 - cp_rank)
         assert mine.sum() == whole.shape[1] // cp
         return whole * mine.to(whole)[None, :, None]

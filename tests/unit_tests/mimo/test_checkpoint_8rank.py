@@ -29,6 +29,7 @@ from megatron.core.models.mimo.training.checkpoint import (
     CheckpointStore,
 )
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from tests.harness.backend import own_device
 from tests.unit_tests.mimo.digits_runs import FAN_IN, FAN_OUT, SIZE, Run, only_rank_0, run, same
 from tests.unit_tests.mimo.tiny_modules import on_all_ranks
 
@@ -50,8 +51,8 @@ def trained() -> Iterator[Run]:
 def draws() -> list:
     """The next numbers of every generator of the process."""
     with get_cuda_rng_tracker().fork():
-        forked = torch.rand(2).tolist()
-    return [random.random(), float(np.random.rand()), torch.rand(2).tolist(), forked]
+        forked = torch.rand(2, device=own_device()).tolist()
+    return [random.random(), float(np.random.rand()), torch.rand(2, device="cpu").tolist(), forked]
 
 
 def files(root: Path) -> list[str]:

@@ -29,7 +29,7 @@ def test_no_group_is_not_the_whole_world(
     call: Callable[[torch.Tensor, dist.ProcessGroup | None], object],
 ) -> None:
     with pytest.raises(ValueError, match="process group is None; pass the group"):
-        call(torch.zeros(4), None)
+        call(torch.zeros(4, device="cpu"), None)
 
 
 @pytest.fixture

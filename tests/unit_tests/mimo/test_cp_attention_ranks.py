@@ -22,6 +22,7 @@ from megatron.core.models.mimo.transformer.context_parallel_attention import (
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
+from tests.harness.backend import own_device
 from tests.unit_tests.mimo.attention_oracle import Case, reference_with_gradients, tiny_config
 from tests.unit_tests.mimo.parallel_models import (
     VOCABULARY,
@@ -149,12 +150,13 @@ SHAPES = {
 
 def token_ids(batch: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(5)
-    return torch.randint(0, VOCABULARY, (batch, SEQUENCE), generator=generator)
+    return torch.randint(0, VOCABULARY, (batch, SEQUENCE), generator=generator).to(own_device())
 
 
 def logit_gradient(batch: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(6)
-    return torch.randn(batch, SEQUENCE, VOCABULARY, generator=generator, dtype=torch.float64)
+    whole = (batch, SEQUENCE, VOCABULARY)
+    return torch.randn(whole, generator=generator, dtype=torch.float64).to(own_device())
 
 
 def packed_params(lengths: tuple[int, ...] | None) -> PackedSeqParams | None:
@@ -171,7 +173,7 @@ def run_gpt(
         groups.cp.rank(), layout.cp
     )
     ids = token_ids(batch)[:, place]
-    positions = place.expand(batch, -1)
+    positions = place.expand(batch, -1).to(own_device())
     logits = model(ids, positions, None, packed_seq_params=packed_params(packed))
     width = VOCABULARY // layout.tp
     columns = slice(groups.tp.rank() * width, (groups.tp.rank() + 1) * width)
@@ -237,7 +239,8 @@ def test_packed_sequences_are_separate_samples() -> None:
 def test_bidirectional_encoder_is_the_unsharded_one(layout: Layout) -> None:
     shape = SHAPES["layernorm-bias-tied"]
     generator = torch.Generator().manual_seed(7)
-    hidden, grad = torch.randn(2, SEQUENCE, BATCH, 32, generator=generator, dtype=torch.float64)
+    whole = (2, SEQUENCE, BATCH, 32)
+    hidden, grad = torch.randn(whole, generator=generator, dtype=torch.float64).to(own_device())
     with process_groups(Layout()) as alone:
         whole = encoder(shape, Layout(), alone)
         whole_out = whole(hidden, None)

@@ -28,7 +28,8 @@ def test_losses_and_gradients_are_those_of_the_whole_vocabulary(
     dtype, tolerance, gradient_tolerance, rank_device
 ) -> None:
     generator = torch.Generator().manual_seed(3)
-    whole = (5 * torch.randn(6, 4, VOCABULARY, generator=generator)).to(dtype).to(rank_device)
+    whole = torch.randn(6, 4, VOCABULARY, generator=generator).to(rank_device)
+    whole = (5 * whole).to(dtype)
     labels = torch.randint(VOCABULARY, (6, 4), generator=generator).to(rank_device)
     weights = torch.rand(6, 4, generator=generator).to(rank_device)
     part = slice(dist.get_rank() * VOCABULARY // 8, (dist.get_rank() + 1) * VOCABULARY // 8)

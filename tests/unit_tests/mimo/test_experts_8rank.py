@@ -158,7 +158,7 @@ def forbid(built: DigitsModel, expert: int, samples: range) -> None:
         logits = gating(hidden)  # (S, B, experts)
         own = logits.size(1)
         first = built.collections["language"].dp.rank() * own
-        offset = torch.zeros(1, own, logits.size(2))
+        offset = torch.zeros(1, own, logits.size(2), device=logits.device)
         offset[:, [b for b in range(own) if first + b in samples], expert] = -1e4
         return logits + offset.to(logits)
 

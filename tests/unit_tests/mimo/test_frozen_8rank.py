@@ -21,6 +21,7 @@ from megatron.core.models.mimo.training.grad_finalize import (
     MimoGradFinalizer,
     refuse_missing_gradients,
 )
+from tests.harness.backend import own_device
 from tests.parity.tensors import local_gradients
 from tests.unit_tests.mimo.collective_calls import Calls, calls
 from tests.unit_tests.mimo.digits_runs import BATCH, SIZE
@@ -219,10 +220,10 @@ def test_a_parameter_without_a_gradient_is_named_on_all_ranks(
 def test_freezing_after_wrapping_is_refused(late: bool) -> None:
     with tiny_model(COLOCATED, frozen=("images",) if late else ()) as model:
         finalize = MimoGradFinalizer(model.collections)
-        finalize([model], torch.ones((), dtype=torch.int))
+        finalize([model], torch.ones((), dtype=torch.int, device=own_device()))
         model.modality_submodules["images"].module.whole.requires_grad_(late)
         how = "unfrozen" if late else "frozen"
         with pytest.raises(
             ValueError, match=f"'whole' of module 'images' was {how} after .*save a checkp"
         ):
-            finalize([model], torch.ones((), dtype=torch.int))
+            finalize([model], torch.ones((), dtype=torch.int, device=own_device()))

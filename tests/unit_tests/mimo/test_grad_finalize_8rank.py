@@ -14,6 +14,7 @@ from megatron.core.models.mimo.training.grad_finalize import (
     wrap_modules_with_ddp,
 )
 from megatron.core.models.mimo.training.groups import create_process_groups, make_grid
+from tests.harness.backend import own_device
 from tests.unit_tests.mimo.tiny_modules import (
     COLOCATED,
     DISJOINT,
@@ -53,6 +54,10 @@ def tokens_of(rank: int, sizes: dict[str, int]) -> int:
     return 3 + 7 * place["cp"] + 100 * place["dp"]
 
 
+def token_count(tokens: int) -> torch.Tensor:
+    return torch.tensor(tokens, dtype=torch.int, device=own_device())
+
+
 def n_global(sizes: dict[str, int]) -> int:
     """Every (dp, cp) once."""
     pairs = [(d, c) for d in range(sizes.get("dp", 1)) for c in range(sizes.get("cp", 1))]
@@ -66,7 +71,7 @@ def test_tokens_are_counted_once_over_dp_and_cp(sizes: dict[str, int]) -> None:
     grid = make_grid(**sizes)
     try:
         finalizer = MimoGradFinalizer({"language": create_process_groups(grid)})
-        count = torch.tensor(tokens_of(dist.get_rank(), sizes), dtype=torch.int)
+        count = token_count(tokens_of(dist.get_rank(), sizes))
         result = finalizer.reduce_token_count(count)
         assert result is count
         counts = on_all_ranks(int(count))
@@ -96,7 +101,7 @@ def test_the_count_reaches_ranks_outside_the_language_grid(images: dict, languag
         inside = grids["language"].is_current_rank_in_grid()
         # A rank outside may hold anything: it has no tokens of its own.
         tokens = tokens_of(dist.get_rank() - first, sizes) if inside else 999
-        count = torch.tensor(tokens, dtype=torch.int)
+        count = token_count(tokens)
         counts = on_all_ranks(int(finalizer.reduce_token_count(count)))
     finally:
         dist.barrier()
@@ -151,7 +156,7 @@ def test_all_modules_are_divided_by_the_same_count(layouts: dict, tokens: str) -
         if tokens == "one_rank":
             place = coordinates(dist.get_rank() - first, sizes)
             mine, expected = (5 if mine and not (place["dp"] or place["cp"]) else 0), 5
-        count = torch.tensor(0 if tokens == "none" else mine, dtype=torch.int)
+        count = token_count(0 if tokens == "none" else mine)
         finalizer([model], None if tokens == "unknown" else count)
         # Without a valid token the true gradients are zero; here they are not, and stay as they
         # are instead of becoming inf.
@@ -164,7 +169,7 @@ def test_a_batch_without_tokens_leaves_zeros(layouts: dict) -> None:
         for _, _, parameter in model.named():
             parameter.main_grad.zero_()
         finalizer = MimoGradFinalizer(model.collections, model.grids)
-        finalizer([model], torch.tensor(0, dtype=torch.int))
+        finalizer([model], token_count(0))
         assert all(torch.count_nonzero(p.main_grad) == 0 for _, _, p in model.named())
         assert len(list(model.named())) == (4 if layouts is COLOCATED else 2)
 

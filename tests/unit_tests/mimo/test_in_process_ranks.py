@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.harness.backend import own_device
 from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
 
 HALVES = [[6, 0, 2, 4], [1, 3, 5, 7]]
@@ -28,8 +29,9 @@ def all_collectives(device: str | torch.device = "cpu") -> list[torch.Tensor]:
     total = x.clone()
     dist.all_reduce(total, group=group)
     dist.reduce_scatter_tensor(scattered, x.view(4, 1).clone(), group=group)
-    place = torch.tensor([dist.get_rank(group), dist.get_world_size(group), dist.get_world_size()])
-    ranks = torch.tensor(dist.get_process_group_ranks(group))
+    sizes = dist.get_world_size(group), dist.get_world_size()
+    place = torch.tensor([dist.get_rank(group), *sizes], device=device)
+    ranks = torch.tensor(dist.get_process_group_ranks(group), device=device)
     dist.destroy_process_group(group)
     return [x.cpu() for x in (place, ranks, gathered, total, scattered)]
 
@@ -82,7 +84,7 @@ def test_torch_is_itself_again_afterwards() -> None:
 def reduce_unless(absent: int, rank: int) -> None:
     group = subgroup()
     if rank != absent:
-        dist.all_reduce(torch.zeros(1), group=group)
+        dist.all_reduce(torch.zeros(1, device=own_device()), group=group)
 
 
 def test_a_rank_that_stays_away_is_a_failure_not_a_hang() -> None:
@@ -96,18 +98,18 @@ def test_the_error_of_a_rank_is_told_not_that_its_peers_wait() -> None:
         group = subgroup()
         if rank == 3:
             raise ValueError("the reason")
-        dist.all_reduce(torch.zeros(1), group=group)
+        dist.all_reduce(torch.zeros(1, device=own_device()), group=group)
 
     with pytest.raises(ValueError, match="the reason"):
         InProcessWorld(8).run(body)
 
 
 def different_shapes(rank: int) -> None:
-    dist.all_reduce(torch.zeros(1 + rank), group=subgroup([[0, 1]]))
+    dist.all_reduce(torch.zeros(1 + rank, device=own_device()), group=subgroup([[0, 1]]))
 
 
 def different_functions(rank: int) -> None:
-    group, x = subgroup([[0, 1]]), torch.zeros(2)
+    group, x = subgroup([[0, 1]]), torch.zeros(2, device=own_device())
     if rank:
         dist.all_reduce(x, group=group)
     else:
@@ -125,18 +127,18 @@ def groups_on_one_rank_only(rank: int) -> None:
 
 def rows_nobody_waits_for(rank: int) -> None:
     group = dist.new_group([0, 1], use_local_synchronization=True)
-    x = torch.zeros(2, 1)
+    x = torch.zeros(2, 1, device=own_device())
     dist.all_to_all_single(x.clone(), x, [1, 1], [2 - rank, rank], group=group)
 
 
 def strided(rank: int) -> None:
-    dist.all_reduce(torch.zeros(2, 2).t(), group=subgroup([[0, 1]]))
+    dist.all_reduce(torch.zeros(2, 2, device=own_device()).t(), group=subgroup([[0, 1]]))
 
 
 def after_the_end(rank: int) -> None:
     group = subgroup([[0, 1]])
     dist.destroy_process_group(group)
-    dist.all_reduce(torch.zeros(1), group=group)
+    dist.all_reduce(torch.zeros(1, device=own_device()), group=group)
 
 
 def not_played(rank: int) -> None:
@@ -144,7 +146,7 @@ def not_played(rank: int) -> None:
 
 
 def whole_world(rank: int) -> None:
-    dist.all_reduce(torch.zeros(1))
+    dist.all_reduce(torch.zeros(1, device=own_device()))
 
 
 @pytest.mark.parametrize(

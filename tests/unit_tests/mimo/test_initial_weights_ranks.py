@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.harness.backend import own_device
 from tests.unit_tests.mimo.parallel_models import (
     VOCABULARY,
     Layout,
@@ -59,7 +60,8 @@ def test_unsharded_weights_agree_bit_for_bit_over_the_world() -> None:
 @pytest.mark.parametrize(("tp_size", "query_groups"), [(2, 4), (2, 2), (4, 4)])
 def test_logits_are_those_of_one_rank(tp_size: int, query_groups: int) -> None:
     shape = Shape(query_groups=query_groups, dtype=torch.float32)
-    ids = torch.randint(0, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, VOCABULARY, (2, 16), generator=generator).to(own_device())
     with process_groups(Layout()) as alone:
         expected = gpt(shape, Layout(), alone)(ids, None, None).detach()
     with process_groups(Layout(tp=tp_size)) as groups:

@@ -135,6 +135,20 @@ def test_transformer_engine_attends_over_cp_in_16_bits_only() -> None:
 
 def test_transformer_engine_needs_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_specs.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.delenv("MIMO_LAYERS")  # tests say "local": see tests/conftest.py
     for cuda in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         assert layer_specs.use_transformer_engine() is cuda
+
+
+def test_layers_are_the_local_ones_where_the_environment_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(layer_specs.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert layer_specs.use_transformer_engine() is False
+    monkeypatch.setenv("MIMO_LAYERS", "te")
+    assert layer_specs.use_transformer_engine() is True
+    monkeypatch.setenv("MIMO_LAYERS", "TE")
+    with pytest.raises(ValueError, match="MIMO_LAYERS='TE' is neither 'local' nor 'te'"):
+        layer_specs.use_transformer_engine()

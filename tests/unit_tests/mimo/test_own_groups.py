@@ -203,7 +203,9 @@ def test_nothing_is_split_off_a_default_group_with_a_device(
 def test_groups_of_ranks_with_different_histories(rank_device: torch.device) -> None:
     """Rank ``r`` has ``r`` groups more than rank 0; then ranks meet, destroy and meet again."""
     rank = dist.get_rank()
-    kept = [dist.new_group([rank], use_local_synchronization=True) for _ in range(rank)]
+    # Unbound, else NCCL splits them off the world's communicator, which all ranks must enter.
+    with process_groups._unbound(dist.group.WORLD):
+        kept = [dist.new_group([rank], use_local_synchronization=True) for _ in range(rank)]
     # Two modules on ranks of their own, then one that spans both; each asks for its own groups.
     grids = [HyperCommGrid([2, 2], ["tp", "dp"], rank_offset=first) for first in (0, 4)]
     mine = grids[rank // 4]

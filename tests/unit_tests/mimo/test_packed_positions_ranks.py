@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.harness.backend import own_device
 from tests.parity.compare import GRADIENTS, tensor_checks, worst_by_kind
 from tests.parity.tensors import local_gradients
 from tests.unit_tests.mimo.digits_runs import SIZE, ended
@@ -39,7 +40,7 @@ def position_ids(kind: str) -> torch.Tensor:
     """Of every sample and token another one than its place says; three channels for mrope."""
     generator = torch.Generator().manual_seed(5)
     shape = (3, SAMPLES, LENGTH) if kind == "mrope" else (SAMPLES, LENGTH)
-    return torch.randint(0, LENGTH, shape, generator=generator)
+    return torch.randint(0, LENGTH, shape, generator=generator).to(own_device())
 
 
 @dataclass

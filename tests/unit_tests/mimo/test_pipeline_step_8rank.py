@@ -73,7 +73,7 @@ def microbatches(images: tuple[list[int], ...]) -> list[Batch]:
     for number, has_images in enumerate(images):
         start = number * SAMPLES
         batch = whole.language(start, SAMPLES).vision(start, SAMPLES)
-        kept = torch.tensor(has_images, dtype=torch.bool)
+        kept = torch.tensor(has_images, dtype=torch.bool, device=batch.images.device)
         pixels = batch.images[kept.repeat_interleave(DIGITS_PER_SAMPLE)]
         made.append(replace(batch, input_ids=named(batch, ~kept), images=pixels))
     return made
@@ -116,8 +116,8 @@ class Model:
                 stack.callback(setattr, trainer, "_forward_step", step)
                 trainer._forward_step = reporting(step)
             sums = trainer._schedule(iter(inputs), len(inputs), forward_only=forward_only)
-        total = torch.stack(sums).sum(dim=0) if sums else torch.zeros(2, dtype=torch.float64)
-        total = total.to(trainer.device)
+        nothing = torch.zeros(2, dtype=torch.float64, device=trainer.device)
+        total = torch.stack(sums).sum(dim=0).to(trainer.device) if sums else nothing
         dist.all_reduce(total, group=trainer.groups.dp_cp)
         loss, tokens = trainer._from_last_stage(total).tolist()
         gradients = {} if forward_only else local_gradients(self.built.model)

@@ -11,8 +11,14 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.models.mimo.training.groups import create_process_groups, make_grid
-from megatron.core.models.mimo.training.randomness import ModuleRandomness, seed_everything
+from megatron.core.models.mimo.training.randomness import (
+    ModuleRandomness,
+    capture_states,
+    restore_states,
+    seed_everything,
+)
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from tests.harness.backend import own_device
 from tests.unit_tests.mimo.tiny_modules import COLOCATED, on_all_ranks
 
 pytestmark = pytest.mark.ranks(8)
@@ -23,7 +29,7 @@ class Dropouts(torch.nn.Module):
 
     def forward(self) -> tuple[list[float], list[float]]:
         """(mask of a copy, mask of a part), 32 elements each."""
-        ones = torch.ones(32)
+        ones = torch.ones(32, device=own_device())
         copies = torch.nn.functional.dropout(ones)
         with get_cuda_rng_tracker().fork():
             return copies.tolist(), torch.nn.functional.dropout(ones).tolist()
@@ -31,11 +37,11 @@ class Dropouts(torch.nn.Module):
 
 @pytest.fixture
 def process_states() -> Iterator[None]:
-    outside, tracker = torch.get_rng_state(), get_cuda_rng_tracker().get_states()
+    outside, on_host = capture_states(), torch.get_rng_state()
     seed_everything(1)
     yield
-    torch.set_rng_state(outside)
-    get_cuda_rng_tracker().set_states(tracker)
+    torch.set_rng_state(on_host)
+    restore_states(outside)
 
 
 def test_masks_agree_over_tp_on_copies_only(process_states: None) -> None:
@@ -45,7 +51,7 @@ def test_masks_agree_over_tp_on_copies_only(process_states: None) -> None:
         modules = {name: Dropouts() for name in grids}
         ModuleRandomness(modules, collections, seed=2)
         masks = {name: on_all_ranks(module()) for name, module in modules.items()}
-        after = on_all_ranks(torch.rand(2).tolist())
+        after = on_all_ranks(torch.rand(2, device=own_device()).tolist())
     finally:
         dist.barrier()
         for grid in grids.values():

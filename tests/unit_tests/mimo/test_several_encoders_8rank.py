@@ -116,7 +116,7 @@ def build(layouts: dict[str, Layout], device: torch.device, rank_offset: int = 0
 def microbatch(number: int, shares: dict[str, tuple[int, int]], device: torch.device) -> dict:
     """A rank's part: ``shares`` has (index, parts) of the 8 samples for every module."""
     generator = torch.Generator().manual_seed(number)
-    ids = torch.randint(5, 20, (8, LENGTH), generator=generator)
+    ids = torch.randint(5, 20, (8, LENGTH), generator=generator, device="cpu")
     ids[:, 0], counts = 1, COUNTS[number]
     for sample in range(8):
         column = 1
@@ -129,7 +129,7 @@ def microbatch(number: int, shares: dict[str, tuple[int, int]], device: torch.de
     inputs = {}
     for seed, name in enumerate(ENCODERS):
         pixels = torch.Generator().manual_seed(100 * number + seed)
-        every = torch.rand(sum(counts[name]), 1, 8, 8, generator=pixels) * 2 - 1
+        every = torch.rand(sum(counts[name]), 1, 8, 8, generator=pixels, device="cpu") * 2 - 1
         first = sum(counts[name][: part[name].start])
         mine = every[first : first + sum(counts[name][part[name]])].to(device)
         inputs[name] = {"digits": {"images": mine}} if len(mine) else None

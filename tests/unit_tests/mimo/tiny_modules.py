@@ -25,6 +25,7 @@ from megatron.core.models.mimo.training.groups import create_process_groups, mak
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from tests.harness.backend import own_device
 
 ROWS, WIDTH = 8, 6
 COLOCATED = {"images": {"tp": 2, "dp": 4}, "language": {"tp": 2, "cp": 2, "dp": 2}}
@@ -57,8 +58,8 @@ def values(name: str, step: int) -> dict[str, torch.Tensor]:
     """Weights (step 0) or gradients (step > 0) of a whole module, by parameter."""
     generator = torch.Generator().manual_seed(1000 * step + sum(map(ord, name)))
     return {
-        "sharded": torch.randn(ROWS, WIDTH, generator=generator),
-        "whole": torch.randn(WIDTH, generator=generator),
+        "sharded": torch.randn(ROWS, WIDTH, generator=generator).to(own_device()),
+        "whole": torch.randn(WIDTH, generator=generator).to(own_device()),
     }
 
 

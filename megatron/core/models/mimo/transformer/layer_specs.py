@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 from typing import Any
 
 import torch
@@ -38,7 +39,18 @@ _KEPT_NORMS = (IdentityOp, L2Norm)
 
 
 def use_transformer_engine() -> bool:
-    """True where Transformer Engine is installed and a CUDA device can run it."""
+    """Whether layers are Transformer Engine's: where it is installed and a CUDA device can run it.
+
+    ``MIMO_LAYERS=local`` in the environment prefers Megatron's local layers there, too.
+
+    Raises:
+        ValueError: ``MIMO_LAYERS`` is neither "local" nor "te".
+    """
+    wanted = os.environ.get("MIMO_LAYERS", "te")
+    if wanted not in ("local", "te"):
+        raise ValueError(f"MIMO_LAYERS={wanted!r} is neither 'local' nor 'te'; unset it for 'te'")
+    if wanted == "local":
+        return False
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
