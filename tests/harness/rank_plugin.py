@@ -52,11 +52,13 @@ class RankPlugin:
         self.directory, self.plan = read_plan()
         self.writer = RecordWriter(self.directory, self.rank) if self.directory else None
         self.stacks = self._open_stacks()
-        self.device = torch.device("cpu")
         self._quiet: io.StringIO | None = None
         self._store: dist.Store | None = None
         self._rebuild = False
         self._epoch = 0
+        if sys.platform == "linux" and os.environ.get("LOCAL_WORLD_SIZE") == str(self.world_size):
+            # All ranks are here, and a host name need not resolve to a usable interface.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         # Before anything is built: tests of one process come first, and stock builds there.
         self.device = backend.device_for(self.local_rank, self.world_size)
         self._index = 0
@@ -117,7 +119,9 @@ class RankPlugin:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Keep this launch's tests: the supervisor's plan, else one-process tests and ours."""
         if self.plan is None:
-            kept = [i for i in items if ranks_of(i) in (None, self.world_size)]
+            # Tests of one process have CPU tensors, and stock builds where it sees a GPU.
+            sizes = (self.world_size, None) if self.device.type == "cpu" else (self.world_size,)
+            kept = [i for i in items if ranks_of(i) in sizes]
         else:
             by_id = {i.nodeid: i for i in items}
             missing = [n for n in self.plan if n not in by_id]
