@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from tests.harness import backend
