@@ -13,11 +13,13 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.faults import report
 from tests.faults.cases import COMMON, LAYOUTS, Case, draw
 from tests.faults.journal import Control, read
 from tests.faults.starts import Ended, prepare, start
+from tests.faults.stops import checkpoints, trained
 from tests.faults.verdict import GRACE_S, Outcome, judge
 
 DOCS = Path("docs/faults.md")
@@ -41,7 +43,7 @@ class Options:
     def parse(cls, arguments: Sequence[str] | None) -> Options:
         """Read the command line; leaves the process on ``--help`` and on mistakes."""
         parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-        parser.add_argument("--cases", type=int, default=50, help="how many (50)")
+        parser.add_argument("--cases", type=int, default=75, help="how many (75)")
         parser.add_argument("--seed", type=int, default=1, help="of the draw (1)")
         parser.add_argument("--timeout", type=int, default=10, help="of the job, in seconds (10)")
         parser.add_argument("--only", type=int, default=0, help="the case of this number alone")
@@ -89,6 +91,7 @@ class Runs:
     def __init__(self, folder: Path, timeout: int) -> None:
         self.folder, self.timeout = folder, timeout
         self.controls: dict[str, Control] = {}
+        self.trained: dict[str, list[tuple[Any, ...]]] = {}
 
     def control(self) -> str:
         """A run without fault per layout, and one that resumes it; returns what went wrong."""
@@ -101,6 +104,7 @@ class Runs:
                     return f"{name}: exit code {ended.code}, left {ended.left}: {ended.errors}"
                 events.append({rank: read(self.folder / name, rank) for rank in range(RANKS)})
             self.controls[layout.name] = Control(*events)
+            self.trained[layout.name] = trained(self.folder / f"{layout.name}-train" / "out")
             print(f"without a fault: {layout.name} trains, saves, resumes and reads", flush=True)
         return ""
 
@@ -110,6 +114,8 @@ class Runs:
         ended = self._start(name, case.layout, case, case.resumes)
         journal = {rank: read(self.folder / name, rank) for rank in range(RANKS)}
         faults = [event["at"] for event in journal[case.rank] if "fault" in event]
+        saved = checkpoints(self.folder / name / "out")  # before another run adds to them
+        again = None if case.loses_a_rank else self._again(case, name)
         outcome = Outcome(
             case=case,
             code=ended.code,
@@ -119,8 +125,15 @@ class Runs:
             journal=journal,
             out=self.folder / name / "out",
             timeout=self.timeout,
+            output=ended.output,
+            checkpoints=saved,
+            again=again,
+            trained=self.trained[case.layout],
         )
         return report.Done(case, outcome, judge(outcome))
+
+    def _again(self, case: Case, name: str) -> Ended:
+        return self._start(f"{name}-again", case.layout, None, False, self.folder / name)
 
     def keep(self, case: Case, output: Path) -> None:
         """Copy what a case left to where it stays."""
@@ -128,16 +141,19 @@ class Runs:
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(self.folder / f"case-{case.number}", target)
 
-    def _start(self, name: str, layout: str, case: Case | None, resumes: bool) -> Ended:
+    def _start(
+        self, name: str, layout: str, case: Case | None, resumes: bool, before: Path | None = None
+    ) -> Ended:
+        """One start; in the output folder of an earlier one if ``before`` is its folder."""
         folder = self.folder / name
         folder.mkdir()
+        out = (before or folder) / "out"
         if resumes:
-            done = self.folder / f"{layout}-train" / "out" / "checkpoints"
-            shutil.copytree(done, folder / "out" / "checkpoints")
+            shutil.copytree(self.folder / f"{layout}-train" / "out", out)
         arguments = next(each.arguments for each in LAYOUTS if each.name == layout)
         command = [*arguments.split(), *COMMON.split(), "--timeout", str(self.timeout)]
         deadline = self.timeout + GRACE_S + _PATIENCE_S
-        return start([*command, "--out", str(folder / "out")], folder, case, deadline)
+        return start([*command, "--out", str(out)], folder, case, deadline)
 
 
 if __name__ == "__main__":

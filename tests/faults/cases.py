@@ -12,7 +12,16 @@ from tests.faults.journal import Control
 
 ANY = "any moment"
 """In place of a phase: a fault at a random time of the run, whatever the rank does then."""
-SIGNALS = ("SIGKILL", "SIGSTOP")
+SIGNALS = ("SIGKILL", "SIGSTOP", "SIGTERM")
+FULL, BROKEN = "full disk", "broken disk"
+WRITES = {
+    FULL: r"the disk is full \(No space left on device\); make room there and resume",
+    BROKEN: r"(OSError: )?\[Errno 5\] Input/output error",
+}
+"""Faults of a rank that saves, and what the error says of them."""
+APART = "own folder"
+"""Ranks 4-7 have another folder of checkpoints, like a node with a disk of its own."""
+FAULTS = (*SIGNALS, *WRITES, APART)
 
 
 @dataclass(frozen=True)
@@ -51,8 +60,8 @@ LAYOUTS = (
         "--sequence-parallel",
     ),
 )
-STEPS = 4
-COMMON = f"--steps {STEPS} --save-every 2 --global-batch-size 16 --eval-batch-size 400"
+STEPS, SAVE_EVERY = 4, 2
+COMMON = f"--steps {STEPS} --save-every {SAVE_EVERY} --global-batch-size 16 --eval-batch-size 400"
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ class Case:
     Attributes:
         number: of the case, from 1.
         layout: name of the layout.
-        signal: ``"SIGKILL"`` or ``"SIGSTOP"``.
+        signal: one of :data:`FAULTS`.
         rank: that it is sent to.
         phase: in which; :data:`ANY` for a random time of the run.
         entry: at which entry of the phase, from 1.
@@ -81,6 +90,11 @@ class Case:
     def resumes(self) -> bool:
         """Whether the job has to find a checkpoint."""
         return self.phase == phases.LOAD
+
+    @property
+    def loses_a_rank(self) -> bool:
+        """Whether a rank is gone without a word, so that others wait for it."""
+        return self.signal in ("SIGKILL", "SIGSTOP")
 
     def words(self) -> str:
         """The case in a few words."""
@@ -102,8 +116,10 @@ def draw(count: int, seed: int, controls: dict[str, Control]) -> list[Case]:
 
 
 def _kinds(chance: random.Random, known: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Every (phase, signal), shuffled; again and again."""
+    """Every (phase, signal) and every fault of a save, shuffled; again and again."""
     every = [(phase, signal) for phase in (*known, phases.START, ANY) for signal in SIGNALS]
+    every += [(phases.SAVE, fault) for fault in WRITES if phases.SAVE in known]
+    every.append((phases.START, APART))
     while True:
         yield from chance.sample(every, len(every))
 
@@ -114,12 +130,15 @@ def _draw_one(
     fits = sorted(n for n, c in controls.items() if phase in (ANY, phases.START, *c.phases()))
     layout = chance.choice(fits)
     control = controls[layout]
+    if signal == APART:
+        return Case(number, layout, signal, 4, phase, 0, 0.0)
     if phase in (ANY, phases.START):
         rank = chance.choice(control.ranks())
         start, end = control.span(rank, phase)
         return Case(number, layout, signal, rank, phase, 0, chance.uniform(start, end))
     rank = chance.choice([r for r in control.ranks() if control.entries(r, phase)])
     entry = chance.randint(1, control.entries(rank, phase))
-    # Half of the cases at once, half somewhere in the middle.
-    delay = chance.choice([0.0, chance.uniform(0, control.seconds(rank, phase))])
+    # Half of the cases at once, half somewhere in the middle; writes all fail from the first.
+    longest = 0.0 if signal in WRITES else control.seconds(rank, phase)
+    delay = chance.choice([0.0, chance.uniform(0, longest)])
     return Case(number, layout, signal, rank, phase, entry, delay)

@@ -3,19 +3,27 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
 import functools
+import io
 import os
 import signal
+import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mimo_colocated import phases
-from tests.faults.cases import ANY, Case
+from mimo_colocated.stop_requests import StopRequests
+from tests.faults.cases import ANY, APART, BROKEN, FULL, WRITES, Case
 from tests.faults.journal import Journal
 
+# Where writes go instead; nowhere: they are errors.
+WRITES_BROKEN = {FULL: "/dev/full", BROKEN: ""}
 # Not isend and irecv: batch_isend_irecv compares its operations with them.
 _COLLECTIVES = (
     "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_to_all",
@@ -34,8 +42,11 @@ def watch_rank(rank: int, folder: Path, case: Case | None) -> None:
     journal.write(event="start")
     ours = case if case is not None and case.rank == rank else None
     _journal_marks(journal, ours)
+    _journal_agreements(journal)
     _journal_collectives(journal)
-    if ours is not None and ours.phase in (ANY, phases.START):
+    if case is not None and case.signal == APART:
+        _set_apart(journal, rank, folder)
+    elif ours is not None and ours.phase in (ANY, phases.START):
         _fire_after(ours, journal)
 
 
@@ -67,8 +78,13 @@ def _journal_marks(journal: Journal, case: Case | None) -> None:
 
 def _fire_after(case: Case, journal: Journal) -> None:
     def fire() -> None:
+        if case.signal == "SIGTERM":
+            _wait_until_received(signal.SIGTERM)
         journal.write(fault=case.signal)
-        os.kill(os.getpid(), getattr(signal, case.signal))
+        if case.signal in WRITES:
+            _break_writes(WRITES_BROKEN[case.signal])
+        else:
+            os.kill(os.getpid(), getattr(signal, case.signal))
 
     if not case.delay:
         fire()
@@ -76,6 +92,51 @@ def _fire_after(case: Case, journal: Journal) -> None:
     timer = threading.Timer(case.delay, fire)
     timer.daemon = True
     timer.start()
+
+
+def _set_apart(journal: Journal, rank: int, folder: Path) -> None:
+    from megatron.core.models.mimo.training.checkpoint import CheckpointStore
+
+    build = CheckpointStore.__init__
+
+    def built(self: CheckpointStore, root: Path, *args: Any, **kwargs: Any) -> None:
+        journal.write(fault=APART)
+        build(self, folder / "apart" if rank >= 4 else root, *args, **kwargs)
+
+    CheckpointStore.__init__ = built
+
+
+def _wait_until_received(sent: signal.Signals) -> None:
+    """Until the rank has come so far that it receives a signal, which a forked one is told late."""
+    while signal.getsignal(sent) is signal.SIG_DFL:
+        time.sleep(0.001)
+
+
+def _break_writes(device: str) -> None:
+    """What this rank writes of a checkpoint goes to a device that takes nothing."""
+    open_file = io.open
+
+    def opened(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if str(file).endswith(".distcp") and "r" not in mode:
+            if device:
+                return open_file(device, mode, *args, **kwargs)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return open_file(file, mode, *args, **kwargs)
+
+    builtins.open = io.open = opened
+    Path.open = lambda self, *args, **kwargs: opened(self, *args, **kwargs)
+
+
+def _journal_agreements(journal: Journal) -> None:
+    """Every agreement on stopping, with the steps that were done before it."""
+    agreed = StopRequests.agreed
+
+    def noted(self: StopRequests, *args: Any, **kwargs: Any) -> Any:
+        done = sys._getframe(1).f_locals["done"]
+        journal.write(agreed=done)
+        return agreed(self, *args, **kwargs)
+
+    StopRequests.agreed = noted
 
 
 def _journal_collectives(journal: Journal) -> None:

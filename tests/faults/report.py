@@ -13,12 +13,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.faults.cases import SIGNALS, Case
+from tests.faults.cases import APART, SIGNALS, WRITES, Case
 from tests.faults.verdict import GRACE_S, Outcome, Verdict
 
 DOC_START = "<!-- the figures below are written by: make faults ARGS=--docs -->"
 DOC_END = "<!-- end of the figures -->"
-_LOG_COLUMNS = 140
+_LOG_COLUMNS = 160
+_FAULTS = {**{name: (name,) for name in SIGNALS}, "no write": tuple(WRITES), APART: (APART,)}
+_COLUMNS = ("phase of the rank", *_FAULTS, *(f"end after {name}" for name in _FAULTS), "layouts")
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ def line(done: Done, total: int) -> str:
 
 def show(results: Sequence[Done]) -> None:
     """The tally by phase."""
-    table = Table(title="Ranks killed and stopped")
-    for column in ("phase", *SIGNALS, "longest end after SIGKILL", "after SIGSTOP", "layouts"):
+    table = Table(title="Ranks killed, stopped, told to stop, and kept from saving")
+    for column in _COLUMNS:
         table.add_column(column)
     for cells in _rows(results):
         table.add_row(*cells)
@@ -72,15 +74,20 @@ def write_docs(path: Path, results: Sequence[Done], seed: int, timeout: float) -
 def _markdown(results: Sequence[Done], seed: int, timeout: float) -> Iterator[str]:
     good = sum(done.verdict.passed for done in results)
     yield (
-        f"{good} of {len(results)} cases pass, seed {seed}: one message that names the rank, its "
-        "phase and step and the collective that others waited in, true by the journal; all "
-        f"processes gone in time (`--timeout {timeout:g}`, and {GRACE_S:g} s on top); the others' "
-        f"dumps and the summary saved. 8 ranks, gloo, Python {platform.python_version()}, torch "
+        f"{good} of {len(results)} cases pass, seed {seed}. After SIGKILL and SIGSTOP: one message "
+        "that names the rank, its phase and step and the collective that others waited in, true by "
+        f"the journal; all processes gone in time (`--timeout {timeout:g}`, and {GRACE_S:g} s on "
+        "top); the others' dumps and the summary saved. After SIGTERM: exit code 75 within "
+        f"{GRACE_S:g} s, whole checkpoints, the newest that of the step the rank was in. After a "
+        "write that failed, and where ranks 4-7 had another folder: one message with ranks and "
+        "reason, earlier checkpoints whole. After these the same command goes on to bit-identical "
+        "losses. The longest ends are given. "
+        f"8 ranks, gloo, Python {platform.python_version()}, torch "
         f"{version('torch')}, megatron-core {version('megatron-core')}."
     )
     yield ""
-    yield "| phase of the rank | SIGKILL | SIGSTOP | longest end after SIGKILL | after SIGSTOP | layouts |"  # noqa: E501
-    yield "|---|---|---|---|---|---|"
+    yield f"| {' | '.join(_COLUMNS)} |"
+    yield "|---" * len(_COLUMNS) + "|"
     for cells in _rows(results):
         yield f"| {' | '.join(cells)} |"
 
@@ -89,11 +96,15 @@ def _rows(results: Sequence[Done]) -> Iterator[tuple[str, ...]]:
     """Per phase in which a rank really was: passed of all, by signal; seconds; layouts."""
     for phase in sorted({done.verdict.phase for done in results}):
         those = [done for done in results if done.verdict.phase == phase]
-        by_signal = [[d for d in those if d.case.signal == name] for name in SIGNALS]
+        by_signal = _by_fault(those)
         layouts = ", ".join(sorted({done.case.layout for done in those}))
         yield (phase, *map(_share, by_signal), *map(_longest, by_signal), layouts)
-    by_signal = [[d for d in results if d.case.signal == name] for name in SIGNALS]
+    by_signal = _by_fault(results)
     yield ("all", *map(_share, by_signal), *map(_longest, by_signal), "")
+
+
+def _by_fault(those: Sequence[Done]) -> list[list[Done]]:
+    return [[d for d in those if d.case.signal in names] for names in _FAULTS.values()]
 
 
 def _share(those: Sequence[Done]) -> str:

@@ -50,6 +50,7 @@ class Ended:
         code: exit code of the launcher; ``None`` if it had to be killed.
         at: when, on the monotonic clock.
         errors: what was written to stderr.
+        output: what was written to stdout.
         left: processes that were still there a moment later.
     """
 
@@ -57,6 +58,7 @@ class Ended:
     at: float
     errors: str
     left: list[str]
+    output: str = ""
 
 
 def start(arguments: Sequence[str], folder: Path, case: Case | None, deadline_s: float) -> Ended:
@@ -81,7 +83,8 @@ def start(arguments: Sequence[str], folder: Path, case: Case | None, deadline_s:
     if status is None:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    return Ended(status, ended, (folder / "stderr").read_text(), left)
+    errors, output = ((folder / name).read_text() for name in ("stderr", "stdout"))
+    return Ended(status, ended, errors, left, output)
 
 
 def run_forked(
@@ -103,7 +106,7 @@ def run_forked(
         _wait_until_all_are_forked(gate)
         if first_in_rank is not None:
             first_in_rank(int(os.environ["RANK"]))
-        found = launch.run(train.__file__, arguments, train.parse, train.job)
+        found = launch.run(train.__file__, arguments, train.parse, train.job, stops=True)
         if found:
             launch._exit_now(found)
 
@@ -115,7 +118,7 @@ def run_forked(
 
     launch._run_ranks = fork_ranks
     try:
-        return launch.run(train.__file__, arguments, train.parse, train.job)
+        return launch.run(train.__file__, arguments, train.parse, train.job, stops=True)
     finally:
         shutil.rmtree(gate, ignore_errors=True)
 

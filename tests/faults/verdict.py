@@ -14,7 +14,13 @@ from typing import Any
 
 from mimo_colocated import phases
 from mimo_colocated.evidence import SUMMARY, read_dumps
-from tests.faults.cases import Case
+from tests.faults.cases import APART, WRITES, Case
+from tests.faults.starts import Ended
+from tests.faults.stops import (
+    problems_of_a_failed_save,
+    problems_of_a_stop,
+    problems_of_ranks_apart,
+)
 
 GRACE_S = 12.0
 """Beyond the job's timeout: to save dumps, say it and end; on a busy machine."""
@@ -47,6 +53,11 @@ class Outcome:
         left: processes that were left behind.
         journal: rank -> its lines.
         out: the job's output folder.
+        timeout: of the job, in seconds.
+        output: what it wrote to stdout.
+        checkpoints: names in its folder of them, and what is wrong with each.
+        again: how the same command ended without the fault; of a fault that nobody is lost by.
+        trained: what each step of a run without faults did.
     """
 
     case: Case
@@ -57,6 +68,10 @@ class Outcome:
     journal: dict[int, list[dict[str, Any]]]
     out: Path
     timeout: float
+    output: str = ""
+    checkpoints: dict[str, str] = field(default_factory=dict)
+    again: Ended | None = None
+    trained: list[tuple[Any, ...]] = field(default_factory=list)
 
     @property
     def message(self) -> str:
@@ -91,6 +106,9 @@ def judge(outcome: Outcome) -> Verdict:
     if outcome.seconds < 0:
         verdict.problems.append("the fault did not happen")
         return verdict
+    if not outcome.case.loses_a_rank:
+        verdict.problems += _without_a_loss(outcome)
+        return verdict
     verdict.problems += _end(outcome)
     pattern = _MESSAGE.format(rank=outcome.case.rank, fate=_FATES[outcome.case.signal])
     match = re.fullmatch(pattern, outcome.message)
@@ -102,16 +120,31 @@ def judge(outcome: Outcome) -> Verdict:
     return verdict
 
 
-def _end(outcome: Outcome) -> Iterator[str]:
-    limit = outcome.timeout + GRACE_S if outcome.case.signal == "SIGSTOP" else GRACE_S
+def _without_a_loss(outcome: Outcome) -> Iterator[str]:
+    """Of a job that is told to stop or cannot save."""
+    yield from _in_time(outcome, GRACE_S)
+    if outcome.case.signal == "SIGTERM":
+        yield from problems_of_a_stop(outcome)
+    elif outcome.case.signal == APART:
+        yield from problems_of_ranks_apart(outcome)
+    else:
+        yield from problems_of_a_failed_save(outcome, WRITES[outcome.case.signal])
+
+
+def _in_time(outcome: Outcome, limit: float) -> Iterator[str]:
     if outcome.code is None:
         yield "the launcher hung"
-    elif outcome.code != 1:
-        yield f"exit code {outcome.code}"
     if outcome.seconds > limit:
         yield f"ended after {outcome.seconds:.1f} s, allowed are {limit:g}"
     if outcome.left:
         yield f"left behind: processes {', '.join(outcome.left)}"
+
+
+def _end(outcome: Outcome) -> Iterator[str]:
+    limit = outcome.timeout + GRACE_S if outcome.case.signal == "SIGSTOP" else GRACE_S
+    yield from _in_time(outcome, limit)
+    if outcome.code not in (None, 1):
+        yield f"exit code {outcome.code}"
     lines = outcome.errors.splitlines()
     expected = ("error: ", "full traceback: ", "who waits for whom: ")
     others = [line for line in lines if not line.startswith(expected)]

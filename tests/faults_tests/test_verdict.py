@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 
 from mimo_colocated import phases
 from tests.faults import report
-from tests.faults.cases import ANY, LAYOUTS, SIGNALS, Case, draw
+from tests.faults.cases import ANY, APART, FULL, LAYOUTS, SIGNALS, WRITES, Case, draw
 from tests.faults.journal import Control, Journal, read
+from tests.faults.starts import Ended
+from tests.faults.stops import checkpoints, trained
 from tests.faults.verdict import GRACE_S, Outcome, judge, ranks_of
 
 RANKS = range(8)
@@ -30,6 +33,7 @@ def control() -> Control:
     trained = [{"event": "start", "at": 0.0}]
     for step in range(3):
         trained += [mark(phases.DATA, step + 0.5), mark(phases.OPTIMIZER, step + 0.75)]
+    trained += [mark(phases.SAVE, 2.8), mark(phases.BETWEEN, 2.9)]
     # A load of the run that trains (there is none in truth) is not counted, nor resumed training.
     resumed = [mark(phases.LOAD, 1.0), mark(phases.DATA, 1.5), mark(phases.OPTIMIZER, 2.0)]
     return Control(dict.fromkeys(RANKS, trained), dict.fromkeys(RANKS, resumed))
@@ -37,20 +41,22 @@ def control() -> Control:
 
 def test_a_control_run_is_counted():
     done = control()
-    assert done.phases() == {phases.DATA, phases.OPTIMIZER, phases.LOAD}
+    assert done.phases() == {phases.DATA, phases.OPTIMIZER, phases.LOAD, phases.SAVE}
     assert done.entries(0, phases.DATA) == 3
     assert done.entries(0, phases.LOAD) == 1
     assert done.seconds(0, phases.DATA) == 0.25
     assert done.span(0, phases.START) == (0.0, 0.45)
-    assert done.span(0, ANY) == pytest.approx((0.0, 0.95 * 2.75))
+    assert done.span(0, ANY) == pytest.approx((0.0, 0.95 * 2.9))
 
 
 def test_cases_go_through_every_phase_and_signal_and_are_the_seeds():
     controls = {layout.name: control() for layout in LAYOUTS}
     cases = draw(50, 1, controls)
-    kinds = {(case.phase, case.signal) for case in cases[:10]}
-    every = (phases.DATA, phases.OPTIMIZER, phases.LOAD, phases.START, ANY)
-    assert kinds == {(phase, signal) for phase in every for signal in SIGNALS}
+    every = (phases.DATA, phases.OPTIMIZER, phases.LOAD, phases.SAVE, phases.START, ANY)
+    wanted = {(phase, signal) for phase in every for signal in SIGNALS}
+    wanted |= {(phases.SAVE, fault) for fault in WRITES} | {(phases.START, APART)}
+    assert {(case.phase, case.signal) for case in cases[: len(wanted)]} == wanted
+    assert all(case.delay == 0 for case in cases if case.signal in WRITES)
     assert {case.rank for case in cases} == set(RANKS)
     assert {case.layout for case in cases} == set(controls)
     assert all(1 <= case.entry <= 3 for case in cases if case.phase == phases.DATA)
@@ -163,14 +169,138 @@ def test_figures_go_where_the_document_wants_them(right: Outcome, tmp_path: Path
     done = report.Done(right.case, right, judge(right))
     with pytest.raises(ValueError, match="must hold"):
         report.write_docs(page, [done], 1, 10.0)
-    page.write_text(f"before\n{report.DOC_START}\nold\n{report.DOC_END}\nafter\n")
+    page.write_text(f"before\n{report.DOC_START}\nformer\n{report.DOC_END}\nafter\n")
     report.write_docs(page, [done], 1, 10.0)
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert "old" not in text
+    assert "former" not in text
     assert "1 of 1 cases pass, seed 1" in text
-    assert "| bridge forward | 1 of 1 |  | 1.0 s |  | fan-in |" in text
+    assert "| bridge forward | 1 of 1 |  |  |  |  | 1.0 s |  |  |  |  | fan-in |" in text
+
+
+def stopped_at_2(tmp_path: Path, fault: str) -> Outcome:
+    """A case that nobody was lost by, with everything as it should be."""
+    folder = tmp_path / "checkpoints" / "step_00000002"
+    folder.mkdir(parents=True)
+    files = {"__0_0.distcp": {"bytes": 3, "sha256": None}}
+    (folder / "__0_0.distcp").write_bytes(b"abc")
+    (folder / "mimo.json").write_text(json.dumps({"files": files}))
+    line = {"step": 1, "loss": 0.5, "grad_norm": 1.0, "counted_tokens": 8, "learning_rate": 0.1}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    agreed = [{"agreed": done, "at": at} for done, at in ((0, 1.0), (1, 3.0), (2, 5.0), (3, 7.0))]
+    fault_at = {"fault": fault, "at": 4.0}
+    said = (
+        f"stopped by SIGTERM after step 2 of 4, which is saved in {folder}; the same command goes "
+        "on from there\n"
+    )
+    error = (
+        f"error: rank 3 could not write checkpoint {tmp_path}/step_00000004: the disk is full (No "
+        "space left on device); make room there and resume; training stopped after step 4\n"
+    )
+    stops = fault == "SIGTERM"
+    return Outcome(
+        Case(1, "fan-in", fault, 3, phases.SAVE, 2, 0.0),
+        code=75 if stops else 1,
+        errors="" if stops else error,
+        seconds=1.0,
+        left=[],
+        journal={3: [*agreed[:2], fault_at, *agreed[2:]]},
+        out=tmp_path,
+        timeout=10.0,
+        output="step 2\n" + said * stops,
+        checkpoints=checkpoints(tmp_path),
+        again=Ended(0, 0.0, "", []),
+        trained=trained(tmp_path),
+    )
+
+
+@pytest.mark.parametrize("fault", ["SIGTERM", FULL])
+def test_a_job_that_loses_nothing_passes(tmp_path: Path, fault: str):
+    assert judge(stopped_at_2(tmp_path, fault)).problems == []
+
+
+@pytest.mark.parametrize("fault", ["SIGTERM", FULL])
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"code": None}, "hung"),
+        ({"code": 0}, "exit code 0"),
+        ({"code": -15}, "exit code -15"),
+        ({"errors": "error: something else\n"}, "error"),
+        ({"seconds": GRACE_S + 1}, "ended after"),
+        ({"left": ["4711"]}, "left behind"),
+        ({"checkpoints": {}}, "the newest checkpoint is step_00000000, not that of step 2"),
+        ({"checkpoints": {"step_00000002": "is cut short"}}, "step_00000002 is cut short"),
+        ({"checkpoints": {".saving_00000004": "", "step_00000002": ""}}, "is no checkpoint"),
+        ({"again": Ended(1, 0.0, "error: no", [])}, "run again: (1, 'error: no')"),
+        ({"again": None}, "run again: None"),
+        ({"trained": [(1, 0.5000001, 1.0, 8, 0.1)]}, "undisturbed"),
+    ],
+)
+def test_a_job_that_loses_something_fails(tmp_path: Path, fault: str, change: dict, problem: str):
+    problems = judge(replace(stopped_at_2(tmp_path, fault), **change)).problems
+    assert any(problem in each for each in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("after step 2", "after step 1", "stopped after step 1, not after 2 or 3"),
+        ("step_00000002", "step_00000001", "the checkpoint is said to be"),
+        ("stopped by SIGTERM", "stopped by SIGUSR1", "the last line"),
+    ],
+)
+def test_a_stop_that_is_said_wrongly_fails(tmp_path: Path, old: str, new: str, problem: str):
+    right = stopped_at_2(tmp_path, "SIGTERM")
+    problems = judge(replace(right, output=right.output.replace(old, new))).problems
+    assert any(problem in each for each in problems), problems
+
+
+def test_a_job_may_end_well_if_it_is_told_to_stop_too_late(tmp_path: Path):
+    late = replace(stopped_at_2(tmp_path, "SIGTERM"), code=0)
+    late.journal[3].append({"fault": "SIGTERM", "at": 8.0})
+    del late.journal[3][2]
+    assert judge(late).problems == []
+
+
+def test_what_is_wrong_with_a_checkpoint_is_found(tmp_path: Path):
+    folder = stopped_at_2(tmp_path, FULL).out / "checkpoints"
+    assert checkpoints(tmp_path) == {"step_00000002": ""}
+    (folder / "step_00000002" / "__0_0.distcp").write_bytes(b"ab")
+    (folder / ".saving_00000004").mkdir()
+    assert checkpoints(tmp_path) == {
+        ".saving_00000004": "has no manifest",
+        "step_00000002": "__0_0.distcp has 2 bytes, 3 were saved",
+    }
+
+
+def apart(tmp_path: Path) -> Outcome:
+    """A case in which ranks 4-7 had a folder of their own, and all is as it should be."""
+    out = tmp_path / "out"
+    right = stopped_at_2(out, FULL)
+    error = (
+        f"error: ranks 4-7 cannot see the folder {out}/checkpoints of rank 0 (rank 4 looked at "
+        f"{tmp_path}/apart on host); all ranks write a checkpoint into one folder: give one\n"
+    )
+    return replace(
+        right, case=replace(right.case, signal=APART, rank=3), errors=error, checkpoints={}
+    )
+
+
+def test_ranks_with_a_folder_of_their_own_have_to_be_named(tmp_path: Path):
+    right = apart(tmp_path)
+    assert judge(right).problems == []
+    wrong = [
+        replace(right, code=0),
+        replace(right, errors=right.errors.replace("ranks 4-7", "ranks 4-6")),
+        replace(right, errors=right.errors.replace("/apart", "/elsewhere")),
+        replace(right, checkpoints={"step_00000002": ""}),
+        replace(right, again=None),
+    ]
+    assert all(judge(each).problems for each in wrong)
+    (tmp_path / "apart" / ".probe").mkdir(parents=True)
+    assert judge(right).problems == ["left in the other folder: .probe"]
 
 
 def test_ranks_in_words():

@@ -308,6 +308,72 @@ def test_killed_runs_continue_to_bit_identical_losses(uninterrupted: Job, tmp_pa
     assert checkpoints(out) == ["step_00000006", "step_00000008"]
 
 
+# --------------------------------------------------------------------------------- told to stop
+
+
+def _ends_of(job: Job) -> tuple[int, str, str]:
+    """Exit code, last line and errors of a job that was told to stop."""
+    job.wait()
+    errors = [line for line in job.errors.splitlines() if "rror" in line]
+    return job.process.returncode, job.output.splitlines()[-1], "".join(errors)
+
+
+def test_a_job_that_is_told_to_stop_saves_and_goes_on_to_bit_identical_losses(
+    uninterrupted: Job, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+
+    # One rank alone, while it imports what it trains with.
+    early = (
+        "import sys, threading, time, signal\n"
+        "def warn():\n"
+        "    while 'megatron.core' not in sys.modules: time.sleep(0.01)\n"
+        "    os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "if RANK == '1': threading.Thread(target=warn, daemon=True).start()\n"
+    )
+    job = Job(out, KILLED, faults=sabotage(tmp_path / "early", early))
+    said = "stopped by SIGUSR1 before any step; the same command starts again"
+    assert _ends_of(job) == (75, said, "")
+    assert checkpoints(out) == []
+
+    # While the first checkpoint is saved: it is finished, and no other one is made.
+    touch = f"open({str(tmp_path / 'saving')!r}, 'w').close(); time.sleep(1)"
+    slow_write = _WATCH_OPEN.format(rank=1, name=".distcp", folder="_00000003", action=touch)
+    foreground = f"{KILLED} --no-background-saves"
+    job = Job(out, foreground, faults=sabotage(tmp_path / "slow_write", slow_write))
+    job.wait_for((tmp_path / "saving").exists)
+    job.rank(0).terminate()
+    said = (
+        f"stopped by SIGTERM after step {{}} of 8, which is saved in {out}/checkpoints/"
+        "step_{:08}; the same command goes on from there"
+    )
+    assert _ends_of(job) == (75, said.format(3, 3), "")
+    assert checkpoints(out) == ["step_00000003"]
+
+    # Between two saves.
+    job = Job(out, KILLED, script=FORKED)
+    job.wait_for(lambda: steps_done(out) >= 4)
+    job.process.terminate()
+    ends, steps = _ends_of(job), steps_done(out)
+    assert ends == (75, said.format(steps, steps), "")
+    assert 4 <= steps < 8
+    assert f"step_{steps:08}" in checkpoints(out)
+
+    # All is trained, and the held-out images are being read.
+    evaluating = f"{KILLED.replace('--no-evaluate', '')} --eval-batch-size 2"
+    job = Job(out, evaluating, script=FORKED)
+    job.wait_for(lambda: "reading 359 held-out images" in job.output)
+    job.process.terminate()
+    assert _ends_of(job) == (75, said.format(8, 8), "")
+    assert f"resuming after step {steps} " in job.output
+    assert trained(metrics(out)) == trained(uninterrupted.metrics())
+    assert not (out / "summary.json").exists()
+
+    job = Job(out, KILLED, script=FORKED).wait().succeeded()
+    assert "resuming after step 8 " in job.output
+    assert trained(metrics(out)) == trained(uninterrupted.metrics())
+
+
 # ------------------------------------------------------------------------------------- bad input
 
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -296,12 +297,12 @@ _JOB = f"""
 import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(_MODULES)!r})
-from errors import JobError
+from errors import JobError, Stopped
 from launch import init_distributed, run
 from options import parse_options
 from mimo_colocated import phases
 
-def job(options, backend):
+def job(options, backend, requests=None):
     import torch
     init_distributed(backend, options.timeout)
     rank, mode = torch.distributed.get_rank(), os.environ["MODE"]
@@ -322,8 +323,15 @@ def job(options, backend):
             if not pid.exists():  # once: the test must not meet it half-written
                 pid.write_text(str(os.getpid()))
             time.sleep(0.02)
+        if requests is not None and (told := requests.agreed()):
+            if mode == "stuck":
+                time.sleep(600)
+            time.sleep(1)  # to save takes time
+            (options.out / f"saved_{{rank}}").write_text(str(step))
+            raise Stopped(f"{{told.name}} after {{step}}")
 
-sys.exit(run(__file__, sys.argv[1:], parse_options, job))
+stops = os.environ["MODE"] in ("stops", "stuck")
+sys.exit(run(__file__, sys.argv[1:], parse_options, job, stops=stops))
 """
 _TWO_RANKS = ("--vision", "dp=2", "--language", "dp=2", "--timeout", "30")
 
@@ -471,7 +479,71 @@ def _gone(pid: int) -> bool:
     return state == "Z"
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("sent", "to"),
+    [
+        (signal.SIGTERM, "launcher"),
+        (signal.SIGTERM, "launcher before its ranks are there"),
+        (signal.SIGUSR1, "rank"),
+        (signal.SIGTERM, "everyone"),  # as Slurm does; the launcher passes its own on
+    ],
+)
+def test_a_job_that_is_told_to_stop_saves_on_all_ranks(
+    tmp_path: Path, sent: signal.Signals, to: str
+) -> None:
+    process = _start(tmp_path, "stops")
+    launcher = psutil.Process(process.pid)
+    if "before" in to:
+        _wait_until(lambda: "torch" in Path(f"/proc/{process.pid}/maps").read_text())
+    else:
+        assert process.stdout.readline() == "running 2 gloo 1\n"
+    ranks = launcher.children()
+    for each in {"rank": ranks[1:], "everyone": [*ranks, launcher]}.get(to, [launcher]):
+        each.send_signal(sent)
+    code, output, errors = _finish(process)
+    assert (code, errors) == (75, "")
+    saved = [(tmp_path / "out" / f"saved_{rank}").read_text() for rank in range(2)]
+    assert saved[0] == saved[1]
+    assert output.splitlines()[-1] == f"{sent.name} after {saved[0]}"
+    assert all(_gone(rank.pid) for rank in ranks)
+
+
+def test_a_second_sigterm_ends_all_ranks_at_once(tmp_path: Path) -> None:
+    process = _start(tmp_path, "stuck")
+    assert process.stdout.readline() == "running 2 gloo 1\n"
+    ranks = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(2.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    code, _, errors = _finish(process)
+    assert (code, errors) == (143, "error: stopped by a second SIGTERM; all ranks were ended\n")
+    assert all(_gone(rank.pid) for rank in ranks)
+
+
+def test_a_job_that_is_told_to_stop_under_torchrun(tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    process = _start(tmp_path, "stops", before=torchrun)
+    assert process.stdout.readline() == "running 2 gloo 1\n"
+    for rank in psutil.Process(process.pid).children():  # as Slurm does
+        rank.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    code, output, errors = _finish(process)
+    assert code == 1  # torchrun knows no other
+    saved = [(tmp_path / "out" / f"saved_{rank}").read_text() for rank in range(2)]
+    assert saved[0] == saved[1]
+    assert output == f"SIGTERM after {saved[0]}\n"
+    assert "error: " not in errors.splitlines()
+
+
+def _wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
 def test_the_ranks_end_with_the_launcher(tmp_path: Path, sent: signal.Signals) -> None:
     process = _start(tmp_path, "waits")
     assert process.stdout is not None
@@ -483,8 +555,9 @@ def test_the_ranks_end_with_the_launcher(tmp_path: Path, sent: signal.Signals) -
     while not all(map(_gone, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert all(map(_gone, pids))
-    if sent is signal.SIGINT:
-        assert (code, errors) == (130, "error: stopped by SIGINT; all ranks were ended\n")
+    if sent is not signal.SIGKILL:
+        said = f"error: stopped by {sent.name}; all ranks were ended\n"
+        assert (code, errors) == (128 + sent, said)
 
 
 def test_gloo_s_notes_on_refused_connections_are_held_back(capfd):

@@ -29,6 +29,10 @@ class JobError(Exception):
     """An error whose message is one sentence for the user; shown without a traceback."""
 
 
+class Stopped(Exception):
+    """The job was told to stop and has saved; the message is one sentence that says where."""
+
+
 def require_packages(packages: dict[str, str] | None = None) -> None:
     """Refuse to start when a package the job imports is not installed.
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from data import SEQUENCE_LENGTH, DigitsBatches
 from encoders import AUDIO, VISION
-from errors import JobError, writing
+from errors import JobError, Stopped, writing
 from launch import init_distributed
 from model import LANGUAGE, DigitsModel, Experts, ModelOptions, ModelSize, build_model
 from options import Options
@@ -33,6 +33,7 @@ from megatron.core.models.mimo.training.checkpoint import (
     Manifest,
     remove_partial,
 )
+from mimo_colocated.stop_requests import StopRequests
 
 # Changing one of these in mid-run would train on other data or another schedule than recorded.
 _FIXED = (
@@ -55,12 +56,16 @@ class Run:
     Args:
         options: of the job, checked.
         backend: of the process groups, already joined.
+        requests: what tells this rank to stop.
     """
 
-    def __init__(self, options: Options, backend: str) -> None:
+    def __init__(
+        self, options: Options, backend: str, requests: StopRequests | None = None
+    ) -> None:
         self.options, self.backend = options, backend
+        self.requests = requests or StopRequests()
         self.rank = dist.get_rank()
-        self._skipped_in_a_row = 0
+        self._skipped_in_a_row = self._saved = 0
         self.built = _build(options, backend)
         self.trainer = Trainer(
             self.built,
@@ -111,6 +116,7 @@ class Run:
         where = self.store.path(manifest.step)
         moved = "" if self.store.same_layout(manifest) else ", saved in another layout"
         self.say(f"resuming after step {manifest.step} from {where}{moved}; --fresh starts anew")
+        self._saved = manifest.step
         return manifest.step
 
     def _check_options(self, manifest: Manifest) -> None:
@@ -161,10 +167,12 @@ class Run:
         # Megatron-Core's distributed optimizer collects garbage at every save and load, which takes
         # 0.2 s of a core per module only to look through what was imported and built until here.
         gc.freeze()
+        self._stop_if_told(0)
         done = self.start()
         reporter = _Reporter(self, done) if self.rank == 0 else None
         try:
             while done < self.options.steps:
+                self._stop_if_told(done)
                 result = self.trainer.step(self.train, done)
                 done += 1
                 if reporter:
@@ -184,6 +192,26 @@ class Run:
         if reporter:
             reporter.finish(read)
         dist.barrier()
+
+    def _stop_if_told(self, done: int) -> None:
+        """Save and stop if a signal told any rank to; all ranks together.
+
+        Raises:
+            Stopped: where the checkpoint is, and how to go on.
+        """
+        told = self.requests.agreed(self.trainer.device)
+        if told is None:
+            return
+        if not done:
+            raise Stopped(f"stopped by {told.name} before any step; the same command starts again")
+        if self._saved < done:
+            self.save(done)
+        self._saving(done, self.store.wait)
+        again = f"the same command{' without --fresh' if self.options.fresh else ''}"
+        raise Stopped(
+            f"stopped by {told.name} after step {done} of {self.options.steps}, which is saved in "
+            f"{self.store.path(done)}; {again} goes on from there"
+        )
 
     def _stop_if_stuck(self, done: int, result: StepResult) -> None:
         """Give up after ``--max-skipped`` skipped steps in a row; the same on every rank.
@@ -217,6 +245,7 @@ class Run:
         self._saving(
             done, lambda: self.store.save(done, model, optimizer, extra, background=background)
         )
+        self._saved = done
 
     @staticmethod
     def _saving(done: int, action: Callable[[], Any]) -> None:
@@ -231,7 +260,10 @@ class Run:
         held_out = DigitsBatches(options.seed, "held_out", options.eval_batch_size, audio=audio)
         count = len(held_out.images)
         self.say(f"reading {count} held-out images{f' and {count} sounds' * audio}")
-        answers = [self.trainer.read(held_out, step).cpu() for step in range(len(held_out))]
+        answers = []
+        for step in range(len(held_out)):
+            self._stop_if_told(options.steps)
+            answers.append(self.trainer.read(held_out, step).cpu())
         return HeldOut.collect(held_out, answers) if self.rank == 0 else None
 
 
@@ -386,16 +418,17 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def run_job(options: Options, backend: str) -> None:
+def run_job(options: Options, backend: str, requests: StopRequests) -> None:
     """Run the job on this rank.
 
     Raises:
         JobError: what the user has to know, the same sentence on every rank.
+        Stopped: it was told to stop, and has saved.
     """
     try:
         with connection_notes.held_back():
             init_distributed(backend, options.timeout)
-            run = Run(options, backend)
+            run = Run(options, backend, requests)
         run.run()
     except CheckpointError as error:
         raise JobError(str(error)) from error

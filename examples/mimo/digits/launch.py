@@ -20,21 +20,22 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 import connection_notes
-from errors import JobError, one_sentence, require_packages
+from errors import JobError, Stopped, one_sentence, require_packages
 from failures import Exit, Reason, Report, explain, read_reports
 
 if TYPE_CHECKING:  # not installed yet, perhaps: require_packages says so
     from lost_ranks import RankWatch
+    from stopping import Forwarding, RankSignals
+
 
 _REPORTS = "DIGITS_REPORTS"  # set in the ranks that this launcher starts: where they report
 _SETTLE_S = 0.5  # a failing rank waits this long for the reports of the ranks that fail with it
 _JOINING_S = 2.0  # beyond the timeout, joining the others has this long to notice a lost one
-_ENDING_S = 20.0  # a failing rank that is told to end has this long to say why
 
 # Ends this rank, which the error says why; set in ranks. Its peers' errors are for the launcher.
 _fail_this_rank: list[Callable[[Exception], NoReturn]] = []
@@ -58,8 +59,10 @@ def run(
     script: str,
     argv: Sequence[str],
     parse: Callable[[Sequence[str], int | None], _Options],
-    job: Callable[[_Options, str], None],
+    job: Callable[..., None],
     instead: Callable[[_Options, str], bool] = lambda *_: False,
+    *,
+    stops: bool = False,
 ) -> int:
     """Run ``job`` on every rank; call it as ``sys.exit(run(__file__, sys.argv[1:], ...))``.
 
@@ -70,19 +73,25 @@ def run(
             :class:`JobError`.
         job: what one rank does with the options and the backend's name.
         instead: does what needs no ranks, and says whether that was all.
+        stops: ``job`` takes the rank's :class:`StopRequests`, too, and raises
+            :class:`errors.Stopped` on all ranks when it was told to stop and has saved.
 
     Returns:
-        The exit code: 0, 2 for a wrong command line, 130 after Ctrl-C, else 1.
+        The exit code: 0, 2 for a wrong command line, 75 for a job that was told to stop and has
+        saved, 130 after Ctrl-C, 143 after SIGTERM (the second one, if ``stops``), else 1.
     """
     if "RANK" in os.environ:
-        return _run_rank(argv, parse, job)
+        return _run_rank(argv, parse, job, stops=stops)
     try:
         options = parse(argv, None)
         require_packages()
-        backend = choose_backend(options.backend, options.world_size, _gpus())
-        if instead(options, backend):
-            return 0
-        return _launch(script, argv, options, backend)
+        from stopping import Forwarding
+
+        with contextlib.closing(Forwarding(stops)) as forwarding:
+            backend = choose_backend(options.backend, options.world_size, _gpus())
+            if instead(options, backend):
+                return 0
+            return _launch(script, argv, options, backend, forwarding)
     except JobError as error:
         return _complain(str(error), 2)
     except OSError as error:
@@ -165,24 +174,58 @@ def _complain(reason: str | Reason, code: int, dumps: Path | None = None) -> int
 # --------------------------------------------------------------------------- the launcher's side
 
 
-def _launch(script: str, argv: Sequence[str], options: JobOptions, backend: str) -> int:
+def _launch(
+    script: str, argv: Sequence[str], options: JobOptions, backend: str, forwarding: Forwarding
+) -> int:
     folder = Path(tempfile.mkdtemp(prefix="digits-"))
     try:
         with _rank_environment(folder, hide_gpus=backend == "gloo"):
-            return _start_and_wait(script, argv, options, folder)
+            return _start_and_wait(script, argv, options, folder, forwarding)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start_and_wait(script: str, argv: Sequence[str], options: JobOptions, folder: Path) -> int:
-    from lost_ranks import Reaper, dump_folder, peers_gave_up
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+def _start_and_wait(
+    script: str, argv: Sequence[str], options: JobOptions, folder: Path, forwarding: Forwarding
+) -> int:
+    from lost_ranks import Reaper, dump_folder
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from mimo_colocated.evidence import clear_dumps
+
+    config, dumps, reaper = _config(options, folder), dump_folder(options.out), Reaper(folder)
+    # The agent's own account of a failure is a page per rank; ours is one sentence.
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    with contextlib.suppress(OSError):
+        clear_dumps(dumps)
+    reaper.start()
+    forwarding.into(folder)
+    try:
+        _run_ranks(config, script, argv)
+    except ChildFailedError as error:
+        reaper.close()
+        told = forwarding.outcome({failure.exitcode for failure in error.failures.values()})
+        if told is not None:
+            return _complain(*told) if told[0] else told[1]
+        return _complain(_reason(error, options.world_size, folder, dumps, reaper.fates), 1, dumps)
+    except SignalException as stop:
+        return _complain(f"stopped by {stop.sigval.name}; all ranks were ended", 128 + stop.sigval)
+    except KeyboardInterrupt:
+        return _complain("stopped by SIGINT; all ranks were ended", 128 + signal.SIGINT)
+    return 0
+
+
+def _config(options: JobOptions, folder: Path) -> Any:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
-    from mimo_colocated.evidence import Evidence, clear_dumps
-
-    config = LaunchConfig(
+    # SIGTERM is passed on to the ranks without a time limit (``stopping.py``). An older torch does
+    # it itself, and kills them after 30 s.
+    signals = {"signals_to_handle": "SIGINT,SIGHUP,SIGQUIT"}
+    return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=options.world_size,
@@ -193,31 +236,24 @@ def _start_and_wait(script: str, argv: Sequence[str], options: JobOptions, folde
         max_restarts=0,
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
+        **(signals if hasattr(LaunchConfig, "signals_to_handle") else {}),
     )
-    # The agent's own account of a failure is a page per rank; ours is one sentence.
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-    dumps, reaper = dump_folder(options.out), Reaper(folder)
-    with contextlib.suppress(OSError):
-        clear_dumps(dumps)
-    reaper.start()
-    try:
-        _run_ranks(config, script, argv)
-    except ChildFailedError as error:
-        reaper.close()
-        exits = {
-            rank: Exit(failure.exitcode, failure.timestamp)
-            for rank, failure in error.failures.items()
-        }
-        evidence = Evidence.read(folder, dumps, reaper.fates, peers_gave_up(folder))
-        reason = explain(options.world_size, exits, read_reports(folder), evidence)
-        return _complain(reason, 1, dumps)
-    except SignalException as stop:
-        return _complain(f"stopped by {stop.sigval.name}; all ranks were ended", 128 + stop.sigval)
-    except KeyboardInterrupt:
-        return _complain("stopped by SIGINT; all ranks were ended", 128 + signal.SIGINT)
-    return 0
+
+
+def _reason(
+    error: Any, world_size: int, folder: Path, dumps: Path, fates: Mapping[int, str]
+) -> Reason:
+    """Why the ranks ended, by their exit codes and by what they left."""
+    from lost_ranks import peers_gave_up
+
+    from mimo_colocated.evidence import Evidence
+
+    exits = {
+        rank: Exit(failure.exitcode, failure.timestamp)
+        for rank, failure in error.failures.items()
+    }
+    evidence = Evidence.read(folder, dumps, fates, peers_gave_up(folder))
+    return explain(world_size, exits, read_reports(folder), evidence)
 
 
 def _run_ranks(config: Any, script: str, argv: Sequence[str]) -> None:
@@ -254,19 +290,22 @@ def _rank_environment(folder: Path, *, hide_gpus: bool) -> Iterator[None]:
 def _run_rank(
     argv: Sequence[str],
     parse: Callable[[Sequence[str], int | None], _Options],
-    job: Callable[[_Options, str], None],
+    job: Callable[..., None],
+    *,
+    stops: bool,
 ) -> int:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     ours = _REPORTS in os.environ
     if ours:
         _end_with_the_launcher()
-    watch = _watch(rank)
-    failing = _handle_sigterm(rank, world, watch, prints=not ours)
+    signals = _signals(rank, world, stops=stops, prints=not ours)
+    watch = signals.watch if signals else None
     out: Path | None = None
 
     def fail(error: Exception) -> NoReturn:
         connection_notes.show()
-        failing.set()
+        if signals:
+            signals.ends_by_itself()
         report = Report.of(rank, error, _write_traceback(out, rank, error))
         _settle(report, world, watch, prints=not ours)
         _exit_now(1)
@@ -278,13 +317,30 @@ def _run_rank(
         backend = _rank_backend(options, world)
         if watch is not None:
             watch.start(out)
-        job(options, backend)
+        job(options, backend, *([signals.requests] if stops else []))
         _leave()
     except SystemExit as stop:
         _exit_now(stop.code if isinstance(stop.code, int) else int(stop.code is not None))
+    except Stopped as stop:
+        _exit_now(signals.stopped(stop))
     except Exception as error:
         fail(error)
     return 0
+
+
+def _signals(rank: int, world: int, *, stops: bool, prints: bool) -> RankSignals | None:
+    """This rank's signals; ``None`` without what they are made with, which is said later."""
+    try:
+        from stopping import RankSignals
+    except ImportError:
+        return None
+
+    def say() -> None:
+        _say_once(world, {}, signals.watch)
+
+    signals = RankSignals(rank, stops=stops, say=say if prints else None)
+    signals.watch = _watch(rank)
+    return signals
 
 
 def _watch(rank: int) -> RankWatch | None:
@@ -379,37 +435,3 @@ def _end_with_the_launcher() -> None:
     if sys.platform == "linux":
         parent_death_signal = 1
         ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
-
-
-def _handle_sigterm(
-    rank: int, world: int, watch: RankWatch | None, *, prints: bool
-) -> threading.Event:
-    """End by SIGTERM, but not without a word.
-
-    One that the agent did not send is reported: it is the reason, not a consequence. One of the
-    agent's may mean that another rank is lost: what this rank knows of it is saved.
-
-    Returns:
-        To be set when this rank fails by itself: it then ends by itself, too.
-    """
-    failing = threading.Event()
-    if watch is None or not hasattr(signal, "sigwaitinfo"):
-        return failing
-
-    def wait() -> None:
-        sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
-        if failing.is_set():
-            time.sleep(_ENDING_S)
-        elif sender != os.getppid():
-            with contextlib.suppress(OSError):
-                Report(rank, "signal", "ended by SIGTERM", "", time.time()).write(watch.folder)
-        elif watch.told_to_end() and prints:
-            _say_once(world, {}, watch)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # Blocked before the first thread starts, so that only the waiting thread receives it.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=wait, daemon=True, name="sigterm").start()
-    return failing

@@ -15,12 +15,16 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Light imports only: the launcher checks options and packages before torch is loaded.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from launch import run
 from options import Options, parse_options
+
+if TYPE_CHECKING:  # not installed yet, perhaps: the launcher says so
+    from mimo_colocated.stop_requests import StopRequests
 
 
 def parse(argv: Sequence[str], world_size: int | None) -> Options:
@@ -38,7 +42,7 @@ def plan(options: Options, backend: str) -> bool:
     return options.memory_plan
 
 
-def job(options: Options, backend: str) -> None:
+def job(options: Options, backend: str, requests: StopRequests) -> None:
     """What one rank does."""
     if options.memory_plan:  # under torchrun
         if os.environ["RANK"] == "0":
@@ -47,7 +51,7 @@ def job(options: Options, backend: str) -> None:
     _hush()
     from job import run_job
 
-    run_job(options, backend)
+    run_job(options, backend, requests)
 
 
 def _hush() -> None:
@@ -59,4 +63,4 @@ def _hush() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(__file__, sys.argv[1:], parse, job, plan))
+    sys.exit(run(__file__, sys.argv[1:], parse, job, plan, stops=True))

@@ -6,6 +6,8 @@ from tests.mutants.mutant import Mutant
 
 _WAITS = "mimo_colocated/who_waits.py"
 _PHASES = "mimo_colocated/phases.py"
+_STOPS = "mimo_colocated/stop_requests.py"
+_OF_STOPS = UNIT + "test_stop_requests.py::"
 _OF_WAITS = UNIT + "test_who_waits.py::"
 _OF_PHASES = UNIT + "test_phases.py::"
 
@@ -59,5 +61,37 @@ FAULTS = (
             UNIT + "test_flight_recorder.py::test_who_waits_for_whom_from_the_recorder_itself",
         ),
         why="ranks wait for a stalled one in a bridge or TP group for half an hour",
+    ),
+    Mutant(
+        name="ranks-that-stop-alone",
+        file=_STOPS,
+        old="            dist.all_reduce(flags, group=group)\n",
+        new="",
+        tests=(_OF_STOPS + "test_what_one_rank_is_asked_all_ranks_agree_on",),
+        why="a rank that got the signal leaves, and the others wait for it in the next step",
+    ),
+    Mutant(
+        name="passed-on-signals-end-the-job",
+        file=_STOPS,
+        old="first is not None and now - first >= self._same_request_s",
+        new="first is not None",
+        tests=(_OF_STOPS + "test_signals_that_are_the_same_request_do_not_end_the_process",),
+        why="under Slurm torchrun passes on what the ranks have got already: they end unsaved",
+    ),
+    Mutant(
+        name="second-sigterm-waits-for-python",
+        file=_STOPS,
+        old="            end_by(sent)\n",
+        new="            self._go_on = False\n",
+        tests=(_OF_STOPS + "test_a_second_sigterm_ends_a_process_that_is_stuck_in_a_collective",),
+        why="a job that hangs cannot be ended but by SIGKILL",
+    ),
+    Mutant(
+        name="ended-workers-ask-to-stop",
+        file=_STOPS,
+        old="        requests._stay_with_the_parent()\n",
+        new="        pass\n",
+        tests=(_OF_STOPS + "test_a_forked_worker_that_is_ended_asks_nobody_to_stop",),
+        why="a data loader that ends its workers stops the training",
     ),
 )
