@@ -21,6 +21,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -492,6 +493,24 @@ def test_checkpoint_writers_are_threads_of_this_process(key: str) -> None:
     # Annotations of the file go on naming multiprocessing's types; the module itself is whole.
     assert hasattr(filesystem_async.mp, "SimpleQueue")
     assert torch.multiprocessing.get_context("spawn").Process is not threading.Thread
+
+
+@entries("torch.zeros")
+def test_names_that_tools_patch_through_stocks_view_are_put_back(key: str) -> None:
+    """pytest's monkeypatch and unittest's mock look into ``__dict__`` for what they replace."""
+    rank, zeros = torch.distributed.get_rank, STOCK_TORCH.zeros
+    view = STOCK_TORCH.distributed
+    assert view is not torch.distributed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(view, "get_rank", lambda: 7)
+        patch.setattr(STOCK_TORCH, "zeros", None)
+        assert torch.distributed.get_rank() == 7
+    with mock.patch.object(view, "get_rank", return_value=8), mock.patch.object(
+        STOCK_TORCH, "zeros"
+    ):
+        assert torch.distributed.get_rank() == 8
+    assert torch.distributed.get_rank is view.get_rank is rank
+    assert STOCK_TORCH.zeros is zeros is not torch.zeros
 
 
 @entries("megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu")

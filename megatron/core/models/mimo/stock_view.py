@@ -33,35 +33,46 @@ def is_stock(name: str) -> bool:
     return f"{name}.".startswith(STOCK)
 
 
+# A module's own names; ``View.__dict__`` answers with more than these.
+_own_names = types.ModuleType.__dict__["__dict__"].__get__
+
+
 class View(types.ModuleType):
     """A module with some names replaced; every other name is the real module's at that moment.
 
-    Assignments to the other names reach the real module.
+    Assignments to the other names reach the real module. ``__dict__`` has all names: tools that
+    patch a name look there for what they have to put back.
     """
 
     def __init__(self, real: types.ModuleType) -> None:
         super().__init__(real.__name__)
-        vars(self).clear()
-        vars(self)["_real"] = real
+        _own_names(self).clear()
+        _own_names(self)["_real"] = real
+
+    @property
+    def __dict__(self) -> dict[str, Any]:
+        own = _own_names(self)
+        return {**vars(own["_real"]), **own}
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["_real"], name)
+        return getattr(_own_names(self)["_real"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in vars(self):
-            vars(self)[name] = value
+        own = _own_names(self)
+        if name in own:
+            own[name] = value
         else:
-            setattr(vars(self)["_real"], name, value)
+            setattr(own["_real"], name, value)
 
     def __delattr__(self, name: str) -> None:
-        delattr(vars(self)["_real"], name)
+        delattr(_own_names(self)["_real"], name)
 
     def __dir__(self) -> list[str]:
-        return dir(vars(self)["_real"])
+        return dir(_own_names(self)["_real"])
 
     def show(self, name: str, value: Any) -> None:
         """Answer with ``value`` where ``name`` is asked for."""
-        vars(self)[name] = value
+        _own_names(self)[name] = value
 
 
 @dataclass(frozen=True)
