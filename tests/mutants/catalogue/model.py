@@ -12,6 +12,13 @@ _DDP = MIMO + "model/ddp_methods.py"
 _SUBMODULES = MIMO + "submodules/base.py"
 _OUTPUTS = MIMO + "submodules/encoder_outputs.py"
 _OUTPUT_TESTS = UNIT + "test_encoder_outputs.py::"
+_STAGE = MIMO + "model/stage_side.py"
+_EMPTY = MIMO + "model/no_samples.py"
+_MASKS = MIMO + "model/attention_masks.py"
+_CHECKS = MIMO + "config/checks.py"
+_ATTENTION = MIMO + "transformer/context_parallel_attention.py"
+_MASK_TESTS = UNIT + "test_attention_masks.py::"
+_CONFIG_TESTS = UNIT + "test_config.py::"
 _MODEL_TESTS = UNIT + "test_model.py::"
 _SUBMODULE_TESTS = UNIT + "test_submodules.py::"
 
@@ -176,6 +183,46 @@ MODEL = (
         new="tp_group=tp_group,",
         tests=(_MODEL_TESTS + "TestContextParallel::test_a_given_group_wins",),
         why="the group is kept but not used: falls back to a global one that was never made",
+    ),
+    Mutant(
+        name="mask-kept-from-later-stages",
+        file=_STAGE,
+        old="fused, position_ids, attention_mask, labels, packed, language_model=language_model",
+        new="fused, position_ids, None, labels, packed, language_model=language_model",
+        tests=(_MASK_TESTS + "test_every_stage_of_a_pipeline_gets_the_mask",),
+        why="layers of a pipeline attend to what the mask forbids",
+    ),
+    Mutant(
+        name="queries-that-see-nothing-see-all",
+        file=_ATTENTION,
+        old="return out.permute(1, 2, 0, 3).masked_fill(blind, 0.0).permute(2, 0, 1, 3)",
+        new="return out",
+        tests=(_MASK_TESTS + "test_a_mask_says_all_whatever_the_layer_s_type",),
+        why="padding in front sends gradients into real tokens",
+    ),
+    Mutant(
+        name="a-window-in-the-mask-s-place",
+        file=_MASKS,
+        old="if softmax.window_size is None and not fused:",
+        new="if not fused:",
+        tests=(_MASK_TESTS + "test_layers_that_would_ignore_a_mask_are_refused",),
+        why="stock's windowed layers ignore the mask",
+    ),
+    Mutant(
+        name="padding-comes-out",
+        file=_EMPTY,
+        old="kept = value[:0] if shape[0] == 0 else value",
+        new="kept = value",
+        tests=(UNIT + "test_routed_model.py::test_any_number_of_tokens_against_one_rank",),
+        why="a replica without samples trains on padding",
+    ),
+    Mutant(
+        name="one-id-for-two-modalities",
+        file=_CHECKS,
+        old="if len(others) > 1:",
+        new="if len(others) > 2:",
+        tests=(_CONFIG_TESTS + "test_special_tokens_that_cannot_be_meant_are_refused",),
+        why="rows of one modality overwrite those of another",
     ),
     Mutant(
         name="no-sync-for-nobody",

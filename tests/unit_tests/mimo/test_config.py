@@ -5,13 +5,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from unittest.mock import MagicMock
 
 import pytest
+import torch
 
 from megatron.core.models import mimo
-from megatron.core.models.mimo import MimoModelConfig
+from megatron.core.models.mimo import MimoModel, MimoModelConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
-from tests.unit_tests.mimo.model_stubs import StubGrid, language_config, mimo_config, modality_spec
+from tests.unit_tests.mimo.model_stubs import (
+    IMAGE,
+    SOUND,
+    StubGrid,
+    language_config,
+    mimo_config,
+    modality_spec,
+)
 
 STOCK_NAMES = [
     "MimoModelConfig",
@@ -76,6 +85,10 @@ def test_defaults():
     ("field", "message"),
     [
         ({"bridge": "ring"}, r"bridge must be one of \('gather', 'routed'\), got 'ring'"),
+        (
+            {"bridge_guard": "off", "bridge": "gather"},
+            "bridge_guard='off' is for bridge='routed', got 'gather'; leave it out",
+        ),
         ({"bridge_guard": "never"}, r"\('always', 'first', 'off'\), got 'never'"),
     ],
 )
@@ -113,3 +126,80 @@ def test_reserved_modality_names(name):
 def test_unknown_kv_format():
     with pytest.raises(ValueError, match=r"kv_format must be one of .*'sbhd', 'thd'.*got 'bshd'"):
         mimo_config(kv_format="bshd")
+
+
+# ---- what is checked when the model is built ----------------------------------------------------
+
+
+def built(ids=None, **options):
+    given = {} if ids is None else {"special_token_ids": ids}
+    return MimoModel(mimo_config(**given, **options))
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ({"images": True}, r"\['images'\] must be a whole number, got True; give the id"),
+        ({"images": 49.0}, "must be a whole number, got 49.0"),
+        ({"images": "49"}, "must be a whole number, got '49'"),
+        ({"images": None}, "must be a whole number, got None"),
+        ({"images": 49, "sounds": 49}, r"gives \['images', 'sounds'\] the same id 49, so their"),
+        ({"image": 49}, r"names \['image'\], which .* not have, and misses \['images'\]"),
+    ],
+)
+def test_special_tokens_that_cannot_be_meant_are_refused(ids, message):
+    with pytest.raises(ValueError, match="^special_token_ids.*" + message):
+        built(ids)
+
+
+@pytest.mark.parametrize("spec", [None, object, "vit"])
+def test_a_modality_without_a_spec_is_refused(spec):
+    with pytest.raises(TypeError, match=r"\['images'\] must be a ModuleSpec, got"):
+        built(modalities={"images": spec})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"config": language_config(mtp_num_layers=1)},
+        {"language_params": {"mtp_block_spec": "layers"}},
+        {"virtual_stage_specs": [ModuleSpec(object, params={"mtp_block_spec": "layers"})]},
+    ],
+    ids=["config", "spec", "virtual_stage"],
+)
+def test_multi_token_prediction_is_refused(options):
+    with pytest.raises(ValueError, match=r"^Multi-token prediction \(mtp_num_layers=(1|None)\) em"):
+        built(**options)
+
+
+def test_tokens_of_a_modality_that_was_not_built():
+    """One vocabulary for several models is fine, rows of zeros are not."""
+    with pytest.warns(UserWarning, match=r"names \['sounds'\], but the model's modalities are"):
+        model = built({"images": IMAGE, "sounds": SOUND})
+    model(torch.tensor([[1, 2, 3, 4]]))
+    message = r"input_ids has 2 tokens of 'sounds', .* \(those that do: \['images'\]\); give the"
+    with pytest.raises(ValueError, match=message):
+        model(torch.tensor([[1, SOUND, SOUND, 4]]))
+
+
+@pytest.mark.parametrize("outside", [-200, 50, 50257])
+def test_ids_outside_the_vocabulary_are_said_and_work(outside):
+    """Models of this field have placeholders that no tokenizer knows; they are never embedded."""
+    pixels = {"images": {"linear": {"x": torch.randn(1, 2, 4)}}}
+    results = []
+    for token in (IMAGE, outside):
+        torch.manual_seed(5)
+        if token == outside:
+            with pytest.warns(UserWarning, match=rf"'images': {outside}.* vocabulary of 50 ids"):
+                model = built({"images": token}, language_params={"vocab_size": 50})
+        else:
+            model = built({"images": token}, language_params={"vocab_size": 50})
+        results.append(model(torch.tensor([[1, token, token, 4]]), modality_inputs=pixels)[0])
+    assert torch.equal(*results)
+
+
+def test_stand_ins_for_values_are_not_compared():
+    """Code written for stock tests with configs whose unset attributes are mocks."""
+    config = language_config()
+    config.mtp_num_layers = MagicMock()
+    built({"images": MagicMock()}, config=config, language_params={"vocab_size": MagicMock()})

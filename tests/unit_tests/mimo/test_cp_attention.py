@@ -179,12 +179,13 @@ def test_natural_pieces_undo_the_gather(cp_size: int) -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_explicit_mask(causal: bool) -> None:
+    """It replaces the causal one; see test_attention_masks.py."""
     case = Case((8,), (8,), batch=2, groups=2, causal=causal)
     q, k, v, _ = case.tensors()
     forbidden = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(1)) < 0.4
     forbidden[..., torch.arange(8), torch.arange(8)] = False
     out = build(mask_type=mask_type_of(case))(q, k, v, forbidden)
-    expected = reference(q, k, v, case.allowed() & ~forbidden, None)
+    expected = reference(q, k, v, ~forbidden, None)
     torch.testing.assert_close(out, expected, **EXACT)
 
 
@@ -335,6 +336,14 @@ def test_group_of_another_size_is_refused() -> None:
             "self",
             pg_collection=fake_groups(cp=FakeGroup(0, 4)),
         )
+
+
+def test_cross_attention_is_for_cp_1() -> None:
+    groups = fake_groups(cp=FakeGroup(0, 2))
+    config = tiny_config(context_parallel_size=2)
+    with pytest.raises(ValueError, match="shards self-attention only, got 'cross' with .* 2; use"):
+        ContextParallelAttention(config, 1, AttnMaskType.no_mask, "cross", pg_collection=groups)
+    ContextParallelAttention(tiny_config(), 1, AttnMaskType.no_mask, "cross")
 
 
 def test_bias_is_refused() -> None:

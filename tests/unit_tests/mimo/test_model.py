@@ -62,6 +62,11 @@ def fuse(ids: torch.Tensor, words: torch.Tensor, rows: torch.Tensor, token: int 
     return fused.transpose(0, 1)
 
 
+def batch_first(forward):
+    """What a language model with a head returns."""
+    return lambda **inputs: forward(**inputs).transpose(0, 1)
+
+
 @pytest.fixture
 def model() -> MimoModel:
     torch.manual_seed(1)
@@ -107,15 +112,14 @@ class TestForward:
     def test_what_the_language_model_is_called_with(self, model):
         ids, positions = tokens(1, 1, 1), torch.arange(LENGTH).expand(BATCH, -1)
         labels = torch.randint(0, 40, (BATCH, LENGTH))
-        mask = torch.ones(BATCH, 1, LENGTH, LENGTH)
+        mask = torch.zeros(BATCH, 1, LENGTH, LENGTH, dtype=torch.bool)
         model(ids, positions, mask, labels=labels, modality_inputs=images(BATCH, 1))
         seen = model.language_model.called_with
         assert seen["input_ids"] is None
         assert seen["position_ids"] is positions
         assert seen["labels"] is labels
         assert seen["packed_seq_params"] is None
-        # As in stock: colocated models mask by attention type or packing.
-        assert seen["attention_mask"] is None
+        assert seen["attention_mask"] is mask
 
     def test_text_only(self, model):
         ids = tokens(0, 0, 0)
@@ -204,6 +208,48 @@ class TestMismatch:
         for inputs in (None, {"images": None}, {"image": {}}):
             with pytest.raises(RuntimeError, match=message):
                 model(tokens(2, 2), modality_inputs=inputs)
+
+    def test_inputs_that_nobody_reads(self, model):
+        message = r"modality_inputs has \['image'\], but this model's modalities are \['images'\]"
+        with pytest.raises(ValueError, match=message):
+            model(tokens(0, 0), modality_inputs={"image": {"linear": {"x": torch.ones(1, 1, 4)}}})
+        model(tokens(0, 0), modality_inputs={"image": None})
+
+    def test_inputs_without_items_are_no_inputs(self, model):
+        """Encoders need not be able to shape nothing."""
+        model.modality_submodules["images"] = Constant(None)
+        for shape in ((0, 2, 4), (0,)):
+            model(tokens(0, 0), modality_inputs={"images": {"linear": {"x": torch.ones(shape)}}})
+        with pytest.raises(RuntimeError, match="images inputs are missing"):
+            model(tokens(2, 2), modality_inputs={"images": {"linear": {"x": torch.ones(0, 4)}}})
+
+    @pytest.mark.parametrize("shape", [(0, LENGTH), (0, 0), (3, 0)], ids=str)
+    def test_a_batch_without_tokens(self, model, shape):
+        """Nothing comes out, and every parameter of the language model has a zero gradient."""
+        empty = torch.zeros(shape, dtype=torch.int64)
+        model.language_model.forward = batch_first(model.language_model.forward)
+        batch = {"labels": empty, "loss_mask": empty.float(), "position_ids": empty}
+        output, mask = model(empty, **batch)
+        assert tuple(output.shape) == (*shape, HIDDEN)
+        assert tuple(mask.shape) == shape
+        output.sum().backward()
+        for parameter in model.language_model.parameters():
+            assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+
+    def test_a_packed_batch_without_tokens(self, model):
+        empty, ends = torch.zeros(1, 0, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+        model.language_model.forward = batch_first(model.language_model.forward)
+        packing = {"cu_seqlens_q": ends, "cu_seqlens_kv": ends}
+        output, _ = model(empty, packing_kwargs=packing)
+        assert tuple(output.shape) == (1, 0, HIDDEN)
+
+    def test_padding_that_experts_would_count(self):
+        experts = {"num_moe_experts": 2, "moe_aux_loss_coeff": [0.0, 0.1], "add_bias_linear": False}
+        experts["moe_router_load_balancing_type"] = ["aux_loss", "seq_aux_loss"]
+        model = MimoModel(mimo_config(language_config(**experts)))
+        with pytest.raises(ValueError, match="has no samples, and {'moe_aux_loss_coeff': "):
+            model(torch.zeros(0, LENGTH, dtype=torch.int64))
+        model(tokens(0, 0))
 
     def test_tokens_without_rows(self, model):
         model.modality_submodules["images"] = Constant(None)

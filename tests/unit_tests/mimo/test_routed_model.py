@@ -135,7 +135,7 @@ class Case:
 
     def _inputs(self, rank: int, model: MimoModel, grids: Mapping) -> dict[str, Any]:
         mine = grids["language"].coords(rank)["dp"]
-        ids = self.input_ids().chunk(self.dest[2])[mine]
+        ids = self.input_ids().tensor_split(self.dest[2])[mine]
         bounds = np.cumsum([0, *self.encoded])
         src = grids["images"].coords(rank)["dp"]
         pixels = self.pixels()[bounds[src] : bounds[src + 1]]
@@ -166,7 +166,7 @@ class Case:
     def _plan(self, rank: int, model: MimoModel) -> RoutePlan:
         layout = model.colocated_comms[("images", "language")].layout
         group = layout.group_of(rank)
-        batches = self.input_ids().chunk(self.dest[2])
+        batches = self.input_ids().tensor_split(self.dest[2])
         tokens = [
             TokenRuns.from_mask(batches[dp].numpy() == IMAGE, self.packed) for dp in group.dest_dps
         ]
@@ -180,8 +180,10 @@ class Case:
         seen = model.language_model.called_with
         fused = seen["decoder_input"]
         # A function of the values at a place, so the same in every layout; no two are alike.
-        weight = torch.cos(fused.detach() * 7) + torch.sin(output.detach())
-        (output * weight).sum().backward()
+        if inputs["input_ids"].numel():
+            weight = torch.cos(fused.detach() * 7) + torch.sin(output.detach())
+            output = output * weight
+        output.sum().backward()
         gradients = {
             name: torch.zeros_like(p) if p.grad is None else p.grad
             for name, p in model.named_parameters()
@@ -235,6 +237,11 @@ UNEVEN = {
     "batch_of_5": (FAN_IN, [2, 0, 1, 3, 1], [1, 2, 4, 0]),
     "3_to_2_batch_of_5": (RATIO, [3, 1, 0, 4, 2], [3, 2, 5]),
     "nothing": (FAN_IN, [0] * 4, [0] * 4),
+    # The last language replicas have no samples: of a group, a whole group, with images of others.
+    "no_samples": (FAN_OUT, [3], [3, 0]),
+    "no_samples_of_groups": (FAN_OUT, [2, 1], [3, 0]),
+    "no_samples_sp": (FAN_IN, [2], [0, 2, 0, 0]),
+    "no_samples_cp_3": (RATIO, [4], [1, 1, 2]),
 }
 
 
@@ -252,7 +259,7 @@ def test_any_number_of_tokens_against_one_rank(name, balanced, sequence_parallel
     (src, dest), images, encoded = UNEVEN[name]
     sequence_parallel = sequence_parallel and dest[0] > 1
     case = Case(src, dest, images, encoded, sequence_parallel, balanced=balanced)
-    case.ahead = name == "uneven_images" and not balanced
+    case.ahead = name in ("uneven_images", "no_samples") and not balanced
     assert_as_on_one_rank(case)
 
 
@@ -274,14 +281,17 @@ def assert_as_on_one_rank(case: Case) -> None:
     """Each rank's part of the fused sequence, and the sums of gradients over all ranks."""
     (tp, cp, dp), src, sequence_parallel = case.dest, case.src, case.sequence_parallel
     found, expected = case.run(), whole(case)
-    batches = torch.arange(len(case.images)).chunk(dp)
+    batches = torch.arange(len(case.images)).tensor_split(dp)
     totals: dict[str, torch.Tensor] = {}
     for rank, result in enumerate(found):
         at = coords(case.dest, rank)
         kept = dense_positions(case.length(), at["cp"], cp, at["tp"] * sequence_parallel,
                                tp if sequence_parallel else 1)  # fmt: skip
         mine = batches[at["dp"]]
-        assert torch.equal(result.fused, expected.fused[kept][:, mine])
+        if len(mine):
+            assert torch.equal(result.fused, expected.fused[kept][:, mine])
+        else:
+            assert result.fused.size(1) == 1, "padding stands for no samples"
         for name, gradient in result.gradients.items():
             # Copies of a gradient: the encoder's TP ranks, and the language model's, whose text
             # gradient is whole on each. With SP each TP rank's head sees another part.
@@ -292,6 +302,40 @@ def assert_as_on_one_rank(case: Case) -> None:
             totals[name] = totals.get(name, 0) + gradient / copies
     for name, gradient in expected.gradients.items():
         torch.testing.assert_close(totals[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_no_samples_over_the_gather_bridge():
+    """As over the routed one, in which the last replica has neither samples nor images."""
+    options = {"images": [2], "encoded": [2, 0]}
+    gathered = Case(*EQUAL, bridge="gather", **options)
+    assert_equal(gathered, gathered.run(), Case(*EQUAL, **options).run())
+
+
+def misspell(rank: int, inputs: dict[str, Any]) -> None:
+    inputs["modality_inputs"] = {"image": inputs["modality_inputs"]["images"]}
+
+
+def plan_for_others(rank: int, inputs: dict[str, Any]) -> None:
+    inputs["route_plan"] = {"image": object()}
+
+
+@pytest.mark.parametrize(
+    ("change", "argument"), [(misspell, "modality_inputs"), (plan_for_others, "route_plan")]
+)
+def test_what_nobody_reads_is_one_error_in_an_exchange_group(change, argument):
+    def only_on_rank_1(rank: int, inputs: dict[str, Any]) -> None:
+        if rank == 1:
+            change(rank, inputs)
+
+    def body(rank: int) -> str:
+        case = Case((1, 2), (1, 2, 1), [1, 1], [1, 1], change=only_on_rank_1)
+        with pytest.raises(ValueError) as caught:
+            case._on_rank(rank)
+        return str(caught.value)
+
+    found = InProcessWorld(2).run(body)
+    assert found[0] == found[1]
+    assert f"rank 1: {argument} has ['image'], but this model's modalities are" in found[0]
 
 
 def test_balanced_encoders_have_equal_work_and_say_so(monkeypatch):

@@ -180,6 +180,14 @@ def test_missing_encoder_inputs_are_named_before_an_encoder_runs():
         built(encoder_inputs={"a": {"x": numbered()}})
 
 
+def test_inputs_and_params_that_nobody_reads_are_refused():
+    built = VisionModalitySubmodules(encoders={"a": Echo()})
+    with pytest.raises(ValueError, match=r"inputs for \['b'\], but the encoders of .* \['a'\]"):
+        built(encoder_inputs={"a": {"x": numbered()}, "b": {"x": numbered()}})
+    with pytest.raises(TypeError, match=r"got params \['sequence_first_encoder'\] that it"):
+        VisionModalitySubmodules(encoders={"a": Echo()}, sequence_first_encoder=["a"])
+
+
 @pytest.mark.parametrize("inputs", [None, {}])
 def test_nothing_to_encode_gives_nothing(inputs):
     assert VisionModalitySubmodules(encoders={"e": Echo()})(encoder_inputs=inputs) is None

@@ -73,6 +73,11 @@ class MimoModelConfig:
             raise ValueError(
                 f"bridge_guard must be one of {BRIDGE_GUARDS}, got {self.bridge_guard!r}"
             )
+        if self.bridge_guard != "always" and self.bridge != "routed":
+            raise ValueError(
+                f"bridge_guard={self.bridge_guard!r} is for bridge='routed', got {self.bridge!r}; "
+                "leave it out"
+            )
         unknown = set(self.encoder_balance) - set(self.modality_submodules_spec)
         if unknown or (self.encoder_balance and self.bridge != "routed"):
             raise ValueError(

@@ -16,11 +16,13 @@ from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridg
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
 from megatron.core.models.mimo.comm.routes import RoutePlan
 from megatron.core.models.mimo.config.base_configs import MimoModelConfig, option_of
+from megatron.core.models.mimo.config.checks import check_model_config
 from megatron.core.models.mimo.config.role import (
     MIMO_LANGUAGE_MODULE_KEY,
     ModuleLayout,
     RankRole,
 )
+from megatron.core.models.mimo.model.attention_masks import check_mask
 from megatron.core.models.mimo.model.ddp_methods import DDPMethods
 from megatron.core.models.mimo.model.encoder_side import EncoderSide
 from megatron.core.models.mimo.model.language_groups import (
@@ -30,6 +32,13 @@ from megatron.core.models.mimo.model.language_groups import (
 )
 from megatron.core.models.mimo.model.language_side import LanguageSide
 from megatron.core.models.mimo.model.multimodal_rotary import rotary_positions_of
+from megatron.core.models.mimo.model.no_samples import (
+    cut_back,
+    padded_shape,
+    padding_for,
+    padding_problem,
+    without_items,
+)
 from megatron.core.models.mimo.model.replicated_encoders import warn_of_replicated_encoders
 from megatron.core.models.mimo.model.routed_side import RoutedSide
 from megatron.core.models.mimo.model.stage_side import StageSide, stages_of
@@ -88,7 +97,9 @@ class MimoModel(
         special_token_ids: modality -> token id.
 
     Raises:
-        ValueError: sizes of config, grid and groups that disagree; what the bridge refuses.
+        TypeError, ValueError: a configuration that cannot train as it says
+            (``config.checks``), sizes of config, grid and groups that disagree; what the bridge
+            refuses.
         RuntimeError: the language model scatters its embeddings for sequence parallelism itself.
         KeyError: the language grid's ``cp`` or ``tp`` group is needed and was not created.
     """
@@ -104,6 +115,7 @@ class MimoModel(
         cp_group: ProcessGroup | None = None,
         tp_group: ProcessGroup | None = None,
     ) -> None:
+        check_model_config(mimo_config)
         super().__init__(mimo_config.language_model_spec.params["config"])
         self.mimo_config = mimo_config
         grid_map = mimo_config.module_to_grid_map
@@ -272,10 +284,11 @@ class MimoModel(
         """One microbatch through the modules of this rank.
 
         Args:
-            input_ids: ``(B, S)`` of the rank's *language* replica.
+            input_ids: ``(B, S)`` of the rank's *language* replica; B may be 0 on some replicas.
             position_ids: ``(B, S)`` or ``(R, B, S)``.
-            attention_mask: colocated models mask causally or by packing and do not read it; it
-                must be ``None`` under CP.
+            attention_mask: bool, True where attention is forbidden, ``(B, 1, S, S)`` or
+                ``(1, 1, S, S)``; it replaces the causal mask. For local layers without CP and
+                packing; ``None`` masks causally or by packing.
             loss_mask: ``(B, S)``.
             labels: ``(B, S)``; with labels the output is the loss per token.
             modality_inputs: modality -> encoder name -> keyword arguments, of the rank's
@@ -292,8 +305,22 @@ class MimoModel(
         Raises:
             ValueError: rows and tokens do not match; a sequence that cannot be cut; a route plan
                 without a routed bridge; a language model in pipeline stages.
-            RuntimeError: an attention mask under CP; special tokens without inputs.
+            MaskError: an attention mask that the layers would not use as it is given.
+            RuntimeError: special tokens without inputs.
         """
+        colocated = self.role.mode is ModuleLayout.COLOCATED
+        if colocated and input_ids.numel() == 0:
+            return self._forward_without_samples(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                attention_mask=attention_mask,
+                loss_mask=loss_mask,
+                labels=labels,
+                modality_inputs=modality_inputs,
+                packing_kwargs=packing_kwargs,
+                route_plan=route_plan,
+            )
+        modality_inputs = without_items(modality_inputs)
         phases.next_microbatch()
         self._refuse_plan_without_routes(route_plan)
         # What stock does not know is said only where it is given: a replaced method may lack it.
@@ -301,7 +328,7 @@ class MimoModel(
         language_inputs = (input_ids, position_ids, attention_mask, loss_mask, labels)
         self.start_param_gathers()
         try:
-            if self.role.mode is ModuleLayout.COLOCATED:
+            if colocated:
                 found = self._forward_all_modules(
                     *language_inputs, modality_inputs, packing_kwargs, **further
                 )
@@ -319,6 +346,16 @@ class MimoModel(
         self.finish_param_gathers()
         return found
 
+    def _forward_without_samples(self, **batch: Any) -> tuple[Any, torch.Tensor | None]:
+        """Run padding, so that other ranks do not wait in vain; nothing of it comes out."""
+        ids = batch["input_ids"]
+        self._padding_problem = padding_problem(self)
+        try:
+            output, loss_mask = self.forward(**padding_for(self, batch, padded_shape(self, ids)))
+        finally:
+            self._padding_problem = None
+        return cut_back(output, ids.shape), cut_back(loss_mask, ids.shape)
+
     @model_method
     def _forward_all_modules(
         self,
@@ -333,18 +370,21 @@ class MimoModel(
     ) -> tuple[Any, torch.Tensor | None]:
         """Colocated: encoders, bridges, placing, cutting, language model."""
         self._refuse_pipeline()
-        self._refuse_mask_under_cp(attention_mask)
         if self._routed_bridges():
             fused, packed = self._fuse_routed(
-                input_ids, position_ids, modality_inputs, packing_kwargs, route_plan
+                input_ids, position_ids, attention_mask, modality_inputs, packing_kwargs, route_plan
             )
             fused, labels, loss_mask, packed = self._shard_routed(fused, labels, loss_mask, packed)
-            return self._call_language_model(fused, position_ids, None, labels, packed), loss_mask
+            output = self._call_language_model(
+                fused, position_ids, attention_mask, labels, packed
+            )
+            return output, loss_mask
+        check_mask(self, attention_mask, input_ids, packing_kwargs)
         packed = self._build_packed_seq_params(packing_kwargs)
         self._check_batch(input_ids, packed)
         rows = self._encode_for_language(input_ids, modality_inputs)
         return self._run_first_stage(
-            rows, input_ids, position_ids, None, loss_mask, labels, packed
+            rows, input_ids, position_ids, attention_mask, loss_mask, labels, packed
         )
 
     @model_method
@@ -364,7 +404,7 @@ class MimoModel(
             (output, CP-local loss mask); before the last stage the output is
             ``{"language": hidden states}``, for the schedule to route.
         """
-        self._refuse_mask_under_cp(attention_mask)
+        check_mask(self, attention_mask, input_ids, packing_kwargs)
         packed = self._build_packed_seq_params(packing_kwargs)
         received = dict(input_tensors or {})
         hidden_states = received.pop(MIMO_LANGUAGE_MODULE_KEY, None)

@@ -10,7 +10,7 @@ that too is a comparison of own rows with own tokens, so it costs no communicati
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -40,16 +40,19 @@ class EncoderSide(TakesStandIns):
 
         Raises:
             RuntimeError: special tokens of a modality without inputs.
-            ValueError: rows and tokens do not match, or a modality has no token id.
+            ValueError: rows and tokens do not match, a modality has no token id, or a token no
+                modality.
         """
         inputs = {name: (modality_inputs or {}).get(name) for name in self.modality_submodules}
         present = [name for name, value in inputs.items() if value is not None]
         # Everything that can be seen before an encoder runs is refused before.
         refuse_unknown_modalities(present, self.special_token_ids)
         tokens = self._modality_tokens(input_ids)
+        refuse_tokens_of_nothing(tokens, inputs)
         for name in inputs:
             if name not in present:
                 _refuse_tokens_without_inputs(name, tokens.get(name, 0))
+        refuse_unknown_names("modality_inputs", modality_inputs, inputs)
         rows: dict[str, torch.Tensor] = {}
         for name, submodule in self.modality_submodules.items():
             encoded = _call(submodule, encoder_inputs=inputs[name]) if name in present else None
@@ -279,6 +282,42 @@ def refuse_unknown_modalities(
             raise ValueError(
                 f"No special token ID defined for modality {name}; special_token_ids has "
                 f"{sorted(special_token_ids)}"
+            )
+
+
+def refuse_unknown_names(
+    argument: str, given: Mapping[str, Any] | None, known: Collection[str]
+) -> None:
+    """What is given for a modality that the model does not have would not be read.
+
+    Raises:
+        ValueError: such a name, whose value is not ``None``.
+    """
+    unknown = sorted(name for name, value in (given or {}).items() if value is not None)
+    unknown = [name for name in unknown if name not in known]
+    if unknown:
+        raise ValueError(
+            f"{argument} has {unknown}, but this model's modalities are {sorted(known)}; leave out "
+            "what nobody reads"
+        )
+
+
+def refuse_tokens_of_nothing(tokens: Mapping[str, int], modalities: Iterable[str]) -> None:
+    """Tokens of a modality that the model does not have would become zero rows.
+
+    Args:
+        tokens: modality -> how many of its tokens a batch has.
+        modalities: those that bring rows.
+
+    Raises:
+        ValueError: there are such tokens.
+    """
+    for name in sorted(set(tokens) - set(modalities)):
+        if tokens[name]:
+            raise ValueError(
+                f"input_ids has {tokens[name]} tokens of '{name}', a modality of special_token_ids "
+                f"that brings no rows (those that do: {sorted(modalities)}); give the model that "
+                "modality or take the tokens out"
             )
 
 

@@ -11,7 +11,10 @@ from torch import nn
 
 from megatron.core.models.mimo import compat
 from megatron.core.models.mimo.comm.token_runs import count_mismatch
-from megatron.core.models.mimo.model.encoder_side import refuse_unknown_modalities
+from megatron.core.models.mimo.model.encoder_side import (
+    refuse_tokens_of_nothing,
+    refuse_unknown_modalities,
+)
 from megatron.core.models.mimo.model.token_rows import TEXT, TokenRows
 from megatron.core.models.mimo.partition.packed_lengths import check_packing, longest_sequence
 from megatron.core.models.mimo.partition.utils import Sharded, cuts_as_ours
@@ -25,6 +28,9 @@ class LanguageSide(TakesStandIns):
 
     # The last batch's token positions, so that one forward pass looks for them once.
     _rows_memo: tuple[torch.Tensor, int, dict[str, int], TokenRows] | None = None
+
+    # Why the batch that is being run, padding in the place of no samples, must not be.
+    _padding_problem: str | None = None
 
     @model_method
     def get_text_embeddings(
@@ -67,7 +73,12 @@ class LanguageSide(TakesStandIns):
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None,
     ) -> torch.Tensor:
-        """All rows of a replica and its text, ``(S, B, H)``; ``rows`` gets the text too."""
+        """All rows of a replica and its text, ``(S, B, H)``; ``rows`` gets the text too.
+
+        Raises:
+            ValueError: as :meth:`align_embeddings_by_token_positions`; tokens without rows.
+        """
+        refuse_tokens_of_nothing(self._modality_tokens(input_ids), rows)
         rows[TEXT] = self.get_text_embeddings(input_ids, position_ids, self.special_token_ids)
         return self.align_embeddings_by_token_positions(
             modality_embeddings=rows,
@@ -161,7 +172,10 @@ class LanguageSide(TakesStandIns):
 
         Raises:
             SequenceShardError: a length or a shape that cannot be cut.
+            ValueError: padding that may not stand for no samples.
         """
+        if self._padding_problem is not None:
+            raise ValueError(self._padding_problem)
         adapter = getattr(self, "partition_adapter", None)
         if adapter is None and isinstance(packed, PackedSeqParams):
             check_packing(packed, *input_ids.shape)
@@ -227,11 +241,3 @@ class LanguageSide(TakesStandIns):
             return nn.functional.dropout(embedded, share, module.training)
 
         embedding.register_forward_hook(drop)
-
-    def _refuse_mask_under_cp(self, attention_mask: torch.Tensor | None) -> None:
-        if attention_mask is not None and self._partitioning("use_cp"):
-            raise RuntimeError(
-                "MIMO context parallelism requires attention_mask=None, got a mask of shape "
-                f"{tuple(attention_mask.shape)}: a dense mask does not fit the cut sequence. Mask "
-                "by a causal attn_mask_type or by packing (packing_kwargs)."
-            )

@@ -28,9 +28,12 @@ from megatron.core.models.mimo.config.base_configs import option_of
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.models.mimo.memory.activations import latest_offloaded
 from megatron.core.models.mimo.memory.offload import reload_when_needed
+from megatron.core.models.mimo.model.attention_masks import check_mask
 from megatron.core.models.mimo.model.encoder_side import (
     missing_inputs,
+    refuse_tokens_of_nothing,
     refuse_unknown_modalities,
+    refuse_unknown_names,
 )
 from megatron.core.models.mimo.model.local_text import LocalText
 from megatron.core.models.mimo.model.token_rows import TEXT, fill_places
@@ -92,6 +95,7 @@ class RoutedSide:
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
         modality_inputs: Mapping[str, Any] | None,
         packing_kwargs: Mapping[str, Any] | None,
         route_plan: Mapping[str, RoutePlan] | None,
@@ -103,7 +107,9 @@ class RoutedSide:
                 rows, tokens or plans do not match.
             RuntimeError: special tokens of a modality of which no rank of the group has inputs.
         """
-        brought = self._bring_rows(input_ids, modality_inputs, packing_kwargs, route_plan)
+        brought = self._bring_rows(
+            input_ids, attention_mask, modality_inputs, packing_kwargs, route_plan
+        )
         flights = {
             name: self._routed_bridges()[name].issue(brought.rows.pop(name), brought.plans[name])
             for name in brought.moving
@@ -114,6 +120,7 @@ class RoutedSide:
     def _bring_rows(
         self,
         input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
         modality_inputs: Mapping[str, Any] | None,
         packing_kwargs: Mapping[str, Any] | None,
         route_plan: Mapping[str, RoutePlan] | None,
@@ -121,14 +128,16 @@ class RoutedSide:
         """Run the encoders on one microbatch and agree on where their rows go; moves nothing.
 
         Args:
-            input_ids, modality_inputs, packing_kwargs, route_plan: as for ``forward``.
+            input_ids, attention_mask, modality_inputs, packing_kwargs, route_plan: as for
+                ``forward``.
 
         Raises:
             ValueError, RuntimeError: as :meth:`_fuse_routed`.
         """
         plans = dict(route_plan or {})
-        packed, lengths, problem = self._try_to_cut(input_ids, packing_kwargs)
+        packed, lengths, problem = self._try_to_cut(input_ids, attention_mask, packing_kwargs)
         tokens = self._places_on_host(input_ids, lengths, plans)
+        problem = problem or self._names_problem(tokens, modality_inputs, plans)
         modality_inputs, held = self._balance_inputs(modality_inputs, plans)
         rows, failure = self._try_to_encode(modality_inputs)
         problem = problem or (failure and problem_of(failure, "an encoder"))
@@ -184,7 +193,10 @@ class RoutedSide:
         return modality_inputs, held
 
     def _try_to_cut(
-        self, input_ids: torch.Tensor, packing_kwargs: Mapping[str, Any] | None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        packing_kwargs: Mapping[str, Any] | None,
     ) -> tuple[PackedSeqParams | None, list[int] | None, str | None]:
         """(packing, cumulative lengths of a packed batch under CP, why it cannot be cut)."""
         packed = lengths = problem = None
@@ -192,6 +204,7 @@ class RoutedSide:
             self._refuse_own_adapter_under_cp()
             packed = self._build_packed_seq_params(packing_kwargs)
             lengths = self._check_batch(input_ids, packed)
+            check_mask(self, attention_mask, input_ids, packing_kwargs)
         except ValueError as error:
             # The replicas that share an exchange group with this one hear of it.
             problem = str(error)
@@ -237,6 +250,22 @@ class RoutedSide:
             )
             for name, token_id in names.items()
         }
+
+    def _names_problem(
+        self,
+        tokens: Mapping[str, TokenRuns],
+        modality_inputs: Mapping[str, Any] | None,
+        plans: Mapping[str, RoutePlan],
+    ) -> str | None:
+        """Why some tokens of the batch get no rows, or some inputs or plans no use."""
+        known = self._routed_bridges()
+        try:
+            refuse_tokens_of_nothing({name: each.count for name, each in tokens.items()}, known)
+            refuse_unknown_names("modality_inputs", modality_inputs, known)
+            refuse_unknown_names("route_plan", plans, known)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def _inputs_problem(self, name: str, modality_inputs: Mapping[str, Any] | None) -> str | None:
         """Why this rank has no place for the rows of a modality."""

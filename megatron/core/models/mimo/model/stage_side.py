@@ -24,7 +24,9 @@ from megatron.core.models.mimo.comm.token_runs import TokenRuns
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY, ModuleLayout
 from megatron.core.models.mimo.memory.activations import latest_offloaded
 from megatron.core.models.mimo.memory.offload import reload_when_needed
+from megatron.core.models.mimo.model.attention_masks import check_mask
 from megatron.core.models.mimo.model.language_groups import known_size
+from megatron.core.models.mimo.model.no_samples import cut_back, without_items
 from megatron.core.models.mimo.model.routed_side import Brought
 from megatron.core.utils import unwrap_model
 from mimo_colocated import phases
@@ -60,12 +62,14 @@ class EncodedMicrobatch:
         rows: modality -> its rows, for modalities that brought any.
         gathered: over gather bridges: modality -> all rows of the language replica, a leaf.
         number: of the microbatch in its step, -1 if nobody counts.
+        stands_for: of padding, the shape of the ``input_ids`` without elements that it replaces.
     """
 
     tokens: dict[str, TokenRuns]
     rows: dict[str, LandedRows]
     gathered: dict[str, torch.Tensor] | None = None
     number: int = -1
+    stands_for: tuple[int, ...] | None = None
 
 
 class EncodedMicrobatches:
@@ -121,7 +125,7 @@ class StageSide:
 
         Args:
             microbatches: ``forward``'s keyword arguments of each. Read are ``input_ids``,
-                ``modality_inputs``, ``packing_kwargs`` and ``route_plan``.
+                ``attention_mask``, ``modality_inputs``, ``packing_kwargs`` and ``route_plan``.
             problem: why this rank cannot go on (its data ended, say). Told before any encoder
                 runs; the ranks that it exchanges rows with raise it too.
 
@@ -136,7 +140,8 @@ class StageSide:
         brought = [
             self._bring_rows(
                 batch["input_ids"],
-                batch.get("modality_inputs"),
+                batch.get("attention_mask"),
+                without_items(batch.get("modality_inputs")),
                 batch.get("packing_kwargs"),
                 batch.get("route_plan"),
             )
@@ -180,7 +185,7 @@ class StageSide:
             (output, CP-local loss mask). The output is hidden states before the last stage.
         """
         phases.mark(phases.LANGUAGE_FORWARD, encoded.number)
-        self._refuse_mask_under_cp(attention_mask)
+        check_mask(self, attention_mask, input_ids, packing_kwargs)
         fused = None
         packed, whole = self._build_packed_seq_params(packing_kwargs), None
         if getattr(unwrap_model(language_model), "pre_process", True):
@@ -195,8 +200,12 @@ class StageSide:
         else:
             fused, labels, loss_mask, packed = self._shard_routed(fused, labels, loss_mask, packed)
         output = self._call_language_model(
-            fused, position_ids, None, labels, packed, language_model=language_model
+            fused, position_ids, attention_mask, labels, packed, language_model=language_model
         )
+        if encoded.stands_for is not None:
+            loss_mask = cut_back(loss_mask, encoded.stands_for)
+            if getattr(unwrap_model(language_model), "post_process", True):
+                output = cut_back(output, encoded.stands_for)
         return output, loss_mask
 
 
@@ -207,8 +216,11 @@ class StageSide:
             input_ids = batch["input_ids"]
             packed = self._build_packed_seq_params(batch.get("packing_kwargs"))
             self._check_batch(input_ids, packed)
+            mask = batch.get("attention_mask")
+            check_mask(self, mask, input_ids, batch.get("packing_kwargs"))
             gathered = {}
-            rows = self._encode_for_language(input_ids, batch.get("modality_inputs"))
+            inputs = without_items(batch.get("modality_inputs"))
+            rows = self._encode_for_language(input_ids, inputs)
             self._rows_memo = None
             for name, moved in rows.items():
                 whole = torch.arange(moved.size(0), device=moved.device)

@@ -65,6 +65,7 @@ class ModalitySubmodules(ABC, nn.Module):
         activation_memory: what becomes of activations until backward; see :meth:`use_memory`.
 
     Raises:
+        TypeError: further keyword arguments.
         ValueError: a setting names an encoder that is not there, an encoder's ``output_layout``
             is unknown, or a number of ``rows_per_item`` is not positive.
     """
@@ -84,6 +85,11 @@ class ModalitySubmodules(ABC, nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        if kwargs:
+            raise TypeError(
+                f"{type(self).__name__} got params {sorted(kwargs)} that it does not know; a class "
+                "of your own takes what it adds out of them"
+            )
         self.encoders = nn.ModuleDict(encoders or {})
         self.decoders = nn.ModuleDict(decoders or {})
         self.input_projections = nn.ModuleList(input_projections or [])
@@ -160,7 +166,8 @@ class ModalitySubmodules(ABC, nn.Module):
             encoders_data_batch: encoder name -> its keyword arguments.
 
         Raises:
-            ValueError: inputs of an encoder are missing, or its output holds no rows.
+            ValueError: inputs of an encoder are missing or of no encoder, or its output holds no
+                rows.
         """
         if not encoders_data_batch:
             return []
@@ -171,6 +178,12 @@ class ModalitySubmodules(ABC, nn.Module):
                     f"No inputs found for encoder '{name}'; got inputs for "
                     f"{sorted(encoders_data_batch)}, and all of {list(self.encoders)} are needed"
                 )
+        unknown = sorted(set(encoders_data_batch) - set(self.encoders))
+        if unknown:
+            raise ValueError(
+                f"Got inputs for {unknown}, but the encoders of {type(self).__name__} are "
+                f"{list(self.encoders)}; leave out what nobody encodes"
+            )
         found = [
             self._output_of(name).rows(
                 encoder(**encoders_data_batch[name]), encoders_data_batch[name]

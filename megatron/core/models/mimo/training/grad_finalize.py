@@ -151,7 +151,8 @@ class MimoGradFinalizer:
             model: one MimoModel, possibly wrapped.
             num_tokens: scalar, this rank's valid tokens over all microbatches. Reduced in place
                 to the global count. ``None`` leaves gradients undivided.
-            pg_collection: ignored; each module has its own groups.
+            pg_collection: the schedule's, which are the language model's; not read, since each
+                module's were given at construction.
             force_all_reduce: as in Megatron-Core.
 
         Raises:

@@ -28,6 +28,11 @@ from megatron.core.enums import ModelType
 from megatron.core.models.mimo.comm.plan_guard import problem_of
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.models.mimo.model.ddp_methods import first_microbatch_layers
+from megatron.core.models.mimo.model.no_samples import (
+    padded_shape,
+    padding_for,
+    padding_problem,
+)
 from megatron.core.models.mimo.model.stage_side import EncodedMicrobatches
 from megatron.core.models.mimo.training.pipeline_checks import check_step
 from megatron.core.models.mimo.training.recompute import gradients_come_apart
@@ -202,6 +207,7 @@ class _Encoders:
         self._language: dict[int, dict[str, Any]] = {}
         self._under_way: dict[int, EncodedMicrobatches] = {}
         self._encoded = 0
+        self._empty: dict[int, tuple[int, ...]] = {}
         self.shape: tuple[int, ...] | None = None
 
     def ask(self, number: int) -> None:
@@ -231,12 +237,13 @@ class _Encoders:
 
     def _encode(self, window: int) -> None:
         first = window * self._window
-        batches, problem = self._read(min(self._window, self._count - first))
+        batches, problem = self._read(first, min(self._window, self._count - first))
         with torch.set_grad_enabled(self._backward):
             encoded = self._model.encode_microbatches(batches, problem)
         for number, (batch, rows) in enumerate(zip(batches, encoded.microbatches, strict=True)):
             language = {k: v for k, v in batch.items() if k not in _READ_BY_ENCODERS}
-            numbered = replace(rows, number=first + number)
+            empty = self._empty.pop(first + number, None)
+            numbered = replace(rows, number=first + number, stands_for=empty)
             self._language[first + number] = {**language, ENCODED: numbered}
         if self._backward:
             self._under_way[window] = encoded
@@ -260,13 +267,14 @@ class _Encoders:
         for name in late if last else ():
             self._model.give_zero_gradients(name)
 
-    def _read(self, count: int) -> tuple[list[Microbatch], str | None]:
+    def _read(self, first: int, count: int) -> tuple[list[Microbatch], str | None]:
         """(the next microbatches, what is wrong with them); every rank hears what is wrong."""
         batches: list[Microbatch] = []
         try:
             self._data = iter(self._data)
             with phases.during(phases.DATA):
                 batches += itertools.islice(self._data, count)
+            batches = self._padded(first, batches)
             shapes = [tuple(batch["input_ids"].shape) for batch in batches]
         except Exception as error:  # the user's loader
             problem = problem_of(error, "reading data_iterator")
@@ -286,6 +294,23 @@ class _Encoders:
                 f"after {self.shape}; pad them, or set variable_seq_lengths in the language config"
             )
         return batches, None
+
+
+    def _padded(self, first: int, batches: list[Microbatch]) -> list[Microbatch]:
+        """Padding of the step's shape in the place of microbatches without samples."""
+        ids = [batch["input_ids"] for batch in batches]
+        shapes = [tuple(each.shape) for each in ids if each.numel()]
+        made = list(batches)
+        for number, (batch, each) in enumerate(zip(batches, ids, strict=True)):
+            if each.numel() == 0:
+                problem = padding_problem(self._model)
+                if problem is not None:
+                    raise ValueError(problem)
+                default = padded_shape(self._model, each)
+                shape = self.shape or next(iter(shapes), default)
+                made[number] = padding_for(self._model, batch, shape)
+                self._empty[first + number] = tuple(each.shape)
+        return made
 
 
 class _NotedP2P(P2PCommunicator):

@@ -53,7 +53,7 @@ class ContextParallelAttention(MegatronModule):
         layer_number: accepted for the interface. ``apply_query_key_layer_scaling`` divides and
             multiplies the scores by it to stay inside fp16, which this attention does not need.
         attn_mask_type: used where ``forward`` is not told another one.
-        attention_type: only "self" can be sharded over CP.
+        attention_type: anything but "self" is for CP 1.
         attention_dropout: probability; None takes the config's.
         softmax_scale: None means 1 / sqrt(head dim).
         cp_comm_type: accepted for the interface; K and V are always gathered.
@@ -81,6 +81,11 @@ class ContextParallelAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         _refuse_unsupported(config)
+        if attention_type != "self" and config.context_parallel_size > 1:
+            raise ValueError(
+                f"ContextParallelAttention shards self-attention only, got {attention_type!r} with "
+                f"context_parallel_size {config.context_parallel_size}; use CP 1 for such layers"
+            )
         self.layer_number = max(1, layer_number)
         self.attn_mask_type = attn_mask_type
         self.attention_type = attention_type
@@ -108,7 +113,8 @@ class ContextParallelAttention(MegatronModule):
             key: the same with ``groups`` heads, ``heads % groups == 0``.
             value: the same with ``groups`` heads; its head dim may differ.
             attention_mask: bool, True where attention is forbidden, broadcastable to
-                ``(b, heads, s, s)``. Without CP only.
+                ``(b, heads, s, s)``. Without CP only. As in stock's local attention it *replaces*
+                the causal mask. A query that may see nothing yields zeros.
             attn_mask_type: None takes the layer's own.
             attention_bias: must be None.
             packed_seq_params: ``thd`` boundaries, *global*: of the sequences before CP cut
@@ -118,8 +124,8 @@ class ContextParallelAttention(MegatronModule):
             ``(s, b, heads * d)``, or ``(t, heads * d)`` packed.
 
         Raises:
-            ValueError: a bias, a mask together with CP or packing, or a local length that does
-                not fit CP or ``cu_seqlens``.
+            ValueError: a bias, a mask that is not bool or comes with CP or packing, or a local
+                length that does not fit CP or ``cu_seqlens``.
         """
         if attention_bias is not None:
             raise ValueError("attention_bias is not supported by ContextParallelAttention")
@@ -127,9 +133,8 @@ class ContextParallelAttention(MegatronModule):
         packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
         group = self._group_of(packed_seq_params)
         if attention_mask is not None:
-            _refuse_mask(packed, group)
-            out = self._attend(query, key, value, causal, mask=attention_mask)
-            return out.flatten(-2)
+            _refuse_mask(attention_mask, packed, group)
+            return self._attend_masked(query, key, value, attention_mask).flatten(-2)
         if not packed:
             lengths = [query.size(0) * _size(group)]
             return self._attend_sequences(query, key, value, causal, lengths, lengths, group)
@@ -208,15 +213,29 @@ class ContextParallelAttention(MegatronModule):
             rows.append(_empty_rows(query, value))
         return rows
 
+    def _attend_masked(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """As :meth:`_attend`, where the mask says all; queries that see nothing yield zeros.
+
+        What a softmax over no key gives differs between PyTorch's kernels, so such queries see
+        every key and their rows are replaced: neither they nor their gradients go anywhere.
+        """
+        allowed = ~mask.to(query.device)
+        blind = ~allowed.any(dim=-1, keepdim=True)
+        out = self._attend(query, key, value, False, bias=allowed | blind)
+        return out.permute(1, 2, 0, 3).masked_fill(blind, 0.0).permute(2, 0, 1, 3)
+
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None = None
+        self, query: Tensor, key: Tensor, value: Tensor, causal: bool, bias: Tensor | None = None
     ) -> Tensor:
         """``(sq, b, heads, d)`` x ``(sk, b, groups, d)`` -> ``(sq, b, heads, d_v)``.
 
         Causal means aligned to the last key: query ``i`` of ``sq`` sees ``sk - sq + i + 1`` keys.
+        A ``bias`` is True where a query may see a key.
         """
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        bias, is_causal = _mask_arguments(q.size(2), k.size(2), causal, mask, q.device)
+        is_causal = False
+        if bias is None:
+            bias, is_causal = _mask_arguments(q.size(2), k.size(2), causal)
         dropout_p = self.dropout_p if self.training else 0.0
         with self._dropout_rng(dropout_p):
             out = F.scaled_dot_product_attention(
@@ -310,16 +329,8 @@ def _whole_sequences(
     return [k for k, _ in whole], [v for _, v in whole]
 
 
-def _mask_arguments(
-    q_len: int, k_len: int, causal: bool, mask: Tensor | None, device: torch.device
-) -> tuple[Tensor | None, bool]:
+def _mask_arguments(q_len: int, k_len: int, causal: bool) -> tuple[Tensor | None, bool]:
     """``(attn_mask, is_causal)`` for SDPA, whose own ``is_causal`` aligns to the *first* key."""
-    if mask is not None:
-        allowed = ~mask.to(device=device, dtype=torch.bool)
-        if causal:
-            ones = torch.ones(q_len, k_len, dtype=torch.bool, device=device)
-            allowed = allowed & ones.tril(k_len - q_len)
-        return allowed, False
     if not causal or q_len == 1:
         return None, False
     if q_len == k_len:
@@ -360,7 +371,11 @@ def _resolve_cp_group(
     return group
 
 
-def _refuse_mask(packed: bool, group: dist.ProcessGroup | None) -> None:
+def _refuse_mask(mask: Tensor, packed: bool, group: dist.ProcessGroup | None) -> None:
+    if mask.dtype != torch.bool:
+        raise ValueError(
+            f"attention_mask must be bool, True where attention is forbidden, got {mask.dtype}"
+        )
     if packed:
         raise ValueError("attention_mask must be None with packed sequences: cu_seqlens says it")
     if _size(group) > 1:
