@@ -82,6 +82,8 @@ def test_default_cost_and_rows_held() -> None:
     ("tokens", "counts", "balance"),
     [
         ([5, 4], [1, 1], EncoderBalance(threshold=1.2, cost=LINEAR.cost)),  # 5 / 4.5
+        ([6, 2], [2, 0], EncoderBalance(threshold=2, cost=LINEAR.cost)),  # 2, just as allowed
+        ([30, 24, 26, 20], [2, 2], EncoderBalance(cost=LINEAR.cost)),  # 1.08: allowed by default
         ([9, 1], [1, 1], LINEAR),  # nothing better: one heavy item
         ([], [0, 0], LINEAR),
         ([0, 0], [2, 0], LINEAR),
@@ -203,6 +205,93 @@ def test_a_rank_that_does_otherwise_is_named_on_all() -> None:
     assert told_to_all(too_many) == "Rank 3 brings 1 units of images, planned are 0"
 
 
+def test_how_often_the_guard_compares() -> None:
+    plan = plan_balance([3, 1], [2, 0, 0, 0], LINEAR)
+    world = InProcessWorld(8)
+
+    def body(rank: int) -> dict[str, list[int]]:
+        counts: dict[str, list[int]] = {}
+        for guard in ("always", "first", "off"):
+            with bridge((2, 4), (2, 4, 1)) as made:
+                items = ItemExchange(made, LINEAR, guard=guard)
+                units, counts[guard] = torch.zeros(2 if rank < 2 else 0, 3), []
+                for _ in range(2):
+                    before = world.counts(rank).get(("all_gather", tuple(range(8))), 0)
+                    items.move(units, plan)
+                    after = world.counts(rank).get(("all_gather", tuple(range(8))), 0)
+                    counts[guard].append(after - before)
+        return counts
+
+    assert world.run(body) == [{"always": [1, 1], "first": [1, 0], "off": [0, 0]}] * 8
+
+
+def test_one_rank_packs_what_others_have_one_by_one() -> None:
+    """Images of one patch each are packed, too: the units say so, not the sizes of one rank."""
+    patches = {0: [4, 2, 1], 1: [1, 1], 2: [0, 2]}
+    balance = EncoderBalance(
+        tokens_per_item=lambda inputs: inputs["vit"]["sizes"].tolist(),
+        units_per_item=lambda inputs: inputs["vit"]["sizes"].tolist(),
+        cost=LINEAR.cost,
+        threshold=1,
+    )
+
+    def body(rank: int) -> tuple[list[int], list[float]]:
+        with bridge((2, 4), (2, 4, 1)) as made:
+            sizes = torch.tensor(patches.get(rank // 2, []), dtype=torch.int64)
+            values = 100.0 * (rank // 2) + torch.arange(int(sizes.sum()))
+            inputs = {"vit": {"pixels": values.view(-1, 1), "sizes": sizes}}
+            given = inputs if len(sizes) else None
+            moved, plan = InputBalance(made, balance).balance(given, torch.device("cpu"))
+            assert plan.moves
+            if moved is None:
+                return [], []
+            vit = moved["vit"]
+            return vit["sizes"].tolist(), vit["pixels"].flatten().tolist()
+
+    found = InProcessWorld(8).run(body)[::2]
+    # 4 | 2 | 2 | 1 1 1 0, heaviest first to the least loaded; items ascend on each replica.
+    assert sorted(sum((sizes for sizes, _ in found), [])) == [0, 1, 1, 1, 2, 2, 4]
+    assert all(len(pixels) == sum(sizes) for sizes, pixels in found)
+    assert sorted(sum((pixels for _, pixels in found), [])) == [
+        *(0, 1, 2, 3, 4, 5, 6),
+        *(100, 101),
+        *(200, 201),
+    ]
+
+
+def test_rows_that_may_be_of_items_or_of_units_are_refused() -> None:
+    """As many units as items, but not one each: the sizes would go where the patches go."""
+    balance = EncoderBalance(
+        tokens_per_item=lambda inputs: [8, 1], units_per_item=lambda inputs: [2, 0]
+    )
+
+    def body(rank: int) -> str:
+        with bridge((2, 4), (2, 4, 1)) as made:
+            inputs = {"vit": {"x": torch.ones(2, 3)}} if rank < 2 else None
+            with pytest.raises(ValueError, match="cannot tell whether x of vit has one") as raised:
+                InputBalance(made, balance).balance(inputs, torch.device("cpu"))
+            return str(raised.value)
+
+    assert len(set(InProcessWorld(8).run(body))) == 1
+
+
+def test_other_arguments_must_be_alike() -> None:
+    balance = EncoderBalance(
+        tokens_per_item=lambda inputs: [9, 1, 1] if len(inputs["vit"]["x"]) == 3 else [1],
+        cost=LINEAR.cost,
+    )
+
+    def body(rank: int) -> str:
+        with bridge((2, 4), (2, 4, 1)) as made:
+            count = {0: 3, 1: 1}.get(rank // 2, 0)
+            inputs = {"vit": {"x": torch.ones(count, 2), "crop": rank // 2}} if count else None
+            with pytest.raises(ValueError, match="all ranks give the same arguments") as raised:
+                InputBalance(made, balance).balance(inputs, torch.device("cpu"))
+            return str(raised.value)
+
+    assert len(set(InProcessWorld(8).run(body))) == 1
+
+
 def test_all_tensors_are_moved_over_the_group_of_the_device(monkeypatch) -> None:
     """A loader may leave sizes on the host, and the group may be one of an accelerator's."""
     balance = EncoderBalance(tokens_per_item=lambda inputs: [9, 1, 1], cost=LINEAR.cost)
@@ -221,12 +310,15 @@ def test_all_tensors_are_moved_over_the_group_of_the_device(monkeypatch) -> None
     assert sorted(sent) == [(rank, "meta") for rank in (0, 1, 2, 3) for _ in inputs["vit"]]
 
 
-def test_copies_of_a_replica_that_read_other_items_are_named() -> None:
+@pytest.mark.parametrize("more", [4, 0])
+def test_copies_of_a_replica_that_read_other_items_are_named(more: int) -> None:
+    """Also by an item that becomes no rows."""
+
     def body(rank: int) -> str:
         with bridge((2, 4), (2, 4, 1)) as made:
             items = ItemExchange(made)
             with pytest.raises(ValueError) as raised:
-                items.plan([4, 4] if rank == 3 else [4])
+                items.plan([4, more] if rank == 3 else [4])
             return str(raised.value)
 
     messages = set(InProcessWorld(8).run(body))

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.models.mimo.comm.collectives import gather_blocks, take_block
 from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
 from tests.unit_tests.mimo.bridge_cases import BridgeCase
 from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
@@ -134,3 +136,18 @@ def test_a_gradient_that_one_rank_does_not_want(case: BridgeCase) -> None:
     message = r"gradient on all or none.*rank 0: .* without gradient, rank \d+: .* with gradient"
     with pytest.raises(ValueError, match=message):
         frozen_on_rank_0(case, check_shapes=True)
+
+
+def test_a_block_is_a_copy() -> None:
+    """A view would keep all of ``x`` alive, and what is added to it would reach ``dy``."""
+
+    def body(rank: int) -> None:
+        group = HyperCommGrid([2], ["dp"]).create_pg("dp")
+        x = torch.arange(4.0, requires_grad=True)
+        y = take_block(x, group, 0)
+        assert y.untyped_storage().nbytes() == y.nbytes
+        dy = torch.ones(8)
+        (dx,) = torch.autograd.grad(gather_blocks(x, group, 0), x, dy)
+        assert dx.untyped_storage().data_ptr() != dy.untyped_storage().data_ptr()
+
+    InProcessWorld(2).run(body)

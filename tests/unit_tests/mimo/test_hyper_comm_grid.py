@@ -276,6 +276,16 @@ class TestGroups:
         assert ended == groups
         assert grid._pgs == {}
 
+    def test_a_destroyed_grid_makes_its_groups_anew(
+        self, monkeypatch: pytest.MonkeyPatch, created: list[Any]
+    ) -> None:
+        monkeypatch.setattr(dist, "destroy_process_group", lambda group: None)
+        grid = HyperCommGrid([2, 4], ["tp", "dp"])
+        before = grid.get_or_create_pg("tp")
+        grid.destroy()
+        assert grid.get_or_create_pg("tp") is not before
+        assert len(created) == 2
+
 
 class TestViews:
     @staticmethod

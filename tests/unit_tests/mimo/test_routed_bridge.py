@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.hyper_comm_grid import GridShape, HyperCommGrid
+from megatron.core.models.mimo.comm import routed_bridge
+from megatron.core.models.mimo.comm.colocated_communicator import common_backend
 from megatron.core.models.mimo.comm.exchange import PlanTensors, issue_exchange
 from megatron.core.models.mimo.comm.route_layout import RouteLayout
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge, takes_host_tensors
@@ -376,6 +379,70 @@ def test_scattered_tokens_take_a_second_message():
             picture.check(made, plan)
 
 
+def test_places_that_just_fit_the_message_and_one_more():
+    """A packed batch: 24 stretches and 2 or 3 cumulative lengths are 50 or 51 integers."""
+    mask = np.zeros((1, 96), dtype=bool)
+    mask[:, 1::4] = True
+    for lengths, messages in (((0, 96), 1), ((0, 48, 96), 2)):
+        world = InProcessWorld(8)
+
+        @world.run
+        def _(rank: int, lengths=lengths, messages=messages, world=world) -> None:
+            with bridge(*FAN_IN) as made:
+                picture = Picture(made, [mask] * 2)
+                tokens = TokenRuns.from_mask(mask, lengths)
+                rows = picture.rows[picture.mine]
+                plan = made.plan(tokens, rows)
+                assert sum(world.counts(rank).values()) == messages
+                ahead = plan_routes(made.layout, rank, [tokens], picture.held)
+                assert plan.digest() == ahead.digest()
+
+
+def test_batches_alike_but_for_who_holds_which_rows_are_planned_anew():
+    """The same token places; 20 and 12 rows instead of 16 and 16, then items in another order."""
+    orders = [[runs_of(np.arange(16)), runs_of(np.arange(16, 32))]]
+    orders.append(orders[0][::-1])
+
+    @on_ranks(8)
+    def _(rank: int) -> None:
+        with bridge(*FAN_IN) as made:
+            for cut in (16, 20):
+                picture = Picture(made, FULL, cuts=[cut])
+                picture.check(made)
+            picture = Picture(made, FULL)
+            for held in orders:
+                rows = picture.rows[expand(held[picture.group.src_of[picture.group.index(rank)]])]
+                plan = made.plan(picture.own_tokens, rows, held=held)
+                ahead = plan_routes(made.layout, rank, picture.tokens, held)
+                assert plan.digest() == ahead.digest()
+
+
+def test_indices_are_those_of_the_device_that_asks():
+    @on_ranks(8)
+    def _(rank: int) -> None:
+        with bridge(*FAN_IN) as made:
+            plan = Picture(made, FULL).plan(made)
+            here = made.tensors(plan, torch.device("cpu"))
+            assert made.tensors(plan, torch.device("cpu")) is here
+            made._tensors[plan] = torch.device("meta"), here
+            assert made.tensors(plan, torch.device("cpu")) is not here
+
+
+def test_the_group_for_host_tensors_is_released_too(monkeypatch):
+    """Where rows travel over another backend than what the ranks tell each other."""
+    released = []
+    monkeypatch.setattr(routed_bridge, "release_group", released.append)
+
+    @on_ranks(8)
+    def _(rank: int) -> None:
+        with bridge(*FAN_IN) as made:
+            made.control, shared = object(), made.control
+            mine = made.group, made.control
+            assert shared is made.group
+            made.destroy()
+            assert released[-2:] == list(mine)
+
+
 def test_plans_of_other_rows_and_dead_bridges_are_refused():
     @on_ranks(8)
     def _(rank: int) -> None:
@@ -395,6 +462,16 @@ def test_plans_of_other_rows_and_dead_bridges_are_refused():
 )
 def test_which_backends_need_another_group_for_the_comparison(backend, takes):
     assert takes_host_tensors(backend) == takes
+
+
+@pytest.mark.parametrize(
+    ("src", "dest", "common"),
+    [(None, None, None), ("a", None, "a"), (None, "a", "a"), ("a", "a", "a")],
+)
+def test_a_backend_that_one_grid_names_is_both_ones(src, dest, common):
+    assert common_backend(SimpleNamespace(backend=src), SimpleNamespace(backend=dest)) == common
+    with pytest.raises(ValueError, match="Grids must have the same backend: src='a', dest='b'"):
+        common_backend(SimpleNamespace(backend="a"), SimpleNamespace(backend="b"))
 
 
 def test_an_unknown_guard_is_refused(monkeypatch):

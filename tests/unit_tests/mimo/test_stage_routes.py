@@ -107,6 +107,7 @@ class _WithRanks:
         self.forward, self.backward, self.ranks = merged.forward, merged.backward, ranks
 
 
+@pytest.mark.parametrize("without", [0, 1, 3], ids=["first", "middle", "last"])
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tp_copies", "sp"])
 @pytest.mark.parametrize(
     ("src", "dest"),
@@ -117,12 +118,14 @@ class _WithRanks:
         pytest.param((1, 8), (1, 1, 1, 8), id="equal"),
     ],
 )
-def test_merged_routes_bring_every_microbatch_what_its_own_routes_do(src, dest, sequence_parallel):
+def test_merged_routes_bring_every_microbatch_what_its_own_routes_do(
+    src, dest, sequence_parallel, without
+):
     """Uneven microbatches, one of them without a single row."""
     generator = np.random.default_rng(4)
     options = {"sequence_parallel": sequence_parallel}
     worlds = [world(generator, src, dest, **options) for _ in range(3)]
-    worlds.insert(1, world(generator, src, dest, **options, shares=(0.0,)))
+    worlds.insert(without, world(generator, src, dest, **options, shares=(0.0,)))
     step = Step(worlds, [plan_all(each, one_group=True) for each in worlds])
     merged = step.merged
     moved = {rank: _WithRanks(plan, step.plans[0][rank].ranks) for rank, plan in merged.items()}
@@ -132,6 +135,9 @@ def test_merged_routes_bring_every_microbatch_what_its_own_routes_do(src, dest, 
     for rank, plan in merged.items():
         assert plan.held == held[rank].size
         assert plan.own == own[rank].size
+        for leg in ("forward", "backward"):
+            moves = any(getattr(each[rank], leg).moves for each in step.plans)
+            assert getattr(plan, leg).moves == moves
         for number, (each, part) in enumerate(zip(step.plans, plan.own_index, strict=True)):
             labels = (own[rank][part] - 100 * number).tolist()
             places = dict(zip(labels, each[rank].place.tolist(), strict=True))

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import doctest
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -175,9 +176,11 @@ def gradient_of(microbatch: int) -> torch.Tensor:
     return torch.randn(LENGTH, len(IMAGES[0]), HIDDEN, generator=generator)
 
 
-def step(case: Case, rank: int, model: MimoModel) -> Result:
+def step(
+    case: Case, rank: int, model: MimoModel, order: Sequence[int] = range(len(IMAGES))
+) -> Result:
     """Encode all microbatches, play the pipeline, take the gradients back."""
-    batches = [case.inputs(rank, microbatch) for microbatch in range(len(IMAGES))]
+    batches = [case.inputs(rank, microbatch) for microbatch in order]
     encoded = model.encode_microbatches(batches)
     fused = []
     for number, (batch, each) in enumerate(zip(batches, encoded.microbatches, strict=True)):
@@ -207,11 +210,20 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", list(LAYOUTS))
-def test_rows_and_gradients_against_one_rank(name):
-    case = LAYOUTS[name]
-    (whole,) = Case((1, 1), (1, 1, 1, 1), hears=(1, 1) if case.hears else None).run(step)
-    results = case.run(step)
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [
+        *((name, (0, 1, 2)) for name in LAYOUTS),
+        # A microbatch without images first, and last.
+        ("stages_cp", (1, 0, 2)),
+        ("stages_sp", (1, 0)),
+        ("two_encoders", (2, 0, 1)),
+    ],
+)
+def test_rows_and_gradients_against_one_rank(name, order):
+    case, steps = LAYOUTS[name], partial(step, order=order)
+    (whole,) = Case((1, 1), (1, 1, 1, 1), hears=(1, 1) if case.hears else None).run(steps)
+    results = case.run(steps)
     for rank, result in enumerate(results):
         if case.coordinate(rank, "pp") > 0:
             assert result.fused == []  # hidden states come from the stage before
@@ -341,6 +353,11 @@ def test_sentences_of_problems():
     lost = RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
     assert plan_guard.problem_of(lost, "an encoder") is None
     assert plan_guard.problem_of(RuntimeError(), "it") == "it raised RuntimeError"
+    # Of others' data, not of a lost peer: the others must hear of it.
+    late = ValueError("the image server timed out")
+    assert plan_guard.problem_of(late, "it") == "it raised ValueError: the image server timed out"
+    odd_first = plan_guard.merge_problems([4, 5, 6], [{}] * 3, [1, 2, 2])
+    assert odd_first == {4: "it encodes 1 microbatches, others 2; give all ranks as many"}
 
 
 def test_an_encoder_whose_peer_is_lost_raises_at_once():

@@ -31,14 +31,17 @@ class _Told:
 
     Attributes:
         tokens, units: per item; units are rows along dim 0 of the packed tensors.
-        tensors: (encoder, argument) -> (dtype, shape after dim 0, whether packed).
+        tensors: (encoder, argument) -> (dtype, shape after dim 0).
+        rows: (encoder, argument) -> whether dim 0 has (one row per item, one per unit); where
+            there are as many units as items, both.
         others: arguments that are no tensors.
         problem: why the rank cannot take part.
     """
 
     tokens: list[int]
     units: list[int]
-    tensors: dict[_Path, tuple[torch.dtype, tuple[int, ...], bool]]
+    tensors: dict[_Path, tuple[torch.dtype, tuple[int, ...]]]
+    rows: dict[_Path, tuple[bool, bool]]
     others: dict[_Path, Any]
     problem: str = ""
 
@@ -86,24 +89,25 @@ class InputBalance:
         try:
             mine = self._describe(inputs)
         except Exception as error:  # the user's functions; the other ranks hear of it
-            mine = _Told([], [], {}, {}, f"cannot describe its inputs: {error!r}")
+            mine = _Told([], [], {}, {}, {}, f"cannot describe its inputs: {error!r}")
         told = self._tell(mine)
         plan, units = self._plan(told)
         self.spread = plan.before, plan.after
         if not plan.moves:
             return inputs, plan
         tensors, others = self._common(told)
+        packed = {path: self._packed(path, told) for path in tensors}
         me = self._items.exchange.index(self._items.rank)
         encodes = bool((plan.replica == self._items.exchange.src_of[me]).any())
         moved: dict[str, dict[str, Any]] = {}
-        for (encoder, argument), (dtype, shape, packed) in tensors.items():
+        for (encoder, argument), (dtype, shape) in tensors.items():
             value = None if inputs is None else inputs[encoder][argument]
             if value is None:
                 value = torch.empty((0, *shape), dtype=dtype, device=device)
             # All on the device over which the group communicates: a loader may leave sizes and
             # lengths on the host, and a rank that reads nothing cannot know.
             moved.setdefault(encoder, {})[argument] = self._items.move(
-                value.to(device), plan, units if packed else None
+                value.to(device), plan, units if packed[encoder, argument] else None
             )
         for (encoder, argument), value in others.items():
             moved.setdefault(encoder, {})[argument] = value
@@ -111,11 +115,11 @@ class InputBalance:
 
     def _describe(self, inputs: EncoderInputs | None) -> _Told:
         if inputs is None:
-            return _Told([], [], {}, {})
+            return _Told([], [], {}, {}, {})
         tokens = [int(count) for count in self._settings.tokens_per_item(inputs)]
         per_item = self._settings.units_per_item
         units = [int(n) for n in per_item(inputs)] if per_item is not None else [1] * len(tokens)
-        tensors, others, problem = {}, {}, ""
+        tensors, rows, others, problem = {}, {}, {}, ""
         if len(units) != len(tokens):
             problem = f"has units of {len(units)} items and tokens of {len(tokens)}"
         for encoder, arguments in inputs.items():
@@ -129,9 +133,9 @@ class InputBalance:
                         f"has {argument} of {encoder} with {length} along dim 0; wanted one per "
                         f"item ({len(tokens)}) or per unit ({sum(units)})"
                     )
-                packed = length == sum(units) and per_item is not None
-                tensors[encoder, argument] = (value.dtype, tuple(value.shape[1:]), packed)
-        return _Told(tokens, units, tensors, others, problem)
+                rows[encoder, argument] = (length == len(tokens), length == sum(units))
+                tensors[encoder, argument] = (value.dtype, tuple(value.shape[1:]))
+        return _Told(tokens, units, tensors, rows, others, problem)
 
     def _tell(self, mine: _Told) -> list[_Told]:
         """Everybody's, by place in the group; raises if one has a problem."""
@@ -177,3 +181,17 @@ class InputBalance:
                     f"{model.others}; all ranks give the same arguments, dtypes and item shapes"
                 )
         return model.tensors, model.others
+
+    def _packed(self, path: _Path, told: Sequence[_Told]) -> bool:
+        """Whether an argument has one row per unit: one rank may not see it, all of them do."""
+        rows = [each.rows[path] for each in told if each.rows]
+        per_item, per_unit = (all(fits) for fits in zip(*rows, strict=True))
+        alike = all(count == 1 for each in told for count in each.units)
+        if per_item == per_unit and not alike:
+            encoder, argument = path
+            raise ValueError(
+                f"Balancing {self._items.name}: cannot tell whether {argument} of {encoder} has "
+                f"one row per item or one per unit; units are {[each.units for each in told]}. "
+                "Give it one of both on all ranks, and items at least one unit"
+            )
+        return not per_item
