@@ -59,14 +59,14 @@ class Start:
         folder: the working directory, and where the project's modules are imported from.
         environment: all of it.
         output: file for standard output and error; with several ranks ``{rank}`` is the rank.
-        ranks: number of processes.
+        ranks: of a launch; 0 starts one process that is no rank.
     """
 
     arguments: list[str]
     folder: str
     environment: dict[str, str]
     output: str
-    ranks: int = 1
+    ranks: int = 0
 
 
 class Forked:
@@ -171,9 +171,9 @@ def _answer(connection: socket.socket) -> NoReturn:
     # Signals to the group are for pytest; this process follows it.
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (2, 15)}
     start = Start(**json.loads(connection.makefile("r").readline()))
-    rendezvous = _rendezvous(start.ranks) if start.ranks > 1 else {}
+    rendezvous = _rendezvous(start.ranks) if start.ranks else {}
     workers = []
-    for rank in range(start.ranks):
+    for rank in range(max(start.ranks, 1)):
         pid = os.fork()
         if pid == 0:
             connection.close()

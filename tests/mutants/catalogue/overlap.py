@@ -47,7 +47,7 @@ OVERLAP = (
     Mutant(
         name="missing-gradient-seen-by-one-rank-alone",
         file=MIMO + "training/grad_finalize.py",
-        old="together=self._first_step",
+        old="together=first",
         new="together=False",
         tests=(UNIT + "test_frozen_8rank.py::"
                "test_a_parameter_without_a_gradient_is_named_on_all_ranks",),

@@ -75,10 +75,16 @@ def test_tokens_are_counted_once_over_dp_and_cp(sizes: dict[str, int]) -> None:
         result = finalizer.reduce_token_count(count)
         assert result is count
         counts = on_all_ranks(int(count))
+        # Stages without a loss count integers, whatever the last one does.
+        last = tokens_of(dist.get_rank(), sizes) > 0
+        weights = torch.tensor(0.25 * tokens_of(dist.get_rank(), sizes))
+        weights = weights if last else torch.tensor(0, dtype=torch.int)
+        fractions = on_all_ranks(float(finalizer._token_sum(weights)))
     finally:
         dist.barrier()
         grid.destroy()
     assert counts == [n_global(sizes)] * 8
+    assert fractions == [0.25 * n_global(sizes)] * 8
 
 
 @pytest.mark.parametrize(
@@ -172,6 +178,35 @@ def test_a_batch_without_tokens_leaves_zeros(layouts: dict) -> None:
         finalizer([model], token_count(0))
         assert all(torch.count_nonzero(p.main_grad) == 0 for _, _, p in model.named())
         assert len(list(model.named())) == (4 if layouts is COLOCATED else 2)
+
+
+@pytest.mark.parametrize("layouts", [COLOCATED, DISJOINT], ids=["colocated", "disjoint"])
+@pytest.mark.parametrize("unit", [0.25, 2.0**-20, 0.0])
+def test_sums_below_one_divide_exactly(layouts: dict, unit: float) -> None:
+    """Down to zero, which leaves what is there, and not only in the first step."""
+    sizes = {a: s for a, s in layouts["language"].items() if a != "rank_offset"}
+    first = layouts["language"].get("rank_offset", 0)
+    with tiny_model(layouts) as model:
+        finalizer = MimoGradFinalizer(model.collections, model.grids)
+        for dtype in (torch.float32, torch.float64):
+            local_gradients(model)
+            mine = tokens_of(dist.get_rank() - first, sizes) if model.language_model else 0
+            count = torch.tensor(mine * unit, dtype=dtype)
+            finalizer([model], count)
+            assert sums_of(model, n_global(sizes) * unit or 1)
+            assert float(count) == n_global(sizes) * unit
+
+
+@pytest.mark.parametrize("wrong", [-1.0, float("nan"), float("inf")])
+def test_sums_that_nothing_can_be_divided_by(wrong: float) -> None:
+    """An error on every rank in the first step, gradients that are not finite in later ones."""
+    with tiny_model(COLOCATED) as model:
+        finalizer = MimoGradFinalizer(model.collections, model.grids)
+        with pytest.raises(ValueError, match=r"token weights .* sum up to .*loss mask must be fin"):
+            finalizer([model], torch.tensor(wrong))
+        local_gradients(model)
+        finalizer([model], torch.tensor(wrong))
+        assert all(p.main_grad.isnan().all() for _, _, p in model.named())
 
 
 def test_a_module_that_averages_is_refused_and_nothing_is_wrapped() -> None:

@@ -347,8 +347,8 @@ def test_parameter_groups_of_a_module_depend_on_no_other_module(
                     if info.optimizer is not None
                 }
             )
-            # One asks which ranks train the module; two are Megatron-Core's.
-            assert len(calls) == 2 + 2 * (2 - len(frozen))
+            # One compares dtypes; one asks which ranks train the module; two are Megatron-Core's.
+            assert len(calls) == 1 + 2 + 2 * (2 - len(frozen))
     colocated, disjoint = groups
     assert disjoint == {name: colocated[name] for name in disjoint}
     assert sorted(colocated) == [n for n in ("images", "language") if n not in frozen]

@@ -10,6 +10,7 @@ in ``test_end_to_end_8rank``; a rank that waits in vain ends with the test's dea
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -106,15 +107,20 @@ class Model:
     built: DigitsModel
     trainer: Trainer
 
-    def step(self, images: tuple[list[int], ...], *, forward_only: bool = False) -> Result:
+    def step(
+        self, images: tuple[list[int], ...], *, forward_only: bool = False, unit: float = 0
+    ) -> Result:
+        """One step; with ``unit`` the tokens of microbatch n weigh (n + 1) units."""
         trainer = self.trainer
         trainer.model.zero_grad_buffer()
         inputs = [local(trainer, batch) for batch in microbatches(images)]
         with contextlib.ExitStack() as stack:
+            step = trainer._forward_step
+            stack.callback(setattr, trainer, "_forward_step", step)
             if forward_only:
-                step = trainer._forward_step
-                stack.callback(setattr, trainer, "_forward_step", step)
                 trainer._forward_step = reporting(step)
+            elif unit:
+                trainer._forward_step = weighted(step, unit)
             sums = trainer._schedule(iter(inputs), len(inputs), forward_only=forward_only)
         nothing = torch.zeros(2, dtype=torch.float64, device=trainer.device)
         total = torch.stack(sums).sum(dim=0).to(trainer.device) if sums else nothing
@@ -133,6 +139,24 @@ def reporting(step: Callable[..., Any]) -> Callable[..., Any]:
         return output, lambda losses, non_loss_data: loss_func(losses)[2]
 
     return reported
+
+
+def weighted(step: Callable[..., Any], unit: float) -> Callable[..., Any]:
+    """A forward step whose loss weighs microbatch n with (n + 1) units; fractions are floats."""
+    numbers = itertools.count(1)
+
+    def weigh(data: Any, model: Any) -> Any:
+        output, loss_func = step(data, model)
+
+        def weighed(losses: torch.Tensor) -> Any:
+            loss, tokens, report = loss_func(losses)
+            weight = unit * next(numbers)
+            count = tokens * weight if unit < 1 else tokens * int(weight)
+            return loss * weight, count, report
+
+        return output, weighed
+
+    return weigh
 
 
 @contextlib.contextmanager
@@ -161,6 +185,13 @@ def oracle() -> Iterator[Callable[[tuple[list[int], ...]], Result]]:
         yield compute
 
 
+@pytest.fixture(scope="module")
+def oracle_of_units() -> Iterator[Result]:
+    """What one process finds where microbatch n weighs n + 1, in whole numbers."""
+    with model("tp=1,dp=1", "tp=1,dp=1", OPTIONS, rank_offset=dist.get_rank()) as made:
+        yield made.step(MIXED, unit=1)
+
+
 @pytest.fixture(scope="module", params=PIPES, ids=lambda pipe: pipe.name)
 def pipe(request: pytest.FixtureRequest) -> Iterator[Model]:
     options = replace(OPTIONS, virtual_stages=request.param.virtual_stages)
@@ -180,6 +211,11 @@ def check(found: Result, expected: Result) -> None:
 @pytest.mark.parametrize("images", [MIXED, TEXT_ONLY], ids=["mixed", "text_only"])
 def test_microbatches_with_and_without_images(images, pipe, oracle):
     check(pipe.step(images), oracle(images))
+
+
+def test_token_weights_with_fractions(pipe, oracle_of_units):
+    """Their sum is far below 1. Gradients are those of the same weights in other units."""
+    check(pipe.step(MIXED, unit=2.0**-12), oracle_of_units)
 
 
 def test_the_fewest_microbatches(pipe, oracle):

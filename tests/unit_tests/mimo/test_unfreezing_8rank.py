@@ -20,8 +20,9 @@ pytestmark = pytest.mark.ranks(8, timeout=120)
 
 # Two layers of the encoder: one of a stack that is one tensor in the file can be frozen.
 MODEL = {"size": replace(SIZE, vision_layers=2)}
-# Losses in fp32, sums in another order.
-CLOSE = 1e-6
+# Losses in fp32, sums in another order. What is fresh takes Adam's first steps, which divide the
+# smallest gradients' rounding by their own size: 1.6e-6 on one kind of CPU. A lost moment is 1e-3.
+CLOSE = 4e-6
 
 
 def moments(one: Run) -> dict[str, dict[str, torch.Tensor]]:

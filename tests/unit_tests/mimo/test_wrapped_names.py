@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mimo import (
@@ -33,7 +34,7 @@ from megatron.core.models.mimo.training.groups import create_process_groups, mak
 from megatron.core.models.mimo.training.initial_weights import initialize_weights
 from megatron.core.models.mimo.training.randomness import seed_everything
 from megatron.core.models.mimo.transformer.layer_specs import language_layer_spec
-from megatron.core.models.mimo.wrappers import clean_name, loaded_name, unwrapped
+from megatron.core.models.mimo.wrappers import clean_name, loaded_name, name_as_saved, unwrapped
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -251,6 +252,24 @@ def test_checkpoints_do_not_know_wrappers(there, here, tmp_path: Path, alone):
     found = [[step(other, its_optimizer) for _ in range(2)], [step(model, optimizer) for _ in "ab"]]
     assert found[0] == pytest.approx(found[1], rel=1e-6)
     assert found[0][0] != pytest.approx(found[0][1], rel=1e-3)
+
+
+@pytest.mark.parametrize("saved", ["", "module.", "module.module."])
+@pytest.mark.parametrize("here", ["", "module."])
+def test_a_checkpoint_is_asked_by_its_own_names(saved, here):
+    """DDP around a whole module is in the names on the disk, as in stock."""
+
+    def state(levels: str) -> list[str]:
+        weights = [f"modality_submodules.images.{levels}encoders.module.weight",
+                   f"language_model.{levels}decoder.layers.mlp.weight"]  # fmt: skip
+        return [*weights, *(f"mimo.language.optimizer.state.exp_avg.{name}" for name in weights)]
+
+    asked = {"model": [ShardedObject(name, None, (1,), (0,)) for name in state(here)]}
+    name_as_saved(asked, state(saved)[:2])
+    assert [each.key for each in asked["model"]] == state(saved)
+    other = {"rng": ShardedObject("rng", None, (1,), (0,))}
+    name_as_saved(other, state(saved)[:2])
+    assert other["rng"].key == "rng"
 
 
 def test_messages_do_not_name_wrappers(alone):

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from megatron.core.models.mimo.model.ddp_methods import finish_param_gather
 from megatron.core.models.mimo.training.frozen_state import FRESH
+from megatron.core.models.mimo.training.grad_finalize import iter_modules
 from megatron.core.models.mimo.training.inner_optimizers import (
     attend_construction,
     build_inner_optimizer,
@@ -31,9 +32,24 @@ from megatron.core.models.mimo.training.nonfinite import (
     NonFiniteGradients,
     find_nonfinite_gradients,
 )
+from megatron.core.models.mimo.training.optimizer_checks import (
+    check_fields_are_used,
+    check_optimizer,
+    problem_of_dtypes,
+)
+from megatron.core.models.mimo.training.optimizer_settings import (
+    RUN,
+    check_choice,
+    described,
+    note_built,
+    say_differences,
+)
 from megatron.core.models.mimo.training.optimizer_state import (
+    inner_state,
     load_inner_state,
+    note_names,
     sharded_inner_state,
+    start_anew,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -91,6 +107,11 @@ class MimoOptimizer(MegatronOptimizer):
         ]
         self.is_stub_optimizer = not self._active_optimizers
         self.optimizer = None  # the base class and stock helpers look for it
+        for info in module_infos.values():
+            if info.is_active and info.optimizer is not None:
+                note_names(info.optimizer, info.modules)
+        for inner in inner_optimizers(self._active_optimizers):
+            note_built(inner)
         self.nonfinite_modules: tuple[str, ...] = ()
         self.nonfinite_gradients: tuple[NonFiniteGradients, ...] = ()
 
@@ -224,21 +245,37 @@ class MimoOptimizer(MegatronOptimizer):
     # ---- checkpoints ----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Module name -> the inner optimizer's state dict (``None`` where it has none here)."""
+        """Module name -> the inner optimizer's state on this rank (``None`` where it has none).
+
+        Complete also with the distributed optimizer, whose shards it holds. It fits the same rank
+        of the same layout; ``sharded_state_dict`` and ``CheckpointStore`` fit any layout. Tensors
+        are the optimizer's own: copy or write them before the next step.
+        """
         return {
-            name: info.optimizer.state_dict() if info.is_active and info.optimizer else None
+            name: inner_state(info.optimizer) if info.is_active and info.optimizer else None
             for name, info in self.module_infos.items()
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], settings: str = RUN) -> None:
         """Load what ``state_dict`` or a loaded ``sharded_state_dict`` holds.
 
-        With dynamic loss scaling all ranks call it together: a module that starts fresh takes the
-        loss scale of those that go on.
+        Load the model's weights before: what starts fresh takes its fp32 copies from them. With
+        dynamic loss scaling all ranks call it together: a module that starts fresh takes the loss
+        scale of those that go on.
+
+        Args:
+            state_dict: is left as it is.
+            settings: ``"run"``: what this run's ``OptimizerConfig`` changes (learning rate, weight
+                decay, betas, momentum, ...) counts, the rest goes on from where it was.
+                ``"checkpoint"``: all settings of the saved parameter groups count. Rank 0 logs
+                what differs.
 
         Raises:
-            ValueError: if a module of this rank is missing from ``state_dict``.
+            ValueError: if ``settings`` is neither; a module of this rank is missing from
+                ``state_dict``; the state is of another kind of optimizer or of another rank.
         """
+        check_choice(settings)
+        recorded = []
         for name, info in self.module_infos.items():
             if not (info.is_active and info.optimizer):
                 continue
@@ -246,7 +283,12 @@ class MimoOptimizer(MegatronOptimizer):
                 raise ValueError(
                     f"optimizer state has no module '{name}'; it holds {sorted(state_dict)}"
                 )
-            load_inner_state(info.optimizer, state_dict[name], name)
+            if FRESH not in (state := state_dict[name]):
+                recorded.append(load_inner_state(info.optimizer, state, name, settings))
+            else:
+                start_anew(info.optimizer)
+        if recorded:
+            say_differences(recorded[0], described(self.config), settings)
         if self.config.fp16 and self.config.loss_scale is None:
             self._agree_on_loss_scale(state_dict)
 
@@ -375,17 +417,34 @@ def get_mimo_optimizer(mimo_model: MimoModel, config: OptimizerConfig) -> MimoOp
         config: configuration of all inner optimizers.
 
     Raises:
-        ValueError: if the model has no grids, or a module asks for several distributed-optimizer
-            instances.
+        ValueError: if the model has no grids; on every rank: the optimizer is not supported, or
+            the dtype of a parameter does not fit ``config``; a module asks for several
+            distributed-optimizer instances.
     """
+    check_optimizer(config)
     grids = mimo_model.mimo_config.module_to_grid_map
     if not grids:
         raise ValueError(
             "get_mimo_optimizer needs module_to_grid_map in MimoModelConfig: "
             "give one HyperCommGrid per modality and one for 'language'"
         )
+    _check_dtypes(mimo_model, config)
     infos = {name: _module_info(mimo_model, name, grids[name], config) for name in grids}
     return MimoOptimizer(infos, config)
+
+
+def _check_dtypes(mimo_model: MimoModel, config: OptimizerConfig) -> None:
+    """Raise the first rank's problem on every rank.
+
+    Raises:
+        ValueError: a parameter's dtype does not fit ``config``.
+    """
+    told: list[tuple[str | None, set[str]]] = [(None, set())] * dist.get_world_size()
+    dist.all_gather_object(told, problem_of_dtypes(iter_modules(mimo_model), config))
+    problem = next((each for each, _ in told if each), None)
+    if problem:
+        raise ValueError(problem)
+    check_fields_are_used(set().union(*(used for _, used in told)), config)
 
 
 def _module_info(

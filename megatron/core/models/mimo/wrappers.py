@@ -10,7 +10,7 @@ or not, makes no difference.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -31,6 +31,9 @@ _KEYS = (_COMPILED, _CHECKPOINTED)
 # Wrappers that hold a "module", as others do, too.
 _CLASSES = (DistributedDataParallel, Float16Module, torch.nn.parallel.DistributedDataParallel)
 _HIDDEN = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(_KEYS)})\.")
+
+# A module of the model, and the wrappers around it as a whole.
+_WHOLE_MODULE = re.compile(r"(?<![^.])(language_model|modality_submodules\.[^.]+)\.((?:module\.)*)")
 
 
 def wrapped_key(module: nn.Module) -> str | None:
@@ -108,3 +111,21 @@ def hide_in_checkpoint(state: dict[str, Any]) -> None:
     for entry in nested_values(state):
         if isinstance(entry, (ShardedTensor, ShardedTensorFactory, ShardedObject)):
             entry.key = _HIDDEN.sub("", entry.key)
+
+
+def name_as_saved(state: dict[str, Any], saved: Iterable[str]) -> None:
+    """Ask for the weights of a checkpoint by its names, in place: with its DDP, or without.
+
+    As in stock, DDP and ``Float16Module`` around a whole module are in the names on the disk.
+
+    Args:
+        state: the sharded state that is to be loaded, of a model or an optimizer.
+        saved: the names of weights in the checkpoint.
+    """
+    there = dict(match.groups() for name in saved if (match := _WHOLE_MODULE.search(name)))
+    for entry in nested_values(state):
+        if isinstance(entry, (ShardedTensor, ShardedTensorFactory, ShardedObject)):
+            match = _WHOLE_MODULE.search(entry.key)
+            if match and match[1] in there:
+                rest = entry.key[match.end() :]
+                entry.key = f"{entry.key[: match.start()]}{match[1]}.{there[match[1]]}{rest}"

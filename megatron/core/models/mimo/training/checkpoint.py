@@ -24,7 +24,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.mimo.compat import fully_parallel_load, plan_save
-from megatron.core.models.mimo.training import global_tensors, integrity
+from megatron.core.models.mimo.training import global_tensors, integrity, optimizer_settings
 from megatron.core.models.mimo.training.background_save import ShardWriter
 from megatron.core.models.mimo.training.checkpoint_errors import (
     CheckpointError,
@@ -52,6 +52,7 @@ from megatron.core.models.mimo.training.randomness import (
     set_rng_state,
 )
 from megatron.core.models.mimo.training.shared_folder import check_shared
+from megatron.core.models.mimo.wrappers import name_as_saved
 from mimo_colocated import phases
 
 # Optimizer state that any layout can load (parameters of the model's own shapes).
@@ -218,6 +219,7 @@ class CheckpointStore:
             extra=copy.deepcopy(extra or {}),
             distributed_optimizer=optimizer.config.use_distributed_optimizer,
             frozen=sorted(frozen.names),
+            optimizer=optimizer_settings.described(optimizer.config),
         )
         with self._nothing_left_behind(step):
             on_rank_0(lambda: self.history.begin(step, size), self._writing(step))
@@ -281,6 +283,7 @@ class CheckpointStore:
         optimizer: Any = None,
         *,
         modules: Collection[str] | None = None,
+        settings: str | None = None,
     ) -> Manifest:
         """Load the checkpoint of ``step`` into model, optimizer and random generators.
 
@@ -299,6 +302,10 @@ class CheckpointStore:
             optimizer: the MimoOptimizer, or None for weights alone.
             modules: names of the modules whose weights to load, such as ``("images",)``; the
                 others stay as they are and may be of another shape, or absent from one side.
+            settings: with an optimizer. ``"run"``, the default: what this run's
+                ``OptimizerConfig`` changes counts, the rest goes on from where it was.
+                ``"checkpoint"``: the saved parameter groups count. Rank 0 logs what differs;
+                docs/checkpoints.md has the table.
 
         Returns:
             The checkpoint's manifest.
@@ -307,12 +314,17 @@ class CheckpointStore:
             CheckpointError: on every rank; before any tensor is read if the checkpoint is of
                 another model or kind of optimizer, has no such module, or a file of it is
                 missing, damaged or would execute code.
-            ValueError: ``modules`` together with an optimizer, or none named.
+            ValueError: ``modules`` together with an optimizer, or none named; ``settings`` without
+                one, or neither of the two.
         """
         if modules is not None and optimizer is not None:
             raise ValueError(
                 "modules= loads weights alone; leave the optimizer out, or load all of the run"
             )
+        if settings is not None:
+            optimizer_settings.check_choice(settings)
+            if optimizer is None:
+                raise ValueError("settings= is for an optimizer; give one, or leave settings out")
         names = (modules,) if isinstance(modules, str) else modules
         if names is not None and not names:
             raise ValueError("modules= names none; leave it out to load the weights of all modules")
@@ -322,21 +334,23 @@ class CheckpointStore:
             if optimizer is None:
                 self._load_weights(manifest, model, names)
             else:
-                self._load_run(manifest, model, optimizer)
+                self._load_run(manifest, model, optimizer, settings or optimizer_settings.RUN)
         return manifest
 
-    def _load_run(self, manifest: Manifest, model: torch.nn.Module, optimizer: Any) -> None:
+    def _load_run(
+        self, manifest: Manifest, model: torch.nn.Module, optimizer: Any, settings: str
+    ) -> None:
         path = self.path(manifest.step)
-        distributed = optimizer.config.use_distributed_optimizer
-        check_same_optimizer(path, manifest, distributed=distributed)
+        check_same_optimizer(path, manifest, optimizer.config)
         state = self._sharded_state(model, optimizer, is_loading=True)
+        name_as_saved(state, manifest.shapes)
         check_same_model(path, manifest.shapes, global_tensors.shapes(_tensors(state["model"])))
         if not self.same_layout(manifest):
             state.pop("rng")
         self._request_what_was_trained(state, frozenset(manifest.frozen or ()))
         loaded = self._read(manifest, state)
         model.load_state_dict(loaded["model"])
-        optimizer.load_state_dict(loaded["optimizer"])
+        optimizer.load_state_dict(loaded["optimizer"], settings=settings)
         if "rng" in loaded:
             set_rng_state(loaded["rng"], self.randomness)
         elif self.randomness:
@@ -348,6 +362,7 @@ class CheckpointStore:
     ) -> None:
         path = self.path(manifest.step)
         state = model.sharded_state_dict(metadata=dict(SHARDING))
+        name_as_saved(state, manifest.shapes)
         here, there = global_tensors.shapes(_tensors(state)), manifest.shapes
         if modules is not None:
             here = weights_of(modules, here, "this model")

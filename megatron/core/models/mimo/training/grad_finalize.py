@@ -149,8 +149,9 @@ class MimoGradFinalizer:
 
         Args:
             model: one MimoModel, possibly wrapped.
-            num_tokens: scalar, this rank's valid tokens over all microbatches. Reduced in place
-                to the global count. ``None`` leaves gradients undivided.
+            num_tokens: scalar of any dtype, the sum of this rank's token weights over all
+                microbatches. Reduced in place to the global sum. ``None`` leaves gradients
+                undivided.
             pg_collection: the schedule's, which are the language model's; not read, since each
                 module's were given at construction.
             force_all_reduce: as in Megatron-Core.
@@ -158,7 +159,9 @@ class MimoGradFinalizer:
         Raises:
             ValueError: a parameter was frozen or unfrozen after its module was wrapped, or got no
                 gradient that an overlapping reduction waits for; the latter, in the first step, is
-                raised on every rank. Pretrained weights that differ between copies, likewise.
+                raised on every rank. Pretrained weights that differ between copies, likewise. So is
+                a global sum of token weights that is negative or not finite; in later steps, which
+                read nothing back, gradients become nan, and the optimizer skips the step.
         """
         phases.end_of_microbatches()
         phases.mark(phases.FINALIZE)
@@ -167,19 +170,21 @@ class MimoGradFinalizer:
         for name, module in iter_modules(mimo_model):
             refuse_late_freezing(name, module)
             modules.setdefault(name, []).append(module)
-        refuse_missing_gradients(modules, together=self._first_step)
-        if self._first_step:
+        first, self._first_step = self._first_step, False
+        refuse_missing_gradients(modules, together=first)
+        if first:
             refuse_different_weights(modules, self.collections)
-        self._first_step = False
         for name, parts in modules.items():
             finalize_model_grads(
                 parts, None, self.collections[name], force_all_reduce=force_all_reduce
             )
         if num_tokens is None:
             return
-        self.reduce_token_count(num_tokens)
-        # A batch without a single valid token has zero gradients; 1 keeps them zero, not nan.
-        scaling = 1.0 / torch.clamp(num_tokens, min=1)
+        total = self._token_sum(num_tokens)
+        num_tokens.copy_(total)
+        if first:
+            check_token_count(float(total))
+        scaling = _scaling(total)
         for _, module in iter_modules(mimo_model):
             module.scale_gradients(scaling)
 
@@ -191,17 +196,50 @@ class MimoGradFinalizer:
         stage counts. Where some ranks are outside the language model's grid the sum runs over
         the world, and whoever has nothing of its own to add adds zero.
         """
+        return num_tokens.copy_(self._token_sum(num_tokens))
+
+    def _token_sum(self, num_tokens: torch.Tensor) -> torch.Tensor:
+        """The global sum, whatever dtypes the ranks count in: stages without a loss have integers.
+
+        A float64 holds every count exactly.
+        """
         groups = self.collections[MIMO_LANGUAGE_MODULE_KEY]
+        total = num_tokens.to(torch.float64, copy=True)
         if not self._colocated:
             if not _counts_tokens(groups):
-                num_tokens.zero_()
-            dist.all_reduce(num_tokens)
-            return num_tokens
+                total.zero_()
+            dist.all_reduce(total)
+            return total
         if groups.pp is not None and groups.pp.size() > 1:
             last = dist.get_global_rank(groups.pp, groups.pp.size() - 1)
-            dist.broadcast(num_tokens, src=last, group=groups.pp)
-        dist.all_reduce(num_tokens, group=groups.dp_cp)
-        return num_tokens
+            dist.broadcast(total, src=last, group=groups.pp)
+        dist.all_reduce(total, group=groups.dp_cp)
+        return total
+
+
+def check_token_count(total: float) -> None:
+    """Raise unless gradients can be divided by ``total``, or are zero without a token.
+
+    Raises:
+        ValueError: it is negative or not finite.
+    """
+    if not 0 <= total < float("inf"):
+        raise ValueError(
+            f"the token weights of the whole batch sum up to {total}, which gradients cannot be "
+            "divided by; the loss mask must be finite and its sum not negative"
+        )
+
+
+def _scaling(total: torch.Tensor) -> torch.Tensor:
+    """What gradients are multiplied by, without a look at ``total`` on the host.
+
+    A batch without a single valid token has zero gradients; 1 keeps them zero, not nan. A sum that
+    nothing can be divided by makes them nan, which the optimizer notices.
+    """
+    one, nothing = torch.ones_like(total), torch.full_like(total, float("nan"))
+    usable = (total > 0) & total.isfinite()
+    scaling = torch.where(usable, one / total, torch.where(total == 0, one, nothing))
+    return scaling.to(torch.float32)
 
 
 def refuse_late_freezing(name: str, module: torch.nn.Module) -> None:

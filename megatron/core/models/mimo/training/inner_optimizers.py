@@ -72,6 +72,7 @@ def build_inner_optimizer(
         use_gloo_process_groups=False,
     )
     _count_expert_copies_over_expert_tp(optimizer, collection)
+    _find_parameters_where_they_are_stepped(optimizer)
     return optimizer
 
 
@@ -86,6 +87,21 @@ def _count_expert_copies_over_expert_tp(
     for inner in inner_optimizers([optimizer]):
         if any(group.get("is_expert_parallel") for group in inner.param_groups):
             inner.tp_group = collection.expt_tp
+
+
+def _find_parameters_where_they_are_stepped(optimizer: MegatronOptimizer) -> None:
+    """A distributed optimizer finds a parameter's state by its place in a group.
+
+    It steps a group's fp32 parameters first, but numbers them as they come: where a group has both,
+    it would save and load the state of one parameter as another's.
+    """
+    for inner in inner_optimizers([optimizer]):
+        if not hasattr(inner, "model_param_group_index_map"):
+            continue
+        groups = zip(inner.model_fp32_groups, inner.model_float16_groups, strict=True)
+        for number, (whole, halves) in enumerate(groups):
+            for place, parameter in enumerate([*whole, *halves]):
+                inner.model_param_group_index_map[parameter] = (number, place)
 
 
 def inner_optimizers(optimizers: list[MegatronOptimizer]) -> list[MegatronOptimizer]:

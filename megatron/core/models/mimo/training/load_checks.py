@@ -76,8 +76,21 @@ def check_pickles(path: Path) -> None:
     alone(lambda: safe_pickles.check(path, rank, world), f"read checkpoint {path}")
 
 
-def check_same_optimizer(path: Path, manifest: Manifest, *, distributed: bool) -> None:
-    """Refuse state of the other kind of optimizer: the distributed one's has its own form."""
+def check_same_optimizer(path: Path, manifest: Manifest, config: Any) -> None:
+    """Refuse state of another kind of optimizer; the distributed one's has its own form, too.
+
+    Args:
+        path: of the checkpoint.
+        manifest: of it.
+        config: ``OptimizerConfig`` of this run.
+    """
+    distributed = config.use_distributed_optimizer
+    saved = (manifest.optimizer or {}).get("optimizer", config.optimizer)
+    if saved != config.optimizer:
+        raise CheckpointError(
+            f"checkpoint {path} was saved with optimizer={saved!r}, this "
+            f"run has optimizer={config.optimizer!r}; go on with optimizer={saved!r}"
+        )
     if manifest.distributed_optimizer in (None, distributed):
         return
     kinds = {True: "the distributed optimizer", False: "the plain optimizer"}

@@ -29,6 +29,7 @@ class Manifest:
             in older checkpoints.
         frozen: names of the weights that did not train, of which the optimizer has no state; None
             in older checkpoints.
+        optimizer: fields of the OptimizerConfig, by name; None in older checkpoints.
     """
 
     step: int
@@ -39,6 +40,7 @@ class Manifest:
     files: dict[str, dict[str, Any]] | None = None
     distributed_optimizer: bool | None = None
     frozen: list[str] | None = None
+    optimizer: dict[str, Any] | None = None
     format: int = FORMAT
 
     def to_json(self) -> str:

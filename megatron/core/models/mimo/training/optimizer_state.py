@@ -2,7 +2,8 @@
 """State of one module's optimizer, to a checkpoint and back.
 
 The inner optimizers are stock's. What is here is what stock leaves to rank 0 (which need not hold
-the module) and what its loaders get wrong with PyTorch's Adam.
+the module), what its loaders get wrong with PyTorch's optimizers, and what its savers get wrong
+where fp32 parameters stand among half-precision ones.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
@@ -20,16 +22,70 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedBase,
     ShardedObject,
 )
+from megatron.core.dist_checkpointing.optimizer import (
+    get_param_id_to_sharded_param_map,
+    make_sharded_optimizer_tensor,
+    optim_state_to_sharding_state,
+)
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
-from megatron.core.models.mimo.training.frozen_state import FRESH
+from megatron.core.models.mimo.training import optimizer_settings
+from megatron.core.models.mimo.training.inner_optimizers import inner_optimizers
+from megatron.core.models.mimo.training.optimizer_shards import (
+    SHARDS,
+    check_place,
+    load_shards,
+    shards_of,
+)
 from megatron.core.optimizer.optimizer import (
     ChainedOptimizer,
+    Float16OptimizerWithFloat16Params,
+    FP32Optimizer,
     MegatronOptimizer,
-    param_group_identifier_keys,
 )
 
 _COMMON_KEY = "_mimo_common"
 _MAIN_COPIES = "fp32_from_fp16_params"
+_PARAMETERS = "parameters"
+_MARK = "wd_mult"
+_ABSENT = object()
+
+
+def inner_state(optimizer: MegatronOptimizer) -> Any:
+    """Return the module's whole state on this rank: stock's, shards and settings.
+
+    Tensors are the optimizer's own, as PyTorch's ``state_dict`` has them. It fits the same rank of
+    the same layout.
+    """
+    _give_first_state(optimizer)
+    state = optimizer.state_dict()
+    for part, inner in _parts(state, optimizer):
+        told = optimizer_settings.record(inner)
+        part[optimizer_settings.RECORD] = {**told, _PARAMETERS: _names(inner)}
+        if hasattr(inner, "get_parameter_state_dp_zero"):
+            part[SHARDS] = shards_of(inner)
+    return state
+
+
+def note_names(optimizer: MegatronOptimizer, modules: tuple[torch.nn.Module, ...]) -> None:
+    """Remember what the parameters are called: a state on this rank has numbers for them."""
+    names = {
+        id(parameter): f"{number}.{key}"
+        for number, module in enumerate(modules)
+        for key, parameter in module.named_parameters()
+    }
+    for inner in inner_optimizers([optimizer]):
+        inner.mimo_names = names
+
+
+def _names(inner: Any) -> list[list[str | None]]:
+    """Of the parameters that ``inner`` steps, by group, in its order."""
+    known = getattr(inner, "mimo_names", {})
+    if hasattr(inner, "model_fp32_groups"):
+        groups = zip(inner.model_fp32_groups, inner.model_float16_groups, strict=True)
+        return [[known.get(id(weight)) for weight in chain(*group)] for group in groups]
+    weights = iter(_model_weights(inner))
+    sizes = [len(group["params"]) for group in inner.param_groups]
+    return [[known.get(id(next(weights))) for _ in range(size)] for size in sizes]
 
 
 def sharded_inner_state(
@@ -55,12 +111,13 @@ def sharded_inner_state(
         is_loading: the result is a request to load, not to save.
         **kwargs: ``metadata`` as in stock.
     """
-    if is_loading:
-        _give_adam_its_state(optimizer)
-    with _padded_between_buckets(optimizer):
+    _give_first_state(optimizer)
+    with _mended(optimizer):
         state = optimizer.sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
     if isinstance(state, list):
         state = dict(enumerate(state))
+    for part, inner in _parts(_listed(state, optimizer), optimizer):
+        part[optimizer_settings.RECORD] = optimizer_settings.record(inner)
     sharded, common = extract_matching_values(state, lambda v: isinstance(v, ShardedBase))
     add_prefix_for_sharding(sharded, f"mimo.{name}.")
     sharded[_COMMON_KEY] = ShardedObject(
@@ -70,25 +127,72 @@ def sharded_inner_state(
 
 
 @contextlib.contextmanager
-def _padded_between_buckets(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Inside, what a distributed optimizer gathers has the padding that its buckets have.
+def _mended(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Inside, savers of the inner optimizers do what stock's leave out.
 
-    Stock puts the buckets together without it and then cuts parameters out at their padded places:
-    from the second bucket of a module on, moments and main weights would be saved shifted.
+    A distributed optimizer puts its buckets together without their padding and then cuts
+    parameters out at their padded places: from the second bucket of a module on, moments and main
+    weights would be saved shifted. The plain ones number their parameters without the fp32 ones
+    among half-precision ones, and save no step count before the first step. What they load to
+    allocate state has been allocated.
     """
-    inners = [
-        inner
-        for inner in getattr(optimizer, "chained_optimizers", [optimizer])
-        if hasattr(inner, "get_parameter_state_dp_zero")
-    ]
-    for inner in inners:
-        gather = inner.get_parameter_state_dp_zero
-        inner.get_parameter_state_dp_zero = functools.partial(_gather_padded, inner, gather)
+    patched = []
+    for inner in inner_optimizers([optimizer]):
+        replaced: dict[str, Callable[..., Any]] = {}
+        if hasattr(inner, "get_parameter_state_dp_zero"):
+            gather = inner.get_parameter_state_dp_zero
+            replaced["get_parameter_state_dp_zero"] = functools.partial(
+                _gather_padded, inner, gather
+            )
+            replaced["load_state_dict"] = lambda _state: None
+        elif isinstance(inner, (FP32Optimizer, Float16OptimizerWithFloat16Params)):
+            replaced["sharded_state_dict"] = functools.partial(_sharded_plain, inner)
+        vars(inner).update(replaced)
+        patched.append((inner, replaced))
     try:
         yield
     finally:
-        for inner in inners:
-            del inner.get_parameter_state_dp_zero
+        for inner, replaced in patched:
+            for name in replaced:
+                delattr(inner, name)
+
+
+def _sharded_plain(inner: Any, model_state: dict, *_args: Any, **_kwargs: Any) -> dict[str, Any]:
+    """Sharded state of a plain optimizer; the keys of tensors are stock's."""
+    state = inner.state_dict()
+    torch_state = state.get("optimizer", state)  # the fp32 optimizer's is the torch optimizer's own
+    numbers = _numbers(inner)
+    weights = get_param_id_to_sharded_param_map(model_state, _model_weights(inner))
+    step = inner._extract_common_per_param_step(torch_state)
+    optim_state_to_sharding_state(torch_state, weights, exclude_keys=("step",))
+    if step is not None:
+        torch_state["state"]["common_step"] = step
+    if _MAIN_COPIES in state:
+        state[_MAIN_COPIES] = [
+            [
+                make_sharded_optimizer_tensor(
+                    weights[numbers[id(copy)]], copy, "optimizer.state.fp32_param"
+                )
+                for copy in group
+            ]
+            for group in state[_MAIN_COPIES]
+        ]
+    return state
+
+
+def _numbers(inner: Any) -> dict[int, int]:
+    """The id of a tensor that the torch optimizer steps -> its number in that optimizer's state."""
+    stepped = chain.from_iterable(group["params"] for group in inner.param_groups)
+    return {id(tensor): number for number, tensor in enumerate(stepped)}
+
+
+def _model_weights(inner: Any) -> list[torch.Tensor]:
+    """The model's parameter behind every tensor that the torch optimizer steps, in its order."""
+    halves = chain.from_iterable(getattr(inner, "float16_groups", ()))
+    copies = chain.from_iterable(getattr(inner, "fp32_from_float16_groups", ()))
+    behind = {id(copy): half for half, copy in zip(halves, copies, strict=True)}
+    stepped = chain.from_iterable(group["params"] for group in inner.param_groups)
+    return [behind.get(id(tensor), tensor) for tensor in stepped]
 
 
 def _gather_padded(inner: Any, gather: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -112,29 +216,90 @@ def _spread(gathered: torch.Tensor, buffer: Any) -> torch.Tensor:
     return whole
 
 
-def load_inner_state(optimizer: MegatronOptimizer, state: dict[str, Any], name: str) -> None:
-    """Load what ``state_dict`` returned, or what a sharded state was loaded into.
+def load_inner_state(
+    optimizer: MegatronOptimizer, state: Any, name: str, settings: str = optimizer_settings.RUN
+) -> dict[str, Any] | None:
+    """Load what ``inner_state`` returned, or what a sharded state was loaded into.
+
+    Args:
+        optimizer: the module's.
+        state: is left as it is.
+        name: of the module, for errors.
+        settings: which of the parameter groups' settings count, see ``optimizer_settings``.
+
+    Returns:
+        The fields of the ``OptimizerConfig`` that it was saved with; ``None`` in older states,
+        which did not record them.
 
     Raises:
-        ValueError: settings of the parameter groups differ.
+        ValueError: the state is of another kind of optimizer or of another rank; all settings of
+            the parameter groups differ and the saved ones are to count.
     """
-    if FRESH in state:
-        _start_anew(optimizer)
-        return
-    state = dict(state)
-    common = state.pop(_COMMON_KEY, None)
-    if common is not None:
-        state = merge(common, state)
+    # What state_dict() returned stays the caller's: the next steps must not write into it.
+    state = _copied(state, tensors=_COMMON_KEY not in state)
+    if _COMMON_KEY in state:
+        state = merge(state.pop(_COMMON_KEY), state)
     state = _listed(state, optimizer)
-    for part, inner in _parts(state, optimizer):
+    parts = _parts(state, optimizer)
+    recorded = None
+    for part, inner in parts:
         _list_main_copies(part)
-        _adopt_param_groups(part, inner, name)
-    _load(optimizer, state)
+        told = part.pop(optimizer_settings.RECORD, None)
+        recorded = recorded or told
+        _check_same_kind(part, inner, told, name)
+        _adopt_param_groups(part, inner, name, told, settings)
+    _load(optimizer, state, parts, name)
+    return recorded and recorded["config"]
 
 
-def _start_anew(optimizer: MegatronOptimizer) -> None:
-    """As before the first step, from the weights as they are."""
-    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+def _check_same_kind(
+    part: dict, inner: MegatronOptimizer, told: dict[str, Any] | None, name: str
+) -> None:
+    """Raise where a state cannot be this optimizer's.
+
+    Raises:
+        ValueError: another optimizer saved it, or it holds no tensors.
+    """
+    then, now = (told or {}).get("config", {}), optimizer_settings.described(inner.config)
+    for field in ("optimizer", "use_distributed_optimizer"):
+        if field in then and then[field] != now.get(field):
+            raise ValueError(
+                f"the optimizer state of module '{name}' was saved with {field}={then[field]!r}, "
+                f"this run has {field}={now.get(field)!r}; set {field}={then[field]!r} in "
+                "OptimizerConfig to go on from it"
+            )
+    if SHARDS in part:
+        check_place(part[SHARDS], name)
+    names = (told or {}).get(_PARAMETERS)
+    if names and names != (mine := _names(inner)):
+        pairs = zip_longest(chain(*names), chain(*mine))
+        other = next((pair for pair in pairs if pair[0] != pair[1]), ("none", "none"))
+        raise ValueError(
+            f"the state of module '{name}' numbers other parameters: where it has {other[0]} this "
+            f"run has {other[1]} (or in another group). MimoOptimizer.state_dict() fits a run that "
+            "trains the same parameters in the same layout with the same groups; CheckpointStore "
+            "fits others"
+        )
+    sharded = hasattr(inner, "get_parameter_state_dp_zero")
+    if sharded and "param_state" not in part and SHARDS not in part:
+        raise ValueError(
+            f"the state of module '{name}' has no tensors of the distributed optimizer; load what "
+            "MimoOptimizer.state_dict() returned, or use sharded_state_dict() or CheckpointStore"
+        )
+
+
+def _copied(value: Any, *, tensors: bool) -> Any:
+    """A copy of dicts and lists, of ``tensors`` too if wanted."""
+    if isinstance(value, dict):
+        return {key: _copied(item, tensors=tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copied(item, tensors=tensors) for item in value]
+    return value.detach().clone() if tensors and isinstance(value, torch.Tensor) else value
+
+
+def start_anew(optimizer: MegatronOptimizer) -> None:
+    """Put a module's optimizer where it is before the first step, from the weights as they are."""
+    for inner in inner_optimizers([optimizer]):
         inner.optimizer.state.clear()
         for group in inner.optimizer.param_groups:
             group.pop("step", None)  # where fused Adams count
@@ -176,28 +341,51 @@ def _parts(state: Any, optimizer: MegatronOptimizer) -> list[tuple[dict, Megatro
 def _listed(state: dict, optimizer: MegatronOptimizer) -> Any:
     """Undo the index-keyed dict that a chain's list was saved as."""
     chained = isinstance(optimizer, ChainedOptimizer) and len(optimizer.chained_optimizers) > 1
-    return [state[i] for i in sorted(state, key=int)] if chained else state
+    if not chained or isinstance(state, list):
+        return state
+    return [state[i] for i in sorted(state, key=int)]
 
 
-def _give_adam_its_state(optimizer: MegatronOptimizer) -> None:
-    """Zero state for parameters of PyTorch's Adam that have none yet, as before its first step.
+def _give_first_state(optimizer: MegatronOptimizer) -> None:
+    """Zero state for parameters that have none yet, as PyTorch's optimizers begin with.
 
-    Megatron's distributed optimizer reads the step count out of that state even to load into it.
+    A run may be saved before its first step, or after skipped ones; and loading asks for what
+    the optimizer has. Megatron's distributed optimizer reads the step count even to load into it.
     """
-    chain = getattr(optimizer, "chained_optimizers", [optimizer])
-    for adam in (inner.optimizer for inner in chain):
-        if not isinstance(adam, (torch.optim.Adam, torch.optim.AdamW)):
+    for inner in inner_optimizers([optimizer]):
+        stepping = getattr(inner, "optimizer", None)
+        if isinstance(stepping, (torch.optim.Adam, torch.optim.AdamW)):
+            make = _adam_state
+        elif isinstance(stepping, torch.optim.SGD):
+            make = _sgd_state
+        else:
+            if getattr(inner, "init_state_fn", None) and stepping is not None:
+                inner.init_state_fn(stepping, inner.config)
             continue
-        for param in (p for group in adam.param_groups for p in group["params"]):
-            if param not in adam.state or not adam.state[param]:
-                adam.state[param] = {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(param),
-                    "exp_avg_sq": torch.zeros_like(param),
-                }
+        for group in stepping.param_groups:
+            for param in group["params"]:
+                if not stepping.state.get(param):
+                    stepping.state[param] = make(group, param)
 
 
-def _load(optimizer: MegatronOptimizer, state: Any) -> None:
+def _adam_state(_group: dict[str, Any], param: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {
+        "step": torch.zeros((), dtype=torch.float32),
+        "exp_avg": torch.zeros_like(param),
+        "exp_avg_sq": torch.zeros_like(param),
+    }
+
+
+def _sgd_state(group: dict[str, Any], param: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"momentum_buffer": torch.zeros_like(param)} if group["momentum"] else {}
+
+
+def _load(
+    optimizer: MegatronOptimizer,
+    state: Any,
+    parts: list[tuple[dict, MegatronOptimizer]],
+    name: str,
+) -> None:
     """Load ``state``, tensors of the distributed optimizer in a step of their own.
 
     PyTorch's Adam keeps its step count among its tensors, where Megatron's loader looks for a
@@ -205,52 +393,76 @@ def _load(optimizer: MegatronOptimizer, state: Any) -> None:
     a copy per parameter: the loader shares one tensor, which Adam would then advance once for
     every parameter in each step.
     """
+    shards = [(part.pop(SHARDS), inner) for part, inner in parts if SHARDS in part]
     tensors = [
         (part.pop("param_state"), inner)
-        for part, inner in _parts(state, optimizer)
-        if isinstance(part, dict)
-        and part.get("param_state_sharding_type") == "fully_reshardable"
-        and "param_state" in part
+        for part, inner in parts
+        if part.get("param_state_sharding_type") == "fully_reshardable" and "param_state" in part
     ]
-    optimizer.load_state_dict(state)
+    with _known_groups(parts):
+        optimizer.load_state_dict(state)
+    for saved, inner in shards:
+        load_shards(inner, saved, name)
     for param_state, inner in tensors:
         states = inner.optimizer.state.values()
         steps = [adam_state.pop("step", None) for adam_state in states]
         inner.load_parameter_state_from_fully_reshardable(param_state)
         for adam_state, step in zip(states, steps, strict=True):
             if step is not None:
-                adam_state["step"] = step.clone()
+                adam_state["step"] = step
+    for inner in inner_optimizers([optimizer]):
+        for adam_state in inner.optimizer.state.values() if inner.optimizer else ():
+            if torch.is_tensor(adam_state.get("step")):
+                adam_state["step"] = adam_state["step"].clone()
 
 
-def _adopt_param_groups(state: dict, optimizer: MegatronOptimizer, name: str) -> None:
-    """Point loaded parameter groups at this run's parameters: their numbering is local.
+@contextlib.contextmanager
+def _known_groups(parts: list[tuple[dict, MegatronOptimizer]]) -> Iterator[None]:
+    """Inside, stock's loaders take the loaded groups one by one for this run's.
 
-    Groups are known by their settings. Where other parameters train than when the checkpoint was
-    saved, one of this run's may be missing from it: its settings are this run's then.
+    They tell groups apart by some of their settings, which two groups may share, and which a run
+    may change. What counts was settled before: see ``_adopt_param_groups``.
+    """
+    marked = []
+    for part, inner in parts:
+        loaded = part.get("optimizer", part).get("param_groups", [])
+        for number, (mine, group) in enumerate(zip(inner.param_groups, loaded, strict=True)):
+            mine.update({key: value for key, value in group.items() if key != "params"})
+            marked.append((inner, number, group.get(_MARK, _ABSENT)))
+            mine[_MARK] = group[_MARK] = number
+    yield
+    for inner, number, value in marked:
+        group = inner.param_groups[number]
+        if value is _ABSENT:
+            del group[_MARK]
+        else:
+            group[_MARK] = value
+
+
+def _adopt_param_groups(
+    part: dict, inner: MegatronOptimizer, name: str, told: dict[str, Any] | None, settings: str
+) -> None:
+    """Put this run's parameter groups, with the settings that count, in place of the loaded ones.
+
+    Parameters are numbered by each run for itself. Where other parameters train than when the
+    state was saved, one of this run's groups may be missing from it: its settings are this run's.
 
     Raises:
-        ValueError: the checkpoint has no group with the settings of one of this run's.
+        ValueError: the saved settings are to count, and no group of this run is among them.
     """
-    # The fp32 optimizer's state is the torch optimizer's own; the others nest it.
-    inner_state = state.get("optimizer", state)
-    if not isinstance(inner_state, dict) or "param_groups" not in inner_state:
+    torch_state = part.get("optimizer", part)
+    saved = torch_state.get("param_groups")
+    if saved is None:
         return
-    current = optimizer.optimizer.state_dict()["param_groups"]
-    loaded = {_settings(group): group for group in inner_state["param_groups"]}
-    if not any(_settings(group) in loaded for group in current):
+    groups, common = optimizer_settings.merged_groups(inner, saved, told, settings)
+    if groups and not common and settings == optimizer_settings.CHECKPOINT:
         raise ValueError(
-            f"optimizer of module '{name}': the parameter groups of the checkpoint have the "
-            f"settings {sorted(loaded, key=str)}, those of this run "
-            f"{sorted(map(_settings, current), key=str)} (each {param_group_identifier_keys}); "
-            "load it with the same multipliers of weight decay and learning rate"
+            f"optimizer of module '{name}': the saved parameter groups have the multipliers "
+            f"{optimizer_settings.multipliers(saved)}, those of this run "
+            f"{optimizer_settings.multipliers(inner.param_groups)}; load with settings='run' to "
+            "take this run's, or build the optimizer with the saved ones"
         )
-    steps = {key: value for g in loaded.values() for key, value in g.items() if key == "step"}
-    inner_state["param_groups"] = [
-        {**loaded.get(_settings(group), {**group, **steps}), "params": group["params"]}
-        for group in current
+    mine = inner.optimizer.state_dict()["param_groups"]
+    torch_state["param_groups"] = [
+        {**group, "params": own["params"]} for group, own in zip(groups, mine, strict=True)
     ]
-
-
-def _settings(group: dict[str, Any]) -> tuple:
-    """What Megatron-Core tells parameter groups apart by, under either of the names it uses."""
-    return tuple(group.get(key, group.get(f"pre_{key}")) for key in param_group_identifier_keys)

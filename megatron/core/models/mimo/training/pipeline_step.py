@@ -74,7 +74,8 @@ def forward_backward_pipelined(
         forward_step_func: as for Megatron-Core's schedules: ``(data_iterator, model)`` ->
             ``(output, loss_func)``. It hands on what it gets: ``model(**next(data_iterator))``
             returns (output, CP-local loss mask). On all but the last stage the output is for the
-            next stage, and ``loss_func`` is not called.
+            next stage, and ``loss_func`` is not called. The sum of token weights that it returns
+            may have fractions, which Megatron-Core's schedules by themselves refuse.
         data_iterator: microbatches of this rank: ``MimoModel.forward``'s keyword arguments by
             name. The language side's are those of the rank's language replica, on every stage;
             ``modality_inputs`` those of its encoder replica. All have the same shape of
@@ -102,6 +103,7 @@ def forward_backward_pipelined(
     check_step(mimo, num_microbatches, pg_collection, encode_ahead)
     backward = not forward_only and torch.is_grad_enabled()
     counted: list[torch.Tensor | None] = []
+    fractions: list[torch.Tensor] = []
     config = _schedule_config(mimo, counted, backward)
     window, stages = encode_ahead or num_microbatches, pg_collection.pp.size()
     encoders = _Encoders(mimo, data_iterator, num_microbatches, window, stages, backward)
@@ -110,7 +112,7 @@ def forward_backward_pipelined(
     schedule, keywords = _schedule(mimo, encoders, config, pg_collection)
     with torch.set_grad_enabled(backward):
         reports = schedule(
-            forward_step_func=forward_step_func,
+            forward_step_func=_counting(forward_step_func, fractions),
             model=[LanguageStage(mimo, stage, config) for stage in mimo.language_stages()],
             num_microbatches=num_microbatches,
             seq_length=length,
@@ -123,10 +125,39 @@ def forward_backward_pipelined(
     encoders.finish()
     mimo.finish_param_gathers()
     if backward and mimo.config.finalize_model_grads_func is not None:
+        if fractions:
+            counted = [sum(fractions, tokens.double()) for tokens in counted if tokens is not None]
         mimo.config.finalize_model_grads_func(
             [mimo], *counted, pg_collection=pg_collection, force_all_reduce=force_all_reduce
         )
     return reports
+
+
+def _counting(
+    forward_step_func: Callable[..., Any], fractions: list[torch.Tensor]
+) -> Callable[..., Any]:
+    """The user's function, of whose token counts those in a float dtype go to ``fractions``.
+
+    Schedules add counts up in an int tensor, which raises on the last stage alone where a count is
+    a float, while the other stages wait for it.
+    """
+
+    def forward_step(*args: Any, **kwargs: Any) -> tuple[Any, Callable[..., Any]]:
+        output, loss_func = forward_step_func(*args, **kwargs)
+
+        def counted_loss(*args: Any, **kwargs: Any) -> Any:
+            found = loss_func(*args, **kwargs)
+            if not (isinstance(found, tuple) and len(found) == len(("loss", "tokens", "report"))):
+                return found
+            loss, tokens, report = found
+            if torch.is_tensor(tokens) and tokens.is_floating_point():
+                fractions.append(tokens.detach())
+                tokens = torch.zeros_like(tokens, dtype=torch.int)
+            return loss, tokens, report
+
+        return output, counted_loss
+
+    return forward_step
 
 
 def _schedule(
