@@ -90,6 +90,11 @@ def test_shares_are_even() -> None:
     assert min(loads) >= max(loads) - max(sizes.values())
 
 
+def test_empty_files_are_shared_out_too() -> None:
+    sizes = {str(i): 0 for i in range(16)}
+    assert [len(integrity.share(rank, 8, sizes)) for rank in range(8)] == [2] * 8
+
+
 def test_a_manifest_comes_back_as_it_was() -> None:
     assert Manifest.from_json(MANIFEST.to_json()) == MANIFEST
 

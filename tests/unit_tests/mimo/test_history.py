@@ -117,6 +117,16 @@ def test_every_going_back_has_a_folder_of_its_own(tmp_path: Path) -> None:
     assert below(tmp_path) == {1: "first 1", 2: "third"}
 
 
+def test_a_folder_of_abandoned_checkpoints_may_be_removed(tmp_path: Path) -> None:
+    two_runs(tmp_path, 1, 2)
+    for content in ("second", "third"):
+        save(run(tmp_path, 1), 2, content)
+    shutil.rmtree(tmp_path / "abandoned" / "1")
+    save(run(tmp_path, 1), 2, "fourth")
+    shelves = {p.name: below(p) for p in (tmp_path / "abandoned").iterdir()}
+    assert shelves == {"2": {2: "second"}, "3": {2: "third"}}
+
+
 def test_a_load_moves_nothing(tmp_path: Path) -> None:
     two_runs(tmp_path, 100, 200)
     line = run(tmp_path, 100)

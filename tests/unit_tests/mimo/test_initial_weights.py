@@ -299,6 +299,22 @@ def test_draws_are_fp32_whatever_the_weights_are() -> None:
         assert torch.equal(a.bfloat16(), b)
 
 
+def test_draws_of_any_size_are_fp32() -> None:
+    """PyTorch's own in lower precision give other numbers for some sizes only."""
+
+    class Odd(torch.nn.Module):
+        def __init__(self, dtype: torch.dtype) -> None:
+            super().__init__()
+            self.bare = torch.nn.Parameter(torch.empty(7, 5, dtype=dtype))
+            self.linear = torch.nn.Linear(300, 300, dtype=dtype)
+
+    full = initialized(Odd(torch.float32))
+    for dtype in (torch.bfloat16, torch.float16):
+        half = initialized(Odd(dtype))
+        for a, b in zip(full.parameters(), half.parameters(), strict=True):
+            assert torch.equal(a.to(dtype), b)
+
+
 def test_a_reset_that_fails_leaves_the_module_whole() -> None:
     class Broken(torch.nn.Linear):
         armed = False
