@@ -157,3 +157,12 @@ def test_parts_of_tensor_parallel_ranks_differ(monkeypatch):
     models[3]["projection"].weight.data -= 1
     models[3]["projection"].bias.data += 1
     assert "ranks [0, 1, 2] and [3]" in compare(monkeypatch, models, tp=2)[0]
+
+
+def test_experts_of_different_ranks_are_no_copies(monkeypatch):
+    models = [keep_weights(modality()) for _ in range(WORLD)]
+    for rank, model in enumerate(models):
+        for weight in model["projection"].parameters():
+            weight.allreduce = False
+            weight.data += rank
+    assert compare(monkeypatch, models) == []

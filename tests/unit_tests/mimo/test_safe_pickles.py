@@ -127,6 +127,7 @@ def test_classes_are_not_changed(tmp_path: Path) -> None:
         ({"relative_path": ".."}, "outside its folder"),
         ({"relative_path": 3}, "outside its folder"),
         ({"offset": -1}, r"reader to bytes -1 \+ 20 of __0_0.distcp"),
+        ({"length": -1}, r"reader to bytes 7 \+ -1 of __0_0.distcp"),
         ({"length": "20"}, r"reader to bytes 7 \+ '20'"),
         ({"transform_descriptors": ["zstd"]}, "transformed, which is not supported"),
     ],
