@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -153,6 +155,35 @@ def test_an_epoch_shows_every_training_image_once() -> None:
     shown = np.concatenate([_pixels(batches.batch(s).images) for s in range(steps)])
     for epoch in (shown[: len(train)], shown[len(train) : 2 * len(train)]):
         assert len(np.unique(epoch.reshape(len(epoch), 64), axis=0)) == len(epoch)
+
+
+def test_epochs_come_in_orders_of_their_own() -> None:
+    """By the digits: as many places as chance has agree between epochs, and between seeds."""
+    count = len(split_images(_scanned(), "train"))
+
+    def order(seed: int, epoch: int) -> np.ndarray:
+        batches = DigitsBatches(seed, "train", count, augment=False)  # four epochs a step
+        return batches.batch(epoch // 4).digits.reshape(4, count)[epoch % 4].numpy()
+
+    orders = [order(*each) for each in ((0, 0), (0, 1), (0, 3), (0, 4), (1, 0))]
+    for one, other in itertools.combinations(orders, 2):
+        assert np.array_equal(np.sort(one), np.sort(other))
+        assert 0.05 < np.mean(one == other) < 0.15
+
+
+def test_every_step_draws_anew() -> None:
+    """Shifts, how much of a loss mask counts, how many digits are shown and how, and sounds."""
+    scanned = _scanned()
+    alike = DigitImages(np.repeat(scanned.pixels[:1], len(scanned), axis=0), scanned.digits)
+    one, other = (DigitsBatches(0, "train", 64, images=alike).batch(step) for step in (0, 1))
+    assert not torch.equal(one.images, other.images)
+    uneven = DigitsBatches(0, "train", 64, uneven_loss_mask=True)
+    assert not torch.equal(*(uneven.batch(step).loss_mask for step in (0, 1)))
+    varied = DigitsBatches(0, "train", 64, varied=True, audio=True)
+    one, other = (varied.batch(step) for step in (0, 1))
+    assert not torch.equal(one.kinds >= 0, other.kinds >= 0)
+    assert not torch.equal(one.kinds, other.kinds)
+    assert len({one.clips.stream, other.clips.stream, varied.batch(2).clips.stream}) == 3
 
 
 def test_augmentation_shifts_by_up_to_one_pixel() -> None:

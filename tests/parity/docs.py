@@ -176,7 +176,7 @@ def _options(row: Row, summary: Summary) -> str:
     said += ["packed"] if row.packed else []
     said += ["samples of 1 to 4 images"] if row.varied else []
     said += ["experts"] if row.experts else []
-    said += {"all": [], "mixed": ["images in a third of the samples"], "none": ["no images"]}[
+    said += {"all": [], "mixed": ["images in a quarter of the samples"], "none": ["no images"]}[
         row.images
     ]
     said += [f"{row.layers} layers"] if row.layers != 2 else []

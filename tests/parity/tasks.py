@@ -48,22 +48,30 @@ class TextBatches(DigitsBatches):
 class MixedBatches(DigitsBatches):
     """Batches of which only some samples have images; the others name their digits in tokens.
 
-    ``"mixed"``: every third sample has images, so some replicas and microbatches have none.
+    ``"mixed"``: every other sample of some quarters of the batch has images, so that replicas and
+    microbatches have none: of 4 microbatches the first and the last, in the next step those in the
+    middle; of 2 the first in the third step, and the last in the fourth.
     ``"none"``: no sample has.
     """
 
+    _QUARTERS = ((0, 1, 1, 0), (1, 0, 0, 1), (0, 0, 1, 1), (1, 1, 0, 0))
+
     def __init__(self, batch: int, images: str, **options: bool) -> None:
         super().__init__(SEED, "train", batch, **options)
-        self._shown = torch.arange(batch) % 3 == 1
-        if images == "none":
-            self._shown[:] = False
+        self._any = images != "none"
+
+    def shown(self, step: int) -> torch.Tensor:
+        """Which samples of a step have images, bool ``(batch,)``."""
+        samples = torch.arange(self.global_batch_size)
+        quarters = torch.tensor(self._QUARTERS[step % len(self._QUARTERS)], dtype=torch.bool)
+        return quarters[4 * samples // len(samples)] & (samples % 2 == 1) & self._any
 
     def batch(self, step: int) -> Batch:
-        whole = super().batch(step)
-        kept = self._shown[whole.image_slots // DIGITS_PER_SAMPLE]
+        whole, shown = super().batch(step), self.shown(step)
+        kept = shown[whole.image_slots // DIGITS_PER_SAMPLE]
         return replace(
             whole,
-            input_ids=named(whole, ~self._shown),
+            input_ids=named(whole, ~shown),
             images=whole.images[kept],
             image_slots=whole.image_slots[kept],
         )

@@ -2,6 +2,7 @@
 """The mutants of this project, by area."""
 
 from tests.mutants.catalogue.backend import BACKEND
+from tests.mutants.catalogue.boundaries import BOUNDARIES
 from tests.mutants.catalogue.bridge import BRIDGE, GRIDS
 from tests.mutants.catalogue.exchange import EXCHANGE
 from tests.mutants.catalogue.faults import FAULTS
@@ -9,6 +10,7 @@ from tests.mutants.catalogue.files import FILES
 from tests.mutants.catalogue.frozen import FROZEN
 from tests.mutants.catalogue.memory import MEMORY
 from tests.mutants.catalogue.model import MODEL
+from tests.mutants.catalogue.options import OPTIONS
 from tests.mutants.catalogue.overlap import OVERLAP
 from tests.mutants.catalogue.routing import ROUTING
 from tests.mutants.catalogue.sequence import ATTENTION, SHARDING
@@ -43,4 +45,6 @@ MUTANTS = (
     *TWO_ENCODERS,
     *FAULTS,
     *BACKEND,
+    *BOUNDARIES,
+    *OPTIONS,
 )

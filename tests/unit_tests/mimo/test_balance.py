@@ -157,6 +157,83 @@ def test_gradients_are_those_of_the_unsharded_encoder(
     assert any(after < before for before, after in spreads)
 
 
+def test_packed_inputs_move_item_by_item() -> None:
+    """Patches of images of several sizes, packed along dim 0, beside one size for each image."""
+    patches, tokens = [3, 1, 4, 2, 6], [4, 1, 9, 3, 7]  # neither is a multiple of the other
+    ends = np.cumsum([0, *patches])
+    pixels = torch.arange(2.0 * ends[-1]).view(-1, 2)
+    balance = EncoderBalance(
+        threshold=1,
+        cost=LINEAR.cost,
+        tokens_per_item=lambda inputs: inputs["vit"]["tokens"],
+        units_per_item=lambda inputs: inputs["vit"]["sizes"],
+    )
+    everything = {"pixels": pixels, "sizes": torch.tensor(patches), "tokens": torch.tensor(tokens)}
+
+    def body(rank: int) -> np.ndarray:
+        with bridge((2, 4), (2, 4, 1)) as made:
+            inputs = {"vit": everything} if rank < 2 else None  # the first replica reads all
+            encodes, plan = InputBalance(made, balance).balance(inputs, pixels.device)
+            items = plan.assignment[rank // 2]
+            units = expand(np.stack([ends[items], np.array(patches)[items]], axis=1))
+            assert torch.equal(encodes["vit"]["pixels"], pixels[units])
+            for name in ("sizes", "tokens"):
+                assert torch.equal(encodes["vit"][name], everything[name][items])
+            return items
+
+    found = InProcessWorld(8).run(body)
+    assert [items.tolist() for items in found[::2]] == [[2], [4], [0], [1, 3]]
+
+
+@pytest.mark.parametrize(("guard", "compared"), [("always", 2), ("first", 1), ("off", 0)])
+def test_how_often_ranks_compare_what_they_move(guard: str, compared: int) -> None:
+    world = InProcessWorld(8)
+
+    def body(rank: int) -> None:
+        with bridge((2, 4), (2, 4, 1)) as made:
+            items = ItemExchange(made, LINEAR, guard=guard)
+            plan = plan_balance([3, 1], [2, 0, 0, 0], LINEAR)
+            for _ in range(2):
+                moved = items.move(torch.ones(2 if rank < 2 else 0, 3), plan)
+                assert len(moved) == len(plan.assignment[rank // 2])
+            found = {name: count for (name, _), count in world.counts(rank).items()}
+            assert found.get("all_gather", 0) == compared
+            if guard == "off":
+                with pytest.raises(ValueError, match=f"^Rank {rank} brings 3 units of images"):
+                    items.move(torch.ones(3, 3), plan)
+
+    world.run(body)
+    with pytest.raises(ValueError, match="guard must be one of .* got 'never'"):
+        ItemExchange(None, guard="never")
+
+
+@pytest.mark.parametrize(
+    "name", ["images", "\u5716" * 200, 'a"' * 200], ids=["short", "wide", "quoted"]
+)
+def test_a_problem_fits_the_message_whatever_the_modality_is_called(name: str) -> None:
+    """And shapes that begin alike are told apart, however long they are."""
+
+    def body(rank: int) -> tuple[str, str]:
+        with bridge((2, 4), (2, 4, 1)) as made:
+            items, told = ItemExchange(made, LINEAR), []
+            items.name = name
+            plan = plan_balance([3, 1], [2, 0, 0, 0], LINEAR)
+            shape, read = (1,) * 60, 2 if rank < 2 else 0
+            for units in (
+                torch.zeros(1 if rank == 3 else read, 3),
+                torch.zeros(read, *shape, 2 if rank == 5 else 1),
+            ):
+                with pytest.raises(ValueError) as raised:
+                    items.move(units, plan)
+                told.append(str(raised.value))
+            return tuple(told)
+
+    ((problem, shapes),) = set(InProcessWorld(8).run(body))
+    assert problem.startswith(f"Rank 3 brings 1 units of {name[:15]}")
+    assert "item shape differs: (1, 1, " in shapes
+    assert shapes.count("on ranks [5]") == 1
+
+
 def told_to_all(change: Callable[[int, dict[str, Any]], None]) -> str:
     """The error that every rank of an exchange group gets when one rank's call is changed."""
 

@@ -121,11 +121,13 @@ def test_another_layout_loads_the_same_weights_and_continues(
 
 def test_the_manifest_says_what_was_saved(trained: Run, shared_tmp_path: Path) -> None:
     store = trained.store(shared_tmp_path)
-    path = store.save(3, trained.built.model, trained.trainer.optimizer, {"data": [1, "a"]})
-    manifest = store.manifest(3)
-    assert path == store.path(3)
-    assert path.name == "step_00000003"
-    assert (manifest.step, manifest.world_size, manifest.format) == (3, 8, FORMAT)
+    # Before the first step: 0 is a step like others.
+    path = store.save(0, trained.built.model, trained.trainer.optimizer, {"data": [1, "a"]})
+    manifest = store.manifest(0)
+    assert store.steps() == [0]
+    assert path == store.path(0)
+    assert path.name == "step_00000000"
+    assert (manifest.step, manifest.world_size, manifest.format) == (0, 8, FORMAT)
     assert manifest.layouts == trained.built.layouts()
     assert manifest.extra == {"data": [1, "a"]}
     embedding = [k for k in manifest.shapes if "word_embeddings" in k]

@@ -210,6 +210,16 @@ def test_softmax_scale_is_used() -> None:
     )
 
 
+def test_a_dropout_of_0_overrides_the_configs() -> None:
+    case = Case((8,), (8,))
+    q, k, v, _ = case.tensors()
+    arguments = tiny_config(attention_dropout=0.5), 1, AttnMaskType.causal, "self"
+    found = ContextParallelAttention(*arguments, attention_dropout=0.0)(q, k, v, None)
+    torch.testing.assert_close(found, reference(q, k, v, case.allowed(), None), **EXACT)
+    other = ContextParallelAttention(*arguments)(q, k, v, None)
+    assert (other - found).abs().max() > 0.1
+
+
 def test_mask_type_of_the_call_overrides_the_layers() -> None:
     case = Case((8,), (8,), causal=False)
     q, k, v, _ = case.tensors()
@@ -316,6 +326,7 @@ def packed(real: list[int], padded: list[int] | None = None, kv: list[int] | Non
     ("options", "message"),
     [
         ({"softmax_type": "off-by-one"}, "does not support softmax_type='off-by-one'"),
+        ({"log_max_attention_logit": True}, "not support log_max_attention_logit=True"),
         ({"window_size": (4, 0)}, r"does not support window_size=\(4, 0\)"),
         ({"qk_clip": True}, "does not support qk_clip=True"),
     ],

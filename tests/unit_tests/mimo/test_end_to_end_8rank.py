@@ -9,7 +9,6 @@ are compared before the optimizer, where a wrong factor cannot hide.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -54,38 +53,53 @@ class Case:
     freeze: str = ""
     bridge: str = "routed"
     packed: bool = False
+    images: str = "all"
+    step: int = 0  # which microbatches have images, see ``MixedBatches``
+
+    @property
+    def reference(self) -> Reference:
+        """What the oracle has in common with it."""
+        return Reference("images", BATCH, self.masks, images=self.images)
 
 
+FIRST_AND_LAST_WITHOUT, MIDDLE_WITHOUT, FIRST_WITHOUT, LAST_WITHOUT = (
+    {"images": "mixed", "step": step} for step in range(4)
+)
 CASES = [
     Case("fan_in_cp2", **FAN_IN),
-    Case("fan_in_cp2_uneven_4mb", **FAN_IN, micro_batches=4, masks="uneven"),
+    Case("fan_in_cp2_uneven_4mb", **FAN_IN, micro_batches=4, masks="uneven",
+         **FIRST_AND_LAST_WITHOUT),
     Case("fan_in_cp2_sp_overlap", **FAN_IN, masks="uneven", sequence_parallel=True, overlap=True),
-    Case("fan_in_cp4", "tp=1,dp=8", "tp=2,cp=4,dp=1", micro_batches=2, masks="uneven"),
+    Case("fan_in_cp4", "tp=1,dp=8", "tp=2,cp=4,dp=1", micro_batches=2, masks="uneven",
+         **FIRST_WITHOUT),
     Case("fan_out_cp2", **FAN_OUT),
-    Case("fan_out_cp2_uneven_4mb", **FAN_OUT, micro_batches=4, masks="uneven", overlap=True),
+    Case("fan_out_cp2_uneven_4mb", **FAN_OUT, micro_batches=4, masks="uneven", overlap=True,
+         **MIDDLE_WITHOUT),
     Case("fan_in_cp1_many_samples", "tp=2,dp=4", "tp=4,dp=2", masks="uneven"),
     Case("equal_cp2", "tp=4,dp=2", "tp=2,cp=2,dp=2", masks="uneven", sequence_parallel=True),
     Case("equal_cp1", "tp=2,dp=4", "tp=2,dp=4", masks="uneven"),
     Case("empty_on_some_ranks", **FAN_IN, masks="one_sample"),
     Case("empty_everywhere", **FAN_IN, masks="none"),
     Case("packed_cp2_sp", **FAN_IN, masks="uneven", sequence_parallel=True, packed=True),
-    Case("packed_cp4_2mb", "tp=1,dp=8", "tp=2,cp=4,dp=1", 2, masks="uneven", packed=True),
+    Case("packed_cp4_2mb", "tp=1,dp=8", "tp=2,cp=4,dp=1", 2, masks="uneven", packed=True,
+         **LAST_WITHOUT),
     Case("packed_cp1", "tp=1,dp=8", "tp=4,dp=2", packed=True),
     Case("frozen_vision", **FAN_IN, masks="uneven", freeze="encoder+projector"),
-]
+]  # fmt: skip
 PIPELINED = [
-    Case("pp2_cp2_dp2", "tp=1,dp=8", "tp=1,cp=2,pp=2,dp=2", micro_batches=2, masks="uneven"),
+    Case("pp2_cp2_dp2", "tp=1,dp=8", "tp=1,cp=2,pp=2,dp=2", micro_batches=2, masks="uneven",
+         **LAST_WITHOUT),
     Case("pp2_cp2_tp2_sp", "tp=2,dp=4", "tp=2,cp=2,pp=2,dp=1", micro_batches=4, masks="uneven",
-         sequence_parallel=True, overlap=True),
+         sequence_parallel=True, overlap=True, **FIRST_AND_LAST_WITHOUT),
     Case("pp2_dp4_one_microbatch", "tp=4,dp=2", "tp=1,pp=2,dp=4", masks="uneven"),
     Case("pp2_packed", "tp=2,dp=4", "tp=1,cp=2,pp=2,dp=2", micro_batches=2, masks="uneven",
-         packed=True),
-    Case("pp2_frozen_vision", "tp=1,dp=8", "tp=2,cp=2,pp=2,dp=1", masks="uneven", micro_batches=2,
-         freeze="encoder+projector"),
+         packed=True, **FIRST_WITHOUT),
+    Case("pp2_frozen_vision", "tp=2,dp=4", "tp=2,cp=2,pp=2,dp=1", masks="uneven", micro_batches=4,
+         freeze="encoder+projector", **MIDDLE_WITHOUT),
 ]  # fmt: skip
-# One of each kind over the other bridge.
+# One of each kind over the other bridge, which wants as many rows of all siblings.
 CASES += [
-    replace(case, name=f"gather_{case.name}", bridge="gather")
+    replace(case, name=f"gather_{case.name}", bridge="gather", images="all")
     for case in CASES
     if case.name
     in {
@@ -97,11 +111,7 @@ CASES += [
     }
 ]
 CASES += PIPELINED
-
-
-def data(masks: str):
-    """The batches of a case, the same on all ranks."""
-    return batches(Reference("images", BATCH, masks))
+UNEVEN = Case("uneven", **FAN_IN, masks="uneven")
 
 
 def options(case: Case) -> ModelOptions:
@@ -130,20 +140,21 @@ def names_on_all_stages(found: dict[str, torch.Tensor]) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def oracle() -> Iterator[Callable[[str], tuple[float, int, dict[str, torch.Tensor]]]]:
-    """(loss, counted tokens, gradients) of the unsharded model, by kind of masks."""
+def oracle() -> Iterator[Callable[[Case], tuple[float, int, dict[str, torch.Tensor]]]]:
+    """(loss, counted tokens, gradients) of the unsharded model, by data."""
     single = Layout()
     built = build_model(
         single, single, options(Case("oracle", "", "")), rank_offset=dist.get_rank()
     )
     trainer = Trainer(built, TrainOptions(steps=10, global_batch_size=BATCH), False)
-    known: dict[str, tuple[float, int, dict[str, torch.Tensor]]] = {}
+    known: dict[tuple[Reference, int], tuple[float, int, dict[str, torch.Tensor]]] = {}
 
-    def compute(masks: str) -> tuple[float, int, dict[str, torch.Tensor]]:
-        if masks not in known:
-            loss, tokens = trainer.gradients(data(masks), 0)
-            known[masks] = (loss, tokens, gradients(built))
-        return known[masks]
+    def compute(case: Case) -> tuple[float, int, dict[str, torch.Tensor]]:
+        key = case.reference, case.step
+        if key not in known:
+            loss, tokens = trainer.gradients(batches(case.reference), case.step)
+            known[key] = (loss, tokens, gradients(built))
+        return known[key]
 
     yield compute
     dist.barrier()
@@ -152,7 +163,7 @@ def oracle() -> Iterator[Callable[[str], tuple[float, int, dict[str, torch.Tenso
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_loss_and_every_gradient_equal_the_unsharded_model(case: Case, oracle: Callable) -> None:
-    loss, tokens, whole = oracle(case.masks)
+    loss, tokens, whole = oracle(case)
     built = build_model(
         Layout.parse(case.vision, "vision"),
         Layout.parse(case.language, "language"),
@@ -164,7 +175,7 @@ def test_loss_and_every_gradient_equal_the_unsharded_model(case: Case, oracle: C
         False,
     )
     try:
-        run_loss, run_tokens = trainer.gradients(data(case.masks), 0)
+        run_loss, run_tokens = trainer.gradients(batches(case.reference), case.step)
         found = gradients(built)
     finally:
         dist.barrier()
@@ -180,7 +191,7 @@ def test_loss_and_every_gradient_equal_the_unsharded_model(case: Case, oracle: C
 
 def test_no_gradient_of_the_oracle_is_zero(oracle: Callable) -> None:
     """A parameter without a gradient could not tell a right run from a wrong one."""
-    _, _, whole = oracle("uneven")
+    _, _, whole = oracle(UNEVEN)
     assert whole
     assert not [name for name, grad in whole.items() if torch.count_nonzero(grad) == 0]
 
@@ -190,9 +201,9 @@ def test_no_gradient_of_the_oracle_is_zero(oracle: Callable) -> None:
 def test_grad_norm_is_that_of_the_unsharded_model(
     pair: dict[str, str], distributed_optimizer: bool, oracle: Callable
 ) -> None:
-    _, _, whole = oracle("uneven")
+    _, _, whole = oracle(UNEVEN)
     expected = torch.stack([g.double().norm() for g in whole.values()]).norm().item()
-    case = dataclasses.replace(CASES[0], **pair)
+    case = replace(UNEVEN, **pair)
     built = build_model(
         Layout.parse(case.vision, "vision"),
         Layout.parse(case.language, "language"),
@@ -202,7 +213,7 @@ def test_grad_norm_is_that_of_the_unsharded_model(
         built, TrainOptions(steps=10, global_batch_size=BATCH), distributed_optimizer
     )
     try:
-        result = trainer.step(data("uneven"), 0)
+        result = trainer.step(batches(case.reference), 0)
         norms = [0.0] * dist.get_world_size()
         dist.all_gather_object(norms, result.grad_norm)
     finally:

@@ -184,6 +184,32 @@ def test_the_router_is_exchanged_where_its_losses_miss_ranks() -> None:
     assert router_of(dense) is None
 
 
+@pytest.mark.parametrize("name", [None, "fp32", "fp64"])
+def test_the_router_computes_in_its_dtype(name: str | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(moe_utils, "te_general_gemm", raising=False)
+    one = Group(1)
+    collection = SimpleNamespace(tp=one, cp=one, tp_cp=one, tp_dp_cp=one)
+    router = PerTokenRouter(config(moe_router_dtype=name), collection)
+    torch.manual_seed(3)
+    hidden = torch.randn(5, 8).bfloat16()
+    router.weight.data = torch.randn(4, 8).bfloat16()
+    dtype = {None: torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[name]
+    found = router.gating(hidden)
+    assert found.dtype is dtype
+    # A product of numbers that were rounded before, so float32 and float64 round it no further.
+    exact = hidden.double() @ router.weight.detach().double().t()
+    near = (found.double() - exact).abs().max() < 1e-5
+    assert near == (name is not None)
+
+
+def test_a_padding_mask_is_refused() -> None:
+    one = Group(1)
+    collection = SimpleNamespace(tp=one, cp=one, tp_cp=one, tp_dp_cp=one)
+    router = PerTokenRouter(config(), collection)
+    with pytest.raises(ValueError, match=r"takes no padding_mask, got one of shape \(6,\)"):
+        router.apply_z_loss(torch.zeros(6, 4), padding_mask=torch.ones(6, dtype=torch.bool))
+
+
 @pytest.mark.parametrize("kind", ["aux_loss", "seq_aux_loss"])
 def test_the_weight_of_the_routers_losses_is_their_coefficient_times_tokens(
     kind: str, monkeypatch: pytest.MonkeyPatch

@@ -317,6 +317,14 @@ class TestViews:
             grid.create_pg("pp", view="expert")
         assert list(grid._pgs) == ["pp"]
 
+    def test_a_group_that_is_there_is_used_again_in_each_view(self, created: list[Any]) -> None:
+        grid = self.grid()
+        shared, own = grid.create_pg("pp"), grid.create_pg("ep", view="expert")
+        assert grid.get_or_create_pg("pp", view="expert") is shared
+        assert grid.get_or_create_pg(["ep"], view="expert") is own
+        assert grid.get_or_create_pg("expt_dp", view="expert") not in (None, shared, own)
+        assert list(grid._pgs) == ["pp", ("expert", ("ep",)), ("expert", ("expt_dp",))]
+
     def test_private_dims_have_their_own(self, created: list[Any]) -> None:
         grid = self.grid()
         base = grid.create_pg(["pp", "dp"])

@@ -7,6 +7,7 @@ enough. All comparisons of weights are bit for bit: they are copies of one draw.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -248,12 +249,32 @@ def test_refill_restores_every_weight() -> None:
 
 
 def test_seed_and_name_both_count() -> None:
-    first, second = weights(initialized(build_gpt())), weights(initialized(build_gpt(), SEED + 1))
+    first, *others = (
+        weights(initialized(build_gpt(), seed)) for seed in (SEED, SEED + 1, 0, 1)
+    )
     drawn = [name for name, w in first.items() if w.dim() > 1]
     assert len(drawn) == 4 * 4 + 3
-    assert not any(torch.equal(first[name], second[name]) for name in drawn)
+    for one, other in itertools.combinations([first, *others], 2):
+        assert not any(torch.equal(one[name], other[name]) for name in drawn)
     fc1 = [first[f"decoder.layers.{i}.mlp.linear_fc1.weight"] for i in range(4)]
     assert not any(torch.equal(a, b) for i, a in enumerate(fc1) for b in fc1[:i])
+
+
+def test_each_kind_of_weight_has_the_configs_method() -> None:
+    def filled(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda weight: torch.nn.init.constant_(weight, value)
+
+    model = build_gpt(
+        init_method=filled(1.0),
+        output_layer_init_method=filled(2.0),
+        embedding_init_method=filled(3.0),
+    )
+    found = weights(initialized(model))
+    ends = {"linear_proj.weight": 2.0, "linear_fc2.weight": 2.0, "embeddings.weight": 3.0}
+    for name, weight in found.items():
+        if weight.dim() > 1:
+            expected = next((value for end, value in ends.items() if name.endswith(end)), 1.0)
+            assert (weight == expected).all(), name
 
 
 @pytest.mark.parametrize("policy", ["global", "per_shard"])

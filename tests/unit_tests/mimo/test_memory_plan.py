@@ -28,6 +28,13 @@ SHAPE = TransformerShape(
 )
 
 
+def test_inputs_are_counted_in_their_own_bytes():
+    """Pixels may be bytes while activations are 16 or 32 bits."""
+    found = {size: transformer_bytes(replace(SHAPE, input_itemsize=size), 3) for size in (1, 4)}
+    assert (found[1].inputs, found[4].inputs) == (3 * 16 * 12, 3 * 16 * 12 * 4)
+    assert replace(found[1], inputs=0) == replace(found[4], inputs=0)
+
+
 def test_what_a_microbatch_holds_while_the_language_model_runs():
     held = {(p.memory.encoder, p.memory.projector): p.held for p in plan(PARTS, Step())}
     assert held == {

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron.core.models.mimo import AudioModalitySubmodules, MimoModel
+from megatron.core.models.mimo import AudioModalitySubmodules, MimoModel, compat
 from megatron.core.models.mimo.config import role as role_module
 from megatron.core.models.mimo.config.role import ModuleLayout, ModuleStageInfo, RankRole
 from megatron.core.models.mimo.model import base
@@ -692,6 +692,11 @@ class TestDataParallelCalls:
                 {"force_sync": True},
                 {"force_sync": True, "force_dispatch": False},
             ),
+            (
+                "start_param_sync",
+                {"force_dispatch": True},
+                {"force_sync": False, "force_dispatch": True},
+            ),
             ("enable_forward_pre_hook", {}, {}),
             ("disable_forward_pre_hook", {"param_sync": False}, {"param_sync": False}),
             ("free_overlap_buffers", {}, {}),
@@ -782,6 +787,15 @@ class TestEncoderRank:
     def test_uneven_samples_carry_their_sizes(self, encoder):
         encoder.modality_submodules["images"] = Constant(torch.zeros(4, HIDDEN))
         output, _ = encoder(tokens(1, 3), modality_inputs={"images": {}})
+        assert output["images"]._mimo_bridge_split_sizes == [1, 3]
+
+    def test_token_0_stands_for_images_like_any_other(self, encoder):
+        encoder.special_token_ids["images"] = 0
+        ids = torch.tensor([[0, 7, 7], [0, 0, 0]])
+        with pytest.raises(RuntimeError, match="images inputs are missing"):
+            encoder(ids)
+        encoder.modality_submodules["images"] = Constant(torch.zeros(4, HIDDEN))
+        output, _ = encoder(ids, modality_inputs={"images": {}})
         assert output["images"]._mimo_bridge_split_sizes == [1, 3]
 
     def test_uneven_samples_cannot_fan_in(self, monkeypatch):
@@ -914,6 +928,14 @@ class TestSetInputTensor:
         assert inner.received is hidden
 
 
+def test_rows_are_sent_in_the_dtype_of_the_residual_stream():
+    """Stock embeds in float32 then, whatever the weights are."""
+    for residual, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+        config = language_config(fp32_residual_connection=residual)
+        model = MimoModel(mimo_config(config)).bfloat16()
+        assert model._embedding_dtype() is dtype
+
+
 class TestState:
     def test_a_wrapped_model_loads_its_own_state(self, model):
         config = language_config(bf16=True)
@@ -937,6 +959,32 @@ class TestState:
         model.load_state_dict(named)
         head = model.state_dict()["language_model.head.weight"]
         assert torch.equal(head, bare["language_model.head.weight"].bfloat16())
+
+    def test_assigned_tensors_become_the_parameters(self, model):
+        state = {key: value + 1 for key, value in model.state_dict().items()}
+        model.load_state_dict(state, assign=True)
+        for key, value in model.state_dict().items():
+            assert value.data_ptr() == state[key].data_ptr()
+
+    def test_prefix_and_offsets_of_a_larger_model(self, model, monkeypatch):
+        """Every module is asked for its state below the prefix, at the offsets."""
+        asked = []
+        monkeypatch.setattr(
+            compat,
+            "sharded_state_dict_default",
+            lambda module, prefix, offsets, *_, **__: asked.append((prefix, offsets)) or {},
+        )
+        model.modality_submodules["images"] = Float16Module(
+            language_config(bf16=True), model.modality_submodules["images"]
+        )
+        model.sharded_state_dict("outer.", ((0, 1, 2),), {})
+        prefixes = ["outer.modality_submodules.images.module.", "outer.language_model."]
+        assert sorted(asked) == sorted((prefix, ((0, 1, 2),)) for prefix in prefixes)
+        asked.clear()
+        images = model.modality_submodules["images"].module
+        images.sharded_state_dict("inner.", ((0, 0, 2),), {})
+        parts = ["inner.encoders.linear.", "inner.input_projections.0."]
+        assert asked == [(prefix, ((0, 0, 2),)) for prefix in parts]
 
     def test_a_missing_key_is_an_error(self, model):
         state = model.state_dict()

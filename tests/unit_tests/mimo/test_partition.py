@@ -14,6 +14,7 @@ import torch
 
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.models.mimo.partition import utils
+from megatron.core.models.mimo.partition.packed_lengths import check_packing
 from megatron.core.models.mimo.partition.sequence_order import (
     SequenceShardError,
     dense_positions,
@@ -71,6 +72,23 @@ def batch_of(seq_len: int, batch: int = BATCH):
 def packed(cu_seqlens: list[int], **fields) -> PackedSeqParams:
     lengths = torch.tensor(cu_seqlens, dtype=torch.int32)
     return PackedSeqParams(**{"qkv_format": "thd", "cu_seqlens_q_padded": lengths, **fields})
+
+
+def test_labels_alone_need_not_divide_over_tp():
+    """Sequence parallelism scatters embeddings only."""
+    cut = adapter(cp=2, tp=2)
+    with pytest.raises(SequenceShardError, match="divisible by"):
+        cut.check(2, 12)
+    assert cut.check(2, 12, with_embeddings=False) is None
+    with pytest.raises(SequenceShardError, match="divisible by"):
+        cut.check(2, 6, with_embeddings=False)
+
+
+def test_packing_is_checked_for_the_ranks_that_it_is_cut_over():
+    params = packed([0, 4, 12], cu_seqlens_q=torch.tensor([0, 4, 12], dtype=torch.int32))
+    assert check_packing(params, 1, 12) == check_packing(params, 1, 12, 2) == [0, 4, 12]
+    with pytest.raises(SequenceShardError, match="divisible by 8|multiple of 8"):
+        check_packing(params, 1, 12, 4)
 
 
 @pytest.mark.parametrize("cp", CP_SIZES)

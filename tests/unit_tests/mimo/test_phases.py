@@ -65,8 +65,32 @@ def test_a_wait_is_noted_while_it_lasts_and_after_an_error():
     with pytest.raises(ValueError, match="lost"), phases.waiting("send", [0, 1], "pp"):
         raise ValueError("lost")
     assert phases.here().wait == Wait("send", (0, 1), "pp")
-    with phases.waiting("receive", range(1000), "pp"):  # more than fits is not told
-        assert phases.here().wait is None
+
+
+def test_names_and_waits_that_just_fit_and_do_not(tmp_path: Path):
+    """A wait has 256 bytes and is told whole or not at all; a phase has 40."""
+    phases.record_into(tmp_path, 0)
+    just = Wait("send", (0,), "p" * (256 - len('["send", [0], ""]')))
+    with phases.waiting("send", [0], just.group):
+        assert read_places(tmp_path)[0].wait == just
+    with phases.waiting("send", [0], just.group + "p"):
+        assert read_places(tmp_path)[0].wait is None
+    with phases.waiting("receive", range(1000), "pp"):
+        assert read_places(tmp_path)[0].wait is None
+    phases.mark("p" * 39 + "!")
+    assert read_places(tmp_path)[0].phase == "p" * 39 + "!"
+    phases.mark("p" * 40 + "!")
+    assert read_places(tmp_path)[0].phase == "p" * 40
+
+
+def test_rank_step_and_microbatch_0_are_told_like_others(tmp_path: Path):
+    phases.record_into(tmp_path, 0)
+    phases.at_step(0)
+    phases.next_microbatch()
+    phases.mark(phases.BRIDGE_BACKWARD)
+    assert {rank: place.words() for rank, place in read_places(tmp_path).items()} == {
+        0: "the phase 'bridge backward' of step 0, microbatch 0"
+    }
 
 
 _CHILD = """

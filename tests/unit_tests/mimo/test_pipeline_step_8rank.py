@@ -44,8 +44,8 @@ SIZE = ModelSize(
 )
 OPTIONS = ModelOptions(size=SIZE, tied=True, distributed_optimizer=False, overlap_grad_reduce=True)
 SAMPLES = 4
-# Which samples of each microbatch have images: all, some, none, one.
-MIXED = ([1, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1])
+# Which samples of each microbatch have images: none in the first, a middle and the last one.
+MIXED = ([0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0])
 TEXT_ONLY = ([0, 0, 0, 0],) * 2
 # One number, so fp32 rounding is not averaged over a tensor.
 LOSS_TOLERANCE = 1e-6
@@ -235,23 +235,22 @@ def test_evaluation_has_no_gradients(pipe, oracle):
         assert not any(p.main_grad.any() for p in pipe.built.model.parameters())
 
 
-@pytest.mark.parametrize("ahead", [1, 3])
+@pytest.mark.parametrize("ahead", [1, 2, 3, 4])
 def test_windows_of_microbatches(ahead, pipe, oracle, monkeypatch):
     """Gradients as ever, and no more microbatches encoded at a time than stated."""
     stages = pipe.trainer.groups.pp.size()
-    images = MIXED + MIXED[:2]
     live = Counter(monkeypatch)
     pipe.trainer.options = replace(pipe.trainer.options, encode_ahead=ahead)
     try:
         if pipe.built.model.config.virtual_pipeline_model_parallel_size:
             with pytest.raises(ValueError, match="virtual ones: its first stage begins"):
-                pipe.step(images)
+                pipe.step(MIXED)
             return
-        check(pipe.step(images), oracle(images))
+        check(pipe.step(MIXED), oracle(MIXED))
         assert live.now == 0
         assert live.most <= stages - 2 + 2 * ahead
-        assert live.most < len(images) or ahead > 1
-        pipe.step(images, forward_only=True)
+        assert live.most < len(MIXED) or ahead > 1
+        pipe.step(MIXED, forward_only=True)
     finally:
         pipe.trainer.options = replace(pipe.trainer.options, encode_ahead=None)
 
@@ -282,15 +281,15 @@ def test_what_does_not_fit_is_an_error_on_all_ranks(pipe):
     batches = [local(trainer, batch) for batch in microbatches(MIXED)]
     with pytest.raises(ValueError, match="forward runs a whole language model, this rank has some"):
         trainer.model(**batches[0])
-    with pytest.raises(ValueError, match="data_iterator ended before 5 microbatches were read"):
-        trainer._schedule(iter(batches), 5)
+    with pytest.raises(ValueError, match="data_iterator ended before 7 microbatches were read"):
+        trainer._schedule(iter(batches), 7)
     with pytest.raises(ValueError, match="num_microbatches must be 1 or more, got 0"):
         trainer._schedule(iter(batches), 0)
     if dist.get_rank() == 3:
         short = {k: batches[1][k][..., :16] for k in ("input_ids", "labels", "position_ids")}
         batches[1] = {**batches[1], **short}
     with pytest.raises(ValueError, match=r"rank 3: microbatches .* got input_ids \(\d, 16\) after"):
-        trainer._schedule(iter(batches), 4)
+        trainer._schedule(iter(batches), len(MIXED))
     trainer.model.zero_grad_buffer()
 
 

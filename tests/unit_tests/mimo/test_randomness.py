@@ -93,9 +93,10 @@ def test_ranks_agree_exactly_where_the_table_says() -> None:
 
 
 def test_modules_and_seeds_and_states_differ() -> None:
-    drawn = [module_at("images")(), module_at("language")(), module_at("images", seed=4)()]
+    drawn = [module_at("images")(), module_at("language")()]
+    drawn += [module_at("images", seed=seed)() for seed in (0, 1, 4)]
     numbers = [tuple(part.tolist()) for parts in drawn for part in parts.values()]
-    assert len(set(numbers)) == len(numbers) == 3 * len(DEPENDS_ON)
+    assert len(set(numbers)) == len(numbers) == 5 * len(DEPENDS_ON)
 
 
 def test_successive_forwards_draw_on() -> None:

@@ -27,7 +27,13 @@ from megatron.core.models.mimo.comm.exchange import PlanTensors, issue_exchange
 from megatron.core.models.mimo.comm.route_layout import RouteLayout
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge, takes_host_tensors
 from megatron.core.models.mimo.comm.routes import plan_routes
-from megatron.core.models.mimo.comm.token_runs import TokenRuns, expand, rows_of_items, runs_of
+from megatron.core.models.mimo.comm.token_runs import (
+    TokenRuns,
+    expand,
+    rows_of_items,
+    runs_of,
+    split_items,
+)
 from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
 from tests.unit_tests.mimo.routed_cases import (
     EQUAL,
@@ -300,6 +306,18 @@ def test_without_the_guard_a_rank_with_a_problem_raises_alone():
     assert errors(8, body) == ["fine"] * 5 + ["Bridge images -> language: no"] + ["fine"] * 2
 
 
+def test_a_rank_with_a_problem_stops_those_that_plan_with_it():
+    def body(rank: int) -> None:
+        with bridge(*FAN_IN) as made:
+            picture = Picture(made, FULL)
+            rows = picture.rows[picture.mine]
+            made.plan(picture.own_tokens, rows, problem="no images" if rank == 2 else None)
+            raise ValueError("fine")
+
+    start = "Bridge images -> language, exchange group of ranks 0-3: nothing was moved. "
+    assert errors(8, body) == [start + "rank 2: no images"] * 4 + ["fine"] * 4
+
+
 def test_a_plan_on_some_ranks_only():
     def body(rank: int) -> None:
         with bridge(*FAN_IN) as made:
@@ -362,19 +380,25 @@ def test_copies_of_a_replica_with_other_tokens():
     )
 
 
-def test_scattered_tokens_take_a_second_message():
-    """More stretches of tokens than fit the first message; batches seen before are remembered."""
-    mask = np.zeros((2, 160), dtype=bool)
-    mask[:, ::2] = True
+@pytest.mark.parametrize(
+    ("stretches", "messages"), [(25, 1), (26, 2), (160, 2)], ids=["full", "one_over", "many"]
+)
+def test_scattered_tokens_take_a_second_message(stretches, messages):
+    """More stretches of tokens than fit the first message; batches seen before are remembered.
+
+    It has place for 25. The other exchange group's language replica has one.
+    """
+    masks = np.zeros((2, 320), dtype=bool)
+    masks[0, : 2 * stretches : 2] = masks[1, 7:10] = True
     world = InProcessWorld(8)
 
     @world.run
     def _(rank: int) -> None:
         with bridge(*FAN_IN) as made:
-            picture = Picture(made, [mask] * 2)
+            picture = Picture(made, masks.reshape(2, 2, 160))
             rows = picture.rows[picture.mine]
             plan = made.plan(picture.own_tokens, rows)
-            assert sum(world.counts(rank).values()) == 2
+            assert sum(world.counts(rank).values()) == (messages if rank < 4 else 1)
             assert made.plan(picture.own_tokens, rows) is plan
             picture.check(made, plan)
 
@@ -441,6 +465,23 @@ def test_the_group_for_host_tensors_is_released_too(monkeypatch):
             assert shared is made.group
             made.destroy()
             assert released[-2:] == list(mine)
+
+
+@pytest.mark.parametrize(("stretches", "messages"), [(23, 1), (24, 2)], ids=["full", "one_over"])
+def test_lengths_and_stretches_share_the_first_message(stretches, messages):
+    """Four cumulative lengths leave place for 23 stretches."""
+    mask = np.zeros((1, 160), dtype=bool)
+    mask[0, : 2 * stretches : 2] = True
+    tokens, world = TokenRuns.from_mask(mask, [0, 40, 96, 160]), InProcessWorld(8)
+
+    @world.run
+    def _(rank: int) -> None:
+        with bridge(*FAN_IN) as made:
+            held = split_items(stretches, 2)[made.layout.src_dp[rank] % 2]
+            plan = made.plan(tokens, torch.zeros(len(held), HIDDEN))
+            assert sum(world.counts(rank).values()) == messages
+            assert plan.tokens.cu_seqlens == tokens.cu_seqlens
+            assert np.array_equal(plan.tokens.runs, tokens.runs)
 
 
 def test_plans_of_other_rows_and_dead_bridges_are_refused():

@@ -78,6 +78,7 @@ class Case:
     overlap: bool = False
     balanced: bool = False
     encoders: tuple[str, ...] = ("linear",)
+    image: int = IMAGE
     change: Callable[[int, dict[str, Any]], None] = lambda rank, inputs: None
 
     @property
@@ -89,9 +90,9 @@ class Case:
 
     def input_ids(self) -> torch.Tensor:
         """(samples, S): text, with the sample's image tokens from its second position on."""
-        ids = torch.arange(len(self.images) * self.length()).view(len(self.images), -1) % 40
+        ids = torch.arange(len(self.images) * self.length()).view(len(self.images), -1) % 40 + 1
         for sample, count in enumerate(self.images):
-            ids[sample, 1 : 1 + 2 * count] = IMAGE
+            ids[sample, 1 : 1 + 2 * count] = self.image
         return ids
 
     def pixels(self) -> torch.Tensor:
@@ -118,6 +119,7 @@ class Case:
         torch.manual_seed(3)
         kv_format = "thd" if self.packed else "sbhd"
         options: dict[str, Any] = {"bridge": self.bridge, "kv_format": kv_format}
+        options["special_token_ids"] = {"images": self.image}
         if self.balanced:
             options["encoder_balance"] = {"images": BALANCE}
         spec = modality_spec()
@@ -168,7 +170,8 @@ class Case:
         group = layout.group_of(rank)
         batches = self.input_ids().tensor_split(self.dest[2])
         tokens = [
-            TokenRuns.from_mask(batches[dp].numpy() == IMAGE, self.packed) for dp in group.dest_dps
+            TokenRuns.from_mask(batches[dp].numpy() == self.image, self.packed)
+            for dp in group.dest_dps
         ]
         return plan_routes(layout, rank, tokens, [2 * self.encoded[dp] for dp in group.src_dps])
 
@@ -224,6 +227,17 @@ def test_equal_to_the_gather_bridge(pair, sequence_parallel):
     for ahead in (False, True):
         case = uniform(pair, ahead=ahead, **options)
         assert_equal(case, case.run(), gathered)
+
+
+@pytest.mark.parametrize("bridge", ["routed", "gather"])
+def test_token_0_stands_for_images_like_any_other(bridge):
+    case = uniform(FAN_IN, bridge=bridge, image=0)
+    assert not (case.input_ids() == IMAGE).any()
+    found, expected = case.run(), uniform(FAN_IN, bridge=bridge).run()
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.fused, other.fused)
+        for name, gradient in one.gradients.items():
+            assert torch.equal(gradient, other.gradients[name])
 
 
 UNEVEN = {

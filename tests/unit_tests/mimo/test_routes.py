@@ -335,6 +335,28 @@ def test_copies_share_the_sending():
         assert max(sent) - min(sent) <= 2
 
 
+@pytest.mark.parametrize("leg", ["forward", "backward"])
+def test_every_rank_is_served_by_all_copies_alike(leg):
+    """What one rank receives of one replica's rows comes from each of its TP ranks in turn.
+
+    Seen from the receiver, since with as many receivers as copies the senders are even anyway.
+    """
+    served = 0
+    for count in (64, 62, 5):
+        tokens = [TokenRuns.from_positions(np.arange(count), 1, 128)]
+        sides = {"forward": ((4, 2), (2, 4, 1)), "backward": ((1, 8), (4, 2, 1))}[leg]
+        layout = RouteLayout.from_grids(*grids(*sides))
+        held = [count] + [0] * (sides[0][1] - 1)
+        made = GroupRoutes(layout.group_of(0), tokens, held)
+        for rank in range(8):
+            received = getattr(made.plan(rank), leg).recv_splits
+            for first in (0, 4):  # four copies each: of an encoder replica, of an owner
+                part = received[first : first + 4]
+                assert part.max() - part.min() <= 1
+                served += part.sum() > 4
+    assert served
+
+
 def build_at(world_size: int) -> tuple[int, int, RoutePlan]:
     """(peak bytes, Python calls, plan) of layout, routes and digest for one rank."""
     calls = 0

@@ -2,7 +2,8 @@
 """Two encoders with layouts of their own beside one language model, on 8 ranks.
 
 Images on TP2 DP4, sounds on TP1 DP8, language model on TP2 CP2 DP2 with SP. Each sample has any
-number of either, none among them, and one microbatch is without sounds. The oracle is the same
+number of either, none among them; the first microbatch is without images, the last one without
+sounds, and one between them without either. The oracle is the same
 model on one rank, fed all samples; initial weights do not depend on the layout. Gradients are
 compared before the optimizer, and what the optimizer says of their norm.
 """
@@ -49,10 +50,12 @@ pytestmark = pytest.mark.ranks(8)
 ENCODERS = {"images": VisionModalitySubmodules, "sounds": AudioModalitySubmodules}
 LANGUAGE, LENGTH, ROWS = "language", 32, 4
 SPECIAL = {"images": 4, "sounds": 40}
-# Items of each of the 8 samples, per microbatch. The second encoder replica of the sounds, and
-# the last one of the images, have nothing to encode at first.
+# Items of each of the 8 samples, per microbatch. In the second one an encoder replica of either
+# modality has nothing to encode.
 COUNTS = (
+    {"images": (0,) * 8, "sounds": (0, 1, 0, 0, 2, 0, 0, 0)},
     {"images": (2, 0, 1, 3, 0, 2, 0, 0), "sounds": (1, 0, 2, 0, 3, 1, 0, 1)},
+    {"images": (0,) * 8, "sounds": (0,) * 8},
     {"images": (0, 1, 0, 0, 0, 0, 1, 2), "sounds": (0,) * 8},
 )
 
@@ -154,7 +157,7 @@ def forward_step(data: Iterator[dict], model: MimoModel) -> tuple[torch.Tensor, 
 
 
 def step(built: Built, device: torch.device) -> dict[str, Any]:
-    """One training step over both microbatches: loss, gradients, the optimizer's norm of them."""
+    """One training step over all microbatches: loss, gradients, the optimizer's norm of them."""
     shares = {name: (g.dp.rank(), g.dp.size()) for name, g in built.groups.items()}
     built.model.zero_grad_buffer()
     built.optimizer.zero_grad()

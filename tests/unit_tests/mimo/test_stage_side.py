@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import doctest
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,12 +23,14 @@ from megatron.core.models.mimo import MimoModel
 from megatron.core.models.mimo.comm import plan_guard
 from megatron.core.models.mimo.config.role import ModuleStageInfo
 from megatron.core.models.mimo.partition.sequence_order import dense_positions
+from megatron.core.models.mimo.training.pipeline_step import forward_backward_pipelined
 from megatron.core.transformer.spec_utils import ModuleSpec
 from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
 from tests.unit_tests.mimo.model_stubs import (
     HIDDEN,
     IMAGE,
     SOUND,
+    StubGroup,
     StubLanguageModel,
     language_config,
     mimo_config,
@@ -36,10 +38,11 @@ from tests.unit_tests.mimo.model_stubs import (
 )
 
 LENGTH = 16
-# Images of every sample of three microbatches; two tokens each.
-IMAGES = ([2, 0, 1, 3], [0, 0, 0, 0], [1, 1, 0, 0])
+# Images of every sample of a step's microbatches, two tokens each: none in the first, in the middle
+# and in the last one.
+IMAGES = ([0, 0, 0, 0], [2, 0, 1, 3], [0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0])
 # Sounds of the same samples, two tokens each, in models that hear.
-SOUNDS = ([0, 2, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0])
+SOUNDS = ([0, 2, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 3, 0])
 
 
 class StubStage(StubLanguageModel):
@@ -62,7 +65,8 @@ class Result:
 class Case:
     """(tp, dp) of the encoder, (tp, cp, pp, dp) of the language model, and what is done to it.
 
-    ``hears``: (tp, dp) of an encoder of sounds.
+    ``hears``: (tp, dp) of an encoder of sounds. ``images``, ``sounds``: of every sample, by
+    microbatch.
     """
 
     src: tuple[int, int] = (1, 4)
@@ -74,6 +78,8 @@ class Case:
     dims: tuple[str, ...] = ("tp", "cp", "dp", "pp")
     config: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    images: tuple[list[int], ...] = IMAGES
+    sounds: tuple[list[int], ...] = SOUNDS
 
     @property
     def size(self) -> int:
@@ -129,13 +135,13 @@ class Case:
 
     def inputs(self, rank: int, microbatch: int) -> dict[str, Any]:
         """The rank's language samples, and its encoder replica's run of all images."""
-        images = IMAGES[microbatch]
+        images = self.images[microbatch]
         ids = torch.arange(len(images) * LENGTH).view(len(images), LENGTH) % 40
         for sample, count in enumerate(images):
             ids[sample, 1 : 1 + 2 * count] = IMAGE
         given = {"images": self.share(rank, self.src, sum(images), 1 + microbatch)}
         if self.hears:
-            sounds = SOUNDS[microbatch]
+            sounds = self.sounds[microbatch]
             for sample, count in enumerate(sounds):
                 ids[sample, LENGTH - 2 * count :] = SOUND
             given["sounds"] = self.share(rank, self.hears, sum(sounds), 3 + microbatch)
@@ -158,10 +164,10 @@ class Case:
         return items.tensor_split(layout[1])[rank // layout[0]]
 
     def coordinate(self, rank: int, dim: str) -> int:
-        tp, cp, _, dp = self.dest
-        strides = {"tp": (1, tp), "cp": (tp, cp), "dp": (tp * cp, dp), "pp": (tp * cp * dp, 99)}
-        stride, size = strides[dim]
-        return rank // stride % size
+        sizes = dict(zip(("tp", "cp", "pp", "dp"), self.dest, strict=True))
+        for before in self.dims[: self.dims.index(dim)]:
+            rank //= sizes[before]
+        return rank % sizes[dim]
 
     def part(self, rank: int, whole: torch.Tensor) -> torch.Tensor:
         """A rank's part of ``(S, B, H)`` over the global microbatch."""
@@ -176,11 +182,9 @@ def gradient_of(microbatch: int) -> torch.Tensor:
     return torch.randn(LENGTH, len(IMAGES[0]), HIDDEN, generator=generator)
 
 
-def step(
-    case: Case, rank: int, model: MimoModel, order: Sequence[int] = range(len(IMAGES))
-) -> Result:
+def step(case: Case, rank: int, model: MimoModel) -> Result:
     """Encode all microbatches, play the pipeline, take the gradients back."""
-    batches = [case.inputs(rank, microbatch) for microbatch in order]
+    batches = [case.inputs(rank, microbatch) for microbatch in range(len(case.images))]
     encoded = model.encode_microbatches(batches)
     fused = []
     for number, (batch, each) in enumerate(zip(batches, encoded.microbatches, strict=True)):
@@ -197,6 +201,9 @@ def step(
     return Result(fused, {name: p.grad for name, p in encoders.named_parameters()})
 
 
+DP_LAST = {"dims": ("tp", "cp", "pp", "dp"), "options": {"bridge": "gather"}}
+# As many images for each replica of either side, in samples that differ.
+EVEN = {"images": ([0, 0, 0, 0], [2, 0, 1, 1], [0, 0, 0, 0], [1, 3, 4, 0], [0, 0, 0, 0])}
 LAYOUTS = {
     "stages": Case(),
     "stages_cp": Case((1, 8), (1, 2, 2, 2)),
@@ -207,23 +214,18 @@ LAYOUTS = {
     "fan_out": Case((4, 2), (1, 1, 2, 4)),
     "one_stage": Case((1, 4), (1, 4, 1, 1)),
     "two_encoders": Case((1, 8), (1, 2, 2, 2), hears=(2, 4)),
+    "frozen": Case((1, 8), (1, 2, 2, 2), frozen=True),
+    "gather_fan_in": Case((1, 4), (1, 2, 2, 1), **DP_LAST, **EVEN),
+    "gather_fan_out": Case((8, 1), (1, 2, 2, 2), **DP_LAST, **EVEN),
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "order"),
-    [
-        *((name, (0, 1, 2)) for name in LAYOUTS),
-        # A microbatch without images first, and last.
-        ("stages_cp", (1, 0, 2)),
-        ("stages_sp", (1, 0)),
-        ("two_encoders", (2, 0, 1)),
-    ],
-)
-def test_rows_and_gradients_against_one_rank(name, order):
-    case, steps = LAYOUTS[name], partial(step, order=order)
-    (whole,) = Case((1, 1), (1, 1, 1, 1), hears=(1, 1) if case.hears else None).run(steps)
-    results = case.run(steps)
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_rows_and_gradients_against_one_rank(name):
+    case = LAYOUTS[name]
+    alone = Case((1, 1), (1, 1, 1, 1), hears=(1, 1) if case.hears else None, images=case.images)
+    (whole,) = alone.run(step)
+    results = case.run(step)
     for rank, result in enumerate(results):
         if case.coordinate(rank, "pp") > 0:
             assert result.fused == []  # hidden states come from the stage before
@@ -231,16 +233,14 @@ def test_rows_and_gradients_against_one_rank(name, order):
         for part, expected in zip(result.fused, whole.fused, strict=True):
             assert torch.equal(part, case.part(rank, expected))
     for key, expected in whole.gradients.items():
+        if case.frozen:
+            assert all(result.gradients[key] is None for result in results)
+            continue
         # Encoder replicas have a part of the items each; their TP ranks have copies.
         total = torch.stack([result.gradients[key] for result in results]).sum(dim=0)
         copies = (case.src if key.startswith("images") else case.hears)[0]
         torch.testing.assert_close(total / copies, expected, rtol=1e-5, atol=1e-6)
         assert expected.norm() > 0.5
-
-
-def test_frozen_encoders_get_nothing():
-    results = Case((1, 8), (1, 2, 2, 2), frozen=True).run(step)
-    assert {g is None for result in results for g in result.gradients.values()} == {True}
 
 
 def test_every_rank_knows_its_stage():
@@ -288,9 +288,6 @@ def test_models_that_do_not_fit_the_grid_are_refused_on_every_rank_they_are_on(c
         case.run(build_only)
 
 
-DP_LAST = {"dims": ("tp", "cp", "pp", "dp"), "options": {"bridge": "gather"}}
-
-
 @pytest.mark.parametrize(
     "case",
     [Case(), Case((1, 4), (1, 2, 2, 1), **DP_LAST), Case((4, 1), (1, 1, 2, 2), **DP_LAST)],
@@ -321,7 +318,7 @@ def test_a_problem_is_told_in_the_exchange_groups_of_every_encoder():
 
     def problem_on_rank_5(case: Case, rank: int, model: MimoModel) -> str:
         with pytest.raises(ValueError) as refused:
-            model.encode_microbatches([case.inputs(rank, 0)], "no disk" if rank == 5 else None)
+            model.encode_microbatches([case.inputs(rank, 1)], "no disk" if rank == 5 else None)
         return str(refused.value)
 
     case = Case((8, 1), (1, 2, 1, 4), hears=(2, 4))
@@ -333,7 +330,7 @@ def test_an_encoder_that_fails_stops_all(one_stage):
     """Its TP ranks fail together; the ranks that wait for its rows hear why."""
 
     def wrong_images_on_rank_1(case: Case, rank: int, model: MimoModel) -> tuple[str, str]:
-        batch = case.inputs(rank, 0)
+        batch = case.inputs(rank, 1)
         if rank == 1:
             batch["modality_inputs"] = {"images": {"linear": {"x": torch.ones(3, 2, 5)}}}
         with pytest.raises(ValueError, match="rank 1: an encoder raised RuntimeError: ") as told:
@@ -370,14 +367,46 @@ def test_an_encoder_whose_peer_is_lost_raises_at_once():
     def lost(case: Case, rank: int, model: MimoModel) -> None:
         model.modality_submodules["images"].encoders["linear"] = Lost()
         with pytest.raises(RuntimeError, match="^Connection closed by peer$"):
-            model.encode_microbatches([case.inputs(rank, 0)])
+            model.encode_microbatches([case.inputs(rank, 1)])
 
     Case((1, 1), (1, 1, 1, 1)).run(lost)
+
+
+def test_finalisation_is_told_what_the_step_is():
+    """All groups of one rank: the schedule without stages."""
+
+    def forward_step(data: Any, model: Any) -> Any:
+        output, mask = model(**next(data))
+        return output, lambda output: (output.sum(), mask.sum().int(), {})
+
+    def steps(case: Case, rank: int, model: MimoModel) -> list[tuple[int, bool]]:
+        told: list[tuple[int, bool]] = []
+
+        def finalize(_model: Any, tokens: Any = None, **options: Any) -> None:
+            told.append((int(tokens), options["force_all_reduce"]))
+
+        model.config.finalize_model_grads_func = finalize
+        model.config.calculate_per_token_loss = True
+        names = ("pp", "tp", "cp", "dp_cp", "embd", "pos_embd")
+        groups = SimpleNamespace(**{name: StubGroup() for name in names})
+        for force in (False, True):
+            forward_backward_pipelined(
+                forward_step_func=forward_step,
+                data_iterator=iter([case.inputs(rank, number) for number in range(2)]),
+                model=model,
+                num_microbatches=2,
+                pg_collection=groups,
+                force_all_reduce=force,
+            )
+        return told
+
+    tokens = 2 * len(IMAGES[0]) * LENGTH
+    assert Case((1, 1), (1, 1, 1, 1)).run(steps) == [[(tokens, False), (tokens, True)]]
 
 
 def test_forward_needs_a_whole_language_model():
     def forward(case: Case, rank: int, model: MimoModel) -> None:
         with pytest.raises(ValueError, match="forward runs a whole language model, this rank has"):
-            model(**case.inputs(rank, 0))
+            model(**case.inputs(rank, 1))
 
     Case().run(forward)

@@ -16,6 +16,7 @@ from megatron.core.models.mimo import (
     VisionModalitySubmodules,
 )
 from megatron.core.models.mimo.compat import ContractError
+from megatron.core.models.mimo.model.encoder_side import trains
 from megatron.core.transformer.spec_utils import ModuleSpec
 from tests.unit_tests.mimo.model_stubs import HIDDEN, LinearEncoder, modality_spec
 
@@ -191,6 +192,18 @@ def test_inputs_and_params_that_nobody_reads_are_refused():
 @pytest.mark.parametrize("inputs", [None, {}])
 def test_nothing_to_encode_gives_nothing(inputs):
     assert VisionModalitySubmodules(encoders={"e": Echo()})(encoder_inputs=inputs) is None
+
+
+def test_decoders_are_parts_that_rows_do_not_pass():
+    """They have weights to save, and say nothing of whether rows need a gradient."""
+    encoder, decoder = nn.Linear(WIDTH, HIDDEN).requires_grad_(False), nn.Linear(HIDDEN, WIDTH)
+    built = VisionModalitySubmodules(encoders={"e": encoder}, decoders={"d": decoder})
+    assert "decoders.d.weight" in dict(built.named_parameters())
+    assert not trains(built)
+    assert trains(VisionModalitySubmodules(encoders={"e": decoder}, decoders={"d": encoder}))
+    spec = modality_spec()
+    spec.submodules["decoders"] = {"d": ModuleSpec(module=Echo)}
+    assert isinstance(VisionModalitySubmodules.from_spec(spec).decoders["d"], Echo)
 
 
 def test_stages_encode_first_and_project_last():

@@ -53,6 +53,11 @@ ONE_STAGE = {
     "plan_of_other_places": forward(ahead=True, change=one_stage.shift_tokens),
 }
 
+# Of three microbatches, the second one of text only.
+DATA = {
+    "images": ([2, 0, 1, 3], [0, 0, 0, 0], [1, 1, 0, 0]),
+    "sounds": ([0, 2, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]),
+}
 Body = Callable[[stages.Case, int, MimoModel], Any]
 
 
@@ -76,7 +81,7 @@ def whole_model(case: stages.Case, rank: int, model: MimoModel) -> None:
         output.sum().backward()
 
 
-TWO_STAGES = stages.Case((1, 4), (1, 2, 2, 1))
+TWO_STAGES = stages.Case((1, 4), (1, 2, 2, 1), **DATA)
 PIPELINED: dict[str, tuple[stages.Case, Body]] = {
     "plain": (TWO_STAGES, stages.step),
     "frozen": (replace(TWO_STAGES, frozen=True), stages.step),
@@ -85,7 +90,7 @@ PIPELINED: dict[str, tuple[stages.Case, Body]] = {
     "problem": (TWO_STAGES, problem_on_rank_1),
     "forward_refused": (TWO_STAGES, whole_model),
 }
-ONE_STAGE_TWO_ENCODERS = stages.Case((1, 4), (1, 4, 1, 1), hears=(2, 2))
+ONE_STAGE_TWO_ENCODERS = stages.Case((1, 4), (1, 4, 1, 1), hears=(2, 2), **DATA)
 
 
 def over(case: stages.Case, bridge: str) -> stages.Case:
@@ -112,7 +117,7 @@ def staged(case: stages.Case, body: Body) -> str:
 def traces() -> dict[str, Callable[[], str]]:
     """Name -> what makes its text."""
     found: dict[str, Callable[[], str]] = {}
-    replicas = stages.Case((1, 8), (1, 2, 2, 2))
+    replicas = stages.Case((1, 8), (1, 2, 2, 2), **DATA)
     found["routed_stages_replicas"] = lambda: staged(replicas, stages.step)
     for bridge in ("gather", "routed"):
         for name, case in ONE_STAGE.items():

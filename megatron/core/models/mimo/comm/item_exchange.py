@@ -27,6 +27,8 @@ from megatron.core.models.mimo.comm.routed_bridge import GUARDS, RoutedBridge
 from megatron.core.models.mimo.comm.token_runs import expand
 
 MESSAGE_BYTES = 512
+# Of the two texts in it, as JSON; the rest takes about 150.
+_TEXT_BYTES = 170
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +107,20 @@ def _places_of(units: np.ndarray, order: np.ndarray) -> np.ndarray:
     places = np.empty_like(index)
     places[index] = np.arange(index.size)
     return places
+
+
+def _brief(text: str) -> str:
+    """A text as it is, or its beginning and its digest where it is long for the message.
+
+    JSON takes six bytes for a character beyond ASCII, and two for a quote.
+    """
+    if len(json.dumps(text)) <= _TEXT_BYTES:
+        return text
+    kept = text[:_TEXT_BYTES]
+    while len(json.dumps(kept)) > _TEXT_BYTES - 20:
+        kept = kept[:-1]
+    digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return f"{kept}... {digest}"
 
 
 class ItemExchange:
@@ -212,17 +228,16 @@ class ItemExchange:
             return
         told = np.asarray([] if units_per_item is None else units_per_item, dtype="<i8")
         mine = {
-            "problem": problem[:128],
+            "problem": _brief(problem),
             "plan": f"{plan.digest() & 0xFFFF_FFFF_FFFF_FFFF:016x}",
             "units per item": hashlib.blake2b(told.tobytes(), digest_size=8).hexdigest(),
             "dtype": str(units.dtype),
-            "item shape": str(tuple(units.shape[1:]))[:128],
+            "item shape": _brief(str(tuple(units.shape[1:]))),
         }
         self._compare(mine)
 
     def _compare(self, mine: dict[str, str]) -> None:
         text = json.dumps(mine).encode()
-        assert len(text) <= MESSAGE_BYTES, f"{len(text)} bytes: {text!r}"
         message = np.frombuffer(text.ljust(MESSAGE_BYTES), dtype=np.int64)
         told = [json.loads(row.tobytes()) for row in self._gather(message)]
         ranks = self.exchange.ranks.tolist()

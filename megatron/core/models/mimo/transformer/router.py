@@ -55,7 +55,16 @@ class PerTokenRouter(TopKRouter):
     def apply_z_loss(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Stock's, which counts this rank's tokens, and as much for each other TP x CP rank."""
+        """Stock's, which counts this rank's tokens, and as much for each other TP x CP rank.
+
+        Raises:
+            ValueError: a padding mask; it would have to say what the other ranks have.
+        """
+        if padding_mask is not None:
+            raise ValueError(
+                "PerTokenRouter counts every token and takes no padding_mask, got one of shape "
+                f"{tuple(padding_mask.shape)}; leave padding out by the loss mask"
+            )
         logits = super().apply_z_loss(logits, padding_mask)
         ranks, coefficient = self.tp_cp_group.size(), self.config.moe_z_loss_coeff
         missed = (ranks - 1) * logits.shape[0]

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that are accepted and ignored."""
+
+from tests.mutants.catalogue.places import MIMO, UNIT
+from tests.mutants.mutant import Mutant
+
+_STATE = UNIT + "test_model.py::TestState::"
+_STATES = MIMO + "model/state_dicts.py"
+_OPTIMIZER = UNIT + "test_optimizer_state.py::test_arguments_reach_every_modules_optimizer"
+
+OPTIONS = (
+    Mutant(
+        name="units-per-item-ignored",
+        file=MIMO + "comm/input_balance.py",
+        old="units if packed else None",
+        new="None if packed else units",
+        tests=(UNIT + "test_balance.py::test_packed_inputs_move_item_by_item",),
+        why="patches of one image go to another encoder replica than the rest of it",
+    ),
+    Mutant(
+        name="items-compared-every-time",
+        file=MIMO + "comm/item_exchange.py",
+        old='(self.guard == "first" and not self._confirmed)',
+        new='self.guard == "first"',
+        tests=(UNIT + "test_balance.py::test_how_often_ranks_compare_what_they_move",),
+        why="guard='first' costs as much as 'always'",
+    ),
+    Mutant(
+        name="force-all-reduce-ignored",
+        file=MIMO + "training/pipeline_step.py",
+        old="force_all_reduce=force_all_reduce",
+        new="force_all_reduce=False",
+        tests=(UNIT + "test_stage_side.py::test_finalisation_is_told_what_the_step_is",),
+        why="gradients stay scattered where the caller asked for whole ones",
+    ),
+    Mutant(
+        name="a-dropout-of-0-is-the-configs",
+        file=MIMO + "transformer/context_parallel_attention.py",
+        old="config.attention_dropout if attention_dropout is None else attention_dropout",
+        new="attention_dropout or config.attention_dropout",
+        tests=(UNIT + "test_cp_attention.py::test_a_dropout_of_0_overrides_the_configs",),
+        why="dropout where a layer was told to have none",
+    ),
+    Mutant(
+        name="router-dtype-ignored",
+        file=MIMO + "transformer/router.py",
+        old="_DTYPES.get(self.config.moe_router_dtype, input.dtype)",
+        new="input.dtype",
+        tests=(UNIT + "test_experts.py::test_the_router_computes_in_its_dtype",),
+        why="tokens are routed by logits of 8 bits, though 32 were asked for",
+    ),
+    Mutant(
+        name="sharded-offsets-ignored",
+        file=_STATES,
+        old="[child], sharded_offsets, metadata, groups, path, wrappers",
+        new="[child], (), metadata, groups, path, wrappers",
+        tests=(_STATE + "test_prefix_and_offsets_of_a_larger_model",),
+        why="parts of a larger model overwrite each other on disk",
+    ),
+    Mutant(
+        name="set-to-none-ignored",
+        file=MIMO + "optimizer.py",
+        old="opt.zero_grad(set_to_none)",
+        new="opt.zero_grad()",
+        tests=(_OPTIMIZER,),
+        why="gradients that somebody holds are replaced instead of cleared",
+    ),
+    Mutant(
+        name="a-problem-while-planning-is-not-told",
+        file=MIMO + "comm/routed_bridge.py",
+        old="self._agree(Statement(rows, tokens, problem=problem))",
+        new="self._agree(Statement(rows, tokens))",
+        tests=(
+            UNIT
+            + "test_routed_bridge.py::test_a_rank_with_a_problem_stops_those_that_plan_with_it",
+        ),
+        why="a rank that cannot go on moves rows all the same",
+    ),
+)
