@@ -217,7 +217,11 @@ class TestMismatch:
 
     def test_inputs_without_items_are_no_inputs(self, model):
         """Encoders need not be able to shape nothing."""
+        def cannot_shape_nothing(**inputs: object) -> None:
+            raise AssertionError("encoders got no items")
+
         model.modality_submodules["images"] = Constant(None)
+        model.modality_submodules["images"].forward = cannot_shape_nothing
         for shape in ((0, 2, 4), (0,)):
             model(tokens(0, 0), modality_inputs={"images": {"linear": {"x": torch.ones(shape)}}})
         with pytest.raises(RuntimeError, match="images inputs are missing"):
