@@ -243,6 +243,23 @@ def test_tensors_in_one_storage_are_copied_once_and_come_back_as_they_lay():
     assert use.now == 0
 
 
+def test_what_is_more_than_its_storage_stays():
+    """A conjugate or a negative has its storage's bytes and a bit that says how to read them."""
+    numbers = torch.tensor([1 + 2j, 3 - 4j])
+    for tensor in (numbers.conj(), numbers.conj().imag):
+        part = OffloadedPart([], 0, HostUse())
+        assert torch.equal(part._unpack(part._pack(tensor)), tensor)
+
+
+def test_the_most_on_the_host_is_remembered():
+    use = HostUse()
+    for size in (3, 5):
+        use.take(size)
+    use.give(8)
+    use.take(2)
+    assert (use.now, use.most, use.moved) == (2, 8, 10)
+
+
 def test_a_storage_at_the_place_of_one_that_is_gone_is_another_one():
     part = OffloadedPart([], 0, HostUse())
     packed, values = [], []

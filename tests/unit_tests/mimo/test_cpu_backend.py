@@ -13,6 +13,7 @@ import functools
 import importlib.abc
 import importlib.metadata
 import importlib.util
+import logging
 import queue
 import re
 import subprocess
@@ -420,6 +421,8 @@ def test_a_tracker_forks_and_comes_back(
     torch.manual_seed(99)
     assert torch.equal(torch.rand(6).view(2, 3), torch.stack([first, second]))
     assert "RNG state changed" not in caplog.text
+    logging.getLogger(CudaRNGStatesTracker.__module__).warning("something else")
+    assert "something else" in caplog.text
 
 
 @entries("torch.cuda.manual_seed")
@@ -535,6 +538,7 @@ class PlayedGroup:
         parts[1].copy_(tensor)
 
     def all_reduce(self, tensor: torch.Tensor, op=None, group=None) -> None:
+        self.reduced = (op, group)
         tensor.mul_(2)
 
 
@@ -551,11 +555,13 @@ def test_parts_of_different_sizes_are_gathered(key: str) -> None:
 def test_parts_of_different_sizes_are_reduced(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     scatter = WITHOUT_CUDA[KEYS.index(key)].make(lambda *a, **k: asked.append((a, k)))
-    monkeypatch.setattr(torch.distributed, "all_reduce", PlayedGroup().all_reduce)
+    played, group, most = PlayedGroup(), object(), torch.distributed.ReduceOp.MAX
+    monkeypatch.setattr(torch.distributed, "all_reduce", played.all_reduce)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 1)
     output = torch.empty(3, 2)
-    scatter(output, [PlayedGroup.OTHER, PlayedGroup.OWN], group=object())
+    scatter(output, [PlayedGroup.OTHER, PlayedGroup.OWN], op=most, group=group)
     assert torch.equal(output, 2 * PlayedGroup.OWN)
+    assert played.reduced == (most, group)
     assert not asked
     equal = [PlayedGroup.OWN, PlayedGroup.OWN]
     scatter(output, equal)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.models.mimo.training import grad_finalize
 from megatron.core.models.mimo.training.grad_finalize import (
     MimoGradFinalizer,
     iter_modules,
@@ -207,6 +208,19 @@ def test_sums_that_nothing_can_be_divided_by(wrong: float) -> None:
         local_gradients(model)
         finalizer([model], torch.tensor(wrong))
         assert all(p.main_grad.isnan().all() for _, _, p in model.named())
+
+
+def test_force_all_reduce_reaches_every_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    with tiny_model(COLOCATED) as model:
+        monkeypatch.setattr(
+            grad_finalize,
+            "finalize_model_grads",
+            lambda *_, force_all_reduce: told.append(force_all_reduce),
+        )
+        for forced in (True, False):
+            MimoGradFinalizer(model.collections)([model], None, force_all_reduce=forced)
+    assert told == [True, True, False, False]
 
 
 def test_a_module_that_averages_is_refused_and_nothing_is_wrapped() -> None:

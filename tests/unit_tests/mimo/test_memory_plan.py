@@ -7,6 +7,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 import pytest
+import torch
 
 from megatron.core.models.mimo.memory.__main__ import main
 from megatron.core.models.mimo.memory.kept import part_bytes
@@ -114,9 +115,7 @@ def test_tensor_parallelism_shares_all_but_the_norms():
     whole, halved = (transformer_bytes(replace(SHAPE, tp=tp), 10) for tp in (1, 2))
     tokens, e, h = 160, SHAPE.itemsize, SHAPE.hidden
     per_layer = 4 * e * h + 4 * e
-    shared = whole.encoder - tokens * (
-        SHAPE.layers * per_layer + e * SHAPE.patch + e * h + 2 * e
-    )
+    shared = whole.encoder - tokens * (SHAPE.layers * per_layer + e * SHAPE.patch + e * h + 2 * e)
     assert whole.encoder - halved.encoder == shared // 2
     assert whole.projector - halved.projector == tokens * e * SHAPE.projected
     assert (whole.rows, whole.inputs) == (halved.rows, halved.inputs)
@@ -173,6 +172,54 @@ def test_the_command_prints_every_policy(capsys):
     parts = transformer_bytes(shape, 16)
     saving = predict(parts, Step(16, 4, 1), EncoderMemory("recompute", "keep")).saving
     assert f"{saving / 2**20:,.2f}" in out
+
+
+def test_every_column_has_what_its_heading_says(capsys):
+    assert main(ARGUMENTS) == 0
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in capsys.readouterr().out.splitlines()
+    ]
+    (found,) = [row for row in rows if row[:2] == ["recompute", "offload"]]
+    shape = TransformerShape(24, 1024, 4096, 16, 256, 588, 4096, tp=2)
+    one = predict(
+        transformer_bytes(shape, 16), Step(16, 4, 1), EncoderMemory("recompute", "offload")
+    )
+    sizes = (one.total, one.saving, one.peak, one.host, one.moved)
+    together, *others = [f"{size / 2**20:,.2f}" for size in sizes]
+    held = f"{one.held / 2**20:,.2f}"
+    assert found[2:] == [held, str(one.kept), together, *others, f"{float(one.extra_flops):.0%}"]
+
+
+def test_every_option_of_the_command_counts(monkeypatch):
+    told = []
+    monkeypatch.setattr(f"{main.__module__}.print_plan", lambda *told_of: told.append(told_of))
+    options = (
+        "--items 3 --tokens 4 --layers 2 --hidden 8 --heads 2 --projected 16 --ffn 24 --patch 5 "
+        "--tp 2 --bytes 4 --dropout --recompute none --attention math --mask 4 --micro-batches 6 "
+        "--pp 2 --encode-ahead 3 --frozen projector"
+    )
+    assert main(options.split()) == 0
+    shape = TransformerShape(
+        2, 8, 24, 2, 4, 5, 16, tp=2, itemsize=4, dropout=True, attention="math", mask=4
+    )
+    step = Step(6, 2, 3, encoder_trains=True, projector_trains=False)
+    assert told == [(transformer_bytes(shape, 3), step)]
+
+
+def test_inputs_count_in_their_own_precision():
+    found = transformer_bytes(replace(SHAPE, itemsize=2, input_itemsize=4), 10)
+    assert found.inputs == 10 * SHAPE.tokens * SHAPE.patch * 4
+
+
+def test_buffers_stay_and_do_not_count():
+    made = built()
+    scale = torch.full((1000, 1, WIDTH), 2.0)
+    made.encoders["one"].register_buffer("scale", scale)
+    made.encoders["one"].embedding.register_forward_hook(lambda _m, _x, y: y * scale)
+    found = part_bytes(made, {"one": {"x": pixels(1000)}})
+    plain = part_bytes(built(), {"one": {"x": pixels(1000)}})
+    assert found.encoder == plain.encoder
 
 
 def test_a_wrong_command_is_one_sentence(capsys):

@@ -233,6 +233,9 @@ def test_evaluation_has_no_gradients(pipe, oracle):
         assert found.tokens == expected.tokens
         assert found.loss == pytest.approx(expected.loss, rel=LOSS_TOLERANCE)
         assert not any(p.main_grad.any() for p in pipe.built.model.parameters())
+    with torch.no_grad():  # a training step has none there, either
+        assert pipe.step(MIXED).loss == pytest.approx(expected.loss, rel=LOSS_TOLERANCE)
+    assert not any(p.main_grad.any() for p in pipe.built.model.parameters())
 
 
 @pytest.mark.parametrize("ahead", [1, 2, 3, 4])
@@ -290,6 +293,24 @@ def test_what_does_not_fit_is_an_error_on_all_ranks(pipe):
         batches[1] = {**batches[1], **short}
     with pytest.raises(ValueError, match=r"rank 3: microbatches .* got input_ids \(\d, 16\) after"):
         trainer._schedule(iter(batches), len(MIXED))
+    trainer.model.zero_grad_buffer()
+
+
+def test_what_does_not_fit_in_windows_is_an_error_on_all_ranks(pipe):
+    trainer = pipe.trainer
+    if pipe.built.model.config.virtual_pipeline_model_parallel_size:
+        return  # encodes all of a step together
+    batches = [local(trainer, batch) for batch in microbatches(MIXED)]
+    if dist.get_rank() == 3:
+        short = {k: batches[3][k][..., :16] for k in ("input_ids", "labels", "position_ids")}
+        batches[3] = {**batches[3], **short}
+    try:
+        for ahead, message in ((0, "must be 1 or more microbatches, got 0"), (1, "got input_ids")):
+            trainer.options = replace(trainer.options, encode_ahead=ahead)
+            with pytest.raises(ValueError, match=message):
+                trainer._schedule(iter(batches), 4)
+    finally:
+        trainer.options = replace(trainer.options, encode_ahead=None)
     trainer.model.zero_grad_buffer()
 
 
