@@ -5,6 +5,7 @@ histories differ."""
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -108,6 +109,24 @@ def fake_world(rank: int, size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def test_timeout_and_options_of_the_caller_reach_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    helper, told = c10d._new_process_group_helper, {}
+
+    @functools.wraps(helper)  # with its signature, which make_groups looks at
+    def note(*args: Any, **kwargs: Any) -> Any:
+        told.update(kwargs)
+        return helper(*args, **{**kwargs, "backend_options": None})
+
+    monkeypatch.setattr(c10d, "_new_process_group_helper", note)
+    default, own, options = timedelta(hours=1), timedelta(seconds=7), object()
+    monkeypatch.setattr(process_groups, "_timeout_of_the_default_group", lambda: default)
+    with fake_world(rank=0, size=2):
+        release_group(make_groups([[0, 1]], timeout=own, pg_options=options))
+        assert (told["timeout"], told["backend_options"]) == (own, options)
+        release_group(make_groups([[0, 1]]))
+        assert (told["timeout"], told["backend_options"]) == (default, None)
 
 
 @pytest.mark.parametrize("pp", [1, 4])

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a rank makes of its own failure and of what its peers published. One process."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch.distributed as dist
+
+from megatron.core.models.mimo.training import agreement
+from megatron.core.models.mimo.training.agreement import Failure
+
+WRITERS = logging.getLogger("megatron.core.dist_checkpointing.strategies")
+
+
+def test_errors_are_overheard_inside_and_logged_outside(caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("first", "second"):  # the first one leaves nothing behind
+        with agreement._overheard() as heard:
+            WRITERS.error("inside %s", name)
+        assert heard == [f"inside {name}"]
+        WRITERS.error("outside %s", name)
+    assert caplog.messages == ["outside first", "outside second"]
+
+
+def test_a_rank_that_lost_its_peer_is_not_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_rank", lambda: 2)
+    lost = agreement._failure_of(RuntimeError("Connection closed by peer [127.0.0.1]:1"), [])
+    own = agreement._failure_of(OSError("no room"), [])
+    assert (lost.distance, own) == (2, Failure(2, "no room"))
+    assert agreement._first([lost, own]) is own
+
+
+def test_every_failure_that_was_published_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.HashStore()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    told = [Failure(1, "closed", distance=2), Failure(0, "disk")]
+    assert agreement._told(7) == []
+    assert agreement._tell(7, told[1]) == told[1]
+    assert agreement._tell(7, told[0]) == told[1]
+    assert agreement._told(7) == told[::-1]
