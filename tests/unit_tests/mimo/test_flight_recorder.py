@@ -13,7 +13,13 @@ from pathlib import Path
 import torch
 
 from mimo_colocated.evidence import Evidence, read_dumps
-from mimo_colocated.flight_recorder import ENTRIES, progress, switch_on, take_dump
+from mimo_colocated.flight_recorder import (
+    ENTRIES,
+    _under_way,
+    progress,
+    switch_on,
+    take_dump,
+)
 from mimo_colocated.who_waits import calls_of
 
 _RANK = """
@@ -106,6 +112,11 @@ def test_nccl_has_a_recorder_of_its_own(monkeypatch):
     assert taken["pg_config"]["5"]["desc"] == "cp"
     assert taken["pg_status"]["5"] == status
     assert ("5", 9, 8) in progress()
+
+
+def test_a_collective_that_has_ended_is_not_under_way():
+    assert not _under_way((("a", 3, 3), ("b", 0, 0)))
+    assert _under_way((("a", 3, 3), ("b", 1, 0)))
 
 
 def test_what_the_user_has_switched_stays(monkeypatch, tmp_path: Path):

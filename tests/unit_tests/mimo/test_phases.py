@@ -42,6 +42,12 @@ def test_marks_steps_and_microbatches(tmp_path):
     )
 
 
+def test_microbatches_are_counted_anew_in_jobs_that_tell_no_steps():
+    for _ in range(2):
+        assert [phases.next_microbatch(), phases.next_microbatch()] == [0, 1]
+        phases.end_of_microbatches()
+
+
 def test_without_steps_only_the_phase_is_told():
     phases.next_microbatch()
     phases.mark("my own phase")
@@ -150,6 +156,9 @@ def test_backward_marks_only_what_needs_a_gradient():
         (phases.ENCODER_BACKWARD, 0),
     ]
     assert torch.equal(weight.grad, torch.full((2,), 6.0))
+    phases.next_microbatch()  # another one is current when the first one's backward runs
+    phases.when_gradient_arrives(weight.sum(), phases.BRIDGE_BACKWARD, 0).backward()
+    assert phases.here().microbatch == 0
     still = torch.ones(1)
     assert phases.when_gradient_arrives(still, phases.DATA) is still
     assert phases.when_gradient_arrives(None, phases.DATA) is None

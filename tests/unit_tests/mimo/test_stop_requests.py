@@ -10,10 +10,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
+from mimo_colocated import stop_requests
 from mimo_colocated.stop_requests import SIGNALS, StopRequests
 from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
 
@@ -97,8 +99,32 @@ def test_who_looks_at_signals_first_may_keep_them() -> None:
     assert (seen, requests.asked) == ([False, True, False], None)
 
 
+def test_a_second_sigterm_is_counted_from_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signals that keep coming end the process, however short the time between two of them."""
+    times, seen = iter([10.0, 11.5, 13.0]), []
+    monkeypatch.setattr(stop_requests, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    requests = StopRequests(lambda _sent, again: seen.append(again) or True, same_request_s=2.0)
+    for _ in range(3):
+        requests._received(signal.SIGTERM)
+    assert seen == [False, False, True]
+
+
+def test_handlers_of_before_come_back() -> None:
+    def mine(_number: int, _frame: object) -> None:
+        pass
+
+    before = signal.signal(signal.SIGUSR1, mine)
+    try:
+        with StopRequests():
+            assert signal.getsignal(signal.SIGUSR1) is not mine
+        assert signal.getsignal(signal.SIGUSR1) is mine
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 _STUCK = """
 import ctypes, sys
+from mimo_colocated import stop_requests
 from mimo_colocated.stop_requests import StopRequests
 StopRequests(same_request_s=0).install()
 mutex = ctypes.create_string_buffer(256)
