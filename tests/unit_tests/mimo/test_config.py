@@ -12,6 +12,8 @@ import torch
 
 from megatron.core.models import mimo
 from megatron.core.models.mimo import MimoModel, MimoModelConfig
+from megatron.core.models.mimo.comm.balance import EncoderBalance
+from megatron.core.models.mimo.memory.policy import EncoderMemory
 from megatron.core.transformer.spec_utils import ModuleSpec
 from tests.unit_tests.mimo.model_stubs import (
     IMAGE,
@@ -121,6 +123,25 @@ def test_grid_keys_that_match_are_accepted():
 def test_reserved_modality_names(name):
     with pytest.raises(ValueError, match=rf"\['{name}'\] cannot be a modality name"):
         mimo_config(modalities={name: modality_spec()}, special_token_ids={name: 1})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"encoder_balance": {"images": EncoderBalance()}, "bridge": "gather"},
+            r"encoder_balance is for \['images'\]; it needs bridge='routed' \(got 'gather'\)",
+        ),
+        (
+            {"encoder_balance": {"sounds": EncoderBalance()}},
+            r"\['sounds'\]; .* modalities of the model, which are \['images'\]",
+        ),
+        ({"encoder_memory": {"sounds": EncoderMemory()}}, r"encoder_memory is for \['sounds'\]"),
+    ],
+)
+def test_what_nobody_would_balance_or_keep_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        mimo_config(**options)
 
 
 def test_unknown_kv_format():

@@ -210,7 +210,7 @@ def test_softmax_scale_is_used() -> None:
     )
 
 
-def test_a_dropout_of_0_overrides_the_configs() -> None:
+def test_a_dropout_of_0_overrides_the_configs(seeded_tracker: None) -> None:
     case = Case((8,), (8,))
     q, k, v, _ = case.tensors()
     arguments = tiny_config(attention_dropout=0.5), 1, AttnMaskType.causal, "self"

@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch import nn
 
+from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding
 from megatron.core.models.mimo import AudioModalitySubmodules, MimoModel, compat
 from megatron.core.models.mimo.config import role as role_module
 from megatron.core.models.mimo.config.role import ModuleLayout, ModuleStageInfo, RankRole
 from megatron.core.models.mimo.model import base
+from megatron.core.models.mimo.model.multimodal_rotary import rotary_positions_of
 from megatron.core.models.mimo.model.token_rows import TokenRows
 from megatron.core.models.mimo.partition import utils as partition_utils
 from megatron.core.transformer.module import Float16Module
@@ -1008,3 +1010,31 @@ def test_stage_info_reaches_the_modality(monkeypatch):
 def test_the_language_class_is_built_from_its_spec(model):
     assert isinstance(model.language_model, StubLanguageModel)
     assert model.config is model.mimo_config.language_model_spec.params["config"]
+
+
+def test_rotary_embeddings_cut_as_before_after_an_error():
+    rotary = MultimodalRotaryEmbedding.__new__(MultimodalRotaryEmbedding)
+    nn.Module.__init__(rotary)
+    before, group = StubGroup(2, 0), StubGroup(2, 1)
+    language_model = nn.Module()
+    language_model.rotary_pos_emb, rotary.cp_group = rotary, before
+
+    def fails() -> None:
+        with rotary_positions_of(language_model, None, group):
+            assert rotary.cp_group is group
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fails()
+    assert rotary.cp_group is before
+
+
+@pytest.mark.parametrize(
+    ("fp32_residual", "dtype"), [(True, torch.float32), (False, torch.bfloat16)]
+)
+def test_rows_are_brought_in_the_dtype_of_the_embedded_text(fp32_residual, dtype):
+    config = language_config(
+        fp32_residual_connection=fp32_residual, bf16=True, params_dtype=torch.bfloat16
+    )
+    model = MimoModel(mimo_config(config)).bfloat16()
+    assert model._embedding_dtype() is dtype

@@ -111,6 +111,23 @@ def test_a_pipeline_stage_gets_its_own_layers() -> None:
     assert counts == [3, 2]
 
 
+def test_a_virtual_stage_gets_its_own_layers() -> None:
+    config = tiny_config(
+        num_layers=8,
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=2,
+        pipeline_dtype=torch.float32,
+    )
+    for stage in (0, 1):
+        spec = language_layer_spec(config, pp_rank=1, vp_stage=stage)
+        assert len(spec.submodules.layer_specs) == 2
+
+
+def test_one_query_group_per_tp_rank_is_enough() -> None:
+    config = tiny_config(num_query_groups=2, tensor_model_parallel_size=2)
+    assert language_layer_spec(config).submodules.layer_specs
+
+
 def test_stage_has_to_be_named_and_an_encoder_has_one() -> None:
     config = tiny_config(num_layers=2, pipeline_model_parallel_size=2, pipeline_dtype=torch.float32)
     with pytest.raises(ValueError, match=r"size is 2: pass pp_rank \(0 to 1\)"):

@@ -404,6 +404,12 @@ class TestFromMpConfig:
         assert cfg.cp_group is cp_group
         assert cfg.tp_group is tp_group
 
+    def test_a_given_group_is_cut_over_whatever_the_config_says(self):
+        cfg = PartitionConfig.from_mp_config(
+            self.parallel(), max_seq_len=16, cp_group=StubGroup(2, 1)
+        )
+        assert cfg.use_cp
+
     def test_no_group_is_asked_for_that_is_not_needed(self):
         cfg = PartitionConfig.from_mp_config(self.parallel(), max_seq_len=16)
         assert cfg == PartitionConfig(False, False, False, 16)

@@ -479,6 +479,7 @@ def packed_as(ends: list[int], padded: list[int] | None = None, **fields: Any) -
         (packed_as([4, 8, 16]), r"must start with 0 and hold .* got \[4, 8, 16\]"),
         (packed_as([0, 6, 16]), r"sequence 0 has 6 tokens, .* not divisible by 2 \* cp = 4"),
         (packed_as([0, 8, 16], max_seqlen_q=4), "max_seqlen_q is 4, but the longest .* has 8"),
+        (packed_as([0, 8, 16], max_seqlen_kv=4), "max_seqlen_kv is 4, but the longest .* has 8"),
         (packed_as([0, 9, 16], [0, 8, 16]), "does not fit into cu_seqlens_q_padded"),
         (packed_as([0, 8, 4], [0, 8, 16]), "does not fit into cu_seqlens_q_padded"),
         (packed_as([0, 8, 16], cu_seqlens=3), r"packing_kwargs has \['cu_seqlens'\]"),

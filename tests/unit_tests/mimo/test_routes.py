@@ -413,6 +413,7 @@ TOKENS = TokenRuns.from_mask(np.ones((1, 8), dtype=bool))
         ([TOKENS], [8], "held rows of images of its 2 replicas, got 1"),
         ([TOKENS], [[(0, 4)], [(0, 4)]], "Row 4 of 8 is held by no .* another one is held twice"),
         ([TOKENS], [[(0, 4)], [(6, 4)]], "replica 3 holds rows 6 to 9, but .* are 0 to 7"),
+        ([TOKENS], [[(0, 4)], [(5, 4)]], "replica 3 holds rows 5 to 8, but .* are 0 to 7"),
     ],
 )  # fmt: skip
 def test_what_does_not_match_is_refused(tokens, held, message):
@@ -428,6 +429,12 @@ def test_sequences_that_cannot_be_cut_are_refused():
     packed = TokenRuns.from_positions(np.arange(2), 1, 8, [0, 4])
     with pytest.raises(SequenceShardError, match="end at 4"):
         plan_routes(layout, 0, [packed], [1, 1])
+    # Without CP any lengths will do, but TP cuts all of them together.
+    boxes = grids((4, 2), (2, 1, 4))
+    layout = RouteLayout.from_grids(*boxes, sequence_parallel=True, one_group=True)
+    odd = TokenRuns.from_positions(np.arange(2), 1, 7, [0, 3, 7])
+    with pytest.raises(SequenceShardError, match="divisible by 2 .* got 7"):
+        plan_routes(layout, 0, [odd] * 4, [4, 4])
 
 
 def test_ranks_outside_are_refused():
@@ -436,6 +443,8 @@ def test_ranks_outside_are_refused():
         layout.group_of(3)
     with pytest.raises(ValueError, match="Rank 8 is not in the exchange group 12-15"):
         layout.group_of(12).index(8)
+    with pytest.raises(ValueError, match="Rank 12 is not in the exchange group 8-11"):
+        layout.group_of(8).index(12)
 
 
 def test_the_digest_names_what_differs():

@@ -243,6 +243,14 @@ def test_rows_and_gradients_against_one_rank(name):
         assert expected.norm() > 0.5
 
 
+@pytest.mark.parametrize("guard", ["first", "off"])
+def test_bridges_have_the_guard_of_the_config(guard):
+    def guards(_case: Case, _rank: int, model: MimoModel) -> set[str]:
+        return {bridge.guard for bridge in model.colocated_comms.values()}
+
+    assert Case((1, 2), (1, 1, 2, 1), options={"bridge_guard": guard}).run(guards) == [{guard}] * 2
+
+
 def test_every_rank_knows_its_stage():
     def roles(_case: Case, _rank: int, model: MimoModel) -> tuple[ModuleStageInfo, bool]:
         return model.role.modules["language"], model.is_pipelined
