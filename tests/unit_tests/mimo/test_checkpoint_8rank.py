@@ -13,6 +13,7 @@ import re
 import shutil
 from collections import namedtuple
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -133,6 +134,7 @@ def test_the_manifest_says_what_was_saved(trained: Run, shared_tmp_path: Path) -
     embedding = [k for k in manifest.shapes if "word_embeddings" in k]
     assert manifest.shapes[embedding[0]][1] == SIZE.language_hidden
     assert store.same_layout(manifest)
+    assert not store.same_layout(replace(manifest, world_size=4))
     assert not CheckpointStore(shared_tmp_path, {}).same_layout(manifest)
 
 

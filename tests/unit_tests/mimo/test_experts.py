@@ -149,6 +149,11 @@ def test_sizes_that_agree_are_taken() -> None:
             {"tp": 2},
             "experts and tp=2 without sequence parallelism.* set sequence_parallel=True or tp=1",
         ),
+        (
+            {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
+            {"tp": 2, "expt_tp": 1},
+            "experts and tp=2 without sequence parallelism",
+        ),
     ],
 )
 def test_sizes_that_disagree_are_refused(settings: dict, sizes: dict, message: str) -> None:

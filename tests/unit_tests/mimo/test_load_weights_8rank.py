@@ -108,7 +108,7 @@ def test_one_module_goes_into_a_model_with_others(
         ):
             store.load(1, built.model)
         assert same(copy_of(built.model), before)
-        store.load(1, built.model, modules=(name,))
+        store.load(1, built.model, modules=name if name == "images" else (name,))
         now, source = copy_of(built.model), trained.weights()
         for module in ("images", "audio", "language"):
             there = source if module == name else before
