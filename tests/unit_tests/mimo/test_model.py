@@ -19,6 +19,7 @@ from megatron.core.models.mimo import AudioModalitySubmodules, MimoModel, compat
 from megatron.core.models.mimo.config import role as role_module
 from megatron.core.models.mimo.config.role import ModuleLayout, ModuleStageInfo, RankRole
 from megatron.core.models.mimo.model import base
+from megatron.core.models.mimo.model.language_groups import refuse_other_pp_size
 from megatron.core.models.mimo.model.multimodal_rotary import rotary_positions_of
 from megatron.core.models.mimo.model.token_rows import TokenRows
 from megatron.core.models.mimo.partition import utils as partition_utils
@@ -1038,3 +1039,52 @@ def test_rows_are_brought_in_the_dtype_of_the_embedded_text(fp32_residual, dtype
     )
     model = MimoModel(mimo_config(config)).bfloat16()
     assert model._embedding_dtype() is dtype
+
+
+def test_a_language_grid_without_stages_is_one_of_one_stage():
+    grid = StubGrid(0, 2, [2], ["dp"])
+    refuse_other_pp_size(grid, 1)
+    refuse_other_pp_size(None, 2)
+    with pytest.raises(ValueError, match="grid has pp size 1, .* pipeline_model_parallel_size 2"):
+        refuse_other_pp_size(grid, 2)
+
+
+@pytest.mark.usefixtures("stub_sizes")
+def test_embedded_text_is_dropped_in_training_only():
+    config = language_config(tensor_model_parallel_size=2, sequence_parallel=True)
+    model = MimoModel(mimo_config(config), tp_group=StubGroup(2, 0))
+    embedding = model.language_model.embedding
+    embedding.embedding_dropout = nn.Dropout(0.5)
+    model._drop_text_alike_over_tp()
+    ids = torch.arange(40).view(1, -1)
+    kept = embedding.words(ids).transpose(0, 1)
+    dropped = embedding(ids)
+    assert 0 < (dropped == 0).sum() < dropped.numel()
+    assert torch.equal(embedding.eval()(ids), kept)
+
+
+@pytest.mark.usefixtures("fake_ddp")
+def test_gathers_of_experts_start_and_are_waited_for_with_all_others(model):
+    class Group:
+        next_param_gather_bucket_group = None
+
+        def __init__(self, name: str) -> None:
+            self.name, self.param_gather_handle, self.param_gather_dispatched = name, None, False
+
+        def start_param_sync(self) -> None:
+            self.param_gather_handle = object()
+            seen.append(f"start {self.name}")
+
+        def finish_param_sync(self, skip_next_bucket_dispatch: bool) -> None:
+            seen.append(f"finish {self.name}")
+
+    seen: list[str] = []
+    image = FakeDDP(model.modality_submodules["images"], overlap_param_gather=True)
+    image.remove_forward_pre_hook_handles = {"some": "handle"}
+    image.bucket_groups = [Group("dense 0"), Group("dense 1")]
+    image.expert_parallel_bucket_groups = [Group("expert 0"), Group("expert 1")]
+    model.modality_submodules["images"] = image
+    model.start_param_gathers()
+    model.finish_param_gathers()
+    order = ["dense 1", "dense 0", "expert 1", "expert 0"]
+    assert seen == [f"start {name}" for name in order] + [f"finish {name}" for name in order]

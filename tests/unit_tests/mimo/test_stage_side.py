@@ -15,12 +15,15 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo import MimoModel
 from megatron.core.models.mimo.comm import plan_guard
+from megatron.core.models.mimo.comm.routes import plan_routes
+from megatron.core.models.mimo.comm.token_runs import TokenRuns
 from megatron.core.models.mimo.config.role import ModuleStageInfo
 from megatron.core.models.mimo.partition.sequence_order import dense_positions
 from megatron.core.models.mimo.training.pipeline_step import forward_backward_pipelined
@@ -249,6 +252,29 @@ def test_bridges_have_the_guard_of_the_config(guard):
         return {bridge.guard for bridge in model.colocated_comms.values()}
 
     assert Case((1, 2), (1, 1, 2, 1), options={"bridge_guard": guard}).run(guards) == [{guard}] * 2
+
+
+def test_a_plan_made_ahead_for_one_of_two_modalities():
+    """The other one's tokens are looked for all the same."""
+    case = Case((1, 4), (1, 4, 1, 1), hears=(1, 4))
+    both = next(i for i, pair in enumerate(zip(case.images, case.sounds, strict=True))
+                if all(map(sum, pair)))  # fmt: skip
+
+    def check(_case: Case, rank: int, model: MimoModel) -> None:
+        batch = case.inputs(rank, both)
+        ids = batch["input_ids"].numpy()  # all samples: one language replica
+        shares = torch.arange((ids == IMAGE).sum() // 2).tensor_split(case.src[1])
+        layout = model.colocated_comms["images", "language"].layout
+        places = [TokenRuns.from_mask(ids == IMAGE)]
+        plan = plan_routes(layout, rank, places, [2 * len(each) for each in shares])
+        batch["route_plan"] = {"images": plan}
+        (encoded,) = model.encode_microbatches([batch]).microbatches
+        for name, token in (("images", IMAGE), ("sounds", SOUND)):
+            found = encoded.tokens[name].positions()
+            assert np.array_equal(found, np.flatnonzero(ids == token))
+            assert found.size
+
+    case.run(check)
 
 
 def test_every_rank_knows_its_stage():
