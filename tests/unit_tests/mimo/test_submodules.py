@@ -6,8 +6,6 @@ Orders are tested with b > 1: with one sample every order is the same.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
@@ -17,11 +15,7 @@ from megatron.core.models.mimo import (
     ModalitySubmodules,
     VisionModalitySubmodules,
 )
-from megatron.core.models.mimo.compat import (
-    ContractError,
-    fully_parallel_load,
-    metadata_with_dp_cp_group,
-)
+from megatron.core.models.mimo.compat import ContractError
 from megatron.core.models.mimo.model.encoder_side import trains
 from megatron.core.transformer.spec_utils import ModuleSpec
 from tests.unit_tests.mimo.model_stubs import HIDDEN, LinearEncoder, modality_spec
@@ -272,16 +266,3 @@ def test_a_pg_collection_without_dp_cp_cannot_be_saved():
     built = VisionModalitySubmodules(encoders={"e": LinearEncoder()}, pg_collection=Groups())
     with pytest.raises(ContractError, match="'VisionModalitySubmodules' is missing dp_cp group"):
         built.sharded_state_dict()
-
-
-@pytest.mark.parametrize("groups", [None, SimpleNamespace(dp_cp=object())])
-def test_metadata_stays_the_callers(groups):
-    """Megatron fills the dict that it is given, and the next module has other groups."""
-    given = {"singleton_local_shards": True}
-    metadata_with_dp_cp_group(given, groups, "owner")["more"] = 1
-    assert given == {"singleton_local_shards": True}
-
-
-def test_reading_is_shared_over_the_group_that_is_given():
-    group = object()
-    assert fully_parallel_load(group).parallelization_group is group
