@@ -123,6 +123,15 @@ def test_a_copy_that_the_norm_leaves_out(name: str, distributed: bool) -> None:
     assert stayed == [True] * 8
 
 
+def test_parameters_are_named_from_the_last_one_on() -> None:
+    module = torch.nn.Sequential(*[torch.nn.Linear(1, 1, bias=False) for _ in range(5)])
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, math.nan)
+    names = tuple(f"modality_submodules.images.{number}.weight" for number in (4, 3, 2))
+    found = find_nonfinite_gradients({"images": [module]})
+    assert [(each.parameters, each.count) for each in found] == [(names, 5)] * 8
+
+
 def test_the_ranks_of_several_modules_and_a_norm_that_overflows() -> None:
     with tiny_model(COLOCATED) as model:
         for name, key, parameter in model.named():
