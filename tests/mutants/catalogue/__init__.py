@@ -23,6 +23,8 @@ from tests.mutants.catalogue.training import (
     WEIGHTS,
 )
 from tests.mutants.catalogue.two_encoders import TWO_ENCODERS
+from tests.mutants.catalogue.written_without_b import WRITTEN_WITHOUT_B
+from tests.mutants.catalogue.written_without_b_more import WRITTEN_WITHOUT_B_MORE
 
 MUTANTS = (
     *GRIDS,
@@ -47,4 +49,6 @@ MUTANTS = (
     *BACKEND,
     *BOUNDARIES,
     *OPTIONS,
+    *WRITTEN_WITHOUT_B,
+    *WRITTEN_WITHOUT_B_MORE,
 )
