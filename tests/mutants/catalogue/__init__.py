@@ -23,6 +23,9 @@ from tests.mutants.catalogue.training import (
     WEIGHTS,
 )
 from tests.mutants.catalogue.two_encoders import TWO_ENCODERS
+from tests.mutants.catalogue.written_without_a import WITHOUT_A
+from tests.mutants.catalogue.written_without_a_model import WITHOUT_A_MODEL
+from tests.mutants.catalogue.written_without_a_parts import WITHOUT_A_PARTS
 from tests.mutants.catalogue.written_without_b import WRITTEN_WITHOUT_B
 from tests.mutants.catalogue.written_without_b_more import WRITTEN_WITHOUT_B_MORE
 
@@ -51,4 +54,7 @@ MUTANTS = (
     *OPTIONS,
     *WRITTEN_WITHOUT_B,
     *WRITTEN_WITHOUT_B_MORE,
+    *WITHOUT_A,
+    *WITHOUT_A_MODEL,
+    *WITHOUT_A_PARTS,
 )
