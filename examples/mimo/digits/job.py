@@ -224,6 +224,7 @@ class Run:
             return
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= self.options.max_skipped:
+            self._saving(done, self.store.wait)  # what was saved before is worth going on from
             raise JobError(
                 f"step {done} was skipped, the last of {self._skipped_in_a_row} in a row: "
                 f"{result.problem}; use a smaller --lr (now {self.options.lr:g}) and --fresh, or "
