@@ -28,6 +28,7 @@ from tests.mutants.catalogue.written_without_a_model import WITHOUT_A_MODEL
 from tests.mutants.catalogue.written_without_a_parts import WITHOUT_A_PARTS
 from tests.mutants.catalogue.written_without_b import WRITTEN_WITHOUT_B
 from tests.mutants.catalogue.written_without_b_more import WRITTEN_WITHOUT_B_MORE
+from tests.mutants.catalogue.written_without_b_unjudged import WRITTEN_WITHOUT_B_UNJUDGED
 
 MUTANTS = (
     *GRIDS,
@@ -54,6 +55,7 @@ MUTANTS = (
     *OPTIONS,
     *WRITTEN_WITHOUT_B,
     *WRITTEN_WITHOUT_B_MORE,
+    *WRITTEN_WITHOUT_B_UNJUDGED,
     *WITHOUT_A,
     *WITHOUT_A_MODEL,
     *WITHOUT_A_PARTS,
