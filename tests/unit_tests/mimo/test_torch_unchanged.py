@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+import megatron.core
+
 HERE = Path(__file__).resolve().parent
 MUST_DIFFER = {  # in the control; a case that cannot see a replaced function proves nothing
     "with_device_meta",
@@ -52,9 +54,15 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return printed
 
 
+# ``megatron.core`` 0.19 puts its own in place, by itself: one that loads no code.
+STOCK_REPLACES = (
+    {"torch.storage._load_from_bytes"} if hasattr(megatron.core, "safe_load_from_bytes") else set()
+)
+
+
 def test_the_import_replaces_no_function_and_no_setting_of_torch(tables: dict) -> None:
     # In the other one torch's compiler is new, and wraps some of torch's functions itself.
-    assert tables["last"]["replaced"] == []
+    assert set(tables["last"]["replaced"]) <= STOCK_REPLACES
 
 
 @pytest.mark.parametrize("order", ["first", "last"])
