@@ -368,7 +368,7 @@ def test_every_stage_of_a_pipeline_gets_the_mask(bridge: str) -> None:
     case = StageCase((1, 4), (1, 1, 2, 2), dims=dims, options={"bridge": bridge})
 
     def body(case: StageCase, rank: int, model: MimoModel) -> torch.Tensor:
-        batch = case.inputs(rank, 1)
+        batch = case.inputs(rank, 0)  # without images
         mask = torch.full((2, 1, 16, 16), bool(rank % 2))
         batch["attention_mask"] = mask
         (encoded,) = model.encode_microbatches([batch]).microbatches

@@ -73,8 +73,12 @@ def files(store: CheckpointStore, step: int) -> dict[str, Any]:
 def test_the_bytes_and_the_losses_are_those_of_a_foreground_save(
     trained: Run, gate: threading.Event, shared_tmp_path: Path
 ) -> None:
-    front, back = (trained.store(shared_tmp_path / name) for name in ("front", "back"))
+    names_of_stores = ("before", "front", "back")
+    before, front, back = (trained.store(shared_tmp_path / name) for name in names_of_stores)
     gate.set()
+    # Both are of a run that was loaded: its parameter groups have what the saved ones had, too.
+    trained.save(before, 1)
+    trained.load(before, 1)
     trained.save(front, 1)
     losses = trained.train(1, 3)
     trained.load(front, 1)

@@ -78,7 +78,7 @@ def test_absent_members_are_named_and_late_ones_hear_of_it() -> None:
     for rank, told in zip((3, 5), together(calls), strict=True):
         assert told.startswith(
             f"Rank {rank} came to make the process group of ranks [1, 3, 5, 8], but ranks [1, 8] "
-            "did not within 0.2 s."
+            "did not within 2 s."
         )
     with pytest.raises(RuntimeError, match=r"Rank 8 came .* but ranks \[1, 8\] did not"):
         meet_members(store, [1, 3, 5, 8], 8, LONG)
@@ -249,8 +249,8 @@ def test_groups_of_ranks_with_different_histories(rank_device: torch.device) -> 
 def test_a_rank_that_does_not_come_is_named() -> None:
     rank, ranks = dist.get_rank(), [0, 3, 6]
     if rank in (0, 3):
-        with pytest.raises(RuntimeError, match=r"ranks \[6\] did not within 0.2 s"):
-            make_groups([ranks, [1, 2]], timeout=SHORT)
+        with pytest.raises(RuntimeError, match=r"ranks \[6\] did not within 2 s"):
+            make_groups([ranks, [1, 2]], timeout=timedelta(seconds=2))
     dist.barrier()
     if rank == 6:
         with pytest.raises(RuntimeError, match=r"Rank 6 came .* ranks \[6\] did not"):
