@@ -64,6 +64,8 @@ EXCEPTIONS = {
 
 # Field of a stock config -> why no test sets it.
 UNSET_FIELDS = {
+    "use_mup": "of 0.19 only; read beside tied embeddings, whose case is tested",
+    "use_layer_wise_distributed_optimizer": "of Muon in 0.19, which tests see refused otherwise",
     "use_precision_aware_optimizer": "its optimizer is Transformer Engine's",
     "loss_scale": "a scale that never changes is no state that ranks could disagree about",
 }
@@ -89,7 +91,7 @@ def test_every_field_of_stocks_configs_that_is_read_is_set() -> None:
     assert len(read) > 30
     uses = Uses(TESTS)
     unset = {name for name in read if not uses.names(name, known[name])}
-    assert unset == UNSET_FIELDS.keys()
+    assert unset == UNSET_FIELDS.keys() & known.keys()
 
 
 def fields_read(path: Path) -> Iterator[str]:
