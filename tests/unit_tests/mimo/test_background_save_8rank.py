@@ -120,7 +120,7 @@ def test_only_a_background_save_copies_what_is_on_the_host(
     background: bool, tmp_path: Path
 ) -> None:
     """Stock copies some of it; what it hands out as it is must not be what training changes."""
-    weight = torch.ones(3)
+    weight = torch.ones(3, device="cpu")
     request = SimpleNamespace(async_fn=len, async_fn_args=[0, [("p", "n", ([], [("w", weight)]))]])
     background_save.ShardWriter(request, tmp_path, digests=True, background=background)
     ((_, _, (_, ((_, written),))),) = request.async_fn_args[1]

@@ -78,8 +78,8 @@ def test_tokens_are_counted_once_over_dp_and_cp(sizes: dict[str, int]) -> None:
         counts = on_all_ranks(int(count))
         # Stages without a loss count integers, whatever the last one does.
         last = tokens_of(dist.get_rank(), sizes) > 0
-        weights = torch.tensor(0.25 * tokens_of(dist.get_rank(), sizes))
-        weights = weights if last else torch.tensor(0, dtype=torch.int)
+        weights = torch.tensor(0.25 * tokens_of(dist.get_rank(), sizes), device=own_device())
+        weights = weights if last else torch.tensor(0, dtype=torch.int, device=own_device())
         fractions = on_all_ranks(float(finalizer._token_sum(weights)))
     finally:
         dist.barrier()
@@ -192,7 +192,7 @@ def test_sums_below_one_divide_exactly(layouts: dict, unit: float) -> None:
         for dtype in (torch.float32, torch.float64):
             local_gradients(model)
             mine = tokens_of(dist.get_rank() - first, sizes) if model.language_model else 0
-            count = torch.tensor(mine * unit, dtype=dtype)
+            count = torch.tensor(mine * unit, dtype=dtype, device=own_device())
             finalizer([model], count)
             assert sums_of(model, n_global(sizes) * unit or 1)
             assert float(count) == n_global(sizes) * unit
@@ -204,9 +204,9 @@ def test_sums_that_nothing_can_be_divided_by(wrong: float) -> None:
     with tiny_model(COLOCATED) as model:
         finalizer = MimoGradFinalizer(model.collections, model.grids)
         with pytest.raises(ValueError, match=r"token weights .* sum up to .*loss mask must be fin"):
-            finalizer([model], torch.tensor(wrong))
+            finalizer([model], torch.tensor(wrong, device=own_device()))
         local_gradients(model)
-        finalizer([model], torch.tensor(wrong))
+        finalizer([model], torch.tensor(wrong, device=own_device()))
         assert all(p.main_grad.isnan().all() for _, _, p in model.named())
 
 

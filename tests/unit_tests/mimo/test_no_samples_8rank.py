@@ -72,7 +72,8 @@ def step(made: Model, dp: int) -> Result:
     inputs = [local(trainer, b, n * SAMPLES) for n, b in enumerate(global_microbatches(dp))]
     replica = trainer._dp_coordinates()["dest_dp_rank"]
     assert (inputs[1]["input_ids"].numel() == 0) == (replica > 0)
-    total = torch.stack(trainer._schedule(iter(inputs), 2) or [torch.zeros(2).double()]).sum(0)
+    nothing = torch.zeros(2, dtype=torch.float64, device=trainer.device)
+    total = torch.stack(trainer._schedule(iter(inputs), 2) or [nothing]).sum(0)
     dist.all_reduce(total, group=trainer.groups.dp_cp)
     loss, tokens = trainer._from_last_stage(total).tolist()
     gradients = local_gradients(made.built.model)
