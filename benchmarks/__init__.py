@@ -4,7 +4,6 @@
 Ratios within one run, since seconds of one machine say little about another; docs/bridge.md has
 the figures and what they mean.
 
-    options.py      the command line
     cases.py        pairs of layouts, batches of tokens: who holds and who needs which rows; pure
     formulas.py     bytes by formula and by counting sets, the lower bound; pure
     counting.py     bytes at the collective calls
@@ -16,8 +15,9 @@ the figures and what they mean.
     whole_step.py   5. the digits job's step, and where its time goes
     overlap.py      6. what the asynchronous exchange hides, and its trace
     kinds.py        the list of these
-    ranks.py        what the ranks of the one launch do
-    report.py       JSON files, tables, the stacked bars
+    work.py         what the ranks of the one launch do
+    campaign.py     the command: cells as they come, a table and a file per kind
+    report.py       tables, the stacked bars
     pictures.py     the pictures of docs/bridge.md: who holds, who needs, what moves
 """
 

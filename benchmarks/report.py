@@ -1,43 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is left of a run: a JSON file per kind, tables, the stacked bars of the step."""
+"""What is left of a run: tables, the stacked bars of the step, memory over a step."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from errors import write_atomically
-
 from benchmarks.kinds import Kind
+from campaigns.command import verdict
 
 Cells = Sequence[Mapping[str, Any]]
-
-
-def verdict(cell: Mapping[str, Any]) -> str:
-    """PASS or FAIL; empty for what has no bound."""
-    return {True: "PASS", False: "FAIL", None: ""}[cell["passed"]]
-
-
-def write_json(folder: Path, kind: Kind, cells: Cells, command: str) -> Path:
-    """``FOLDER/KIND.json``, all of it or nothing.
-
-    Raises:
-        JobError: for a full disk or a path that cannot be written.
-    """
-    path = folder / f"{kind.name}.json"
-    content = {
-        "title": kind.title,
-        "command": command,
-        "machine": machine(),
-        "failed": sum(cell["passed"] is False for cell in cells),
-        "cells": list(cells),
-    }
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode(), "the measurements")
-    return path
 
 
 def machine() -> dict[str, Any]:
@@ -68,22 +43,30 @@ def text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def table(kind: Kind, columns: Mapping[str, str], cells: Cells) -> Any:
-    """A kind's cells, for rich."""
-    from rich.table import Table
+def table(kind: Kind, cells: Cells) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows of a kind's cells; verdicts last."""
+    columns = {k: v for k, v in kind.load().COLUMNS.items() if k != "passed"}
+    rows = [[*(text(cell.get(name)) for name in columns), verdict(cell)] for cell in cells]
+    return [*columns.values(), ""], rows
 
-    columns = {name: heading for name, heading in columns.items() if name != "passed"}
-    made = Table(title=kind.title, title_style="bold", title_justify="left")
-    for name, heading in columns.items():
-        number = bool(cells) and not isinstance(cells[0].get(name), str)
-        made.add_column(heading, justify="right" if number else "left", overflow="fold")
-    made.add_column("")
-    for cell in cells:
-        said = verdict(cell)
-        colour = {"PASS": "green", "FAIL": "bold red"}.get(said, "")
-        mark = f"[{colour}]{said}[/]" if colour else said
-        made.add_row(*(text(cell.get(name)) for name in columns), mark)
-    return made
+
+def markdown(kind: Kind, cells: Cells) -> list[str]:
+    """Return the same as lines of a Markdown table, without verdicts where nothing is judged."""
+    headings, rows = table(kind, cells)
+    width = len(headings) - all(cell["passed"] is None for cell in cells)
+    # A bar ends a field of a Markdown table.
+    lines = [[field.replace("|", "/") for field in row[:width]] for row in (headings, *rows)]
+    text_lines = [f"| {' | '.join(line)} |" for line in lines]
+    return [text_lines[0], "|---" * width + "|", *text_lines[1:]]
+
+
+def source(command: str) -> str:
+    """Return the command, and what it ran on."""
+    at = machine()
+    return (
+        f"`{command}`, torch {at['torch']}, {at['cores']} cores, "
+        f"load average at the end {at['load_average']}"
+    )
 
 
 def plot_steps(path: Path, cells: Cells) -> None:

@@ -6,16 +6,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import report
-from benchmarks.__main__ import main
-from benchmarks.ranks import Plan
+from benchmarks.campaign import Benchmarks
 from benchmarks.whole_step import SECTIONS
-from tests.parity.runner import LaunchFailed
+from campaigns.command import main
+from campaigns.ranks import LaunchFailed
 
 CELLS = {
     "bytes": {"layout": "a/b", "tokens": "uniform", "gather": [4.0, 8.0], "passed": True},
@@ -36,26 +35,34 @@ class Script:
 
     def __init__(self, crash: str | None = None, **changes: dict[str, Any]) -> None:
         self.crash, self.changes = crash, changes
-        self.plan: Plan | None = None
+        self.world = 0
+        self.kinds: list[str] = []
+        self.plan: dict[str, Any] = {}
 
-    def __call__(self, plan: Plan, _folder: Path, _timeout: float) -> Script:
-        self.plan = plan
-        return self
+    def __call__(
+        self, world: int, kinds: list[str], _work: str, plan: Any, *_: Any, **__: Any
+    ) -> Iterator[tuple[str, str, Any]]:
+        self.world, self.plan = world, plan
+        self.kinds += kinds
+        return self.records(kinds)
 
-    def records(self) -> Iterator[dict[str, Any]]:
-        for kind in self.plan.kinds:
-            yield {"started": kind}
+    def records(self, kinds: list[str]) -> Iterator[tuple[str, str, Any]]:
+        for kind in kinds:
+            yield "started", kind, {}
             if kind == self.crash:
                 raise LaunchFailed("rank 3 was killed")
-            yield {"finished": kind, "result": CELLS[kind] | self.changes.get(kind, {})}
+            yield "part", kind, CELLS[kind] | self.changes.get(kind, {})
+            yield "finished", kind, {}
 
 
 @pytest.fixture
-def bench(tmp_path, capsys):
+def bench(tmp_path, capsys, monkeypatch):
     """``bench(script, *arguments)`` -> (exit code, stdout, stderr)."""
 
     def run(script: Script, *arguments: str) -> tuple[int, str, str]:
-        code = main(["--out", str(tmp_path), *arguments], script)
+        argv = ["--out", str(tmp_path), *arguments]
+        monkeypatch.setattr("sys.argv", ["benchmarks", *argv])
+        code = main(Benchmarks(script), argv)
         printed = capsys.readouterr()
         return code, printed.out, printed.err
 
@@ -66,10 +73,10 @@ def test_every_kind_leaves_a_file_and_the_command_says_pass(bench, tmp_path):
     script = Script()
     code, out, _ = bench(script, "--only", "bytes,wall,step", "--quick")
     assert code == 0
-    assert script.plan.world_size == 8
-    assert script.plan.kinds == ("bytes", "step", "wall")
-    assert script.plan.quick
-    assert "PASS: 2 of 2 bounds kept" in out
+    assert script.world == 8
+    assert script.kinds == ["bytes", "step", "wall"]
+    assert script.plan["quick"]
+    assert "2 of 2 bounds kept\nPASS: 3 of 3 kinds" in out
     written = json.loads((tmp_path / "bytes.json").read_text())
     assert written["cells"] == [CELLS["bytes"]]
     assert written["command"].endswith("--only bytes,wall,step --quick")
@@ -80,15 +87,14 @@ def test_a_missed_bound_fails_and_is_in_the_file(bench, tmp_path):
     slow = {"ratio": 0.7, "passed": False}
     code, out, _ = bench(Script(wall=slow), "--only", "bytes,wall")
     assert code == 1
-    assert "FAIL: 1 of 2 bounds kept" in out
+    assert "1 of 2 bounds kept\nFAIL: 1 of 2 kinds" in out
     assert json.loads((tmp_path / "wall.json").read_text())["failed"] == 1
 
 
 def test_kinds_that_ended_before_a_crash_are_kept(bench, tmp_path):
-    code, out, err = bench(Script(crash="wall"), "--only", "bytes,wall")
+    code, out, _ = bench(Script(crash="wall"), "--only", "bytes,wall")
     assert code == 1
-    assert "rank 3 was killed" in err
-    assert "no result of wall" in out
+    assert "FAIL  wall  0  rank 3 was killed" in out
     assert (tmp_path / "bytes.json").exists()
     assert not (tmp_path / "wall.json").exists()
 
@@ -96,8 +102,8 @@ def test_kinds_that_ended_before_a_crash_are_kept(bench, tmp_path):
 def test_given_layouts_decide_the_number_of_ranks(bench):
     script = Script()
     bench(script, "--only", "bytes", "--layout", "tp=1,dp=2/cp=2", "--layout", "tp=2,dp=1/dp=2")
-    assert script.plan.world_size == 2
-    assert script.plan.layouts == ("tp=1,dp=2/tp=1,cp=2,dp=1", "tp=2,dp=1/tp=1,dp=2")
+    assert script.world == 2
+    assert script.plan["layouts"] == ["tp=1,dp=2/tp=1,cp=2,dp=1", "tp=2,dp=1/tp=1,dp=2"]
 
 
 @pytest.mark.parametrize(

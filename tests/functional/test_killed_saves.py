@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from campaigns.ranks import Ranks
 from megatron.core.models.mimo.training.checkpoint import CheckpointStore
 from tests.functional.saving_loop import read_journal
-from tests.reshape.ranks import Ranks
 
 PAIR = ("tp=1,dp=2", "tp=2,dp=1")
 KILLS = int(os.environ.get("MIMO_KILLS", "6"))

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.mutants.__main__ import main
+from campaigns.command import main
+from tests.mutants.campaign import DOC_END, DOC_START, Mutants
 from tests.mutants.mutant import Mutant
-from tests.mutants.report import DOC_END, DOC_START
 from tests.mutants.trial import BROKEN, KILLED, SURVIVED, TIMED_OUT, Finished, Tree, verdict
 
 CODE = """
@@ -86,12 +86,12 @@ class Command:
 
     def __call__(self, *arguments: str, mutants: tuple[Mutant, ...] = ALL) -> tuple[int, str]:
         output = ["--output", str(self.tree.root / "runs")]
-        code = main([*output, *arguments], mutants, self.tree)
+        code = main(Mutants(mutants, self.tree), [*output, *arguments])
         captured = self.capsys.readouterr()
         return code, captured.out + captured.err
 
     def statuses(self) -> dict[str, str]:
-        return {entry["name"]: entry["status"] for entry in self.summary()["mutants"]}
+        return {name: result["status"] for name, result in self.summary()["results"].items()}
 
     def summary(self) -> dict[str, Any]:
         return json.loads((self.tree.root / "runs" / "summary.json").read_text())
@@ -114,20 +114,19 @@ def test_every_kind_of_outcome_then_resumed(command: Command) -> None:
         "no-import": BROKEN,
     }
     assert {file: file.read_bytes() for file in command.tree.files()} == before
-    assert "5 of 5 mutants (5 ran now, 0 from earlier runs on the same code): 1 killed" in output
+    assert "FAIL: 1 of 5 mutants" in output
     assert re.search(r"SURVIVED \(.*\): unseen\n", output)
     assert re.search(r"BROKEN \(.*\): typo, in-a-fixture, no-import\n", output)
     summary = command.summary()
-    assert (summary["ran"], summary["killed"], summary["catalogue"]) == (5, 1, 5)
-    assert summary["not_killed"] == ["unseen", "typo", "in-a-fixture", "no-import"]
+    assert summary["passed"] == 1
+    assert summary["failed"] == ["unseen", "typo", "in-a-fixture", "no-import"]
 
     # Kills and the baseline are kept, everything else is tried again.
     code, output = command("--only", "seen", "--only", "unseen")
     assert code == 1
-    assert "resuming: 1 mutants were killed before" in output
-    assert "(1 ran now, 1 from earlier runs" in output
+    assert "1 kept from" in output
+    assert "FAIL: 1 of 2 mutants" in output
     assert "tests passed in" not in output
-    assert command.statuses()["typo"] == BROKEN
     assert command("--only", "seen")[0] == 0
 
 
@@ -137,7 +136,7 @@ def test_a_hang_is_a_kill_and_leaves_no_process(arguments: list[str], command: C
     code, output = command(*arguments, mutants=(HANGS,))
     assert code == 0
     assert command.statuses() == {"hangs": TIMED_OUT}
-    assert "1 killed, 1 of them by a deadline" in output
+    assert "1 were killed by a deadline\nPASS: 1 of 1 mutants" in output
     assert not [line for line in running() if "mutant-" in line and "test_wait" in line]
 
 
@@ -156,12 +155,12 @@ def test_what_changed_is_tried_again_and_so_with_fresh(command: Command) -> None
     resumed = []
     for arguments in ([], ["--fresh"]):
         code, output = command(*arguments, mutants=(SEEN,))
-        resumed.append((code, "resuming" in output))
+        resumed.append((code, "kept from" in output))
     code, output = command(mutants=(replace(SEEN, new="4 * x"),))
-    resumed.append((code, "resuming" in output))
+    resumed.append((code, "kept from" in output))
     (command.tree.root / "tests" / "test_toy.py").write_text(TESTS + "\n# changed\n")
     code, output = command(mutants=(SEEN,))
-    resumed.append((code, "resuming" in output))
+    resumed.append((code, "kept from" in output))
     assert resumed == [(0, True), (0, False), (0, False), (0, False)]
 
 

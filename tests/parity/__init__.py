@@ -4,16 +4,13 @@
 ``make parity`` or ``python -m tests.parity``; docs/parity.md has the table and how to read it.
 
     rows.py       the table: one frozen ``Row`` per comparison, and how rows are chosen
-    options.py    command line and environment
     tasks.py      the data of a row, with its loss masks
     language.py   the language model alone, over pipeline stages
     measure.py    what one run shows: weights, logits, gradients, losses
     tensors.py    shards gathered to whole tensors under layout-independent names
     compare.py    two measurements -> checks with their tolerances
-    ranks.py      what the ranks of one launch do, row after row
-    records.py    files by which the ranks tell the runner where they are
-    runner.py     one launch per world size, followed row by row; a row that dies is a FAIL
-    summary.py    ``summary.json``, the line of a row, the table
+    work.py       what the ranks of one launch do, row after row
+    campaign.py   options, references before rows, the line and the cells of a row
     docs.py       docs/parity.md
 """
 

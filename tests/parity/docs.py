@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
+from campaigns.record import Result, versions
 from tests.parity.compare import Tolerances, tolerances
-from tests.parity.options import Options
-from tests.parity.rows import Row
-from tests.parity.summary import Summary, cells, versions
+from tests.parity.rows import CHANGE_STEPS, Row
+
+if TYPE_CHECKING:
+    from tests.parity.campaign import Parity
 
 _INTRO = """\
 # Parity with one process
@@ -104,24 +106,15 @@ _KINDS = {
 }
 
 
-def write(path: Path, options: Options, summary: Summary) -> None:
-    """Replace ``path`` by the page of these results, all of it or nothing."""
-    from errors import write_atomically
-
-    write_atomically(path, page(options, summary).encode(), "the page")
-
-
-def page(options: Options, summary: Summary) -> str:
-    """The page as Markdown."""
-    from tests.parity.rows import CHANGE_STEPS
-
-    checks = "\n".join(_checks(options.thresh)).format(change_steps=CHANGE_STEPS)
+def page(campaign: Parity, results: Mapping[str, Result]) -> str:
+    """Return the page of these results, as Markdown."""
+    checks = "\n".join(_checks(campaign.thresh)).format(change_steps=CHANGE_STEPS)
     return "\n".join(
         [
             _INTRO,
             "## The table as last run\n",
-            _circumstances(options, summary),
-            *_table(options.rows, summary),
+            _circumstances(campaign, results),
+            *_table(campaign, results),
             "",
             _HOW.format(checks=checks),
             _WHY.format(change_steps=CHANGE_STEPS),
@@ -129,25 +122,25 @@ def page(options: Options, summary: Summary) -> str:
     )
 
 
-def _circumstances(options: Options, summary: Summary) -> str:
-    results = summary.results.values()
-    known = versions()
-    backends = sorted({r["backend"] for r in results if "backend" in r})
-    good = sum(r["passed"] for r in results)
+def _circumstances(campaign: Parity, results: Mapping[str, Result]) -> str:
+    known, there = versions(), results.values()
+    backends = sorted({r["backend"] for r in there if "backend" in r})
+    good = sum(r["passed"] for r in there)
     return (
-        f"{good} of {len(options.rows)} rows pass. {platform.system()} {platform.machine()}, "
+        f"{good} of {len(campaign.rows)} rows pass. {platform.system()} {platform.machine()}, "
         f"{' and '.join(backends)}, Python {known['python']}, torch {known['torch']}, "
-        f"megatron-core {known['megatron-core']}; THRESH {options.thresh:g}, "
-        f"TRAIN_STEPS {options.steps}, MICRO_BATCHES {options.micro_batches}.\n"
+        f"megatron-core {known['megatron-core']}; THRESH {campaign.thresh:g}, "
+        f"TRAIN_STEPS {campaign.steps}, MICRO_BATCHES {campaign.micro_batches}.\n"
     )
 
 
-def _table(rows: tuple[Row, ...], summary: Summary) -> Iterator[str]:
+def _table(campaign: Parity, results: Mapping[str, Result]) -> Iterator[str]:
     yield "| row | encoder | language model | with | | worst error | allowed | in |"
     yield "|---|---|---|---|---|---|---|---|"
-    for row in rows:
-        name, verdict, error, allowed, where = cells(row, summary.results.get(row.name))
-        parts = (name, _encoders(row), _sizes(row.language), _options(row, summary))
+    for row in campaign.rows.values():
+        name, verdict, error, allowed, where = campaign.row(row.name, results.get(row.name))
+        options = _options(row, campaign.micro_batches)
+        parts = (name, _encoders(row), _sizes(row.language), options)
         yield f"| {' | '.join(parts)} | {verdict} | {error} | {allowed} | {where} |"
 
 
@@ -165,8 +158,8 @@ def _sizes(layout: str) -> str:
     return " ".join(f"{axis.upper()}{size}" for axis, size in said)
 
 
-def _options(row: Row, summary: Summary) -> str:
-    said = [f"{row.resolved_micro_batches(summary.options.micro_batches)} mb", row.masks]
+def _options(row: Row, micro_batches: int) -> str:
+    said = [f"{row.resolved_micro_batches(micro_batches)} mb", row.masks]
     said += ["tied"] if row.tied else []
     said += ["SP"] if row.sequence_parallel and "TP" in _sizes(row.language) else []
     said += ["distributed optimizer"] if row.distributed_optimizer else []

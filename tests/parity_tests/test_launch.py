@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 
-from tests.parity.__main__ import main
+from campaigns.command import main
+from tests.parity.campaign import Parity
 
 KINDS = {
     "change of weights",
@@ -23,11 +24,11 @@ KINDS = {
 def test_a_pipelined_row_passes(tmp_path, capsys) -> None:
     row = "text-dp2pp2-tied"  # both ends of the pipeline share the embedding; sharded optimizer
     argv = ["--layouts", row, "--train-steps", "3", "--micro-batches", "2", "--backend", "gloo"]
-    code = main([*argv, "--out", str(tmp_path)])
+    code = main(Parity(), [*argv, "--out", str(tmp_path)])
     text = capsys.readouterr().out
     assert code == 0, text
     summary = json.loads((tmp_path / "summary.json").read_text())
-    (result,) = summary["rows"].values()
+    (result,) = summary["results"].values()
     assert {check["kind"] for check in result["checks"]} == KINDS
     assert result["backend"] == "gloo"
     assert len(result["curve"]) == 3

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from campaigns.command import CampaignError, parse
+from tests.parity.campaign import Parity
 from tests.parity.measure import EXPERTS, SIZE, TEXT_SIZE
-from tests.parity.options import OptionError, parse
 from tests.parity.rows import DEFAULT_ROWS, NIGHTLY_ROWS, Row
 
 from layouts import Layout, Limits, Pair, misfits  # isort: skip
@@ -128,23 +129,31 @@ def test_the_nightly_rows_have_every_pair_that_fits() -> None:
     assert wanted == {str(layouts(row)) for row in NIGHTLY_ROWS if row.name.startswith("pair-")}
 
 
+def chosen(argv: list[str], environment: dict[str, str]) -> Parity:
+    parity = Parity(environment=environment)
+    given = parse(parity, argv)
+    parity.choose(given)
+    parity.resumed = parity.resumes(given)
+    return parity
+
+
 def test_options_come_from_the_command_line_then_the_environment_then_the_defaults() -> None:
     environment = {"THRESH": "1e-3", "TRAIN_STEPS": "5", "LAYOUTS": "bf16, fan-*-cp4*"}
-    options = parse(["--thresh", "1e-2"], environment)
-    assert (options.thresh, options.steps, options.micro_batches) == (1e-2, 5, 8)
-    assert [row.name for row in options.rows] == ["fan-in-cp4-sp", "fan-out-cp4", "bf16"]
-    assert parse([], {}).rows == DEFAULT_ROWS
-    assert (parse([], {}).thresh, parse([], {}).steps) == (1e-4, 10)
-    assert parse([], {"LAYOUTS": "", "THRESH": ""}).rows == DEFAULT_ROWS
-    assert parse(["--nightly"], {}).rows == NIGHTLY_ROWS
+    parity = chosen(["--thresh", "1e-2"], environment)
+    assert (parity.thresh, parity.steps, parity.micro_batches) == (1e-2, 5, 8)
+    assert list(parity.rows) == ["fan-in-cp4-sp", "fan-out-cp4", "bf16"]
+    assert tuple(chosen([], {}).rows.values()) == DEFAULT_ROWS
+    assert (chosen([], {}).thresh, chosen([], {}).steps) == (1e-4, 10)
+    assert tuple(chosen([], {"LAYOUTS": "", "THRESH": ""}).rows.values()) == DEFAULT_ROWS
+    assert tuple(chosen(["--nightly"], {}).rows.values()) == NIGHTLY_ROWS
 
 
 def test_only_nightly_resumes_and_has_a_folder_of_its_own() -> None:
-    assert not parse([], {}).resume
-    assert parse(["--nightly"], {}).resume
-    assert not parse(["--nightly", "--fresh"], {}).resume
-    assert parse([], {}).out == Path("runs/parity")
-    assert parse(["--nightly"], {}).out != Path("runs/parity")
+    assert not chosen([], {}).resumed
+    assert chosen(["--nightly"], {}).resumed
+    assert not chosen(["--nightly", "--fresh"], {}).resumed
+    assert chosen([], {}).folder == Path("runs/parity")
+    assert chosen(["--nightly"], {}).folder != Path("runs/parity")
 
 
 @pytest.mark.parametrize(
@@ -160,8 +169,8 @@ def test_only_nightly_resumes_and_has_a_folder_of_its_own() -> None:
     ],
 )
 def test_bad_options_are_one_sentence(argv, environment, message) -> None:
-    with pytest.raises(OptionError, match=message):
-        parse(argv, environment)
+    with pytest.raises(CampaignError, match=message):
+        chosen(argv, environment)
 
 
 def test_the_page_in_docs_has_the_rows_of_the_table() -> None:

@@ -6,17 +6,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
-import textwrap
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from tests.parity.__main__ import main
-from tests.parity.records import Plan, ProgressReader, ProgressWriter
-from tests.parity.runner import LaunchFailed, RanksLaunch
+from campaigns import command
+from campaigns.ranks import LaunchFailed
+from tests.parity.campaign import Parity
 
 ROWS = ["fan-in-cp2", "fan-out-cp2", "equal-cp1"]
 PASS = {
@@ -31,6 +29,19 @@ WRONG = {
 }
 
 
+@dataclass
+class Plan:
+    """What a launch was started with."""
+
+    world_size: int
+    items: tuple[str, ...]
+    backend: str
+
+
+def main(argv: list[str], script: Script) -> int:
+    return command.main(Parity(script, {}), argv)
+
+
 class Script:
     """Launches that report what a table says of each item; what it does not name passes.
 
@@ -41,19 +52,21 @@ class Script:
         self.outcomes = {name.replace("_", "-"): value for name, value in outcomes.items()}
         self.plans: list[Plan] = []
 
-    def __call__(self, plan: Plan, _folder: Path, _timeout: float) -> Script:
-        self.plans.append(plan)
-        return self
+    def __call__(
+        self, world: int, items: Sequence[str], *_: Any, backend: str, **__: Any
+    ) -> Iterator[tuple[str, str, Any]]:
+        self.plans.append(Plan(world, tuple(items), backend))
+        return self.records()
 
-    def records(self) -> Iterator[dict[str, Any]]:
+    def records(self) -> Iterator[tuple[str, str, Any]]:
         for item in self.plans[-1].items:
             outcome = self.outcomes.get(item, PASS)
             if outcome is None:
                 continue
-            yield {"started": item}
+            yield "started", item, {}
             if isinstance(outcome, str):
                 raise LaunchFailed(outcome)
-            yield {"finished": item, "result": outcome}
+            yield "finished", item, outcome
 
 
 @pytest.fixture
@@ -79,8 +92,8 @@ def test_all_rows_pass(suite) -> None:
         "reference-images-32samples-uneven-float32",
     )
     assert script.plans[1].items == tuple(ROWS)
-    assert summary["passed"] is True
-    assert list(summary["rows"]) == ROWS
+    assert summary["passed"] == 3
+    assert list(summary["results"]) == ROWS
     assert (summary["failed"], summary["missing"]) == ([], [])
     assert "PASS: 3 of 3 rows" in text
     for row in ROWS:  # as it finishes, and in the table
@@ -107,7 +120,7 @@ def test_nccl_without_enough_gpus_is_refused(tmp_path, capsys) -> None:
 def test_a_wrong_row_fails_and_names_the_tensor(suite) -> None:
     code, text, summary = suite(Script(fan_out_cp2=WRONG))
     assert code == 1
-    assert (summary["passed"], summary["failed"]) == (False, ["fan-out-cp2"])
+    assert (summary["passed"], summary["failed"]) == (2, ["fan-out-cp2"])
     assert "FAIL  fan-out-cp2  1.0e+00 of 1e-05 in gradients: b.weight" in text
     assert "FAIL: 2 of 3 rows" in text
 
@@ -118,8 +131,8 @@ def test_a_row_that_crashes_fails_and_the_rest_runs_in_a_fresh_launch(suite) -> 
     code, text, summary = suite(script)
     assert code == 1
     assert [plan.items for plan in script.plans[1:]] == [tuple(ROWS), tuple(ROWS[1:])]
-    assert summary["rows"]["fan-in-cp2"]["reason"] == reason
-    assert [summary["rows"][row]["passed"] for row in ROWS] == [False, True, True]
+    assert summary["results"]["fan-in-cp2"]["reason"] == reason
+    assert [summary["results"][row]["passed"] for row in ROWS] == [False, True, True]
     assert f"FAIL  fan-in-cp2  {reason}" in text
 
 
@@ -135,13 +148,13 @@ def test_rows_whose_reference_failed_are_failures_without_a_launch(suite) -> Non
     code, _, summary = suite(script)
     assert code == 1
     assert summary["failed"] == ["fan-in-cp2", "fan-out-cp2"]
-    assert summary["rows"]["fan-in-cp2"]["reason"] == "its reference failed: out of memory"
+    assert summary["results"]["fan-in-cp2"]["reason"] == "its reference failed: out of memory"
     assert script.plans[-1].items == ("equal-cp1",)
 
 
 def test_a_launch_that_cannot_start_fails_all_its_rows_once(suite) -> None:
     class Broken(Script):
-        def records(self) -> Iterator[dict[str, Any]]:
+        def records(self) -> Iterator[tuple[str, str, Any]]:
             if self.plans[-1].world_size == 8:
                 raise LaunchFailed("no result within 300 s; all ranks were ended")
             yield from super().records()
@@ -155,10 +168,10 @@ def test_a_launch_that_cannot_start_fails_all_its_rows_once(suite) -> None:
 
 def test_a_launch_that_ends_between_two_rows_costs_none(suite) -> None:
     class Brittle(Script):
-        def records(self) -> Iterator[dict[str, Any]]:
+        def records(self) -> Iterator[tuple[str, str, Any]]:
             for record in super().records():
                 yield record
-                if "finished" in record and len(self.plans) == 2:
+                if record[0] == "finished" and len(self.plans) == 2:
                     raise LaunchFailed("rank 0 ended too early")
 
     script = Brittle()
@@ -169,7 +182,7 @@ def test_a_launch_that_ends_between_two_rows_costs_none(suite) -> None:
 
 
 def test_a_row_without_a_result_is_missing_in_the_table(suite, monkeypatch) -> None:
-    monkeypatch.setattr("tests.parity.__main__.Runner.run", lambda self, rows: None)
+    monkeypatch.setattr(Parity, "run", lambda *_: (each for each in ()))
     code, text, summary = suite(Script())
     assert code == 1
     assert summary["missing"] == ROWS
@@ -185,8 +198,8 @@ def test_nightly_keeps_passed_rows_and_runs_failed_ones_again(suite) -> None:
         ("reference-images-32samples-uneven-float32",),
         ("equal-cp1",),
     ]
-    assert "2 rows kept from" in text
-    assert list(summary["rows"]) == ROWS
+    assert "2 kept from" in text
+    assert list(summary["results"]) == ROWS
     again = Script()
     assert suite(again, "--nightly")[0] == 0
     assert again.plans == []
@@ -202,19 +215,19 @@ def test_nightly_keeps_nothing_when_asked_or_of_other_options(suite, change) -> 
 
 def test_nightly_keeps_nothing_of_other_code(suite, monkeypatch) -> None:
     suite(Script(), "--nightly")
-    monkeypatch.setattr("tests.parity.__main__.fingerprint", lambda options: "other code")
+    monkeypatch.setattr(Parity, "fingerprint", lambda self: "other code")
     script = Script()
     suite(script, "--nightly")
     assert script.plans[-1].items == tuple(ROWS)
 
 
-def test_a_torn_summary_is_not_believed(suite, tmp_path) -> None:
+def test_a_torn_line_is_not_believed(suite, tmp_path) -> None:
     suite(Script(), "--nightly")
-    text = (tmp_path / "summary.json").read_text()
-    (tmp_path / "summary.json").write_text(text[: len(text) // 2])
+    text = (tmp_path / "results.jsonl").read_text()
+    (tmp_path / "results.jsonl").write_text(text[:-10])
     script = Script()
     assert suite(script, "--nightly")[0] == 0
-    assert script.plans[-1].items == tuple(ROWS)
+    assert script.plans[-1].items == tuple(ROWS[-1:])
 
 
 def test_the_default_set_always_runs_everything(suite) -> None:
@@ -229,10 +242,10 @@ def test_a_stopped_run_leaves_its_results_and_no_ranks(suite, stop) -> None:
     class Stopped(Script):
         ended = False
 
-        def records(self) -> Iterator[dict[str, Any]]:
+        def records(self) -> Iterator[tuple[str, str, Any]]:
             try:
                 for record in super().records():
-                    if record.get("started") == "fan-out-cp2":
+                    if record[:2] == ("started", "fan-out-cp2"):
                         os.kill(os.getpid(), stop)
                     yield record
             finally:
@@ -242,7 +255,7 @@ def test_a_stopped_run_leaves_its_results_and_no_ranks(suite, stop) -> None:
     code, _, summary = suite(script)
     assert code == 130
     assert script.ended
-    assert (list(summary["rows"]), summary["missing"]) == (ROWS[:1], ROWS[1:])
+    assert (list(summary["results"]), summary["missing"]) == (ROWS[:1], ROWS[1:])
 
 
 def test_a_bad_row_name_is_one_sentence_and_writes_nothing(tmp_path, capsys) -> None:
@@ -252,85 +265,6 @@ def test_a_bad_row_name_is_one_sentence_and_writes_nothing(tmp_path, capsys) -> 
     assert error.startswith("error: LAYOUTS names 'tp3', which is no row")
     assert error.count("\n") == 1
     assert not out.exists()
-
-
-# ---- the real launch, with a script in the ranks' place ---------------------------------------
-
-
-def launched(tmp_path: Path, body: str, timeout: float = 20.0) -> list[dict[str, Any]]:
-    """Records of a launch whose process runs ``body`` with ``say(record)``."""
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        textwrap.dedent(
-            """
-            import json, sys, time
-            from pathlib import Path
-            folder = Path(sys.argv[1])
-            plan = json.loads((folder / "plan.json").read_text())
-            def say(text):
-                with (folder / "progress.jsonl").open("a") as file:
-                    file.write(text)
-            """
-        )
-        + textwrap.dedent(body)
-    )
-    plan = Plan(8, ("a", "b"), False, 8, 10, 1e-4, "gloo", str(tmp_path), 60)
-    launch = RanksLaunch(plan, tmp_path / "launch", timeout)
-    launch.script = script
-    return list(launch.records())
-
-
-def test_records_arrive_until_the_launch_ends(tmp_path) -> None:
-    body = """
-    for item in plan["items"]:
-        say(json.dumps({"started": item}) + "\\n")
-        say(json.dumps({"finished": item, "result": {}}) + "\\n")
-    """
-    records = launched(tmp_path, body)
-    assert [r.get("started") or r["finished"] for r in records] == ["a", "a", "b", "b"]
-
-
-def test_the_launchers_sentence_is_the_reason(tmp_path) -> None:
-    body = """
-    print("noise")
-    print("error: rank 3 was killed by SIGKILL; the other 7 ranks were ended", file=sys.stderr)
-    sys.exit(1)
-    """
-    with pytest.raises(LaunchFailed, match="^rank 3 was killed by SIGKILL; the other 7"):
-        launched(tmp_path, body)
-
-
-def test_a_silent_end_has_its_exit_code_and_log(tmp_path) -> None:
-    with pytest.raises(LaunchFailed, match=r"^the launch ended with exit code 7, see .*launch.log"):
-        launched(tmp_path, "sys.exit(7)")
-
-
-def test_a_hang_is_ended_and_said(tmp_path) -> None:
-    body = """
-    say('{"started": "a"}\\n')
-    time.sleep(60)
-    """
-    with pytest.raises(LaunchFailed, match=r"^no result within 0.5 s; all ranks were ended"):
-        launched(tmp_path, body, timeout=0.5)
-
-
-def test_half_a_line_is_not_read_and_none_is_read_twice(tmp_path) -> None:
-    path = tmp_path / "progress.jsonl"
-    reader, writer = ProgressReader(path), ProgressWriter(path)
-    assert reader.new() == []
-    writer.started("a")
-    with path.open("a") as file:
-        file.write('{"finished": ')
-    assert reader.new() == [{"started": "a"}]
-    assert reader.new() == []
-    with path.open("a") as file:
-        file.write('"a", "result": {}}\n')
-    assert reader.new() == [{"finished": "a", "result": {}}]
-
-
-def test_this_interpreter_runs_the_ranks() -> None:
-    assert RanksLaunch.script.exists()
-    assert sys.executable
 
 
 def test_the_page_has_the_table_and_the_bounds_of_this_run(suite, tmp_path) -> None:
