@@ -85,7 +85,7 @@ def test_tasks_that_depend_on_a_lost_one_are_judged_and_the_rest_goes_on(
     def start(_world: int, keys: list[str], *_: Any, **__: Any) -> Any:
         for key in keys:
             yield "started", key, {}
-            losses = [1.0] * (5 if "__" in key and not key[-2:-1] == "." else 2)
+            losses = [1.0] * (5 if "__" in key and key[-2:-1] != "." else 2)
             if key in {case.places[0].key for case in SETS["quick"]()}:
                 losses = [1.0] * 9
             failed = {"passed": False, "reason": "rank 3: no\nmore"}
