@@ -27,6 +27,9 @@ SUPERVISOR_VARIABLE = "MIMO_TEST_SUPERVISOR_PID"
 _PYTEST_FRAMES = re.compile(
     r'\n  File "[^"]*_pytest/(python\.py", line \d+ in pytest_pyfunc_call|runner\.py").*', re.DOTALL
 )
+# How the interpreter's account of a crash begins, and the list of modules that ends it.
+_CRASH = "Fatal Python error: "
+_MODULES = "\nExtension modules: "
 
 
 def stacks_path(directory: Path, rank: int) -> Path:
@@ -103,10 +106,17 @@ class RankLog:
         return trim_stacks(path.read_text(errors="replace")) if path.exists() else ""
 
     def output_tail(self, lines: int = 40) -> str:
-        """Return the last lines the rank printed, both streams."""
+        """Return the last lines the rank printed, both streams; after a crash those around it."""
         texts = []
         for path in sorted((self.directory / "logs").rglob(f"{self.rank}/std*.log")):
-            texts += path.read_text(errors="replace").splitlines()[-lines:]
+            text = path.read_text(errors="replace")
+            before, fatal, stacks = text.partition(_CRASH)
+            if fatal:
+                said = before.splitlines()[-lines // 4 :]
+                stacks = trim_stacks(fatal + stacks.partition(_MODULES)[0]).splitlines()
+                texts += [*said, *stacks[: lines - len(said)]]
+            else:
+                texts += text.splitlines()[-lines:]
         return "\n".join(texts[-lines:])
 
 

@@ -62,8 +62,10 @@ def check_mask(
             "attention_mask and packing_kwargs were both given; cu_seqlens says who sees whom in a "
             "packed batch, leave attention_mask out"
         )
-    for name, core in _attention_of(model):
+    layers = list(_attention_of(model))
+    if layers:
         _check_form(mask, *input_ids.shape)
+    for name, core in layers:
         _check_reader(name, core)
 
 
