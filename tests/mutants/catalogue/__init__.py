@@ -4,6 +4,7 @@
 from tests.mutants.catalogue.backend import BACKEND
 from tests.mutants.catalogue.boundaries import BOUNDARIES
 from tests.mutants.catalogue.bridge import BRIDGE, GRIDS
+from tests.mutants.catalogue.checkpoints import CHECKPOINTS
 from tests.mutants.catalogue.exchange import EXCHANGE
 from tests.mutants.catalogue.faults import FAULTS
 from tests.mutants.catalogue.files import FILES
@@ -16,7 +17,6 @@ from tests.mutants.catalogue.routing import ROUTING
 from tests.mutants.catalogue.sequence import ATTENTION, SHARDING
 from tests.mutants.catalogue.stages import STAGES
 from tests.mutants.catalogue.training import (
-    CHECKPOINTS,
     EXPERTS,
     GRADIENTS,
     OPTIMIZER,
@@ -26,9 +26,11 @@ from tests.mutants.catalogue.two_encoders import TWO_ENCODERS
 from tests.mutants.catalogue.written_without_a import WITHOUT_A
 from tests.mutants.catalogue.written_without_a_model import WITHOUT_A_MODEL
 from tests.mutants.catalogue.written_without_a_parts import WITHOUT_A_PARTS
-from tests.mutants.catalogue.written_without_b import WRITTEN_WITHOUT_B
-from tests.mutants.catalogue.written_without_b_more import WRITTEN_WITHOUT_B_MORE
-from tests.mutants.catalogue.written_without_b_unjudged import WRITTEN_WITHOUT_B_UNJUDGED
+from tests.mutants.catalogue.written_without_b_checkpoints import WITHOUT_B_CHECKPOINTS
+from tests.mutants.catalogue.written_without_b_jobs import WITHOUT_B_JOBS
+from tests.mutants.catalogue.written_without_b_memory import WITHOUT_B_MEMORY
+from tests.mutants.catalogue.written_without_b_optimizer import WITHOUT_B_OPTIMIZER
+from tests.mutants.catalogue.written_without_b_training import WITHOUT_B_TRAINING
 
 MUTANTS = (
     *GRIDS,
@@ -53,10 +55,12 @@ MUTANTS = (
     *BACKEND,
     *BOUNDARIES,
     *OPTIONS,
-    *WRITTEN_WITHOUT_B,
-    *WRITTEN_WITHOUT_B_MORE,
-    *WRITTEN_WITHOUT_B_UNJUDGED,
     *WITHOUT_A,
     *WITHOUT_A_MODEL,
     *WITHOUT_A_PARTS,
+    *WITHOUT_B_CHECKPOINTS,
+    *WITHOUT_B_JOBS,
+    *WITHOUT_B_MEMORY,
+    *WITHOUT_B_OPTIMIZER,
+    *WITHOUT_B_TRAINING,
 )

@@ -13,7 +13,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,21 +29,13 @@ from megatron.core.models.mimo.training.checkpoint import (
     CheckpointError,
     CheckpointStore,
 )
-from tests.unit_tests.mimo.digits_runs import FAN_IN, Run, only_rank_0, run, same
+from tests.unit_tests.mimo.digits_runs import Run, only_rank_0, same
 from tests.unit_tests.mimo.tiny_modules import on_all_ranks
 
 pytestmark = pytest.mark.ranks(8)
 
 # An object that is unpickled: the random states of rank 5.
 RANDOM = "rng/shard_5_8"
-
-
-@pytest.fixture(scope="module")
-def trained() -> Iterator[Run]:
-    """A run after one step."""
-    with run(FAN_IN) as one:
-        one.train(0, 1)
-        yield one
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,14 +31,6 @@ from tests.unit_tests.mimo.tiny_modules import on_all_ranks
 pytestmark = pytest.mark.ranks(8)
 
 AUDIO = "tp=1,dp=8"
-
-
-@pytest.fixture(scope="module")
-def trained() -> Iterator[Run]:
-    """A run of images and language after one step, with the distributed optimizer."""
-    with run(FAN_IN) as one:
-        one.train(0, 1)
-        yield one
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from megatron.core.models.mimo import optimizer
 from megatron.core.models.mimo.optimizer import MimoOptimizer
-from megatron.core.models.mimo.training import optimizer_state
+from megatron.core.models.mimo.training import optimizer_settings, optimizer_state
 
 
 def test_arguments_reach_every_modules_optimizer() -> None:
@@ -51,6 +51,28 @@ def test_gradients_of_copies_that_are_tied_over_stages_are_looked_at() -> None:
     info = optimizer.ModuleOptimizerInfo(inner, None, None, True)
     (found,) = MimoOptimizer({"language": info}, None)._copies("language")
     assert found is tied.grad
+
+
+def merged(mine: list[dict], saved: list[dict]) -> tuple[list[dict], int]:
+    """Groups of a run that was built as the one that saved, which has moved since."""
+    inner = SimpleNamespace(optimizer=SimpleNamespace(param_groups=mine))
+    built = [{**mine[0], "wd_mult": each["wd_mult"]} for each in saved]
+    return optimizer_settings.merged_groups(inner, saved, {"built": built}, "run")
+
+
+def test_a_group_that_was_not_saved_counts_on_from_the_steps_of_the_others() -> None:
+    """Fused optimizers count in their groups, all of a module alike."""
+    mine = [{"params": [], "wd_mult": mult, "lr": 0.5} for mult in (1.0, 0.0)]
+    groups, common = merged(mine, [{"params": [], "wd_mult": 1.0, "lr": 0.25, "step": 7}])
+    assert common == 1
+    assert [(group["lr"], group["step"]) for group in groups] == [(0.25, 7), (0.5, 7)]
+
+
+def test_groups_that_nothing_else_tells_apart_go_by_their_order() -> None:
+    mine = [{"params": [], "wd_mult": 1.0, "lr": 0.5} for _ in range(3)]
+    groups, common = merged(mine, [{**mine[0], "lr": lr} for lr in (0.25, 0.125)])
+    assert common == 2
+    assert [group["lr"] for group in groups] == [0.25, 0.125, 0.5]
 
 
 def test_a_loss_scale_is_saved_from_the_host() -> None:

@@ -190,6 +190,7 @@ def test_states_of_another_rank_or_kind_are_refused(shared_tmp_path: Path) -> No
         other = on_all_ranks(mine)[1 - torch.distributed.get_rank()]
         refused = [
             (other, r"holds shards of rank \d of 2, this is rank \d of 2.*sharded_state_dict"),
+            ({n: _of_another_layout(s) for n, s in mine.items()}, r"\(or another layout\)"),
             ({n: _without_shards(s) for n, s in mine.items()}, "no tensors of the distributed"),
             ({"images": mine["images"]}, r"has no module 'language'; it holds \['images'\]"),
         ]
@@ -206,6 +207,13 @@ def test_states_of_another_rank_or_kind_are_refused(shared_tmp_path: Path) -> No
         ),
     ):
         one.optimizer.load_state_dict(mine)
+
+
+def _of_another_layout(state: dict[str, Any]) -> dict[str, Any]:
+    """With shards that would be copied into any others without an error."""
+    shards = state["_mimo_shards"]
+    short = [[{k: v[:1] for k, v in each.items()} for each in group] for group in shards["groups"]]
+    return {**state, "_mimo_shards": {**shards, "groups": short}}
 
 
 def _without_shards(state: dict[str, Any]) -> dict[str, Any]:
@@ -266,6 +274,20 @@ def test_dtypes_and_config_are_compared_when_the_optimizer_is_built(
         row = Row("adam", distributed, dtype, "dense")
         with pytest.raises(ValueError, match=sentence), built(row, 1, **changes):
             pass
+
+
+@pytest.mark.ranks(1)
+def test_what_does_not_train_may_be_of_another_dtype() -> None:
+    """A frozen bf16 language model, an fp32 encoder that trains, and its fp32 optimizer."""
+    config = {"bf16": False, "params_dtype": torch.float32}
+    for distributed in (False, True):
+        row = Row("adam", distributed, "between", "dense")
+        with built(row, 1, frozen=("language.",), **config) as one:
+            before = copy.deepcopy(one.model.state_dict())
+            assert len(set(one.steps(0, BEFORE))) == BEFORE
+            moved = [k for k, v in one.model.state_dict().items() if not _equal(v, before[k])]
+            assert moved
+            assert all("images" in name for name in moved)
 
 
 NEW = {"lr": 0.02, "min_lr": 0.001, "weight_decay": 0.3, "adam_beta1": 0.8, "adam_eps": 1e-6}

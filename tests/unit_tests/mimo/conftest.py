@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of several test modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.unit_tests.mimo.digits_runs import Run
+
+
+@pytest.fixture(scope="module")
+def trained() -> Iterator[Run]:
+    """A run of images and language after one step, with the distributed optimizer."""
+    from tests.unit_tests.mimo.digits_runs import FAN_IN, run
+
+    with run(FAN_IN) as one:
+        one.train(0, 1)
+        yield one
