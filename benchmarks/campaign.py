@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from errors import JobError
-
 from benchmarks import report
 from benchmarks.cases import Pair
 from benchmarks.kinds import KINDS, Kind
@@ -20,6 +18,7 @@ from campaigns.command import Campaign, CampaignError, Console, verdict
 from campaigns.launches import Launch, launch, run_tasks
 from campaigns.pages import write_whole
 from campaigns.record import Record, Result
+from mimo_colocated.launch.errors import JobError
 
 WORK = "benchmarks.work:work"
 _NOT_SHOWN = ("passed", "backend", "expected", "curve")

@@ -48,7 +48,7 @@ class Campaign:
     nouns = ("case", "cases")
     title: str
     columns: tuple[str, ...]
-    code: tuple[str, ...] = ("megatron/**/*.py", "mimo_colocated/*.py", "campaigns/*.py")
+    code: tuple[str, ...] = ("megatron/**/*.py", "mimo_colocated/**/*.py", "campaigns/*.py")
     folder: Path
 
     def add_options(self, add: Callable[..., Any]) -> None:

@@ -1,33 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts the digits job with all its ranks forked from this process, which has the libraries.
+"""Starts the digits job, its launcher forked from this process, which has the libraries.
 
-Importing PyTorch and Megatron-Core in 8 ranks takes longer than all that a case is about. The
-launcher and the job are the real ones; only how a rank's process comes to be differs.
+Importing PyTorch and Megatron-Core takes longer than all that a case is about. The launcher and the
+job are the real ones.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib
-import logging
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
 
+from mimo_colocated.launch import run
 from tests.faults.cases import Case
 from tests.faults.inject import watch_rank
 
 _DIGITS = Path(__file__).parents[2] / "examples" / "mimo" / "digits"
-_LIBRARIES = ("job", "torch.distributed.launcher.api", "layout_picture", "sklearn.datasets")
+_LIBRARIES = ("layout_picture", "train")
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 """Of an outer launch; a job that is started must not take itself for one of its ranks."""
 
@@ -39,6 +37,7 @@ def prepare() -> None:
     sys.path.insert(0, str(_DIGITS))
     for name in _LIBRARIES:
         importlib.import_module(name)
+    importlib.import_module("train").prepare()
     gc.freeze()
 
 
@@ -87,51 +86,21 @@ def start(arguments: Sequence[str], folder: Path, case: Case | None, deadline_s:
     return Ended(status, ended, errors, left, output)
 
 
-def run_forked(
-    arguments: Sequence[str], first_in_rank: Callable[[int], object] | None = None
-) -> int:
+def launch(arguments: Sequence[str], first_in_rank: Callable[[int], object]) -> int:
     """Be the job's launcher, after :func:`prepare`; returns its exit code.
 
     Args:
         arguments: of the job.
         first_in_rank: called in each rank's process before the job, with the rank.
     """
-    launch, train = (importlib.import_module(name) for name in ("launch", "train"))
-    gate = Path(tempfile.mkdtemp())
+    train = importlib.import_module("train")
 
-    # How forked ranks are ended is told line by line; a user's are not forked.
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-
-    def rank_main() -> None:
-        _wait_until_all_are_forked(gate)
-        if first_in_rank is not None:
+    def parse(argv: Sequence[str], world_size: int | None) -> Any:
+        if world_size is not None:
             first_in_rank(int(os.environ["RANK"]))
-        found = launch.run(train.__file__, arguments, train.parse, train.job, stops=True)
-        if found:
-            launch._exit_now(found)
+        return train.parse(argv, world_size)
 
-    def fork_ranks(config: Any, _script: str, _arguments: Sequence[str]) -> None:
-        from torch.distributed.launcher.api import elastic_launch
-
-        config.start_method = "fork"
-        elastic_launch(config, rank_main)()
-
-    launch._run_ranks = fork_ranks
-    try:
-        return launch.run(train.__file__, arguments, train.parse, train.job, stops=True)
-    finally:
-        shutil.rmtree(gate, ignore_errors=True)
-
-
-def _wait_until_all_are_forked(gate: Path) -> None:
-    """The launcher serves the ranks' store in a thread of its own.
-
-    A rank that is forked while that thread serves another one may get a lock that nobody opens: one
-    start of 8 ranks in a hundred hung in ``init_process_group``.
-    """
-    (gate / os.environ["RANK"]).touch()
-    while len(list(gate.iterdir())) < int(os.environ["WORLD_SIZE"]):
-        time.sleep(0.002)
+    return run(replace(train.JOB, parse=parse), arguments)
 
 
 def _become_the_launcher(arguments: Sequence[str], folder: Path, case: Case | None) -> NoReturn:
@@ -143,7 +112,7 @@ def _become_the_launcher(arguments: Sequence[str], folder: Path, case: Case | No
             os.dup2(file, number)
         for name in LAUNCH_VARIABLES:
             os.environ.pop(name, None)
-        code = run_forked(arguments, lambda rank: watch_rank(rank, folder, case))
+        code = launch(arguments, lambda rank: watch_rank(rank, folder, case))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mimo_colocated import phases
-from mimo_colocated.evidence import SUMMARY, read_dumps
+from mimo_colocated.forensics.evidence import SUMMARY, read_dumps
 from tests.faults.cases import APART, WRITES, Case
 from tests.faults.starts import Ended
 from tests.faults.stops import (

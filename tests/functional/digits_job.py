@@ -23,17 +23,13 @@ import psutil
 from tests.faults.starts import LAUNCH_VARIABLES
 
 TRAIN = Path(__file__).parents[2] / "examples" / "mimo" / "digits" / "train.py"
-FORKED = Path(__file__).with_name("forked_job.py")
 TIMEOUT_S = 500
 # On a busy machine ranks start minutes apart; a rank that dies is noticed at once all the same.
 _PATIENT = ("--timeout", "400")
 
 
 class Job:
-    """One start of ``train.py``; ``arguments`` is one string as typed after the script's name.
-
-    ``script`` is another one that does the same, such as :data:`FORKED`.
-    """
+    """One start of ``train.py``; ``arguments`` is one string as typed after the script's name."""
 
     def __init__(
         self,
@@ -41,7 +37,6 @@ class Job:
         arguments: str,
         *,
         faults: Path | None = None,
-        script: Path = TRAIN,
         **variables: str,
     ) -> None:
         self.out = out
@@ -55,7 +50,7 @@ class Job:
         # Into files: nobody has to read a pipe while the test waits for something else.
         with self._output.open("w") as output, self._errors.open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, str(script), *_PATIENT, *arguments.split(), "--out", str(out)],
+                [sys.executable, str(TRAIN), *_PATIENT, *arguments.split(), "--out", str(out)],
                 env=environment | variables,
                 cwd=out.parent,
                 stdout=output,
@@ -85,7 +80,7 @@ class Job:
         """The process of one rank."""
         for process in self.processes()[1:]:
             with contextlib.suppress(psutil.Error):
-                if process.environ().get("RANK") == str(number):
+                if process.name() == f"rank {number}" or _variable(process, "RANK") == str(number):
                     return process
         raise AssertionError(f"rank {number} does not run:\n{self.output}{self.errors}")
 
@@ -149,6 +144,11 @@ class Job:
         return json.loads((self.out / "summary.json").read_text())
 
 
+def _variable(process: psutil.Process, name: str) -> str | None:
+    """Of the environment that a process was started with."""
+    return process.environ().get(name)
+
+
 def is_alive(process: psutil.Process) -> bool:
     """Whether it still runs; one that only waits to be reaped does not."""
     try:
@@ -187,10 +187,26 @@ def everything(folder: Path) -> Iterator[tuple[str, bytes]]:
             yield str(path.relative_to(folder)), path.read_bytes()
 
 
+_SITE = """
+import os, sys
+
+def begin(rank):
+    exec({code!r}, {{"os": os, "RANK": rank, "__name__": "sabotage"}})
+
+def forked(event, arguments):  # into a rank: the launcher's variables become those of a rank
+    if event == "os.putenv" and arguments[0] == b"RANK":
+        begin(arguments[1].decode())
+
+begin(os.environ.get("RANK"))
+if "RANK" not in os.environ:
+    sys.addaudithook(forked)
+"""
+
+
 def sabotage(folder: Path, code: str) -> Path:
     """A folder for ``PYTHONPATH`` that runs ``code`` first in every process of a job."""
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text(f"import os\nRANK = os.environ.get('RANK')\n{code}")
+    (folder / "sitecustomize.py").write_text(_SITE.format(code=code))
     return folder
 
 

@@ -18,8 +18,6 @@ import matplotlib.image
 import pytest
 
 from tests.functional.digits_job import (
-    FORKED,
-    TRAIN,
     Job,
     checkpoints,
     everything,
@@ -91,9 +89,7 @@ def eight_ranks(request: pytest.FixtureRequest, shelf: Path) -> tuple[Parity, Jo
     parity = EIGHT_RANKS[request.param]
     arguments = f"{parity.arguments} --steps {PARITY_STEPS}"
     folder = shelf / request.param.replace(" ", "_")
-    # One of them starts as a user starts it.
-    script = TRAIN if request.param == "fan-in" else FORKED
-    return parity, Job(folder, arguments, script=script).wait().succeeded()
+    return parity, Job(folder, arguments).wait().succeeded()
 
 
 def test_eight_ranks_lose_what_one_process_loses(
@@ -111,7 +107,7 @@ def test_experts_on_eight_ranks_lose_what_they_lose_on_one(tmp_path: Path) -> No
     more = "--experts 4 --steps 3 --save-every 0 --no-evaluate"
     eight = "--vision tp=2,dp=4 --language tp=2,cp=2,dp=2,ep=4,etp=1 --sequence-parallel"
     one = Job(tmp_path / "one", f"{ONE_RANK} {more}")
-    many = Job(tmp_path / "many", f"{eight} {more}", script=FORKED).wait().succeeded()
+    many = Job(tmp_path / "many", f"{eight} {more}").wait().succeeded()
     assert many.summary()["language"] | {"ep": 4, "etp": 1} == many.summary()["language"]
     assert many.losses() == pytest.approx(one.wait().succeeded().losses(), rel=0, abs=1e-4)
 
@@ -191,7 +187,7 @@ def with_sounds(shelf: Path) -> tuple[Job, Job]:
     staged = f"{STAGES_WITH_SOUNDS} --steps {SOUND_STEPS} --save-every 6"
     return (
         Job(shelf / "sounds_one", alone).wait().succeeded(),
-        Job(shelf / "sounds_eight", staged, script=FORKED).wait().succeeded(),
+        Job(shelf / "sounds_eight", staged).wait().succeeded(),
     )
 
 
@@ -323,11 +319,11 @@ def test_a_job_that_is_told_to_stop_saves_and_goes_on_to_bit_identical_losses(
 ) -> None:
     out = tmp_path / "run"
 
-    # One rank alone, while it imports what it trains with.
+    # One rank alone, as soon as it receives signals.
     early = (
-        "import sys, threading, time, signal\n"
+        "import threading, time, signal\n"
         "def warn():\n"
-        "    while 'megatron.core' not in sys.modules: time.sleep(0.01)\n"
+        "    while signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL: time.sleep(0.001)\n"
         "    os.kill(os.getpid(), signal.SIGUSR1)\n"
         "if RANK == '1': threading.Thread(target=warn, daemon=True).start()\n"
     )
@@ -351,7 +347,7 @@ def test_a_job_that_is_told_to_stop_saves_and_goes_on_to_bit_identical_losses(
     assert checkpoints(out) == ["step_00000003"]
 
     # Between two saves.
-    job = Job(out, KILLED, script=FORKED)
+    job = Job(out, KILLED)
     job.wait_for(lambda: steps_done(out) >= 4)
     job.process.terminate()
     ends, steps = _ends_of(job), steps_done(out)
@@ -361,7 +357,7 @@ def test_a_job_that_is_told_to_stop_saves_and_goes_on_to_bit_identical_losses(
 
     # All is trained, and the held-out images are being read.
     evaluating = f"{KILLED.replace('--no-evaluate', '')} --eval-batch-size 2"
-    job = Job(out, evaluating, script=FORKED)
+    job = Job(out, evaluating)
     job.wait_for(lambda: "reading 359 held-out images" in job.output)
     job.process.terminate()
     assert _ends_of(job) == (75, said.format(8, 8), "")
@@ -369,7 +365,7 @@ def test_a_job_that_is_told_to_stop_saves_and_goes_on_to_bit_identical_losses(
     assert trained(metrics(out)) == trained(uninterrupted.metrics())
     assert not (out / "summary.json").exists()
 
-    job = Job(out, KILLED, script=FORKED).wait().succeeded()
+    job = Job(out, KILLED).wait().succeeded()
     assert "resuming after step 8 " in job.output
     assert trained(metrics(out)) == trained(uninterrupted.metrics())
 

@@ -18,17 +18,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import connection_notes
-import launch
 import psutil
 import pytest
 import torch
-from errors import JobError, require_packages
-from failures import Exit, Report, explain, read_reports
-from launch import choose_backend
+from needs import INSTALL_HINT
 from options import parse_options
 
-from mimo_colocated.evidence import STOPPED, Evidence
+from mimo_colocated.forensics.evidence import STOPPED, Evidence
+from mimo_colocated.launch import Job, JobError, Packages, choose_backend, connection_notes, ranks
+from mimo_colocated.launch.failures import Exit, Report, explain, read_reports
 from mimo_colocated.phases import Place
 
 _MODULES = Path(__file__).parents[2] / "examples" / "mimo" / "digits"
@@ -247,7 +245,7 @@ def test_one_and_two_ranks_are_counted_in_words() -> None:
     ],
 )
 def test_reports_of_exceptions(error: Exception, kind: str, message: str, tmp_path: Path) -> None:
-    report = Report.of(2, error, "rank_2.log")
+    report = Report.of(2, error, "rank_2.log", INSTALL_HINT)
     assert report.kind == kind
     assert re.match(message, report.message)
     assert "\n" not in report.message
@@ -272,7 +270,7 @@ def test_cuda_is_not_started_before_its_devices_are_hidden(wanted: str, monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", seen)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     options = parse_options(["--backend", wanted])
-    assert launch._rank_backend(options, 8) == "gloo"
+    assert ranks._rank_backend(Job("", parse_options, print), options, 8) == "gloo"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
     assert started == []
 
@@ -286,9 +284,11 @@ def test_too_few_gpus_are_refused() -> None:
 
 
 def test_missing_packages_are_named_together() -> None:
-    require_packages({"os": "os", "os.path": "os"})
+    Packages({"os": "os", "os.path": "os"}).check()
     with pytest.raises(JobError, match=r"the packages are missing: aa, bb; install .*\[examples\]"):
-        require_packages({"no_such_aa": "aa", "os": "os", "no_such_bb.inner": "bb"})
+        Packages({"no_such_aa": "aa", "os": "os", "no_such_bb.inner": "bb"}, INSTALL_HINT).check()
+    with pytest.raises(JobError, match=r"the package is missing: aa; install it with pip$"):
+        Packages({"no_such_aa": "aa"}).check()
 
 
 # ------------------------------------------------------------------------------ real processes
@@ -297,10 +297,9 @@ _JOB = f"""
 import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(_MODULES)!r})
-from errors import JobError, Stopped
-from launch import init_distributed, run
 from options import parse_options
 from mimo_colocated import phases
+from mimo_colocated.launch import Job, JobError, Stopped, init_distributed, run
 
 def job(options, backend, requests=None):
     import torch
@@ -331,7 +330,7 @@ def job(options, backend, requests=None):
             raise Stopped(f"{{told.name}} after {{step}}")
 
 stops = os.environ["MODE"] in ("stops", "stuck")
-sys.exit(run(__file__, sys.argv[1:], parse_options, job, stops=stops))
+sys.exit(run(Job(__file__, parse_options, job, stops=stops), sys.argv[1:]))
 """
 _TWO_RANKS = ("--vision", "dp=2", "--language", "dp=2", "--timeout", "30")
 
@@ -574,10 +573,10 @@ def test_gloo_s_notes_on_refused_connections_are_held_back(capfd):
 def test_a_rank_that_joins_in_vain_gives_up(monkeypatch):
     """Gloo would try a rank that is stopped again and again, and cannot be interrupted."""
     errors: list[Exception] = []
-    monkeypatch.setattr(launch, "_fail_this_rank", [errors.append])
-    with launch._given_up_after(30.0):
+    monkeypatch.setattr(ranks, "_fail_this_rank", [errors.append])
+    with ranks._given_up_after(30.0):
         pass
-    with launch._given_up_after(0.05):
+    with ranks._given_up_after(0.05):
         deadline = time.monotonic() + 20
         while not errors and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from errors import JobError
 from layouts import Layout, Limits, Pair, check_layouts, misfits, suggest, suggestion
 from options import Options, parse_options
 
 from megatron.core.models.mimo.partition.sequence_order import shard_factor
+from mimo_colocated.launch.errors import JobError
 
 
 def test_the_defaults_are_the_job_of_make_train() -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import report
-from errors import JobError, write_atomically
 from layout_picture import LayoutPicture, plot_layout
 from matplotlib.image import imread
 from pictures import _choose, plot_loss, plot_predictions
@@ -23,6 +22,7 @@ from report import MetricsWriter, Progress, print_table, read_metrics, write_sum
 from megatron.core.hyper_comm_grid import GridShape
 from megatron.core.models.mimo.comm.bridge_layout import BridgeLayout
 from megatron.core.models.mimo.comm.route_layout import RouteLayout
+from mimo_colocated.launch.errors import JobError, write_atomically
 
 _FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -21,9 +21,10 @@ from data import (
     Token,
 )
 from encoders import SpeechEncoder
-from errors import JobError
 from reading import HeldOut
 from sounds import BANDS, FRAMES, RATE, SAMPLES, Clips, Variation, log_mel, recordings
+
+from mimo_colocated.launch.errors import JobError
 
 # Nothing is changed but the time at which the recording begins.
 PLAIN = Variation(speed=1.0, gain_db=0.0, noise_db=-300.0, place=0.5)

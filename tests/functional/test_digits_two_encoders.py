@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from data import Batch, DigitsBatches, Kind
-from errors import JobError
 from job import Run
 from layouts import Layout
 from memory_plan import encoder_shape, items_of_a_microbatch, print_memory_plan, step_of
@@ -29,6 +28,7 @@ from megatron.core.models.mimo.comm.route_layout import RouteLayout
 from megatron.core.models.mimo.memory.kept import part_bytes
 from megatron.core.models.mimo.memory.plan import transformer_bytes
 from megatron.core.utils import unwrap_model
+from mimo_colocated.launch.errors import JobError
 
 SIZE = ModelSize(
     vision_hidden=32, vision_layers=2, audio_hidden=32, audio_layers=2,

@@ -184,8 +184,8 @@ def one_backend(wanted: str, rows: Sequence[Row]) -> str:
         CampaignError: NCCL is asked for and the widest row has more ranks than there are GPUs.
     """
     import torch
-    from errors import JobError
-    from launch import choose_backend
+
+    from mimo_colocated.launch import JobError, choose_backend
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     try:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from errors import INSTALL_HINT, JobError
+from needs import INSTALL_HINT
+
+from mimo_colocated.launch.errors import JobError
 
 IMAGE_SIDE = 8
 PATCH_SIDE = 4

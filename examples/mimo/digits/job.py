@@ -13,13 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import connection_notes
 import torch
 import torch.distributed as dist
 from data import SEQUENCE_LENGTH, DigitsBatches
 from encoders import AUDIO, VISION
-from errors import JobError, Stopped, writing
-from launch import init_distributed
 from model import LANGUAGE, DigitsModel, Experts, ModelOptions, ModelSize, build_model
 from options import Options
 from reading import HeldOut
@@ -33,6 +30,8 @@ from megatron.core.models.mimo.training.checkpoint import (
     Manifest,
     remove_partial,
 )
+from mimo_colocated.launch import connection_notes, init_distributed
+from mimo_colocated.launch.errors import JobError, Stopped, writing
 from mimo_colocated.stop_requests import StopRequests
 
 # Changing one of these in mid-run would train on other data or another schedule than recorded.

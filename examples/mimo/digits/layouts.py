@@ -14,7 +14,7 @@ import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
-from errors import JobError
+from mimo_colocated.launch.errors import JobError
 
 MAX_RANKS = 16_384
 _AXES = {"vision": ("tp", "dp"), "audio": ("tp", "dp"), "language": ("tp", "cp", "pp", "dp")}

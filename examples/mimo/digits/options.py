@@ -2,21 +2,22 @@
 """All options of the job: one frozen dataclass, parsed by argparse.
 
 Everything is checked before a process is started or a file is touched; what does not fit is said
-in one sentence (:class:`errors.JobError`).
+in one sentence (:class:`JobError`).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from errors import JobError
 from layouts import Layout, Limits, Pair, check_layouts
+
+from mimo_colocated.launch.errors import JobError
+from mimo_colocated.launch.options import option, parse, real, share, switch, whole
 
 HEADS = 8
 SEQUENCE_LENGTH = 32
@@ -32,52 +33,6 @@ FREEZABLE = (
     "audio-encoder",
     "audio-projector",
 )
-
-
-def _option(default: Any, text: str, parse: Callable[[str], Any], *choices: str) -> Any:
-    return field(
-        default=default, metadata={"help": text, "type": parse, "choices": choices or None}
-    )
-
-
-def _switch(default: bool, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-def _whole(low: int) -> Callable[[str], int]:
-    """Parser of whole numbers from ``low``."""
-
-    def parse(text: str) -> int:
-        if not (text.isascii() and text.isdecimal() and low <= int(text) < 2**31):
-            raise argparse.ArgumentTypeError(
-                f"must be a whole number from {low} to {2**31 - 1}, got {text!r}"
-            )
-        return int(text)
-
-    return parse
-
-
-def _real(low: float, *, low_included: bool) -> Callable[[str], float]:
-    """Parser of finite numbers above ``low``."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value < low or (value == low and not low_included):
-            bound = f"{'at least' if low_included else 'above'} {low:g}"
-            raise argparse.ArgumentTypeError(f"must be a number {bound}, got {text!r}")
-        return value
-
-    return parse
-
-
-def _share(text: str) -> float:
-    value = _real(0.0, low_included=True)(text)
-    if value >= 1.0:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to below 1, got {text!r}")
-    return value
 
 
 def parts_to_freeze(text: str) -> tuple[str, ...]:
@@ -144,98 +99,98 @@ def _language(text: str) -> Layout:
 class Options:
     """What the user asked for; the defaults are what ``make train`` runs."""
 
-    vision: Layout = _option(
+    vision: Layout = option(
         Layout(tp=2, dp=4), "layout of the vision encoder, such as tp=2,dp=4", _vision
     )
-    audio: Layout | None = _option(
+    audio: Layout | None = option(
         None, "layout of an audio encoder, such as tp=1,dp=8: samples then show digits as images, "
         "as sounds, as a mix of both or as text; without it there are images only", _audio,
     )  # fmt: skip
-    language: Layout = _option(
+    language: Layout = option(
         Layout(tp=2, cp=2, dp=2), "layout of the language model, such as tp=2,cp=2,dp=2", _language
     )
-    steps: int = _option(600, "training steps", _whole(1))
-    seed: int = _option(1234, "of the initial weights and of the order of the images", _whole(0))
-    global_batch_size: int = _option(32, "samples per step over all ranks", _whole(1))
-    micro_batches: int = _option(1, "microbatches per step", _whole(1))
-    encode_ahead: int | None = _option(
+    steps: int = option(600, "training steps", whole(1))
+    seed: int = option(1234, "of the initial weights and of the order of the images", whole(0))
+    global_batch_size: int = option(32, "samples per step over all ranks", whole(1))
+    micro_batches: int = option(1, "microbatches per step", whole(1))
+    encode_ahead: int | None = option(
         None, "microbatches that are encoded together, with a pipelined language model (pp > 1); "
-        "all of a step by default", _whole(1),
+        "all of a step by default", whole(1),
     )  # fmt: skip
-    language_layers: int = _option(2, "layers of the language model", _whole(1))
-    virtual_stages: int = _option(
-        1, "stages per rank of a pipelined language model, which then interleaves", _whole(1)
+    language_layers: int = option(2, "layers of the language model", whole(1))
+    virtual_stages: int = option(
+        1, "stages per rank of a pipelined language model, which then interleaves", whole(1)
     )
-    eval_batch_size: int = _option(32, "samples per held-out batch", _whole(1))
-    lr: float = _option(1.5e-3, "peak learning rate", _real(0.0, low_included=False))
-    clip_grad: float = _option(
-        1.0, "largest gradient norm, 0 for none", _real(0.0, low_included=True)
+    eval_batch_size: int = option(32, "samples per held-out batch", whole(1))
+    lr: float = option(1.5e-3, "peak learning rate", real(0.0, low_included=False))
+    clip_grad: float = option(
+        1.0, "largest gradient norm, 0 for none", real(0.0, low_included=True)
     )
-    max_skipped: int = _option(
+    max_skipped: int = option(
         10, "steps in a row that may be skipped because of gradients that are not finite; the job "
-        "stops then. Those in which float16 looks for its loss scale do not count", _whole(1),
+        "stops then. Those in which float16 looks for its loss scale do not count", whole(1),
     )  # fmt: skip
-    sequence_parallel: bool = _switch(False, "also cut the language sequence over TP")
-    packed: bool = _switch(
+    sequence_parallel: bool = switch(False, "also cut the language sequence over TP")
+    packed: bool = switch(
         False, "pack each language replica's samples into one sequence, each cut at its end"
     )
-    varied_samples: bool = _switch(False, "samples show one to four digits instead of four")
-    experts: int = _option(
+    varied_samples: bool = switch(False, "samples show one to four digits instead of four")
+    experts: int = option(
         0, "experts in place of each MLP of the language model, 0 for none; its layout may have "
-        "ep (ranks that share them out) and etp (ranks for each, tp by default)", _whole(0),
+        "ep (ranks that share them out) and etp (ranks for each, tp by default)", whole(0),
     )  # fmt: skip
-    bridge: str = _option(
+    bridge: str = option(
         "routed", "how image rows reach the language model: each to the ranks that own its "
         "position (routed), or all to every rank of a replica (gather)", str, "gather", "routed",
     )  # fmt: skip
-    distributed_optimizer: bool = _switch(True, "shard the optimizer's state over DP")
-    overlap_grad_reduce: bool = _switch(True, "reduce gradients while backward still runs")
-    overlap_param_gather: bool = _switch(
+    distributed_optimizer: bool = switch(True, "shard the optimizer's state over DP")
+    overlap_grad_reduce: bool = switch(True, "reduce gradients while backward still runs")
+    overlap_param_gather: bool = switch(
         True, "gather updated weights while forward runs; without a distributed optimizer every "
         "rank has them",
     )  # fmt: skip
-    freeze: str = _option(
+    freeze: str = option(
         "", f"what does not train, such as encoder+projector: any of {', '.join(FREEZABLE)}; may "
         "change when the run resumes", _freeze,
     )  # fmt: skip
-    uneven_loss_mask: bool = _switch(False, "count only some of each sample's answer digits")
-    dtype: str = _option(
+    uneven_loss_mask: bool = switch(False, "count only some of each sample's answer digits")
+    dtype: str = option(
         "float32", "of the weights and activations; gradients are summed in float32", str,
         "float32", "bfloat16", "float16",
     )  # fmt: skip
-    dropout: float = _option(0.0, "probability, in both modules", _share)
-    recompute: str = _option(
+    dropout: float = option(0.0, "probability, in both modules", share)
+    recompute: str = option(
         "none", "what is computed again in backward instead of kept: nothing, attention "
         "(selective) or whole layers (full), in both modules", str, "none", "selective", "full",
     )  # fmt: skip
-    encoder_memory: str = _option(
+    encoder_memory: str = option(
         "keep", "what becomes of the encoder's activations while the language model runs: they "
         "stay (keep), are computed again (recompute), or wait in host memory (offload)", str,
         "keep", "recompute", "offload",
     )  # fmt: skip
-    projector_memory: str = _option(
+    projector_memory: str = option(
         "keep", "the same of the encoder's output and the projector's activations", str,
         "keep", "recompute", "offload",
     )  # fmt: skip
-    memory_plan: bool = _switch(
+    memory_plan: bool = switch(
         False, "print what each way to hold the encoder's activations would save, and end"
     )
-    backend: str = _option(
+    backend: str = option(
         "auto", "of the process groups; auto is nccl with enough GPUs, else gloo", str,
         "auto", "nccl", "gloo",
     )  # fmt: skip
-    timeout: int = _option(60, "seconds after which a rank that does not answer is lost", _whole(1))
-    nproc: int | None = _option(
-        None, "processes to start; the layouts decide by default", _whole(1)
+    timeout: int = option(60, "seconds after which a rank that does not answer is lost", whole(1))
+    nproc: int | None = option(
+        None, "processes to start; the layouts decide by default", whole(1)
     )
-    out: Path = _option(Path("runs/digits"), "folder for checkpoints and results", Path)
-    save_every: int = _option(50, "steps between checkpoints, 0 for none", _whole(0))
-    background_saves: bool = _switch(
+    out: Path = option(Path("runs/digits"), "folder for checkpoints and results", Path)
+    save_every: int = option(50, "steps between checkpoints, 0 for none", whole(0))
+    background_saves: bool = switch(
         True, "go on training while a checkpoint's files are written, from a copy in host memory"
     )
-    checkpoint_digests: bool = _switch(True, "compare digests of the checkpoint's files on resume")
-    fresh: bool = _switch(False, "start anew instead of resuming from the last checkpoint")
-    evaluate: bool = _switch(True, "read the held-out images at the end")
+    checkpoint_digests: bool = switch(True, "compare digests of the checkpoint's files on resume")
+    fresh: bool = switch(False, "start anew instead of resuming from the last checkpoint")
+    evaluate: bool = switch(True, "read the held-out images at the end")
 
     @property
     def pair(self) -> Pair:
@@ -251,28 +206,6 @@ class Options:
         """Plain values, for ``summary.json``."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {key: str(v) if isinstance(v, (Layout, Path)) else v for key, v in plain.items()}
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise JobError(f"{message.removeprefix('argument ')}; --help lists all options")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="train.py",
-        description="Train a model to read handwritten digits, and spoken ones, on any layout.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    for item in dataclasses.fields(Options):
-        flag, extra = f"--{item.name.replace('_', '-')}", dict(item.metadata)
-        if isinstance(item.default, bool):
-            extra["action"] = argparse.BooleanOptionalAction
-        elif item.name in ("vision", "audio", "language"):
-            extra["metavar"] = "AXIS=SIZE,..."
-        parser.add_argument(flag, default=item.default, **extra)
-    return parser
 
 
 def _check_pipeline(options: Options) -> None:
@@ -364,7 +297,13 @@ def parse_options(
             of layouts that would.
         SystemExit: after ``--help``.
     """
-    options = Options(**vars(_parser().parse_args(list(argv))))
+    options = parse(
+        Options,
+        argv,
+        prog="train.py",
+        description="Train a model to read handwritten digits, and spoken ones, on any layout.",
+        metavars=dict.fromkeys(("vision", "audio", "language"), "AXIS=SIZE,..."),
+    )
     limits = Limits(
         global_batch_size=options.global_batch_size,
         micro_batches=options.micro_batches,

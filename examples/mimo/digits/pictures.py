@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from errors import write_atomically
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from sounds import log_mel
+
+from mimo_colocated.launch.errors import write_atomically
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 INK, MUTED, RIGHT, WRONG = "#1b1f24", "#6e7781", "#0969da", "#cf222e"

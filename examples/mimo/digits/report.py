@@ -16,8 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from errors import JobError, write_atomically, writing
 from tqdm import tqdm
+
+from mimo_colocated.launch.errors import JobError, write_atomically, writing
 
 
 class MetricsWriter:

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from errors import INSTALL_HINT, JobError
+from needs import INSTALL_HINT
+
+from mimo_colocated.launch.errors import JobError
 
 RATE = 8000  # samples per second, of the recordings and of all sounds
 WINDOW, HOP = 512, 256  # samples

@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 # Light imports only: the launcher checks options and packages before torch is loaded.
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from launch import run
+from needs import PACKAGES
 from options import Options, parse_options
 
-if TYPE_CHECKING:  # not installed yet, perhaps: the launcher says so
+from mimo_colocated.launch import Job, run
+
+if TYPE_CHECKING:
     from mimo_colocated.stop_requests import StopRequests
 
 
@@ -42,16 +45,23 @@ def plan(options: Options, backend: str) -> bool:
     return options.memory_plan
 
 
-def job(options: Options, backend: str, requests: StopRequests) -> None:
+def work(options: Options, backend: str, requests: StopRequests) -> None:
     """What one rank does."""
     if options.memory_plan:  # under torchrun
         if os.environ["RANK"] == "0":
             plan(options, backend)
         return
-    _hush()
+    prepare()
     from job import run_job
 
     run_job(options, backend, requests)
+
+
+def prepare() -> None:
+    """Import what every rank needs."""
+    _hush()
+    import job  # noqa: F401
+    import sklearn.datasets  # noqa: F401 takes longer than a small run trains
 
 
 def _hush() -> None:
@@ -62,5 +72,7 @@ def _hush() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+JOB = Job(__file__, parse, work, plan, stops=True, packages=PACKAGES, prepare=prepare)
+
 if __name__ == "__main__":
-    sys.exit(run(__file__, sys.argv[1:], parse, job, plan, stops=True))
+    sys.exit(run(JOB, sys.argv[1:]))

@@ -4,7 +4,7 @@
 from tests.mutants.catalogue.places import UNIT
 from tests.mutants.mutant import Mutant
 
-_WAITS = "mimo_colocated/who_waits.py"
+_WAITS = "mimo_colocated/forensics/who_waits.py"
 _PHASES = "mimo_colocated/phases.py"
 _STOPS = "mimo_colocated/stop_requests.py"
 _OF_STOPS = UNIT + "test_stop_requests.py::"

@@ -16,7 +16,7 @@ WITHOUT_B_JOBS = (
     ),
     Mutant(
         name="the-watchdogs-dump-wins",
-        file="mimo_colocated/evidence.py",
+        file="mimo_colocated/forensics/evidence.py",
         old='if path.name.startswith("rank_") or rank not in found:',
         new="if rank not in found:",
         tests=(
@@ -26,7 +26,7 @@ WITHOUT_B_JOBS = (
     ),
     Mutant(
         name="an-old-summary-stays",
-        file="mimo_colocated/evidence.py",
+        file="mimo_colocated/forensics/evidence.py",
         old="if _DUMPS.fullmatch(path.name) or path.name == SUMMARY:",
         new="if _DUMPS.fullmatch(path.name):",
         tests=(
@@ -36,7 +36,7 @@ WITHOUT_B_JOBS = (
     ),
     Mutant(
         name="the-older-switch-is-overruled",
-        file="mimo_colocated/flight_recorder.py",
+        file="mimo_colocated/forensics/flight_recorder.py",
         old="if not any(name in os.environ for name in _SWITCHES):",
         new="if _SWITCH not in os.environ:",
         tests=(
@@ -46,7 +46,7 @@ WITHOUT_B_JOBS = (
     ),
     Mutant(
         name="what-has-ended-is-under-way",
-        file="mimo_colocated/flight_recorder.py",
+        file="mimo_colocated/forensics/flight_recorder.py",
         old="any(entered > ended for",
         new="any(entered >= ended for",
         tests=(
@@ -194,7 +194,7 @@ WITHOUT_B_JOBS = (
     ),
     Mutant(
         name="the-same-call-is-not-entered",
-        file="mimo_colocated/who_waits.py",
+        file="mimo_colocated/forensics/who_waits.py",
         old="return max(same, default=0) >= call.seq",
         new="return max(same, default=0) > call.seq",
         tests=(
@@ -204,7 +204,7 @@ WITHOUT_B_JOBS = (
     ),
     Mutant(
         name="the-first-call-under-way-is-waited-in",
-        file="mimo_colocated/who_waits.py",
+        file="mimo_colocated/forensics/who_waits.py",
         old="return next(iter([*stuck, *candidates]), None)",
         new="return next(iter(candidates), None)",
         tests=(
@@ -214,7 +214,7 @@ WITHOUT_B_JOBS = (
     ),
     Mutant(
         name="calls-as-the-recorder-lists-them",
-        file="mimo_colocated/who_waits.py",
+        file="mimo_colocated/forensics/who_waits.py",
         old="return sorted(found, key=lambda call: call.at)",
         new="return found",
         tests=(
@@ -224,7 +224,7 @@ WITHOUT_B_JOBS = (
     ),
     Mutant(
         name="a-rank-that-waits-is-lost",
-        file="mimo_colocated/who_waits.py",
+        file="mimo_colocated/forensics/who_waits.py",
         old="return sorted(wanted - set(self.waits))",
         new="return sorted(wanted)",
         tests=(

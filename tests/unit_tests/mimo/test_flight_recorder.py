@@ -12,15 +12,15 @@ from pathlib import Path
 
 import torch
 
-from mimo_colocated.evidence import Evidence, read_dumps
-from mimo_colocated.flight_recorder import (
+from mimo_colocated.forensics.evidence import Evidence, read_dumps
+from mimo_colocated.forensics.flight_recorder import (
     ENTRIES,
     _under_way,
     progress,
     switch_on,
     take_dump,
 )
-from mimo_colocated.who_waits import calls_of
+from mimo_colocated.forensics.who_waits import calls_of
 
 _RANK = """
 import sys, time
@@ -28,7 +28,8 @@ from datetime import timedelta
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from mimo_colocated import flight_recorder, phases
+from mimo_colocated import phases
+from mimo_colocated.forensics import flight_recorder
 from mimo_colocated.process_groups import make_groups
 
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])

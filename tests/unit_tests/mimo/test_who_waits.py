@@ -10,9 +10,9 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from mimo_colocated.evidence import Evidence, clear_dumps, read_dumps
+from mimo_colocated.forensics.evidence import Evidence, clear_dumps, read_dumps
+from mimo_colocated.forensics.who_waits import WhoWaits, calls_of, group_in_words, ranks_in_words
 from mimo_colocated.phases import Place, Wait
-from mimo_colocated.who_waits import WhoWaits, calls_of, group_in_words, ranks_in_words
 
 KILLED = "was killed by SIGKILL"
 GROUPS = {

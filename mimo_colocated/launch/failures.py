@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from errors import JobError, one_sentence
+from mimo_colocated.launch.errors import JobError, Packages, one_sentence
 
-if TYPE_CHECKING:  # not installed yet, perhaps: the launcher then says so
-    from mimo_colocated.evidence import Evidence
-    from mimo_colocated.who_waits import WhoWaits
+if TYPE_CHECKING:
+    from mimo_colocated.forensics.evidence import Evidence
+    from mimo_colocated.forensics.who_waits import WhoWaits
 
 # Ranks that do not stop when told to are killed after 30 s: a death that is noticed this long after
 # the first report is a consequence, not the reason.
@@ -53,14 +53,21 @@ class Report:
     at: float
 
     @classmethod
-    def of(cls, rank: int, error: BaseException, log: str) -> Report:
-        """Describe ``error``, raised by ``rank``."""
+    def of(cls, rank: int, error: BaseException, log: str, hint: str = Packages.hint) -> Report:
+        """Describe ``error``, raised by ``rank``.
+
+        Args:
+            rank: of the whole job.
+            error: that ends it.
+            log: file with the full traceback, empty if there is none.
+            hint: how to install packages, if one is missing.
+        """
         kind = "error"
         if isinstance(error, JobError):
             kind = "job"
         elif isinstance(error, (RuntimeError, OSError)) and _PEER_GONE.search(str(error)):
             kind = "peer"
-        return cls(rank, kind, one_sentence(error), log, time.time())
+        return cls(rank, kind, one_sentence(error, hint), log, time.time())
 
     def write(self, folder: Path) -> None:
         """Leave the report where the launcher and the other ranks find it, all at once."""
@@ -71,7 +78,7 @@ class Report:
 
 
 def read_reports(folder: Path) -> dict[int, Report]:
-    """Every report in ``folder`` by rank."""
+    """Return every report in ``folder`` by rank."""
     found = (Report(**json.loads(path.read_text())) for path in folder.glob("report_*.json"))
     return {report.rank: report for report in found}
 

@@ -16,15 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from errors import Stopped
-from failures import Report, read_reports
-
-from mimo_colocated.evidence import kill
+from mimo_colocated.forensics.evidence import kill
+from mimo_colocated.launch.errors import Stopped
+from mimo_colocated.launch.failures import Report, read_reports
 from mimo_colocated.phases import Place, read_places
 from mimo_colocated.stop_requests import EXIT_CODE, StopRequests, end_by
 
-if TYPE_CHECKING:  # not installed yet, perhaps: require_packages says so
-    from lost_ranks import RankWatch
+if TYPE_CHECKING:
+    from mimo_colocated.launch.lost_ranks import RankWatch
 
 _POLL_S = 0.1
 
@@ -45,7 +44,7 @@ class RankSignals:
         self._ending = threading.Event()
 
     def ends_by_itself(self) -> None:
-        """This rank is about to end, and says itself why; a launcher's SIGTERM waits for it."""
+        """Leave it to this rank to end and to say why; a launcher's SIGTERM waits for it."""
         self._ending.set()
 
     def stopped(self, stop: Stopped) -> int:
@@ -128,13 +127,17 @@ class Forwarding(threading.Thread):
                     kill(place)
 
     def close(self) -> None:
-        """The ranks have ended."""
+        """End, after the ranks."""
         self._over.set()
         self._news.set()
         self._requests.close()
 
     def outcome(self, codes: set[int]) -> tuple[str, int] | None:
-        """What to say and the exit code, if the ranks, which ended by ``codes``, were told to."""
+        """Return what to say and the exit code, if the ranks were told to end.
+
+        Args:
+            codes: the exit codes by which they ended.
+        """
         if EXIT_CODE in codes:
             return "", EXIT_CODE  # after all had saved, which rank 0 said
         if not self._received_so_far or (self._stops and not self._killed):

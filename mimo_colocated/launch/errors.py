@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors of this job that a user reads: one clear sentence, no traceback."""
+"""Errors that a user reads, one clear sentence without a traceback; files written whole."""
 
 from __future__ import annotations
 
@@ -7,22 +7,9 @@ import contextlib
 import errno
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-
-INSTALL_HINT = "install what the examples need with: pip install '.[examples]'"
-"""Said wherever a package is missing; run from the root of the project."""
-
-_PACKAGES = {
-    "torch": "torch",
-    "numpy": "numpy",
-    "sklearn": "scikit-learn",
-    "captcha": "captcha",
-    "megatron.core": "megatron-core",
-    "matplotlib": "matplotlib",
-    "tqdm": "tqdm",
-    "rich": "rich",
-}
 
 
 class JobError(Exception):
@@ -33,20 +20,28 @@ class Stopped(Exception):
     """The job was told to stop and has saved; the message is one sentence that says where."""
 
 
-def require_packages(packages: dict[str, str] | None = None) -> None:
-    """Refuse to start when a package the job imports is not installed.
+@dataclass(frozen=True)
+class Packages:
+    """What a job cannot do without.
 
-    Args:
-        packages: import name to the name on the package index; the job's own list by default.
-
-    Raises:
-        JobError: naming every missing package at once, and how to install them.
+    Attributes:
+        names: import name -> name on the package index.
+        hint: how to install them, said wherever one is missing.
     """
-    wanted = _PACKAGES if packages is None else packages
-    missing = [pip_name for name, pip_name in wanted.items() if not _is_installed(name)]
-    if missing:
-        noun = "package is" if len(missing) == 1 else "packages are"
-        raise JobError(f"the {noun} missing: {', '.join(missing)}; {INSTALL_HINT}")
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    hint: str = "install it with pip"
+
+    def check(self) -> None:
+        """Refuse to start when one is not installed.
+
+        Raises:
+            JobError: naming every missing package at once, and how to install them.
+        """
+        missing = [pip_name for name, pip_name in self.names.items() if not _is_installed(name)]
+        if missing:
+            noun = "package is" if len(missing) == 1 else "packages are"
+            raise JobError(f"the {noun} missing: {', '.join(missing)}; {self.hint}")
 
 
 def _is_installed(name: str) -> bool:
@@ -111,12 +106,17 @@ def write_atomically(path: Path, content: bytes, what: str) -> None:
             raise
 
 
-def one_sentence(error: BaseException) -> str:
-    """The sentence to show for any exception: a :class:`JobError`'s own, else type and message."""
+def one_sentence(error: BaseException, hint: str) -> str:
+    """Return the sentence to show for any exception: a :class:`JobError`'s own, else its message.
+
+    Args:
+        error: any exception; of others than a :class:`JobError` the type is shown, too.
+        hint: how to install packages, if one is missing.
+    """
     if isinstance(error, JobError):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and error.name:
-        return f"the package is missing: {error.name}; {INSTALL_HINT}"
+        return f"the package is missing: {error.name}; {hint}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return _sentence(error, Path(error.filename or "the output folder"), "the output")
     text = " ".join(str(error).split()) or "no message"

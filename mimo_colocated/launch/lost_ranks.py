@@ -15,10 +15,8 @@ import threading
 import time
 from pathlib import Path
 
-from failures import Reason, read_reports
-
 from mimo_colocated import phases
-from mimo_colocated.evidence import (
+from mimo_colocated.forensics.evidence import (
     DUMP,
     STOPPED,
     SUMMARY,
@@ -26,6 +24,7 @@ from mimo_colocated.evidence import (
     kill,
     stopped_ranks,
 )
+from mimo_colocated.launch.failures import Reason, read_reports
 from mimo_colocated.phases import read_places
 
 _POLL_S = 0.2
@@ -36,12 +35,12 @@ _ENDING_S = 10.0
 
 
 def dump_folder(out: Path) -> Path:
-    """Where flight recorder dumps of a job go."""
+    """Return where flight recorder dumps of a job go."""
     return out / "errors" / "flight_recorder"
 
 
 def peers_gave_up(folder: Path) -> list[int]:
-    """Ranks that reported that another one no longer answers; none if a rank gave a reason."""
+    """Return ranks that reported that another one no longer answers; none if one gave a reason."""
     reports = read_reports(folder)
     if any(report.kind in ("job", "error") for report in reports.values()):
         return []
@@ -64,7 +63,7 @@ class RankWatch:
 
     def start(self, out: Path) -> None:
         """Switch the flight recorder on; before the first process group is made."""
-        from mimo_colocated import flight_recorder
+        from mimo_colocated.forensics import flight_recorder
 
         self.dumps = dump_folder(out)
         with contextlib.suppress(OSError):
@@ -83,7 +82,7 @@ class RankWatch:
             self._recorder.save()
 
     def told_to_end(self) -> bool:
-        """This host's agent ends its ranks; saves the dump, and returns whether a rank was lost."""
+        """Save the dump, when this host's agent ends its ranks; return whether a rank was lost."""
         lost = bool(self._gone() or peers_gave_up(self.folder))
         if lost and self._recorder is not None:
             self._recorder.settle()
@@ -91,7 +90,7 @@ class RankWatch:
         return lost
 
     def evidence(self) -> Evidence:
-        """What the ranks of this host left, once they had time to; kills those that are stopped."""
+        """Return what the ranks of this host left, once they had time to; kill stopped ones."""
         deadline = time.monotonic() + _DUMPS_S
         while self._dumps_missing() and time.monotonic() < deadline:
             time.sleep(_POLL_S / 4)
@@ -160,13 +159,13 @@ class Reaper(threading.Thread):
         kill(places[rank])
 
     def close(self) -> None:
-        """The ranks have ended."""
+        """End, after the ranks."""
         self._over.set()
         self.join()
 
 
 def write_summary(reason: Reason, folder: Path) -> str:
-    """Write who waits for whom beside the dumps; where, empty if there is nothing to write."""
+    """Write who waits for whom beside the dumps; return where, empty if there is nothing."""
     if reason.waits is None:
         return ""
     path = folder / SUMMARY
@@ -179,7 +178,7 @@ def write_summary(reason: Reason, folder: Path) -> str:
 
 
 def claim(folder: Path) -> bool:
-    """Whether this process is the first of the host to say what went wrong."""
+    """Return whether this process is the first of the host to say what went wrong."""
     with contextlib.suppress(OSError):
         os.close(os.open(folder / "said", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         return True
