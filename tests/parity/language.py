@@ -17,7 +17,6 @@ from trainer import Trainer
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.enums import ModelType
 from megatron.core.models.mimo.model.ddp_methods import DDPMethods
-from megatron.core.models.mimo.model.state_dicts import StateDicts
 from megatron.core.models.mimo.training.grad_finalize import (
     MimoGradFinalizer,
     wrap_modules_with_ddp,
@@ -38,7 +37,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
 
-class LanguageOnly(StateDicts, DDPMethods, MegatronModule):
+class LanguageOnly(DDPMethods, MegatronModule):
     """A pipeline stage of a GPT under the names that finalizer, optimizer, checkpoints look for."""
 
     model_type = ModelType.encoder_or_decoder

@@ -20,6 +20,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.mimo import MimoModel
 from megatron.core.models.mimo.model.attention_masks import MaskError, check_mask
+from megatron.core.models.mimo.model.language_batch import LanguageBatch
 from megatron.core.models.mimo.training.initial_weights import initialize_weights
 from megatron.core.models.mimo.transformer.context_parallel_attention import (
     ContextParallelAttention,
@@ -446,9 +447,11 @@ def test_layers_of_later_virtual_stages_are_looked_at_too(stock: None) -> None:
     model = gpt_model(own_layers=True)
     later = gpt_model(own_layers=True).language_model
     later.decoder.layers[0].self_attention.core_attention = OtherAttention()
-    model.virtual_stages = torch.nn.ModuleList([later])
+    model.virtual_stages, mask = torch.nn.ModuleList([later]), causal()[None, None]
     with pytest.raises(MaskError, match="OtherAttention of 'decoder.layers.0.self_attention' does"):
-        check_mask(model, causal()[None, None], batch()["input_ids"], None)
+        check_mask(
+            model.language_stages(), False, LanguageBatch.of(batch() | {"attention_mask": mask})
+        )
 
 
 def test_language_models_of_other_makes_get_their_own_convention() -> None:

@@ -19,7 +19,7 @@ from megatron.core.models.mimo import AudioModalitySubmodules, MimoModel, compat
 from megatron.core.models.mimo.config import role as role_module
 from megatron.core.models.mimo.config.role import ModuleLayout, ModuleStageInfo, RankRole
 from megatron.core.models.mimo.model import base
-from megatron.core.models.mimo.model.language_groups import refuse_other_pp_size
+from megatron.core.models.mimo.model.language_groups import check_pp_size
 from megatron.core.models.mimo.model.multimodal_rotary import rotary_positions_of
 from megatron.core.models.mimo.model.token_rows import TokenRows
 from megatron.core.models.mimo.partition import utils as partition_utils
@@ -174,7 +174,7 @@ class TestForward:
         )
         model(tokens(1, 1, 1), modality_inputs=images(BATCH, 1))
         assert len(calls) == 1
-        assert model._rows_memo is None
+        assert model._language.token_rows.latest is None
 
     def test_inference_mode(self, model):
         with torch.inference_mode():
@@ -940,7 +940,7 @@ def test_rows_are_sent_in_the_dtype_of_the_residual_stream():
     for residual, dtype in ((False, torch.bfloat16), (True, torch.float32)):
         config = language_config(fp32_residual_connection=residual)
         model = MimoModel(mimo_config(config)).bfloat16()
-        assert model._embedding_dtype() is dtype
+        assert model._language.embedding_dtype() is dtype
 
 
 class TestState:
@@ -1038,15 +1038,15 @@ def test_rows_are_brought_in_the_dtype_of_the_embedded_text(fp32_residual, dtype
         fp32_residual_connection=fp32_residual, bf16=True, params_dtype=torch.bfloat16
     )
     model = MimoModel(mimo_config(config)).bfloat16()
-    assert model._embedding_dtype() is dtype
+    assert model._language.embedding_dtype() is dtype
 
 
 def test_a_language_grid_without_stages_is_one_of_one_stage():
     grid = StubGrid(0, 2, [2], ["dp"])
-    refuse_other_pp_size(grid, 1)
-    refuse_other_pp_size(None, 2)
+    check_pp_size(grid, 1)
+    check_pp_size(None, 2)
     with pytest.raises(ValueError, match="grid has pp size 1, .* pipeline_model_parallel_size 2"):
-        refuse_other_pp_size(grid, 2)
+        check_pp_size(grid, 2)
 
 
 @pytest.mark.usefixtures("stub_sizes")
@@ -1055,7 +1055,7 @@ def test_embedded_text_is_dropped_in_training_only():
     model = MimoModel(mimo_config(config), tp_group=StubGroup(2, 0))
     embedding = model.language_model.embedding
     embedding.embedding_dropout = nn.Dropout(0.5)
-    model._drop_text_alike_over_tp()
+    model._language.drop_text_alike_over_tp()
     ids = torch.arange(40).view(1, -1)
     kept = embedding.words(ids).transpose(0, 1)
     dropped = embedding(ids)

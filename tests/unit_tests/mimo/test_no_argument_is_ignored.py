@@ -18,6 +18,13 @@ NOT_READ = {
     "megatron/core/models/mimo/model/ddp_methods.py::start_grad_sync(unused)": (
         "schedules name parameters; all of a module's buckets start together"
     ),
+    **{
+        f"megatron/core/models/mimo/model/gathered_path.py::{name}": "other ways have use for it"
+        for name in ("make_bridge(config)", "make_bridge(options)", "build(options)")
+    },
+    "megatron/core/models/mimo/model/gathered_path.py::plan(route_plan)": (
+        "MimoModel has refused one before"
+    ),
     "megatron/core/models/mimo/model/ddp_methods.py::start_param_sync(unused)": (
         "schedules name parameters; all of a module's buckets start together"
     ),

@@ -20,7 +20,7 @@ import torch
 
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
-from megatron.core.models.mimo.model.encoder_side import _tied_to_parameters
+from megatron.core.models.mimo.model.encoder_runner import tied_to_parameters
 from megatron.core.models.mimo.training.grad_finalize import iter_modules, wrap_modules_with_ddp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
@@ -329,7 +329,7 @@ def test_buckets_that_ranks_fill_in_different_orders_are_reduced_in_one(rank_dev
         for _ in range(3):  # stock reduces during backward from the second step on
             wrapped.zero_grad_buffer()
             if group.rank() == 1:
-                _tied_to_parameters(rows[:0], wrapped).sum().backward()
+                tied_to_parameters(rows[:0], wrapped).sum().backward()
             else:
                 wrapped(rows).sum().backward()
             wrapped.finish_grad_sync()

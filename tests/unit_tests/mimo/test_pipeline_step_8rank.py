@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.models.mimo.comm.token_runs import split_items
-from megatron.core.models.mimo.model.stage_side import EncodedMicrobatches, StageSide
+from megatron.core.models.mimo.model.base import MimoModel
+from megatron.core.models.mimo.model.encoded import EncodedMicrobatches
 from megatron.core.utils import unwrap_model
 from tests.parity.compare import GRADIENTS, tensor_checks, worst_by_kind
 from tests.parity.tasks import named
@@ -263,7 +264,7 @@ class Counter:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = self.most = 0
-        encode, backward = StageSide.encode_microbatches, EncodedMicrobatches.backward
+        encode, backward = MimoModel.encode_microbatches, EncodedMicrobatches.backward
 
         def counted_encode(model: Any, batches: Any, problem: Any = None) -> Any:
             self.now += len(batches)
@@ -274,7 +275,7 @@ class Counter:
             backward(encoded)
             self.now -= len(encoded.microbatches)
 
-        monkeypatch.setattr(StageSide, "encode_microbatches", counted_encode)
+        monkeypatch.setattr(MimoModel, "encode_microbatches", counted_encode)
         monkeypatch.setattr(EncodedMicrobatches, "backward", counted_backward)
 
 

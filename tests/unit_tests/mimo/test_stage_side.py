@@ -207,6 +207,13 @@ def step(case: Case, rank: int, model: MimoModel) -> Result:
 DP_LAST = {"dims": ("tp", "cp", "pp", "dp"), "options": {"bridge": "gather"}}
 # As many images for each replica of either side, in samples that differ.
 EVEN = {"images": ([0, 0, 0, 0], [2, 0, 1, 1], [0, 0, 0, 0], [1, 3, 4, 0], [0, 0, 0, 0])}
+# The same by eight, and as many sounds in each half of the samples.
+BY_EIGHT = {
+    "images": ([0, 0, 0, 0], [2, 2, 2, 2], [0, 0, 0, 0], [1, 3, 4, 0], [0, 0, 0, 0]),
+    "sounds": ([0, 2, 1, 1], [0, 0, 0, 0], [1, 1, 0, 2], [0, 0, 0, 0], [2, 0, 2, 0]),
+}
+# The images' rows go to all ranks of a language replica, the sounds' to the owners of their places.
+MIXED = {**DP_LAST, "options": {"bridge": {"images": "gather", "sounds": "routed"}}}
 LAYOUTS = {
     "stages": Case(),
     "stages_cp": Case((1, 8), (1, 2, 2, 2)),
@@ -220,13 +227,16 @@ LAYOUTS = {
     "frozen": Case((1, 8), (1, 2, 2, 2), frozen=True),
     "gather_fan_in": Case((1, 4), (1, 2, 2, 1), **DP_LAST, **EVEN),
     "gather_fan_out": Case((8, 1), (1, 2, 2, 2), **DP_LAST, **EVEN),
+    "mixed": Case((1, 8), (1, 2, 2, 2), hears=(2, 4), **MIXED, **BY_EIGHT),
+    "mixed_sp": Case((8, 1), (2, 2, 2, 1), sequence_parallel=True, hears=(2, 4), **MIXED),
 }
 
 
 @pytest.mark.parametrize("name", list(LAYOUTS))
 def test_rows_and_gradients_against_one_rank(name):
     case = LAYOUTS[name]
-    alone = Case((1, 1), (1, 1, 1, 1), hears=(1, 1) if case.hears else None, images=case.images)
+    hears = (1, 1) if case.hears else None
+    alone = Case((1, 1), (1, 1, 1, 1), hears=hears, images=case.images, sounds=case.sounds)
     (whole,) = alone.run(step)
     results = case.run(step)
     for rank, result in enumerate(results):
@@ -270,7 +280,7 @@ def test_a_plan_made_ahead_for_one_of_two_modalities():
         batch["route_plan"] = {"images": plan}
         (encoded,) = model.encode_microbatches([batch]).microbatches
         for name, token in (("images", IMAGE), ("sounds", SOUND)):
-            found = encoded.tokens[name].positions()
+            found = encoded.rows.tokens[name].positions()
             assert np.array_equal(found, np.flatnonzero(ids == token))
             assert found.size
 

@@ -16,7 +16,7 @@ from megatron.core.models.mimo import (
     VisionModalitySubmodules,
 )
 from megatron.core.models.mimo.compat import ContractError
-from megatron.core.models.mimo.model.encoder_side import trains
+from megatron.core.models.mimo.model.encoder_runner import trains
 from megatron.core.transformer.spec_utils import ModuleSpec
 from tests.unit_tests.mimo.model_stubs import HIDDEN, LinearEncoder, modality_spec
 

@@ -451,7 +451,7 @@ def _module_info(
     mimo_model: MimoModel, name: str, grid: HyperCommGrid, config: OptimizerConfig
 ) -> ModuleOptimizerInfo:
     from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
-    from megatron.core.models.mimo.model.stage_side import stages_of
+    from megatron.core.models.mimo.model.rank_modules import stages_of
 
     active = grid.is_current_rank_in_grid()
     if name == MIMO_LANGUAGE_MODULE_KEY:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -13,7 +14,7 @@ from megatron.core.models.mimo.memory.policy import EncoderMemory
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 KV_FORMATS = ("sbhd", "thd")
-BRIDGES = ("gather", "routed")
+BRIDGES = ["gather", "routed"]
 BRIDGE_GUARDS = ("always", "first", "off")
 
 
@@ -33,7 +34,8 @@ class MimoModelConfig:
             encoders or the language model. ``None``: everything on every rank, with Megatron's
             global ``parallel_state``.
         kv_format: ``"sbhd"`` (dense) or ``"thd"`` (packed sequences).
-        bridge: how rows of colocated encoders reach the language model. ``"routed"``: each row
+        bridge: how rows of colocated encoders reach the language model, for all modalities or by
+            modality (``{"images": "gather", "sounds": "routed"}``). ``"routed"``: each row
             goes to the ranks that own its position; any DP sizes, any number of rows.
             ``"gather"``, the reference: every rank of a language replica gets all of them and
             cuts the fused sequence; DP sizes that divide, equally many rows per replica.
@@ -57,7 +59,7 @@ class MimoModelConfig:
     special_token_ids: dict[str, int] = field(default_factory=dict)
     module_to_grid_map: dict[str, HyperCommGrid] | None = None
     kv_format: str = "sbhd"
-    bridge: str = "routed"
+    bridge: str | Mapping[str, str] = "routed"
     bridge_guard: str = "always"
     encoder_balance: dict[str, EncoderBalance] = field(default_factory=dict)
     encoder_memory: dict[str, EncoderMemory] = field(default_factory=dict)
@@ -67,19 +69,19 @@ class MimoModelConfig:
         self._check_names()
         if self.kv_format not in KV_FORMATS:
             raise ValueError(f"kv_format must be one of {KV_FORMATS}, got {self.kv_format!r}")
-        if self.bridge not in BRIDGES:
-            raise ValueError(f"bridge must be one of {BRIDGES}, got {self.bridge!r}")
+        self._check_bridges()
         if self.bridge_guard not in BRIDGE_GUARDS:
             raise ValueError(
                 f"bridge_guard must be one of {BRIDGE_GUARDS}, got {self.bridge_guard!r}"
             )
-        if self.bridge_guard != "always" and self.bridge != "routed":
+        routed = self._routed()
+        if self.bridge_guard != "always" and not routed:
             raise ValueError(
                 f"bridge_guard={self.bridge_guard!r} is for bridge='routed', got {self.bridge!r}; "
                 "leave it out"
             )
         unknown = set(self.encoder_balance) - set(self.modality_submodules_spec)
-        if unknown or (self.encoder_balance and self.bridge != "routed"):
+        if unknown or set(self.encoder_balance) - routed:
             raise ValueError(
                 f"encoder_balance is for {sorted(self.encoder_balance)}; it needs bridge='routed' "
                 f"(got {self.bridge!r}) and modalities of the model, which are "
@@ -93,6 +95,22 @@ class MimoModelConfig:
             )
         if self.module_to_grid_map:
             self._check_grid_keys(set(self.module_to_grid_map))
+
+    def _check_bridges(self) -> None:
+        given = self.bridge if isinstance(self.bridge, Mapping) else {"": self.bridge}
+        for bridge in given.values():
+            if bridge not in BRIDGES:
+                raise ValueError(f"bridge must be one of {tuple(BRIDGES)}, got {bridge!r}")
+        if given is self.bridge and set(given) != set(self.modality_submodules_spec):
+            raise ValueError(
+                f"bridge is given for {sorted(given)}, but the model's modalities are "
+                f"{sorted(self.modality_submodules_spec)}; name a bridge for each of them, or one "
+                "for all"
+            )
+
+    def _routed(self) -> set[str]:
+        names = self.modality_submodules_spec
+        return {name for name in names if bridge_of(self, name) == "routed"}
 
     def _check_names(self) -> None:
         reserved = {MIMO_LANGUAGE_MODULE_KEY, "text"} & set(self.modality_submodules_spec)
@@ -110,6 +128,23 @@ class MimoModelConfig:
                 f"'{MIMO_LANGUAGE_MODULE_KEY}'. Missing: {sorted(expected - grid_keys)}, "
                 f"extra: {sorted(grid_keys - expected)}"
             )
+
+
+def register_bridge(name: str) -> None:
+    """Let ``MimoModelConfig.bridge`` name one more kind of bridge.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in BRIDGES:
+        raise ValueError(f"a bridge is called {name!r} already; the names are {BRIDGES}")
+    BRIDGES.append(name)
+
+
+def bridge_of(config: Any, modality: str) -> str:
+    """Return the name of a modality's bridge."""
+    bridge = option_of(config, "bridge")
+    return bridge[modality] if isinstance(bridge, Mapping) else bridge
 
 
 def option_of(config: Any, name: str) -> Any:

@@ -8,19 +8,17 @@ Megatron's attention layers has a convention of its own and gets the mask as it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from megatron.core.models.mimo.model.language_batch import LanguageBatch
 from megatron.core.models.mimo.transformer.context_parallel_attention import (
     ContextParallelAttention,
 )
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-
-if TYPE_CHECKING:
-    from megatron.core.models.mimo.model.base import MimoModel
 
 _CONVERT = (
     "from a Hugging Face mask `keep` (B, S), 1 for real tokens, make "
@@ -34,44 +32,40 @@ class MaskError(ValueError, RuntimeError):
 
 
 def check_mask(
-    model: MimoModel,
-    mask: torch.Tensor | None,
-    input_ids: torch.Tensor,
-    packing_kwargs: Mapping[str, Any] | None,
+    stages: Sequence[Any], use_cp: bool, batch: LanguageBatch
 ) -> None:
     """Refuse a mask that would not act on attention as it says.
 
     Args:
-        model: the whole model.
-        mask, input_ids, packing_kwargs: what ``forward`` got.
+        stages: the language model's on this rank.
+        use_cp: whether the sequence is cut for CP.
+        batch: with a mask.
 
     Raises:
         MaskError: under CP; with packing; another dtype or shape; layers that do not read it.
     """
-    if mask is None:
-        return
-    adapter = getattr(model, "partition_adapter", None)
-    if getattr(getattr(adapter, "cfg", None), "use_cp", False) is True:
+    mask = batch.attention_mask
+    if use_cp:
         raise MaskError(
             "MIMO context parallelism requires attention_mask=None, got a mask of shape "
             f"{tuple(mask.shape)}: a dense mask does not fit the cut sequence. Mask "
             "by a causal attn_mask_type or by packing (packing_kwargs)."
         )
-    if packing_kwargs is not None:
+    if batch.packing_kwargs is not None:
         raise MaskError(
             "attention_mask and packing_kwargs were both given; cu_seqlens says who sees whom in a "
             "packed batch, leave attention_mask out"
         )
-    layers = list(_attention_of(model))
+    layers = list(_attention_of(stages))
     if layers:
-        _check_form(mask, *input_ids.shape)
+        _check_form(mask, *batch.input_ids.shape)
     for name, core in layers:
         _check_reader(name, core)
 
 
-def _attention_of(model: MimoModel) -> Iterator[tuple[str, Any]]:
+def _attention_of(stages: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     """The core attention of every layer of this rank's language stages, by the layer's name."""
-    for stage in (model.language_model, *getattr(model, "virtual_stages", ())):
+    for stage in stages:
         for name, module in stage.named_modules() if isinstance(stage, nn.Module) else ():
             core = getattr(module, "core_attention", None)
             if core is not None:

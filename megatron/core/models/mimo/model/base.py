@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,23 +16,20 @@ from megatron.core.enums import ModelType
 from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
 from megatron.core.models.mimo.comm.routes import RoutePlan
-from megatron.core.models.mimo.config.base_configs import MimoModelConfig, option_of
+from megatron.core.models.mimo.config.base_configs import MimoModelConfig, bridge_of, option_of
 from megatron.core.models.mimo.config.checks import check_model_config
 from megatron.core.models.mimo.config.role import (
     MIMO_LANGUAGE_MODULE_KEY,
     ModuleLayout,
     RankRole,
 )
-from megatron.core.models.mimo.model.attention_masks import check_mask
 from megatron.core.models.mimo.model.ddp_methods import DDPMethods
-from megatron.core.models.mimo.model.encoder_side import EncoderSide
-from megatron.core.models.mimo.model.language_groups import (
-    language_group,
-    refuse_other_cp_size,
-    refuse_other_pp_size,
-)
-from megatron.core.models.mimo.model.language_side import LanguageSide
-from megatron.core.models.mimo.model.multimodal_rotary import rotary_positions_of
+from megatron.core.models.mimo.model.encoded import EncodedMicrobatch, EncodedMicrobatches
+from megatron.core.models.mimo.model.encoder_runner import EncoderRunner
+from megatron.core.models.mimo.model.language_batch import LanguageBatch
+from megatron.core.models.mimo.model.language_groups import partition_adapter
+from megatron.core.models.mimo.model.language_runner import LanguageRunner, StockSteps
+from megatron.core.models.mimo.model.leaves import Leaves
 from megatron.core.models.mimo.model.no_samples import (
     cut_back,
     padded_shape,
@@ -39,27 +37,27 @@ from megatron.core.models.mimo.model.no_samples import (
     padding_problem,
     without_items,
 )
+from megatron.core.models.mimo.model.paths import choose_path, path_named
+from megatron.core.models.mimo.model.rank_modules import RankModules
+from megatron.core.models.mimo.model.replaceable import ReplaceableSteps
 from megatron.core.models.mimo.model.replicated_encoders import warn_of_replicated_encoders
-from megatron.core.models.mimo.model.routed_side import RoutedSide
-from megatron.core.models.mimo.model.stage_side import StageSide, stages_of
-from megatron.core.models.mimo.model.state_dicts import StateDicts
-from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig
+from megatron.core.models.mimo.model.row_path import RowPath, Runners
+from megatron.core.models.mimo.model.stage_checks import (
+    check_problems,
+    check_stages,
+    refuse_stages,
+)
+from megatron.core.models.mimo.partition.utils import PartitionAdapter
 from megatron.core.models.mimo.stand_ins import model_method
-from megatron.core.models.mimo.training.recompute import recomputable
 from megatron.core.models.mimo.transformer.input_gradients import sum_wanted_gradients_only
 from megatron.core.models.mimo.wrappers import hide_in_states
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.utils import unwrap_model
 from mimo_colocated import phases
 
-_DEFAULT_MAX_SEQ_LEN = 4096
 
-
-class MimoModel(
-    EncoderSide, LanguageSide, RoutedSide, StageSide, StateDicts, DDPMethods, MegatronModule
-):
+class MimoModel(StockSteps, DDPMethods, MegatronModule):
     """Encoders and a language model that reads their rows among its text tokens.
 
     Colocated, one forward pass on every rank is::
@@ -108,6 +106,8 @@ class MimoModel(
     model_type = ModelType.encoder_or_decoder
     # What the language rank got from other ranks; set by the schedule.
     input_tensors: Any = None
+    # Here, so that what stands in for a model need not have one.
+    partition_adapter: PartitionAdapter | None = None
 
     def __init__(
         self,
@@ -121,7 +121,9 @@ class MimoModel(
         grid_map = mimo_config.module_to_grid_map
         self.role = RankRole.build(list(mimo_config.modality_submodules_spec), grid_map)
         self.special_token_ids = dict(mimo_config.special_token_ids or {})
-        self.partition_adapter = self._build_partition_adapter(cp_group, tp_group)
+        if self.role.has_language_module:
+            colocated = self.role.mode is ModuleLayout.COLOCATED
+            self.partition_adapter = partition_adapter(mimo_config, colocated, cp_group, tp_group)
         self.colocated_comms: dict[tuple[str, str], ColocatedBridgeCommunicator | RoutedBridge] = {}
         if grid_map and self.role.mode is ModuleLayout.COLOCATED:
             self._build_colocated_communicators()
@@ -129,36 +131,10 @@ class MimoModel(
         self._initialize_submodules()
         self._initialize_language_model()
         hide_in_states(self)
+        # Now, by the bridges that were made.
+        vars(self)["_row_path"] = self._choose_path()
 
     # -- construction ----------------------------------------------------------------------
-
-    def _build_partition_adapter(
-        self, cp_group: ProcessGroup | None, tp_group: ProcessGroup | None
-    ) -> PartitionAdapter | None:
-        """The adapter of a language rank with CP or SP, with the groups of the language grid."""
-        if not self.role.has_language_module:
-            # An encoder rank never cuts, and the language model's groups are not its own.
-            return None
-        config = self.config
-        grid = (self.mimo_config.module_to_grid_map or {}).get(MIMO_LANGUAGE_MODULE_KEY)
-        needs_cp, needs_sp = config.context_parallel_size > 1, config.sequence_parallel
-        refuse_other_cp_size(grid, cp_group, config.context_parallel_size)
-        if self.role.mode is ModuleLayout.COLOCATED:
-            refuse_other_pp_size(grid, getattr(config, "pipeline_model_parallel_size", None))
-        cp_group = language_group(grid, "cp", cp_group, needs_cp)
-        tp_group = language_group(grid, "tp", tp_group, needs_sp)
-        if not needs_cp and not needs_sp:
-            return None
-        params = self.mimo_config.language_model_spec.params
-        return PartitionAdapter(
-            PartitionConfig.from_mp_config(
-                mp=config,
-                max_seq_len=params.get("max_sequence_length", _DEFAULT_MAX_SEQ_LEN),
-                kv_format=self.mimo_config.kv_format,
-                cp_group=cp_group,
-                tp_group=tp_group,
-            )
-        )
 
     @model_method
     def _build_colocated_communicators(self) -> None:
@@ -166,26 +142,17 @@ class MimoModel(
         grid_map = self.mimo_config.module_to_grid_map
         if any(not {"tp", "dp"} <= set(grid.dim_names) for grid in grid_map.values()):
             return
-        routed = option_of(self.mimo_config, "bridge") == "routed"
-        make = self._routed_bridge if routed else self._gather_bridge
         # The spec's order, the same on all ranks: bridges create process groups.
         for name in self.mimo_config.modality_submodules_spec:
-            self.colocated_comms[(name, MIMO_LANGUAGE_MODULE_KEY)] = make(
+            path = path_named(bridge_of(self.mimo_config, name))
+            self.colocated_comms[(name, MIMO_LANGUAGE_MODULE_KEY)] = path.make_bridge(
+                self.config,
+                self.mimo_config,
                 src_grid=grid_map[name],
                 dest_grid=grid_map[MIMO_LANGUAGE_MODULE_KEY],
                 src_module_name=name,
                 dest_module_name=MIMO_LANGUAGE_MODULE_KEY,
             )
-
-    def _gather_bridge(self, **ends: Any) -> ColocatedBridgeCommunicator:
-        return ColocatedBridgeCommunicator(**ends, dim_mapping={"b": 0, "h": 1})
-
-    def _routed_bridge(self, **ends: Any) -> RoutedBridge:
-        return RoutedBridge(
-            **ends,
-            sequence_parallel=self.config.sequence_parallel,
-            guard=option_of(self.mimo_config, "bridge_guard"),
-        )
 
     @model_method
     def _initialize_submodules(self) -> None:
@@ -214,9 +181,9 @@ class MimoModel(
             specs = option_of(self.mimo_config, "virtual_stage_specs")
             if specs:
                 self.virtual_stages = nn.ModuleList(build_module(spec) for spec in specs)
-            self._refuse_embedding_scatter()
-            self._refuse_other_stages()
-            self._drop_text_alike_over_tp()
+            self._language.check_embedding_does_not_scatter()
+            check_stages(self.role, getattr(self, "config", None), self._rank_modules.stages)
+            self._language.drop_text_alike_over_tp()
 
     @model_method
     def destroy(self) -> None:
@@ -225,29 +192,74 @@ class MimoModel(
             communicator.destroy()
         self.colocated_comms.clear()
 
-    # -- the modules of this rank ----------------------------------------------------------
+    # -- its parts -------------------------------------------------------------------------
+
+    @cached_property
+    def _rank_modules(self) -> RankModules:
+        return RankModules(self)
+
+    @cached_property
+    def _steps(self) -> ReplaceableSteps:
+        return ReplaceableSteps(self)
+
+    @cached_property
+    def _encoders(self) -> EncoderRunner:
+        return EncoderRunner(self._rank_modules, self._steps)
+
+    @cached_property
+    def _language(self) -> LanguageRunner:
+        return LanguageRunner(self._rank_modules, self._steps)
+
+    @cached_property
+    def _row_path(self) -> RowPath:
+        """The way of rows into the sequence, chosen once: at construction, but of a stand-in."""
+        return self._choose_path()
+
+    def _choose_path(self) -> RowPath:
+        balance = option_of(getattr(self, "mimo_config", None), "encoder_balance")
+        runners = Runners(self._rank_modules, self._steps, self._encoders, self._language)
+        return choose_path(runners, {"encoder_balance": balance})
 
     def language_stages(self) -> list[nn.Module]:
         """The language model's stages on this rank, bare or wrapped, in order.
 
         One, or several virtual ones of an interleaved pipeline; none on encoder ranks.
         """
-        return stages_of(self)
+        return self._rank_modules.stages
 
     @model_method
     def _active_submodules(self) -> Iterator[nn.Module]:
         """The language model, then the modalities, as far as this rank has them."""
-        yield from self.language_stages()
-        for submodule in getattr(self, "modality_submodules", {}).values():
-            if submodule is not None:
-                yield submodule
+        return iter(self._rank_modules.active)
 
     @model_method
     def _active_ddp_modules(self) -> Iterator[Any]:
         """Those of them that have a DDP wrapper."""
-        for module in self._active_submodules():
-            if isinstance(module, DistributedDataParallel):
-                yield module
+        active = self._active_submodules()
+        return iter([each for each in active if isinstance(each, DistributedDataParallel)])
+
+    @property
+    def is_pipelined(self) -> bool:
+        """Whether this rank holds some of the language model's stages only."""
+        # Not all that its methods are called on has a role.
+        modules = getattr(getattr(self, "role", None), "modules", None) or {}
+        stage = modules.get(MIMO_LANGUAGE_MODULE_KEY)
+        return stage is not None and not (stage.is_first_stage and stage.is_last_stage)
+
+    @property
+    def encoder_spread(self) -> dict[str, tuple[float, float]]:
+        """How even the encoders' work was in the last batch, before and after balancing.
+
+        Modality -> (before, after): the heaviest encoder replica's cost over the mean cost, of
+        this rank's exchange group. Empty before the first batch and without ``encoder_balance``;
+        a batch whose routes were planned ahead is not counted.
+        """
+        balances = getattr(self._row_path, "input_balances", {}).items()
+        return {name: each.spread for name, each in balances if each.spread is not None}
+
+    def give_zero_gradients(self, name: str) -> None:
+        """A backward pass that gives each weight of a modality that trains a zero, once."""
+        self._encoders.give_zero_gradients(name)
 
     @model_method
     def set_input_tensor(self, input_tensor: Any) -> None:
@@ -309,52 +321,58 @@ class MimoModel(
             RuntimeError: special tokens without inputs.
         """
         colocated = self.role.mode is ModuleLayout.COLOCATED
-        if colocated and input_ids.numel() == 0:
-            return self._forward_without_samples(
-                input_ids=input_ids,
-                position_ids=position_ids,
-                attention_mask=attention_mask,
-                loss_mask=loss_mask,
-                labels=labels,
-                modality_inputs=modality_inputs,
-                packing_kwargs=packing_kwargs,
-                route_plan=route_plan,
-            )
-        modality_inputs = without_items(modality_inputs)
-        phases.next_microbatch()
-        self._refuse_plan_without_routes(route_plan)
         # What stock does not know is said only where it is given: a replaced method may lack it.
         further = {} if route_plan is None else {"route_plan": route_plan}
-        language_inputs = (input_ids, position_ids, attention_mask, loss_mask, labels)
-        self.start_param_gathers()
+        batch = {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "attention_mask": attention_mask,
+            "loss_mask": loss_mask,
+            "labels": labels,
+            "modality_inputs": without_items(modality_inputs),
+            "packing_kwargs": packing_kwargs,
+        }
+        shape = input_ids.shape
+        empty = colocated and input_ids.numel() == 0
+        if empty:
+            # Padding runs, so that other ranks do not wait in vain; nothing of it comes out.
+            batch = padding_for(self, {**batch, **further}, padded_shape(self, input_ids))
+            problem = padding_problem(self)
+            further = {name: batch.pop(name) for name in further}
+            further |= {} if problem is None else {"problem": problem}
+        phases.next_microbatch()
+        if route_plan is not None:
+            self._check_route_plan(route_plan)
+        gathers = self.start_param_gathers()
         try:
             if colocated:
-                found = self._forward_all_modules(
-                    *language_inputs, modality_inputs, packing_kwargs, **further
-                )
+                found = self._forward_all_modules(*batch.values(), **further)
             elif self.role.has_modality_modules:
-                rows = self._forward_encoders(input_ids, modality_inputs, self.input_tensors)
+                rows = self._forward_encoders(
+                    input_ids, batch["modality_inputs"], self.input_tensors
+                )
                 found = rows, loss_mask
             elif self.role.has_language_module:
+                del batch["modality_inputs"], batch["packing_kwargs"]
                 found = self._forward_language_module(
-                    *language_inputs, self.input_tensors, packing_kwargs
+                    *batch.values(), self.input_tensors, packing_kwargs
                 )
             else:
                 raise RuntimeError(f"Rank has no modules assigned in role: {self.role}")
         finally:
-            self._rows_memo = None
-        self.finish_param_gathers()
-        return found
+            self._language.token_rows.latest = None
+        if gathers:
+            self.finish_param_gathers()
+        return (cut_back(found[0], shape), cut_back(found[1], shape)) if empty else found
 
-    def _forward_without_samples(self, **batch: Any) -> tuple[Any, torch.Tensor | None]:
-        """Run padding, so that other ranks do not wait in vain; nothing of it comes out."""
-        ids = batch["input_ids"]
-        self._padding_problem = padding_problem(self)
-        try:
-            output, loss_mask = self.forward(**padding_for(self, batch, padded_shape(self, ids)))
-        finally:
-            self._padding_problem = None
-        return cut_back(output, ids.shape), cut_back(loss_mask, ids.shape)
+    def _check_route_plan(self, route_plan: Mapping[str, RoutePlan]) -> None:
+        if not self._row_path.takes_route_plans:
+            bridge = option_of(self.mimo_config, "bridge")
+            raise ValueError(
+                f"route_plan was given, but this model has no routed bridge (bridge={bridge!r}); "
+                "build it with bridge='routed' and grids over the same ranks, or leave "
+                "route_plan out"
+            )
 
     @model_method
     def _forward_all_modules(
@@ -367,25 +385,18 @@ class MimoModel(
         modality_inputs: Mapping[str, Any] | None,
         packing_kwargs: Mapping[str, Any] | None = None,
         route_plan: Mapping[str, RoutePlan] | None = None,
+        problem: str | None = None,
     ) -> tuple[Any, torch.Tensor | None]:
         """Colocated: encoders, bridges, placing, cutting, language model."""
-        self._refuse_pipeline()
-        if self._routed_bridges():
-            fused, packed = self._fuse_routed(
-                input_ids, position_ids, attention_mask, modality_inputs, packing_kwargs, route_plan
-            )
-            fused, labels, loss_mask, packed = self._shard_routed(fused, labels, loss_mask, packed)
-            output = self._call_language_model(
-                fused, position_ids, attention_mask, labels, packed
-            )
-            return output, loss_mask
-        check_mask(self, attention_mask, input_ids, packing_kwargs)
-        packed = self._build_packed_seq_params(packing_kwargs)
-        self._check_batch(input_ids, packed)
-        rows = self._encode_for_language(input_ids, modality_inputs)
-        return self._run_first_stage(
-            rows, input_ids, position_ids, attention_mask, loss_mask, labels, packed
+        if self.is_pipelined:
+            refuse_stages(self.role)
+        batch = LanguageBatch(
+            input_ids, position_ids, attention_mask, loss_mask, labels, packing_kwargs, problem
         )
+        path = self._row_path
+        planned = path.plan(batch, modality_inputs, route_plan)
+        fused = path.fuse(planned.batch, path.move(planned))
+        return self._language.call(batch, fused)
 
     @model_method
     def _forward_language_module(
@@ -404,73 +415,105 @@ class MimoModel(
             (output, CP-local loss mask); before the last stage the output is
             ``{"language": hidden states}``, for the schedule to route.
         """
-        check_mask(self, attention_mask, input_ids, packing_kwargs)
-        packed = self._build_packed_seq_params(packing_kwargs)
+        language = self._language
+        batch = LanguageBatch(
+            input_ids, position_ids, attention_mask, loss_mask, labels, packing_kwargs
+        )
+        language.check_mask(batch)
+        batch = language.packed(batch)
         received = dict(input_tensors or {})
         hidden_states = received.pop(MIMO_LANGUAGE_MODULE_KEY, None)
+        fused = None
         if self.role.is_first_stage(MIMO_LANGUAGE_MODULE_KEY):
-            output, loss_mask = self._run_first_stage(
-                received, input_ids, position_ids, attention_mask, loss_mask, labels, packed
-            )
-        else:
-            _, labels, loss_mask, packed = self._shard_language_inputs(
-                embeddings=None, labels=labels, loss_mask=loss_mask, packed_seq_params=packed
-            )
-            language_model = unwrap_model(self.language_model)
-            if hidden_states is not None and hasattr(language_model, "set_input_tensor"):
-                language_model.set_input_tensor(hidden_states)
-            output = self._call_language_model(None, position_ids, attention_mask, labels, packed)
+            phases.mark(phases.LANGUAGE_FORWARD)
+            fused = language.fuse(batch, received)
+        sharded = language.cut(batch, fused)
+        inner = unwrap_model(self.language_model)
+        takes_hidden_states = fused is None and hidden_states is not None
+        if takes_hidden_states and hasattr(inner, "set_input_tensor"):
+            inner.set_input_tensor(hidden_states)
+        output, loss_mask = language.call(batch, sharded)
         if not self.role.is_last_stage(MIMO_LANGUAGE_MODULE_KEY):
             output = {MIMO_LANGUAGE_MODULE_KEY: output}
         return output, loss_mask
 
-    def _run_first_stage(
-        self,
-        rows: dict[str, torch.Tensor],
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        loss_mask: torch.Tensor | None,
-        labels: torch.Tensor | None,
-        packed: PackedSeqParams | None,
-    ) -> tuple[Any, torch.Tensor | None]:
-        """Fuse modality rows with the text and run the language model on the result."""
-        phases.mark(phases.LANGUAGE_FORWARD)
-        embeddings, labels, loss_mask, packed = self._shard_language_inputs(
-            embeddings=self._fuse_gathered(rows, input_ids, position_ids),
-            labels=labels,
-            loss_mask=loss_mask,
-            packed_seq_params=packed,
-        )
-        output = self._call_language_model(embeddings, position_ids, attention_mask, labels, packed)
-        return output, loss_mask
+    # -- a step in stages ------------------------------------------------------------------
 
-    def _call_language_model(
-        self,
-        embeddings: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        labels: torch.Tensor | None,
-        packed: PackedSeqParams | None,
-        language_model: nn.Module | None = None,
-    ) -> Any:
-        """The language model, or the given stage of it, on inputs that are cut."""
-        phases.mark(phases.LANGUAGE_FORWARD)
-        stage = language_model or self.language_model
-        if embeddings is not None:
-            embeddings = recomputable(embeddings, stage)
-        cp_group = self._partitioning("cp_group") if self._partitioning("use_cp") else None
-        with rotary_positions_of(stage, packed, cp_group):
-            output = stage(
-                input_ids=None,
-                # Not cut: multimodal rotary embeddings read them whole and cut by themselves.
-                position_ids=position_ids,
-                decoder_input=embeddings,
-                labels=labels,
-                attention_mask=attention_mask,
-                packed_seq_params=packed,
+    def encode_microbatches(
+        self, microbatches: Sequence[Mapping[str, Any]], problem: str | None = None
+    ) -> EncodedMicrobatches:
+        """Run the encoders on microbatches and bring their rows to the first language stage.
+
+        Every rank calls it with the same number of microbatches, whatever its stage. Encoders run
+        once per microbatch; then there is one exchange per modality. Parameter gathers that it
+        starts are to be finished (``finish_param_gathers``) before the optimizer's step.
+
+        Args:
+            microbatches: ``forward``'s keyword arguments of each. Read are ``input_ids``,
+                ``attention_mask``, ``modality_inputs``, ``packing_kwargs`` and ``route_plan``.
+            problem: why this rank cannot go on (its data ended, say). Told before any encoder
+                runs; the ranks that it exchanges rows with raise it too.
+
+        Raises:
+            ValueError, RuntimeError: as ``forward`` over a routed bridge; a rank has a problem;
+                ranks have different numbers of microbatches.
+        """
+        path, leaves = self._row_path, Leaves()
+        self.start_param_gathers()
+        check_problems(path, problem, len(microbatches))
+        for batch in microbatches:
+            if batch.get("route_plan") is not None:
+                self._check_route_plan(batch["route_plan"])
+        planned = (
+            path.plan(
+                LanguageBatch.of(batch),
+                without_items(batch.get("modality_inputs")),
+                batch.get("route_plan"),
             )
-        return phases.when_gradient_arrives(output, phases.LANGUAGE_BACKWARD)
+            for batch in microbatches
+        )
+        encoded = [EncodedMicrobatch(rows) for rows in path.move_together(planned, leaves)]
+        return EncodedMicrobatches(encoded, leaves, path.backward_per_microbatch)
+
+    def forward_stage(
+        self,
+        language_model: nn.Module,
+        encoded: EncodedMicrobatch,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        packing_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One microbatch through one stage of the language model.
+
+        Args:
+            language_model: the stage, bare or wrapped. A later one than the first was given its
+                input by ``set_input_tensor``.
+            encoded: the microbatch, from :meth:`encode_microbatches`.
+            input_ids, position_ids, attention_mask, loss_mask, labels, packing_kwargs: as for
+                ``forward``; the same on all stages.
+
+        Returns:
+            (output, CP-local loss mask). The output is hidden states before the last stage.
+        """
+        phases.mark(phases.LANGUAGE_FORWARD, encoded.number)
+        batch = LanguageBatch(
+            input_ids, position_ids, attention_mask, loss_mask, labels, packing_kwargs
+        )
+        self._language.check_mask(batch)
+        batch, stage = self._language.packed(batch), unwrap_model(language_model)
+        if getattr(stage, "pre_process", True):
+            sharded = self._row_path.fuse(batch, encoded.rows)
+        else:
+            sharded = self._language.cut(batch, None)
+        output, loss_mask = self._language.call(batch, sharded, language_model)
+        if encoded.stands_for is not None:
+            loss_mask = cut_back(loss_mask, encoded.stands_for)
+            if getattr(stage, "post_process", True):
+                output = cut_back(output, encoded.stands_for)
+        return output, loss_mask
 
 
 def _only(value: Any) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods that Megatron's schedules and optimizers call on a data-parallel model.
+"""The methods that Megatron's schedules, optimizers and checkpoints call on a parallel model.
 
 ``MimoModel`` is not wrapped as a whole: each of its modules has a DDP wrapper with a layout of
 its own. These methods hand the call to every wrapper that takes part.
@@ -13,8 +13,17 @@ from typing import Any
 
 from torch import nn
 
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.mimo import compat
+from megatron.core.models.mimo.model.rank_modules import (
+    LANGUAGE_MODEL,
+    VIRTUAL_STAGES,
+    RankModules,
+)
 from megatron.core.models.mimo.stand_ins import TakesStandIns, model_method
 from megatron.core.models.mimo.wrappers import clean_name
+from megatron.core.transformer.module import Float16Module
 
 
 def in_low_precision(part: nn.Module) -> bool:
@@ -44,10 +53,6 @@ class DDPMethods(TakesStandIns):
 
     def _active_ddp_modules(self) -> Iterator[Any]:
         raise NotImplementedError
-
-    def language_stages(self) -> list[nn.Module]:
-        """Wrapped modules that run after all others; none, unless the class knows some."""
-        return []
 
     def _overlapping(self, option: str) -> list[Any]:
         """The DDP modules of this rank whose config has an overlap option on."""
@@ -103,19 +108,24 @@ class DDPMethods(TakesStandIns):
         for module in self._overlapping("overlap_param_gather"):
             module.start_param_sync(force_sync=force_sync, force_dispatch=force_dispatch)
 
-    def start_param_gathers(self) -> None:
+    def start_param_gathers(self) -> bool:
         """Start all parameter gathers that are due, of modules whose forward waits for them.
 
         Every rank calls it before anything of a step runs, so replicas enter their gathers in one
         order and none waits for a replica whose batch leaves an encoder out. Stock starts a
         bucket's gather only when the forward pass has come to the bucket before it. Encoders come
         first, as in the forward pass.
+
+        Returns:
+            Whether there is any module whose gathers are to be finished.
         """
-        for group in self._gathering():
+        groups = list(self._gathering())
+        for group in groups:
             # Forward hooks only wait: whatever a rank runs starts no gather of its own.
             group.next_param_gather_bucket_group = None
             if not group.param_gather_dispatched:
                 group.start_param_sync()
+        return bool(groups)
 
     def finish_param_gathers(self) -> None:
         """Wait for gathers that no forward hook has waited for: of what this rank did not run.
@@ -129,8 +139,8 @@ class DDPMethods(TakesStandIns):
         """Bucket groups whose weights forward hooks wait for, in the order of the forward pass."""
         if not isinstance(self, nn.Module):
             return  # of a stand-in no step is run
-        stages = {id(stage) for stage in self.language_stages()}
         modules = self._overlapping("overlap_param_gather")
+        stages = {id(stage) for stage in RankModules(self).stages} if modules else set()
         for module in sorted(modules, key=lambda module: id(module) in stages):
             if getattr(module, "remove_forward_pre_hook_handles", None):
                 # Buckets are filled from a module's last parameter on.
@@ -159,3 +169,37 @@ class DDPMethods(TakesStandIns):
         for module in self._overlapping("overlap_param_gather"):
             if hasattr(module, "free_overlap_buffers"):
                 module.free_overlap_buffers()
+
+    @model_method
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: compat.ShardedOffsets = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The distributed-checkpoint view of all modules of this rank.
+
+        Each module's replicas are those of its own ``pg_collection``. As in stock, DDP and
+        ``Float16Module`` add ``module.`` to the keys; other wrappers do not show in the names on
+        the disk, and ``load_state_dict`` takes names with and without any of them. Where a module
+        overlaps its parameter gather, the weights of the last step are gathered here first: all
+        ranks call it together.
+
+        Raises:
+            ValueError: a module's ``pg_collection`` has no ``dp_cp`` group.
+        """
+        self.start_param_sync(force_sync=True)
+        wrappers = (DistributedDataParallel, Float16Module)
+        state: dict[str, Any] = {}
+        for path, module in RankModules(self).named():
+            inner, _ = compat.peel(module, "", wrappers)
+            groups = getattr(inner, "pg_collection", None)
+            child = (f"{prefix}{path}.", module)
+            part = compat.sharded_state_dict_of_children(
+                [child], sharded_offsets, metadata, groups, path, wrappers
+            )
+            if path.startswith(f"{VIRTUAL_STAGES}."):
+                # On disk there is one language model, whatever its stages.
+                replace_prefix_for_sharding(part, f"{prefix}{path}.", f"{prefix}{LANGUAGE_MODEL}.")
+            state.update(part)
+        return state

@@ -8,9 +8,56 @@ from typing import Any
 from torch.distributed import ProcessGroup
 
 from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.models.mimo.config.base_configs import MimoModelConfig
+from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
+from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig
+
+_DEFAULT_MAX_SEQ_LEN = 4096
 
 
-def refuse_other_cp_size(
+def partition_adapter(
+    options: MimoModelConfig,
+    colocated: bool,
+    cp_group: ProcessGroup | None,
+    tp_group: ProcessGroup | None,
+) -> PartitionAdapter | None:
+    """Return the adapter of a language rank, with the groups of the language grid.
+
+    Args:
+        options: of the model.
+        colocated: whether all modules are on the same ranks.
+        cp_group, tp_group: the caller's; ``None`` for the grid's.
+
+    Returns:
+        ``None`` without CP and SP.
+
+    Raises:
+        ValueError: sizes of config, grid and groups that disagree.
+        KeyError: a group is needed and was not created.
+    """
+    params = options.language_model_spec.params
+    config = params["config"]
+    grid = (options.module_to_grid_map or {}).get(MIMO_LANGUAGE_MODULE_KEY)
+    needs_cp, needs_sp = config.context_parallel_size > 1, config.sequence_parallel
+    check_cp_size(grid, cp_group, config.context_parallel_size)
+    if colocated:
+        check_pp_size(grid, getattr(config, "pipeline_model_parallel_size", None))
+    cp_group = language_group(grid, "cp", cp_group, needs_cp)
+    tp_group = language_group(grid, "tp", tp_group, needs_sp)
+    if not needs_cp and not needs_sp:
+        return None
+    return PartitionAdapter(
+        PartitionConfig.from_mp_config(
+            mp=config,
+            max_seq_len=params.get("max_sequence_length", _DEFAULT_MAX_SEQ_LEN),
+            kv_format=options.kv_format,
+            cp_group=cp_group,
+            tp_group=tp_group,
+        )
+    )
+
+
+def check_cp_size(
     grid: HyperCommGrid | None, cp_group: ProcessGroup | None, config_size: int
 ) -> None:
     """The CP size must be one number: in the config, in the grid and in a group that is given.
@@ -35,7 +82,7 @@ def refuse_other_cp_size(
         )
 
 
-def refuse_other_pp_size(grid: HyperCommGrid | None, config_size: int) -> None:
+def check_pp_size(grid: HyperCommGrid | None, config_size: int) -> None:
     """The number of pipeline stages must be one: in the config and in the grid.
 
     Raises:

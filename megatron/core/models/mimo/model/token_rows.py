@@ -72,6 +72,25 @@ class TokenRows:
         return fused.view(self.seq_len, self.batch, -1)
 
 
+class LatestTokenRows:
+    """Finds token positions and keeps those of the last batch: one forward pass asks thrice."""
+
+    def __init__(self) -> None:
+        # To be cleared when the batch is done, or it would be kept.
+        self.latest: tuple[torch.Tensor, int, dict[str, int], TokenRows] | None = None
+
+    def find(self, input_ids: torch.Tensor, special_token_ids: Mapping[str, int]) -> TokenRows:
+        """Return :meth:`TokenRows.find` of a batch."""
+        ids = dict(special_token_ids)
+        version = -1 if input_ids.is_inference() else input_ids._version
+        latest = self.latest
+        if latest is not None and latest[0] is input_ids and latest[1:3] == (version, ids):
+            return latest[3]
+        rows = TokenRows.find(input_ids, ids)
+        self.latest = (input_ids, version, ids, rows)
+        return rows
+
+
 def fill_places(
     rows: Mapping[str, torch.Tensor], places: Mapping[str, torch.Tensor], size: int
 ) -> torch.Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from torch.nn import Module
 
-from megatron.core.models.mimo.model.stage_side import LANGUAGE_MODEL, VIRTUAL_STAGES
+from megatron.core.models.mimo.model.rank_modules import LANGUAGE_MODEL, VIRTUAL_STAGES
 from megatron.core.models.mimo.wrappers import unwrapped, wrapped_key
 
 

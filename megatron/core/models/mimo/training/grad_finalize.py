@@ -21,7 +21,7 @@ from megatron.core.distributed.distributed_data_parallel_config import (
     DistributedDataParallelConfig,
 )
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
-from megatron.core.models.mimo.model.stage_side import stages_of
+from megatron.core.models.mimo.model.rank_modules import stages_of
 from megatron.core.models.mimo.training.bucket_order import reduce_in_one_order
 from megatron.core.models.mimo.training.experts import check_expert_sizes, mark_expert_parameters
 from megatron.core.models.mimo.training.nonfinite import ranks_text

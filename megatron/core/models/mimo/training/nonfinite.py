@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
-from megatron.core.models.mimo.model.stage_side import LANGUAGE_MODEL
+from megatron.core.models.mimo.model.rank_modules import LANGUAGE_MODEL
 from megatron.core.models.mimo.training.global_names import global_modules, join
 
 _NAMED, _LISTED = 3, 4

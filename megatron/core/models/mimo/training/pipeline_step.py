@@ -28,12 +28,12 @@ from megatron.core.enums import ModelType
 from megatron.core.models.mimo.comm.plan_guard import problem_of
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.models.mimo.model.ddp_methods import first_microbatch_layers
+from megatron.core.models.mimo.model.encoded import EncodedMicrobatches
 from megatron.core.models.mimo.model.no_samples import (
     padded_shape,
     padding_for,
     padding_problem,
 )
-from megatron.core.models.mimo.model.stage_side import EncodedMicrobatches
 from megatron.core.models.mimo.training.pipeline_checks import check_step
 from megatron.core.models.mimo.training.recompute import gradients_come_apart
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -291,7 +291,7 @@ class _Encoders:
         late = [
             name
             for name, module in modules.items()
-            if encoded.comes_apart or gradients_come_apart(module)
+            if name in encoded.backward_per_microbatch or gradients_come_apart(module)
         ]
         with _no_sync([modules[name] for name in modules if not last or name in late]):
             encoded.backward()

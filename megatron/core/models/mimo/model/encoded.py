@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Microbatches of a step in stages whose encoders have run.
+
+The encoders of all ranks run on several microbatches before the language model does. There their
+rows are leaves: the pipeline's backward passes end at them. Once the gradients of all microbatches
+are there they go back, and the encoders run backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.models.mimo.model.leaves import Leaves
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedMicrobatch:
+    """One microbatch, encoded: what the first language stage reads instead of encoder inputs.
+
+    Attributes:
+        rows: what the :class:`.RowPath` moved, as leaves.
+        number: of the microbatch in its step, -1 if nobody counts.
+        stands_for: of padding, the shape of the ``input_ids`` without elements that it replaces.
+    """
+
+    rows: Any
+    number: int = -1
+    stands_for: tuple[int, ...] | None = None
+
+
+class EncodedMicrobatches:
+    """Several microbatches, encoded together, and the way back for their gradients.
+
+    Attributes:
+        microbatches: in the order in which they were given.
+        backward_per_microbatch: modalities whose encoders run backward once per microbatch, not
+            once for all of them.
+    """
+
+    def __init__(
+        self,
+        microbatches: list[EncodedMicrobatch],
+        leaves: Leaves,
+        backward_per_microbatch: Collection[str],
+    ) -> None:
+        self.microbatches, self._leaves = microbatches, leaves
+        self.backward_per_microbatch = backward_per_microbatch
+
+    def backward(self) -> None:
+        """Send the leaves' gradients to the encoders and run these backward.
+
+        All ranks call it together, once, when the first stages have run backward on every one of
+        the microbatches. Without encoders that train it does nothing.
+        """
+        self._leaves.backward()

@@ -1,0 +1,401 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The routed way: each row goes to the ranks that own its place; the cut sequence alone is built.
+
+Token places are looked for on the host before the encoders run; a route plan that is given says
+them without looking. Then the rows are sent off, the text tokens of this rank's part are embedded
+meanwhile, and the rows are put among them as they arrive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from megatron.core.models.mimo.comm.collectives import sum_gradients
+from megatron.core.models.mimo.comm.exchange import to_device
+from megatron.core.models.mimo.comm.input_balance import InputBalance
+from megatron.core.models.mimo.comm.plan_guard import problem_of
+from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
+from megatron.core.models.mimo.comm.routes import RoutePlan, RowCountError
+from megatron.core.models.mimo.comm.token_runs import Runs, TokenRuns
+from megatron.core.models.mimo.config.base_configs import option_of
+from megatron.core.models.mimo.memory.activations import latest_offloaded
+from megatron.core.models.mimo.memory.offload import reload_when_needed
+from megatron.core.models.mimo.model.input_checks import (
+    check_adapter_cuts_by_routes,
+    inputs_problem,
+    missing_inputs,
+    names_problem,
+    plan_problem,
+)
+from megatron.core.models.mimo.model.language_batch import LanguageBatch
+from megatron.core.models.mimo.model.leaves import Leaves
+from megatron.core.models.mimo.model.local_text import LocalText
+from megatron.core.models.mimo.model.row_path import Runners
+from megatron.core.models.mimo.model.token_rows import TEXT, fill_places
+from megatron.core.models.mimo.partition.utils import Sharded, cuts_as_ours
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from mimo_colocated import phases
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedRows:
+    """What one microbatch brings to the routed bridges; by modality.
+
+    Attributes:
+        batch: the language replica's, prepared.
+        rows: this rank's encoder output ``(n, H)``.
+        plans: where the rows go.
+        tokens: where the tokens of the rank's language replica stand.
+        moving: the modalities whose exchange the rank enters.
+    """
+
+    batch: LanguageBatch
+    rows: dict[str, torch.Tensor]
+    plans: dict[str, RoutePlan]
+    tokens: dict[str, TokenRuns]
+    moving: list[str]
+
+
+class Arriving(Protocol):
+    """Rows on their way: a :class:`.Flight`, or rows that are there."""
+
+    place: torch.Tensor
+
+    def arrive(self) -> torch.Tensor:
+        """The own rows ``(own, H)``, in the order of ``place``."""
+
+
+@dataclass(frozen=True, eq=False)
+class LandedRows:
+    """A modality's rows of one microbatch that have arrived.
+
+    Attributes:
+        rows: a leaf ``(own, H)``; no rows on later stages.
+        place: as of :class:`.RoutePlan`, on the device.
+    """
+
+    rows: torch.Tensor
+    place: torch.Tensor
+
+    def arrive(self) -> torch.Tensor:
+        """Return the rows."""
+        return self.rows
+
+
+@dataclass(frozen=True, eq=False)
+class RowsForPlaces:
+    """One microbatch's rows for the places that this rank owns.
+
+    Attributes:
+        tokens: modality -> where its tokens stand in the rank's language batch.
+        rows: modality -> its rows, for modalities that brought any.
+    """
+
+    tokens: dict[str, TokenRuns]
+    rows: Mapping[str, Arriving]
+
+
+class RoutedPath:
+    """The way over routed bridges.
+
+    Args:
+        names: the modalities whose rows go this way.
+        runners: the rank's.
+        balance: modality -> how its items are spread over encoder replicas.
+
+    Attributes:
+        input_balances: modality -> what spreads its items, of balanced ones.
+    """
+
+    bridge_kind = RoutedBridge
+    takes_route_plans = True
+    # One exchange takes the gradients of all microbatches back.
+    backward_per_microbatch: frozenset[str] = frozenset()
+
+    def __init__(
+        self, names: list[str], runners: Runners, balance: Mapping[str, Any]
+    ) -> None:
+        self._runners = runners
+        self._bridges: dict[str, RoutedBridge] = {
+            name: runners.modules.bridge(name) for name in names
+        }
+        self.input_balances = {
+            name: InputBalance(self._bridges[name], how)
+            for name, how in balance.items()
+            if name in self._bridges
+        }
+
+    @staticmethod
+    def make_bridge(config: Any, options: Any, **ends: Any) -> RoutedBridge:
+        """Make the bridge of a modality; all ranks of the grids call it.
+
+        Args:
+            config: the language model's.
+            options: the ``MimoModelConfig``.
+            ends: grids and names of both ends.
+        """
+        return RoutedBridge(
+            **ends,
+            sequence_parallel=config.sequence_parallel,
+            guard=option_of(options, "bridge_guard"),
+        )
+
+    @classmethod
+    def build(cls, names: list[str], runners: Runners, options: Mapping[str, Any]) -> RoutedPath:
+        """Make the way for some modalities."""
+        return cls(names, runners, options["encoder_balance"])
+
+    # -- planning --------------------------------------------------------------------------
+
+    def plan(
+        self,
+        batch: LanguageBatch,
+        modality_inputs: Mapping[str, Any] | None,
+        route_plan: Mapping[str, RoutePlan] | None,
+    ) -> PlannedRows:
+        """Run the encoders and agree on where their rows go, see :meth:`.RowPath.plan`.
+
+        Raises:
+            ValueError: on every rank of an exchange group, if one of them cannot go on or their
+                rows, tokens or plans do not match.
+            RuntimeError: special tokens of a modality of which no rank of the group has inputs.
+        """
+        plans = dict(route_plan or {})
+        batch, problem = self._try_to_prepare(batch)
+        tokens = self._places_on_host(batch, plans)
+        known = self._runners.modules.encoders
+        problem = problem or names_problem(tokens, modality_inputs, plans, known, self._bridges)
+        modality_inputs, held = self._balance_inputs(modality_inputs, plans)
+        rows, part, failure = self._try_to_encode(modality_inputs)
+        problem = problem or (failure and problem_of(failure, "an encoder"))
+        phases.mark(phases.BRIDGE_FORWARD)
+        moving = []
+        for name in self._bridges:
+            ids = self._runners.modules.special_token_ids
+            own_problem = (
+                problem
+                or inputs_problem(name, modality_inputs, ids)
+                or plan_problem(name, plans.get(name), batch, self._bridges[name], ids)
+            )
+            try:
+                plans[name] = self._agree_on_plan(
+                    name, rows[name], tokens, plans, own_problem, held.get(name)
+                )
+            except ValueError as error:
+                raise error from (failure or error.__cause__)
+            tokens[name] = plans[name].tokens
+            if plans[name].group_rows or name in part:
+                moving.append(name)
+        return PlannedRows(batch, rows, plans, tokens, moving)
+
+    def _try_to_prepare(self, batch: LanguageBatch) -> tuple[LanguageBatch, str | None]:
+        """The batch, prepared as far as it goes, and why it cannot be cut."""
+        language = self._runners.language
+        try:
+            check_adapter_cuts_by_routes(self._runners.modules.partition_adapter, self._layout)
+            batch = language.prepared(batch)
+            language.check_mask(batch)
+        except ValueError as error:
+            # The replicas that share an exchange group with this one hear of it.
+            return batch, str(error)
+        return batch, None
+
+    def _places_on_host(
+        self, batch: LanguageBatch, plans: Mapping[str, RoutePlan]
+    ) -> dict[str, TokenRuns]:
+        """Token places of every special token; those of plans without looking at ``input_ids``.
+
+        Looking is one copy from the device, and a wait for it.
+        """
+        special = self._runners.modules.special_token_ids
+        if plans and all(name in plans for name in special):
+            return {name: plans[name].tokens for name in special}
+        codes = torch.zeros_like(batch.input_ids, dtype=torch.int16)
+        ids = list(dict.fromkeys(special.values()))
+        for code, token_id in enumerate(ids, start=1):
+            codes.masked_fill_(batch.input_ids == token_id, code)
+        host = codes.numpy(force=True)
+        names = {**dict.fromkeys(self._bridges, None), **special}
+        return {
+            name: TokenRuns.from_mask(
+                host == (ids.index(token_id) + 1 if token_id is not None else -1), batch.lengths
+            )
+            for name, token_id in names.items()
+        }
+
+    def _balance_inputs(
+        self, modality_inputs: Mapping[str, Any] | None, plans: Mapping[str, RoutePlan]
+    ) -> tuple[Mapping[str, Any] | None, dict[str, Sequence[Runs]]]:
+        """(what this rank encodes, rows per encoder replica of modalities that are balanced)."""
+        held: dict[str, Sequence[Runs]] = {}
+        for name, items in self.input_balances.items():
+            if name in plans:
+                continue
+            phases.mark(phases.INPUT_EXCHANGE)
+            device = self._runners.encoders.device_of(name)
+            inputs, plan = items.balance((modality_inputs or {}).get(name), device)
+            modality_inputs = {**(modality_inputs or {}), name: inputs}
+            held[name] = plan.held_rows()
+        return modality_inputs, held
+
+    def _try_to_encode(
+        self, modality_inputs: Mapping[str, Any] | None
+    ) -> tuple[dict[str, torch.Tensor], set[str], Exception | None]:
+        """(rows by modality, who has a backward pass, what was raised); with an error no rows.
+
+        An encoder that fails does so on all TP ranks of a replica, which have the same inputs.
+        The replicas that wait for its rows hear of it.
+        """
+        names, dtype = list(self._bridges), self._runners.language.embedding_dtype()
+        try:
+            return *self._runners.encoders.run_all(names, modality_inputs, dtype), None
+        except Exception as error:
+            if problem_of(error, "") is None:
+                raise
+            return *self._runners.encoders.run_all(names, None, dtype), error
+
+    def _agree_on_plan(
+        self,
+        name: str,
+        rows: torch.Tensor,
+        tokens: Mapping[str, TokenRuns],
+        plans: Mapping[str, RoutePlan],
+        problem: str | None,
+        held: Sequence[Runs] | None,
+    ) -> RoutePlan:
+        """The plan that was given, compared with the group's; else one made with the group."""
+        bridge = self._bridges[name]
+        if name in plans:
+            bridge.confirm(plans[name], rows, problem)
+            return plans[name]
+        try:
+            return bridge.plan(tokens[name], rows, problem, held)
+        except RowCountError as error:
+            if error.rows == 0:
+                raise RuntimeError(missing_inputs(name, error.tokens)) from error
+            raise
+
+    def exchange_problems(self, problems: Mapping[int, str], count: int) -> dict[int, str]:
+        """Tell and hear, in the exchange group of one modality after the other."""
+        found = dict(problems)
+        for bridge in self._bridges.values():
+            found = bridge.hear(found, count)
+        return found
+
+    # -- moving ----------------------------------------------------------------------------
+
+    def move(self, planned: PlannedRows) -> RowsForPlaces:
+        """Send the rows off; they are waited for when they are put in their places."""
+        flights = {
+            name: self._bridges[name].issue(planned.rows.pop(name), planned.plans[name])
+            for name in planned.moving
+        }
+        return RowsForPlaces(planned.tokens, flights)
+
+    def move_together(self, planned: Iterable[PlannedRows], leaves: Leaves) -> list[RowsForPlaces]:
+        """Send the rows of all microbatches in one exchange per modality."""
+        planned = list(planned)
+        landed: list[dict[str, LandedRows]] = [{} for _ in planned]
+        for name in self._bridges:
+            # That of the last microbatch, which runs backward first.
+            offloaded = latest_offloaded(self._runners.modules.encoders[name])
+            if any(name in each.moving for each in planned):
+                rows = self._exchange(name, planned, leaves, offloaded)
+                for each, row in zip(landed, rows, strict=True):
+                    each[name] = row
+        pairs = zip(planned, landed, strict=True)
+        return [RowsForPlaces(each.tokens, rows) for each, rows in pairs]
+
+    def _exchange(
+        self, name: str, planned: Sequence[PlannedRows], leaves: Leaves, offloaded: Any
+    ) -> list[LandedRows]:
+        """One modality's rows of all microbatches, exchanged as one."""
+        bridge, plans = self._bridges[name], [each.plans[name] for each in planned]
+        merged = bridge.merge(plans)
+        rows = torch.cat([each.rows.pop(name) for each in planned])
+        own = bridge.move(rows, merged)
+        indices = bridge.tensors(merged, own.device).place.split([i.size for i in merged.own_index])
+        cut = leaves.cut(own, list(indices), offloaded)
+        places = [bridge.tensors(plan, own.device).place for plan in plans]
+        return [LandedRows(*pair) for pair in zip(cut, places, strict=True)]
+
+    # -- fusing ----------------------------------------------------------------------------
+
+    def fuse(self, batch: LanguageBatch, moved: RowsForPlaces) -> Sharded:
+        """Fuse this rank's part of the sequence; ``(S/(cp*tp), B, H)``, tp with SP only."""
+        return self._cut(batch, self._place_local(batch, moved))
+
+    def _place_local(self, batch: LanguageBatch, moved: RowsForPlaces) -> torch.Tensor:
+        """Text of this rank's part, and among it the rows that arrive: ``(S_local, B, H)``."""
+        phases.mark(phases.LANGUAGE_FORWARD)
+        language, layout = self._runners.language, self._layout
+        cp, tp = self._coordinates()
+        runs = next(iter(moved.tokens.values()))
+        text = LocalText.find(runs, moved.tokens.values(), cp, tp)
+        kept = np.empty(0, dtype=np.int64) if text.kept is None else text.kept
+        device = batch.input_ids.device
+        index, kept, place = to_device([text.index, kept, text.place], device)
+        embedded = language.embed_tokens(batch.input_ids, batch.position_ids, index)
+        if text.kept is not None:
+            # Each TP rank keeps other tokens, so each has another part of the gradient.
+            if layout.dest_tp_size > 1:
+                embedded = sum_gradients(embedded, language.tp_group())
+            embedded = embedded.index_select(0, kept)
+        rows, places = self._arrived(moved)
+        length = runs.seq_len // (cp[1] * (tp[1] if tp else 1))
+        fused = fill_places(
+            {TEXT: embedded, **rows}, {TEXT: place, **places}, length * runs.batch
+        )
+        return fused.view(length, runs.batch, -1)
+
+    def _arrived(
+        self, moved: RowsForPlaces
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        rows, places = {}, {}
+        for name, flight in moved.rows.items():
+            offloaded = latest_offloaded(self._runners.modules.encoders[name])
+            rows[name] = reload_when_needed(flight.arrive(), offloaded)
+            places[name] = flight.place
+        return rows, places
+
+    def put_into(self, sharded: Sharded, moved: RowsForPlaces) -> Sharded:
+        """Put rows into a cut sequence that another way has built, zeros in their places."""
+        local, *others = sharded
+        rows, places = self._arrived(moved)
+        flat = local.reshape(-1, local.size(-1))
+        for name, row in rows.items():
+            flat = flat.index_copy(0, places[name], row.to(flat.dtype))
+        return (flat.view_as(local), *others)
+
+    def _cut(self, batch: LanguageBatch, fused: torch.Tensor) -> Sharded:
+        """Cut what goes with a fused sequence that its routes have cut.
+
+        A partition adapter that the user put in place gets the whole sequence, as in stock.
+        """
+        layout, language = self._layout, self._runners.language
+        adapter = self._runners.modules.partition_adapter
+        if adapter is None or cuts_as_ours(adapter):
+            _, *others = language.cut(batch, None)
+            return (fused, *others)
+        if layout.sequence_parallel and layout.dest_tp_size > 1:
+            fused = gather_from_sequence_parallel_region(
+                fused, tensor_parallel_output_grad=False, group=language.tp_group()
+            )
+        return language.cut(batch, fused)
+
+    @property
+    def _layout(self) -> Any:
+        return next(iter(self._bridges.values())).layout
+
+    def _coordinates(self) -> tuple[tuple[int, int], tuple[int, int] | None]:
+        """This rank's (rank, size) of CP, and of TP with sequence parallelism."""
+        layout = self._layout
+        rank = next(iter(self._bridges.values())).current_rank - layout.rank_offset
+        cp = int(layout.dest_cp[rank]), layout.dest_cp_size
+        scattered = layout.sequence_parallel
+        return cp, (int(layout.dest_tp[rank]), layout.dest_tp_size) if scattered else None

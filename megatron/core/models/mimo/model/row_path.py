@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way of rows from the encoders into the language model's sequence: what each kind must do.
+
+``plan`` runs the encoders and settles where their rows go, ``move`` sends them, ``fuse`` puts them
+among the text and cuts. ``MimoModel`` chooses once per modality, by the kind of its bridge; nothing
+else asks. To add a kind: a bridge, a class as :class:`RowPath`, and :func:`register_path`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from megatron.core.models.mimo.comm.routes import RoutePlan
+from megatron.core.models.mimo.model.encoder_runner import EncoderRunner
+from megatron.core.models.mimo.model.language_batch import LanguageBatch
+from megatron.core.models.mimo.model.language_runner import LanguageRunner
+from megatron.core.models.mimo.model.leaves import Leaves
+from megatron.core.models.mimo.model.rank_modules import RankModules
+from megatron.core.models.mimo.model.replaceable import ReplaceableSteps
+from megatron.core.models.mimo.partition.utils import Sharded
+
+
+@dataclass(frozen=True)
+class Runners:
+    """What a path works with.
+
+    Attributes:
+        modules: the rank's.
+        steps: the model's replaceable ones.
+        encoders, language: run these.
+    """
+
+    modules: RankModules
+    steps: ReplaceableSteps
+    encoders: EncoderRunner
+    language: LanguageRunner
+
+
+class RowPath(Protocol):
+    """The way of some modalities' rows.
+
+    Attributes:
+        backward_per_microbatch: modalities whose encoders run backward once per microbatch of a
+            step in stages; those of others once for all that moved together.
+    """
+
+    backward_per_microbatch: frozenset[str]
+
+    def plan(
+        self,
+        batch: LanguageBatch,
+        modality_inputs: Mapping[str, Any] | None,
+        route_plan: Mapping[str, RoutePlan] | None,
+    ) -> Any:
+        """Run the encoders on one microbatch and settle where their rows go; move nothing.
+
+        Args:
+            batch: the language replica's.
+            modality_inputs, route_plan: as for ``MimoModel.forward``.
+
+        Raises:
+            ValueError: rows, tokens and plans do not fit; a batch that cannot be cut.
+            RuntimeError: special tokens of a modality without inputs.
+        """
+
+    def move(self, planned: Any) -> Any:
+        """Send the rows of what was planned; differentiable. The rows may still be on their way."""
+
+    def move_together(self, planned: Iterable[Any], leaves: Leaves) -> list[Any]:
+        """Send the rows of several microbatches; each gets its own as leaves.
+
+        Args:
+            planned: the microbatches, planned when they are taken from the iterable.
+            leaves: cuts rows off from how they were made.
+        """
+
+    def fuse(self, batch: LanguageBatch, moved: Any) -> Sharded:
+        """Put moved rows among the text and cut: embeddings, labels, loss mask, packing."""
+
+    def exchange_problems(self, problems: Mapping[int, str], count: int) -> dict[int, str]:
+        """Tell why ranks cannot go on, and hear of others, before encoders run.
+
+        Args:
+            problems: rank -> why.
+            count: of the microbatches that this rank is about to encode.
+        """
