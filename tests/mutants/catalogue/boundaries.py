@@ -76,7 +76,7 @@ BOUNDARIES = (
     ),
     Mutant(
         name="token-0-has-no-places",
-        file=MIMO + "model/routed_side.py",
+        file="megatron/core/models/mimo/model/routed_path.py",
         old="(ids.index(token_id) + 1 if token_id is not None else -1)",
         new="(ids.index(token_id) + 1 if token_id else -1)",
         tests=(UNIT + f"test_routed_model.py::{_TOKEN_0}",),
@@ -84,7 +84,7 @@ BOUNDARIES = (
     ),
     Mutant(
         name="token-0-needs-no-inputs",
-        file=MIMO + "model/encoder_side.py",
+        file="megatron/core/models/mimo/model/encoder_rank.py",
         old="if token_id is None or input_ids is None:",
         new="if not token_id or input_ids is None:",
         tests=(UNIT + f"test_model.py::TestEncoderRank::{_TOKEN_0}",),
@@ -92,7 +92,7 @@ BOUNDARIES = (
     ),
     Mutant(
         name="token-0-has-no-split-sizes",
-        file=MIMO + "model/encoder_side.py",
+        file="megatron/core/models/mimo/model/encoder_rank.py",
         old="if token_id is None or input_ids is None or output.ndim != 2",
         new="if not token_id or input_ids is None or output.ndim != 2",
         tests=(UNIT + f"test_model.py::TestEncoderRank::{_TOKEN_0}",),

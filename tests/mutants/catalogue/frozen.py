@@ -14,7 +14,7 @@ _SCALING = UNIT + "test_loss_scaling_8rank.py::"
 FROZEN = (
     Mutant(
         name="no-backward-without-rows-and-text",
-        file=MIMO + "model/encoder_side.py",
+        file="megatron/core/models/mimo/model/encoder_runner.py",
         old="return text_is_frozen or waits_for_gradients(submodule)",
         new="return waits_for_gradients(submodule)",
         tests=(_FROZEN + "test_steps_without_images",),
@@ -68,7 +68,7 @@ FROZEN = (
     ),
     Mutant(
         name="text-dropped-differently-over-tp",
-        file=MIMO + "model/language_side.py",
+        file="megatron/core/models/mimo/model/language_runner.py",
         old="share, dropout.p = dropout.p, 0.0",
         new="share = 0.0",
         tests=(_DROPOUT + "test_masks_are_the_same_on_copies_and_differ_on_parts",),

@@ -33,7 +33,7 @@ MODEL = (
     ),
     Mutant(
         name="own-adapter-gets-no-embeddings",
-        file=MIMO + "model/routed_side.py",
+        file="megatron/core/models/mimo/model/routed_path.py",
         old="if adapter is None or cuts_as_ours(adapter):",
         new="if True:",
         tests=(
@@ -103,7 +103,7 @@ MODEL = (
     ),
     Mutant(
         name="text-rows-in-the-wrong-order",
-        file=_LANGUAGE,
+        file="megatron/core/models/mimo/model/language_runner.py",
         old="input_ids=input_ids.reshape(-1)[text].unsqueeze(0)",
         new="input_ids=input_ids.t().reshape(-1)[text].unsqueeze(0)",
         tests=(_MODEL_TESTS + "TestTextEmbeddings::test_text_rows_in_reading_order",),
@@ -111,7 +111,7 @@ MODEL = (
     ),
     Mutant(
         name="positions-of-other-tokens",
-        file=_LANGUAGE,
+        file="megatron/core/models/mimo/model/language_runner.py",
         old="channel.expand_as(input_ids).reshape(-1)[text].unsqueeze(0)",
         new="channel.expand_as(input_ids).reshape(-1)[: text.numel()].unsqueeze(0)",
         tests=(_MODEL_TESTS + "TestTextEmbeddings::test_positions_follow_their_tokens",),
@@ -119,7 +119,7 @@ MODEL = (
     ),
     Mutant(
         name="row-count-not-checked",
-        file=_LANGUAGE,
+        file="megatron/core/models/mimo/model/language_runner.py",
         old="if rows.count(name) != embeddings.size(0):",
         new="if rows.count(name) > embeddings.size(0):",
         tests=(_MODEL_TESTS + "TestAlign::test_text_count",),
@@ -127,23 +127,23 @@ MODEL = (
     ),
     Mutant(
         name="stale-token-positions",
-        file=_LANGUAGE,
-        old="memo[1:3] == (version, ids)",
-        new="memo[2] == ids",
+        file="megatron/core/models/mimo/model/token_rows.py",
+        old='latest[1:3] == (version, ids)',
+        new='latest[2] == ids',
         tests=(_MODEL_TESTS + "TestForward::test_an_edited_batch_is_looked_at_again",),
         why="a batch that is refilled in place is fused by the last batch's token positions",
     ),
     Mutant(
         name="loss-mask-not-cut",
-        file=_BASE,
-        old="embeddings, labels, loss_mask, packed = self._shard_language_inputs(",
-        new="embeddings, labels, _, packed = self._shard_language_inputs(",
+        file="megatron/core/models/mimo/model/language_runner.py",
+        old='embeddings, labels, loss_mask, packed = sharded',
+        new='embeddings, labels, _, packed = sharded\n        loss_mask = batch.loss_mask',
         tests=(_MODEL_TESTS + "TestContextParallel::test_the_sequence_is_cut",),
         why="CP ranks weigh their tokens with other positions' mask",
     ),
     Mutant(
         name="fan-in-rows-counted-once",
-        file=_ENCODER,
+        file="megatron/core/models/mimo/model/gathered_path.py",
         old="arriving = rows * scale",
         new="arriving = rows",
         tests=(_MODEL_TESTS + "TestColocated::test_rows_pass_the_bridge",),
@@ -151,7 +151,7 @@ MODEL = (
     ),
     Mutant(
         name="row-count-not-checked-before-the-bridge",
-        file=_ENCODER,
+        file="megatron/core/models/mimo/model/gathered_path.py",
         old="if arriving != tokens:",
         new="if arriving < 0:",
         tests=(_MODEL_TESTS + "TestColocated::test_a_mismatch_is_found_before_the_bridge",),
@@ -159,7 +159,7 @@ MODEL = (
     ),
     Mutant(
         name="bridge-entered-without-tokens",
-        file=_ENCODER,
+        file="megatron/core/models/mimo/model/gathered_path.py",
         old="moving = {name: row for name, row in rows.items() if tokens[name]}",
         new="moving = dict(rows)",
         tests=(_MODEL_TESTS + "TestColocated::test_without_tokens_no_rank_enters_the_bridge",),
@@ -167,7 +167,7 @@ MODEL = (
     ),
     Mutant(
         name="text-only-batch-leaves-ddp-waiting",
-        file=_ENCODER,
+        file="megatron/core/models/mimo/model/encoder_runner.py",
         old="empty + torch.stack(zeros).sum().to(empty.dtype) if zeros else empty",
         new="empty",
         tests=(
@@ -178,17 +178,17 @@ MODEL = (
     ),
     Mutant(
         name="cp-group-not-handed-on",
-        file=_BASE,
-        old="cp_group=cp_group,\n                tp_group=tp_group,",
-        new="tp_group=tp_group,",
+        file="megatron/core/models/mimo/model/language_groups.py",
+        old='            cp_group=cp_group,\n            tp_group=tp_group,\n',
+        new='            tp_group=tp_group,\n',
         tests=(_MODEL_TESTS + "TestContextParallel::test_a_given_group_wins",),
         why="the group is kept but not used: falls back to a global one that was never made",
     ),
     Mutant(
         name="mask-kept-from-later-stages",
-        file=_STAGE,
-        old="fused, position_ids, attention_mask, labels, packed, language_model=language_model",
-        new="fused, position_ids, None, labels, packed, language_model=language_model",
+        file="megatron/core/models/mimo/model/language_runner.py",
+        old='attention_mask=batch.attention_mask,',
+        new='attention_mask=None if embeddings is None else batch.attention_mask,',
         tests=(_MASK_TESTS + "test_every_stage_of_a_pipeline_gets_the_mask",),
         why="layers of a pipeline attend to what the mask forbids",
     ),

@@ -51,7 +51,7 @@ OPTIONS = (
     ),
     Mutant(
         name="sharded-offsets-ignored",
-        file=_STATES,
+        file="megatron/core/models/mimo/model/ddp_methods.py",
         old="[child], sharded_offsets, metadata, groups, path, wrappers",
         new="[child], (), metadata, groups, path, wrappers",
         tests=(_STATE + "test_prefix_and_offsets_of_a_larger_model",),

@@ -37,7 +37,7 @@ OVERLAP = (
     ),
     Mutant(
         name="stale-weights-saved",
-        file=MIMO + "model/state_dicts.py",
+        file="megatron/core/models/mimo/model/ddp_methods.py",
         old="        self.start_param_sync(force_sync=True)\n",
         new="",
         tests=(_OVERLAP + "test_a_checkpoint_has_the_weights_of_the_last_step",),
@@ -56,9 +56,9 @@ OVERLAP = (
     ),
     Mutant(
         name="gathered-microbatches-counted-one-by-one",
-        file=MIMO + "training/pipeline_step.py",
-        old="if encoded.comes_apart or gradients_come_apart(module)",
-        new="if gradients_come_apart(module)",
+        file="megatron/core/models/mimo/training/pipeline_step.py",
+        old='if name in encoded.backward_per_microbatch or gradients_come_apart(module)',
+        new='if gradients_come_apart(module)',
         tests=(_OVERLAP + "test_steps_may_have_other_numbers_of_microbatches",),
         why="a step of more microbatches than the first one is reduced before the last of them",
         ranks=8,

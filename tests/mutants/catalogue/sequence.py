@@ -100,9 +100,9 @@ SHARDING = (
     ),
     Mutant(
         name="packing-is-not-checked-without-cp",
-        file=MIMO + "model/language_side.py",
-        old="check_packing(packed, *input_ids.shape)",
-        new="pass",
+        file="megatron/core/models/mimo/model/language_runner.py",
+        old='check_packing(batch.packed, *batch.input_ids.shape)',
+        new='pass',
         tests=(
             UNIT
             + "test_routed_model.py::"
