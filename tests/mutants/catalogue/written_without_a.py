@@ -359,7 +359,7 @@ WITHOUT_A = (
         new='        elif problem is not None and self.guard != "off":\n',
         tests=(
             UNIT + "test_routed_bridge.py::"
-            "test_without_the_guard_a_rank_with_a_problem_raises_alone",
+            "test_where_nothing_is_compared_a_rank_with_a_problem_raises_alone",
         ),
         why="without a guard a rank goes on with a plan of another batch",
     ),

@@ -401,3 +401,22 @@ def test_copies_of_a_replica_that_read_other_items_are_named(more: int) -> None:
     messages = set(InProcessWorld(8).run(body))
     assert len(messages) == 1
     assert messages.pop().startswith("Ranks [3] read images of other tokens than rank 2,")
+
+
+def test_copies_that_cut_their_items_into_other_units_are_named() -> None:
+    """Item by item they agree; each would send what its own units say."""
+
+    def body(rank: int) -> str:
+        balance = EncoderBalance(
+            tokens_per_item=lambda _: [4, 4],
+            units_per_item=lambda _: [1, 2] if rank == 3 else [2, 1],
+        )
+        with bridge((2, 4), (2, 4, 1)) as made:
+            inputs = {"vit": {"x": torch.ones(3, 2)}}
+            with pytest.raises(ValueError) as raised:
+                InputBalance(made, balance).balance(inputs, torch.device("cpu"))
+            return str(raised.value)
+
+    (message,) = set(InProcessWorld(8).run(body))
+    assert "ranks [2, 3] are copies of one encoder replica and must read the same" in message
+    assert "tokens are [[4, 4], [4, 4]] and units [[2, 1], [1, 2]]" in message

@@ -13,6 +13,7 @@ import torch
 from megatron.core.models import mimo
 from megatron.core.models.mimo import MimoModel, MimoModelConfig
 from megatron.core.models.mimo.comm.balance import EncoderBalance
+from megatron.core.models.mimo.config.role import ModuleLayout
 from megatron.core.models.mimo.memory.policy import EncoderMemory
 from megatron.core.transformer.spec_utils import ModuleSpec
 from tests.unit_tests.mimo.model_stubs import (
@@ -117,6 +118,12 @@ def test_grid_keys_are_the_modules(keys, message):
 def test_grid_keys_that_match_are_accepted():
     grids = {"images": StubGrid(), "language": StubGrid()}
     assert mimo_config(module_to_grid_map=grids).module_to_grid_map is grids
+
+
+def test_no_grids_may_be_an_empty_map():
+    """As an unset one: what is built of them asks for neither keys nor ranks."""
+    config = mimo_config(module_to_grid_map={})
+    assert MimoModel(config).role.mode is ModuleLayout.COLOCATED
 
 
 @pytest.mark.parametrize("name", ["language", "text"])

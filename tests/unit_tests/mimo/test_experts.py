@@ -215,6 +215,18 @@ def test_a_padding_mask_is_refused() -> None:
         router.apply_z_loss(torch.zeros(6, 4), padding_mask=torch.ones(6, dtype=torch.bool))
 
 
+def test_the_z_loss_of_other_ranks_is_that_of_training() -> None:
+    """As stock's: an evaluation with gradients has none."""
+    settings, one, two = config(), Group(1), Group(2)
+    settings.moe_z_loss_coeff = 0.2
+    collection = SimpleNamespace(tp=one, cp=two, tp_cp=two, tp_dp_cp=two)
+    router = PerTokenRouter(settings, collection)
+    router.set_layer_number(1)
+    logits = torch.randn(6, 4, requires_grad=True)
+    assert router.train().apply_z_loss(logits) is not logits
+    assert router.eval().apply_z_loss(logits) is logits
+
+
 @pytest.mark.parametrize("kind", ["aux_loss", "seq_aux_loss"])
 def test_the_weight_of_the_routers_losses_is_their_coefficient_times_tokens(
     kind: str, monkeypatch: pytest.MonkeyPatch

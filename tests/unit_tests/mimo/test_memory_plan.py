@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from fractions import Fraction
 
@@ -20,6 +21,7 @@ from megatron.core.models.mimo.memory.plan import (
     transformer_bytes,
 )
 from megatron.core.models.mimo.memory.policy import POLICIES, EncoderMemory
+from megatron.core.models.mimo.memory.table import print_plan
 from tests.unit_tests.mimo.test_activation_memory import OUT, WIDTH, built, pixels
 
 PARTS = PartBytes(inputs=10, encoder=1000, rows=40, projector=200, encoder_flops=90,
@@ -172,6 +174,13 @@ def test_the_command_prints_every_policy(capsys):
     parts = transformer_bytes(shape, 16)
     saving = predict(parts, Step(16, 4, 1), EncoderMemory("recompute", "keep")).saving
     assert f"{saving / 2**20:,.2f}" in out
+
+
+def test_the_table_goes_to_the_stream_that_is_given(capsys):
+    stream = io.StringIO()
+    print_plan(PARTS, Step(), stream=stream)
+    assert "Encoder activations on one rank" in stream.getvalue()
+    assert capsys.readouterr().out == ""
 
 
 def test_every_column_has_what_its_heading_says(capsys):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding
 from megatron.core.models.mimo import AudioModalitySubmodules, MimoModel, compat
 from megatron.core.models.mimo.config import role as role_module
@@ -460,9 +461,10 @@ class TestContextParallel:
             self.build(grid=StubGrid(0, 1, [2], ["cp"]), config=language_config())
 
     def test_group_and_config_disagree(self):
-        message = "cp_group has 4 ranks, the language config has context_parallel_size 2"
-        with pytest.raises(ValueError, match=message):
-            self.build(StubGroup(4, 0))
+        for size in (4, 1):
+            message = f"cp_group has {size} ranks, the language config has context_parallel_size 2"
+            with pytest.raises(ValueError, match=message):
+                self.build(StubGroup(size, 0))
 
     def test_without_cp_and_sp_there_is_no_adapter(self, model):
         assert model.partition_adapter is None
@@ -992,6 +994,18 @@ class TestState:
         images.sharded_state_dict("inner.", ((0, 0, 2),), {})
         parts = ["inner.encoders.linear.", "inner.input_projections.0."]
         assert asked == [(prefix, ((0, 0, 2),)) for prefix in parts]
+
+    @pytest.mark.parametrize("prefix", ["", "outer."])
+    def test_virtual_stages_are_one_language_model_on_the_disk(self, model, prefix, monkeypatch):
+        monkeypatch.setattr(
+            compat,
+            "sharded_state_dict_default",
+            lambda _, path, *__, **___: {f"{path}w": ShardedObject(f"{path}w", 0, (1,), (0,))},
+        )
+        model.virtual_stages = nn.ModuleList([nn.Linear(1, 1)])
+        found = model.sharded_state_dict(prefix)
+        for stage in ("language_model", "virtual_stages.0"):
+            assert found[f"{prefix}{stage}.w"].key == f"{prefix}language_model.w"
 
     def test_a_missing_key_is_an_error(self, model):
         state = model.state_dict()

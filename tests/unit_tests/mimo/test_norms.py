@@ -22,6 +22,7 @@ from megatron.core.models.mimo.transformer.layer_specs import (
 from megatron.core.models.mimo.transformer.norms import SequenceParallelNorm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.torch_norm import L2Norm
 from tests.unit_tests.mimo.attention_oracle import tiny_config
 
 SEQUENCE_PARALLEL = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -89,6 +90,15 @@ def test_norms_that_are_not_there_stay_away() -> None:
     attention = language_layer_spec(tiny_config()).submodules.layer_specs[0].submodules
     assert attention.self_attention.submodules.q_layernorm is IdentityOp
     assert attention.pre_cross_attn_layernorm is IdentityOp
+
+
+def test_l2_norms_of_the_config_are_there_and_stay_without_weights() -> None:
+    """Stock's function for layer specs does not look for them in the config."""
+    for spec in (language_layer_spec, encoder_layer_spec):
+        layer = spec(tiny_config(qk_l2_norm=True)).submodules.layer_specs[0].submodules
+        attention = layer.self_attention.submodules
+        assert attention.q_layernorm is attention.k_layernorm is L2Norm
+        assert layer.input_layernorm is SequenceParallelNorm
 
 
 def test_encoder_layers_are_bidirectional_and_stocks_spec_is_left_alone() -> None:

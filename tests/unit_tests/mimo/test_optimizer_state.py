@@ -6,12 +6,18 @@ from __future__ import annotations
 from types import SimpleNamespace
 from unittest.mock import Mock, call
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from megatron.core.models.mimo import optimizer
 from megatron.core.models.mimo.optimizer import MimoOptimizer
-from megatron.core.models.mimo.training import optimizer_settings, optimizer_state
+from megatron.core.models.mimo.training import (
+    frozen_state,
+    optimizer_settings,
+    optimizer_state,
+)
+from megatron.core.models.mimo.training.inner_optimizers import held_scales
 
 
 def test_arguments_reach_every_modules_optimizer() -> None:
@@ -85,3 +91,31 @@ def test_a_loss_scale_is_saved_from_the_host() -> None:
     assert kept["grad_scaler"]["scale"].device.type == "cpu"
     assert kept["grad_scaler"]["growth_tracker"] == 3
     assert kept["groups"][0].device.type == "cpu"
+
+
+def test_a_loss_scale_moves_again_after_a_step_that_raised() -> None:
+    class Scaler:
+        def __init__(self) -> None:
+            self.told: list[bool] = []
+
+        def update(self, found_inf: bool) -> None:
+            self.told.append(found_inf)
+
+    scaler = Scaler()
+
+    def step() -> None:
+        with held_scales([scaler]):
+            scaler.update(True)
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        step()
+    scaler.update(False)
+    assert scaler.told == [False]
+
+
+def test_an_optimizer_that_keeps_no_tensors_is_loaded_like_others() -> None:
+    """Plain SGD has groups alone; that something was frozen when they were saved is no matter."""
+    group = {"lr": 0.1}
+    asked = frozen_state.start_fresh({"language": {"groups": [group]}}, {}, frozenset({"weight"}))
+    assert asked == {"language": {"groups": {0: group}}}

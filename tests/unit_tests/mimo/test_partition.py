@@ -91,6 +91,15 @@ def test_packing_is_checked_for_the_ranks_that_it_is_cut_over():
         check_packing(params, 1, 12, 4)
 
 
+def test_max_seqlen_counts_padding():
+    """Rotary embeddings are made for so many positions, and padding has positions, too."""
+    real = torch.tensor([0, 3, 6], dtype=torch.int32)
+    for name in ("max_seqlen_q", "max_seqlen_kv"):
+        assert check_packing(packed([0, 4, 8], cu_seqlens_q=real, **{name: 4}), 1, 8)
+        with pytest.raises(SequenceShardError, match=f"{name} is 3, but the longest .* has 4 tok"):
+            check_packing(packed([0, 4, 8], cu_seqlens_q=real, **{name: 3}), 1, 8)
+
+
 @pytest.mark.parametrize("cp", CP_SIZES)
 def test_dense_cut_and_its_gradient(cp):
     seq_len = 2 * cp * 3
@@ -181,6 +190,14 @@ def test_lengths_that_change_in_place_are_read_again():
             params.cu_seqlens_q_padded[1] = 12
             again = cut.shard(embeddings, None, None, params)[0]
         assert torch.equal(again, embeddings[packed_positions([0, 12, 16], 1, 2)])
+
+
+def test_lengths_that_fitted_one_batch_are_compared_with_the_next_one_s():
+    cut, params = adapter(2), packed([0, 4, 16])
+    assert cut.check(1, 16, params) == [0, 4, 16]
+    for batch, length in ((1, 24), (2, 16)):
+        with pytest.raises(SequenceShardError, match=f"got {batch} rows of {length} tokens and"):
+            cut.check(batch, length, params)
 
 
 def test_transformer_engine_s_kernel_is_used_where_it_applies(monkeypatch):

@@ -86,6 +86,8 @@ def test_what_transformers_loaded_stays_and_what_its_file_lacked_is_drawn(tmp_pa
             torch.equal(a.to(kind), b)
             for a, b in zip(saved.parameters(), loaded.parameters(), strict=True)
         )
+    beside = nn.ModuleDict({"clip": loaded, "marked": keep_weights(nn.Linear(3, 3))})
+    assert changed(beside) == set()
     partly = transformers.CLIPVisionModelWithProjection.from_pretrained(tmp_path, projection_dim=12)
     assert changed(partly) == {"visual_projection.weight"}
 

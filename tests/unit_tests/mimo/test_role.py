@@ -85,8 +85,12 @@ def test_a_rank_without_a_module(monkeypatch):
         build_on(5, grids, monkeypatch)
 
 
-def test_partly_shared_ranks_are_refused(monkeypatch):
-    grids = {"images": span(0, 4), "language": span(0, 8)}
-    message = r"'images' grid \(ranks 0..3\) shares 4 ranks with the 'language' grid \(ranks 0..7\)"
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize(
+    ("start", "size", "shared"), [(0, 8, 4), (2, 4, 2), (1, 2, 2)], ids=["all", "end", "middle"]
+)
+def test_partly_shared_ranks_are_refused(start, size, shared, monkeypatch):
+    """All of the encoder's, its last ones, or some in the middle."""
+    grids = {"images": span(0, 4), "language": span(start, size)}
+    words = rf"shares {shared} ranks .* 'language' grid \(ranks {start}..{start + size - 1}\)"
+    with pytest.raises(ValueError, match=r"'images' grid \(ranks 0..3\) " + words):
         build_on(0, grids, monkeypatch)

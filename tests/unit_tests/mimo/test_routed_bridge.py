@@ -295,12 +295,14 @@ def test_a_mismatch_is_one_error_on_every_rank(change, message, guard):
     assert re.search(message, found[0]), found[0]
 
 
-def test_without_the_guard_a_rank_with_a_problem_raises_alone():
+@pytest.mark.parametrize("guard", ["off", "first"])
+def test_where_nothing_is_compared_a_rank_with_a_problem_raises_alone(guard):
     def body(rank: int) -> None:
-        with bridge(*FAN_IN, guard="off") as made:
+        with bridge(*FAN_IN, guard=guard) as made:
             picture = Picture(made, FULL)
-            problem = "no" if rank == 5 else None
-            made.confirm(picture.plan(made), picture.rows[picture.mine], problem)
+            plan, rows = picture.plan(made), picture.rows[picture.mine]
+            made.confirm(plan, rows)
+            made.confirm(plan, rows, "no" if rank == 5 else None)
             raise ValueError("fine")
 
     assert errors(8, body) == ["fine"] * 5 + ["Bridge images -> language: no"] + ["fine"] * 2

@@ -564,6 +564,24 @@ def test_what_does_not_fit_is_one_error_in_an_exchange_group(options, change, er
     assert set(found[len(concerned) :]) <= {"fine"}
 
 
+def test_a_plan_of_the_step_before_is_noticed_on_the_host():
+    """All ranks alike have as many tokens, elsewhere: the plans themselves are equal."""
+    case = uniform(FAN_IN, ahead=True)
+
+    def body(rank: int) -> str:
+        model, grids = case.build()
+        inputs = case._inputs(rank, model, grids)
+        model(**inputs)
+        model(**inputs)
+        inputs["input_ids"] = inputs["input_ids"].roll(1, dims=1)
+        with pytest.raises(ValueError) as caught:
+            model(**inputs)
+        return str(caught.value)
+
+    found = InProcessWorld(case.size).run(body)
+    assert all("plan of images has 16 tokens in other places than" in each for each in found)
+
+
 def empty_plan(rank: int, inputs: dict[str, Any]) -> None:
     inputs["route_plan"] = {}
 

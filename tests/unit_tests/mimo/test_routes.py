@@ -467,3 +467,11 @@ def test_the_digest_names_what_differs():
         for plan in plans:
             differing = {f for f in vars(base) if getattr(base, f) != getattr(plan.digest(), f)}
             assert differing == {field}
+    # The same places and as many sequences, but CP cuts them at other places.
+    two_packings = {
+        plan_routes(layout, 0, [TokenRuns.from_positions(np.arange(8), 1, 16, cu)], [4, 4])
+        .digest()
+        .tokens
+        for cu in ([0, 8, 16], [0, 4, 16])
+    }
+    assert len(two_packings) == 2

@@ -16,7 +16,8 @@ import pytest
 from megatron.core.hyper_comm_grid import GridShape
 from megatron.core.models.mimo.comm.merged_routes import MergedPlan
 from megatron.core.models.mimo.comm.route_layout import RouteLayout
-from megatron.core.models.mimo.comm.routes import RoutePlan
+from megatron.core.models.mimo.comm.routes import RoutePlan, plan_routes
+from megatron.core.models.mimo.comm.token_runs import TokenRuns
 from tests.unit_tests.mimo.test_routes import World, check, move, plan_all, random_tokens
 
 POWERS = (1, 2, 4, 8)
@@ -168,3 +169,14 @@ def test_plans_that_do_not_belong_together_are_refused():
         MergedPlan.of([plans[0], plans[1]])
     with pytest.raises(ValueError, match="no plans to merge"):
         MergedPlan.of([])
+
+
+def test_plans_of_two_exchange_groups_are_refused():
+    """As many ranks, but others: rank 0 trades with rank 1 over one bridge, 2 over another."""
+    plans = []
+    for order in (("tp", "dp"), ("dp", "tp")):
+        layout = RouteLayout.from_grids(GridShape([2, 2], order), GridShape([2, 2], order))
+        plans.append(plan_routes(layout, 0, [TokenRuns.from_positions(np.arange(4), 1, 8)], [4]))
+    assert [plan.ranks.tolist() for plan in plans] == [[0, 1], [0, 2]]
+    with pytest.raises(ValueError, match=r"rank 0 in .*\[0, 1\].* of rank 0 in .*\[0, 2\]"):
+        MergedPlan.of(plans)

@@ -202,6 +202,7 @@ def test_dumps_are_read_and_nothing_is_executed(tmp_path: Path, capsys):
     (tmp_path / "nccl_rank_2").write_bytes(pickle.dumps(of_nccl))
     (tmp_path / "rank_3").write_bytes(pickle.dumps(own)[:50])
     (tmp_path / "rank_4").write_bytes(pickle.dumps(_Evil()))
+    (tmp_path / "rank_5").touch()  # killed before it had written a byte
     (tmp_path / "rank_x").write_text("not one of ours")
     assert read_dumps(tmp_path) == {0: own, 2: of_nccl}
     assert capsys.readouterr().out == ""

@@ -40,6 +40,22 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
+class Layer(nn.Linear):
+    """With extra state, which is no weight, as Transformer Engine's; another in each copy."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.drawn = torch.rand(1)
+
+    def get_extra_state(self) -> torch.Tensor:
+        """What was drawn."""
+        return self.drawn
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Take another one's."""
+        self.drawn = state
+
+
 class Patches(nn.Module):
     """Two layers in a list, a norm with buffers, and a child that is really called "module"."""
 
@@ -47,7 +63,7 @@ class Patches(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.layers = nn.ModuleList([Layer(), Layer()])
         self.norm = nn.BatchNorm1d(8)
         self.module = nn.Linear(8, 32)
 
@@ -55,6 +71,12 @@ class Patches(nn.Module):
         for layer in self.layers:
             pixels = layer(pixels).tanh()
         return self.module(self.norm(pixels.transpose(1, 2)).transpose(1, 2)).transpose(0, 1)
+
+
+@pytest.fixture(autouse=True)
+def _wraps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the compiler is switched off, as in runs of mutants, torch.compile wraps nothing."""
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
 
 
 def compiled(module: nn.Module) -> nn.Module:
@@ -248,6 +270,9 @@ def test_checkpoints_do_not_know_wrappers(there, here, tmp_path: Path, alone):
     store.load(1, other, its_optimizer)
     states = [each.state_dict() for each in (model, other)]
     assert list(states[0]) == list(states[1])
+    extra = [n for n in states[0] if "patches" in n and n.endswith("_extra_state")]
+    assert len(extra) == 2
+    assert all(torch.equal(states[0][name], states[1][name]) for name in extra)
     # The second loss needs the first step's moments and all weights.
     found = [[step(other, its_optimizer) for _ in range(2)], [step(model, optimizer) for _ in "ab"]]
     assert found[0] == pytest.approx(found[1], rel=1e-6)

@@ -160,7 +160,8 @@ class InputBalance:
                 raise ValueError(
                     f"Balancing {self._items.name}: ranks {exchange.ranks[copies].tolist()} are "
                     "copies of one encoder replica and must read the same items, but tokens are "
-                    f"{[told[c].tokens for c in copies]}. Give these ranks the same batch."
+                    f"{[told[c].tokens for c in copies]} and units "
+                    f"{[told[c].units for c in copies]}. Give these ranks the same batch."
                 )
         first = [told[place] for place in exchange.src_ranks[:, 0]]
         tokens = [count for each in first for count in each.tokens]

@@ -121,7 +121,11 @@ def _block_spec(
         pp_rank = 0
     with_te = use_transformer_engine()
     block = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=with_te, pp_rank=pp_rank, vp_stage=vp_stage
+        config,
+        use_transformer_engine=with_te,
+        qk_l2_norm=config.qk_l2_norm,
+        pp_rank=pp_rank,
+        vp_stage=vp_stage,
     )
     attends = with_te and te_attends(config)
     layers = [_layer(spec, mask_type, with_te, attends) for spec in block.layer_specs]
