@@ -25,6 +25,8 @@ LANGUAGES = ("bash", "python")
 _SKIPPED_FOLDERS = {".git", "runs", "build", "dist", "node_modules"}
 _FENCE = re.compile(r"^(?P<indent> *)(?P<fence>```+|~~~+) *(?P<language>[\w+-]*).*$")
 _MARK = re.compile(r"^\s*<!-- *test: *(?P<mark>.*?) *-->\s*$")
+# Further pages whose blocks run as those of a README do.
+PAGES = ("docs/experts.md", "docs/parts.md")
 _MARKS = ("make", "covered-by", "after", "timeout")
 
 
@@ -113,10 +115,14 @@ def _split_mark(mark: tuple[int, str] | None, language: str, path: Path) -> tupl
 
 
 def readme_files(root: Path = REPO) -> list[Path]:
-    """Return every README.md of the repository, relative to it, environments left out."""
+    """Return every README.md and page with blocks to run, relative to the repository.
+
+    Environments are left out.
+    """
+    pages = [root / page for page in PAGES if (root / page).exists()]
     found = [
         path.relative_to(root)
-        for path in root.rglob("README.md")
+        for path in (*root.rglob("README.md"), *pages)
         if not any(
             part in _SKIPPED_FOLDERS or part.startswith(".")
             for part in path.relative_to(root).parts
@@ -126,5 +132,5 @@ def readme_files(root: Path = REPO) -> list[Path]:
 
 
 def all_blocks(root: Path = REPO) -> list[Block]:
-    """Return the code blocks of every README.md."""
+    """Return the code blocks of all of them."""
     return [b for p in readme_files(root) for b in parse((root / p).read_text("utf-8"), p)]
