@@ -31,6 +31,8 @@ from tests.mutants.catalogue.written_without_b_jobs import WITHOUT_B_JOBS
 from tests.mutants.catalogue.written_without_b_memory import WITHOUT_B_MEMORY
 from tests.mutants.catalogue.written_without_b_optimizer import WITHOUT_B_OPTIMIZER
 from tests.mutants.catalogue.written_without_b_training import WITHOUT_B_TRAINING
+from tests.mutants.catalogue.written_without_c import WITHOUT_C
+from tests.mutants.catalogue.written_without_c_more import WITHOUT_C_MORE
 
 MUTANTS = (
     *GRIDS,
@@ -63,4 +65,6 @@ MUTANTS = (
     *WITHOUT_B_MEMORY,
     *WITHOUT_B_OPTIMIZER,
     *WITHOUT_B_TRAINING,
+    *WITHOUT_C,
+    *WITHOUT_C_MORE,
 )

@@ -8,12 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from megatron.core.models.mimo.compat import (
     fully_parallel_load,
     metadata_with_dp_cp_group,
+    packed_seq_params,
     write_file,
 )
+from megatron.core.models.mimo.partition.packed_lengths import CU_SEQLENS
 
 
 @pytest.mark.parametrize("groups", [None, SimpleNamespace(dp_cp=object())])
@@ -22,6 +25,13 @@ def test_metadata_stays_the_callers(groups):
     given = {"singleton_local_shards": True}
     metadata_with_dp_cp_group(given, groups, "owner")["more"] = 1
     assert given == {"singleton_local_shards": True}
+
+
+def test_lengths_of_every_kind_become_32_bit_and_nothing_else_does():
+    """Transformer Engine's kernels would misread others."""
+    made = packed_seq_params({**dict.fromkeys(CU_SEQLENS, torch.tensor([0, 4])), "max_seqlen_q": 4})
+    assert {getattr(made, name).dtype for name in CU_SEQLENS} == {torch.int32}
+    assert (made.max_seqlen_q, made.qkv_format) == (4, "thd")
 
 
 def test_reading_is_shared_over_the_group_that_is_given():

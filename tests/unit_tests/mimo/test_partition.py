@@ -198,6 +198,9 @@ def test_lengths_that_fitted_one_batch_are_compared_with_the_next_one_s():
     for batch, length in ((1, 24), (2, 16)):
         with pytest.raises(SequenceShardError, match=f"got {batch} rows of {length} tokens and"):
             cut.check(batch, length, params)
+    params.max_seqlen_q = 11  # of the same tensors
+    with pytest.raises(SequenceShardError, match="max_seqlen_q is 11, but the longest .* has 12"):
+        cut.check(1, 16, params)
 
 
 def test_transformer_engine_s_kernel_is_used_where_it_applies(monkeypatch):

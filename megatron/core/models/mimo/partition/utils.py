@@ -254,7 +254,9 @@ class PartitionAdapter(TakesStandIns):
         tensors = [getattr(params, name) for name in CU_SEQLENS]
         # Tensors of inference mode count no versions, so a change would not be seen: no memo.
         known = not any(tensor is not None and tensor.is_inference() for tensor in tensors)
-        key = (batch, seq_len, [(id(t), t._version) for t in tensors if t is not None and known])
+        longest = params.max_seqlen_q, params.max_seqlen_kv
+        versions = [(id(t), t._version) for t in tensors if t is not None and known]
+        key = (batch, seq_len, longest, versions)
         memo = self._checked_lengths
         if known and memo is not None and memo[1] == key:
             return memo[2]
