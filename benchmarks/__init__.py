@@ -20,11 +20,3 @@ the figures and what they mean.
     report.py       tables, the stacked bars
     pictures.py     the pictures of docs/bridge.md: who holds, who needs, what moves
 """
-
-import sys
-from pathlib import Path
-
-# The launcher, the model and the pictures are the digits job's, whose modules import each other so.
-DIGITS = Path(__file__).resolve().parents[1] / "examples" / "mimo" / "digits"
-if str(DIGITS) not in sys.path:
-    sys.path.insert(0, str(DIGITS))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from layouts import Layout
 
 from megatron.core.hyper_comm_grid import GridShape
 from megatron.core.models.mimo.comm.bridge_layout import BridgeDirection, BridgeLayout
@@ -16,6 +15,7 @@ from megatron.core.models.mimo.comm.route_layout import RouteLayout
 from megatron.core.models.mimo.comm.token_runs import TokenRuns
 from megatron.core.models.mimo.partition.sequence_order import dense_positions
 from mimo_colocated.launch.errors import JobError
+from mimo_colocated.launch.layouts import Layout
 
 # Samples of a language replica; at least one for every encoder replica of up to 8 ranks.
 SAMPLES = 8

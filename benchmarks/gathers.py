@@ -18,18 +18,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-import model as digits_model
 import torch.distributed as dist
-from data import DigitsBatches
-from layouts import Layout
-from model import DigitsModel, ModelOptions, build_model
-from trainer import Trainer, TrainOptions
 
 from benchmarks.cases import Pair
 from benchmarks.wall_time import alternate
+from examples.mimo.digits.data import DigitsBatches
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+from mimo_colocated.launch.layouts import Layout
 from tests.harness.garbage import end_threads_of_groups
+from tests.models import model as digits_model
+from tests.models.model import BuiltModel, ModelOptions, build_model
+from tests.models.trainer import Trainer, TrainOptions
 
 DEFAULT = (Pair(Layout(tp=1, dp=8), Layout(tp=2, cp=2, dp=2)),)
 _BATCH, _SEED, _SECONDS, _BUCKET, _WIRE = 32, 1234, 20.0, 40_000, 0.02
@@ -72,7 +72,7 @@ def measure(pairs: tuple[Pair, ...], quick: bool) -> Iterator[dict[str, Any]]:
         end_threads_of_groups()
 
 
-def _build(pair: Pair, overlap: bool) -> DigitsModel:
+def _build(pair: Pair, overlap: bool) -> BuiltModel:
     # Stock makes one bucket of all without overlap; both shall have as many collectives.
     options = ModelOptions(seed=_SEED, overlap_grad_reduce=True, overlap_param_gather=overlap)
     small = functools.partial(DistributedDataParallelConfig, bucket_size=_BUCKET)
@@ -83,7 +83,7 @@ def _build(pair: Pair, overlap: bool) -> DigitsModel:
     return built
 
 
-def _stepper(built: DigitsModel) -> Callable[[], None]:
+def _stepper(built: BuiltModel) -> Callable[[], None]:
     trainer = Trainer(built, TrainOptions(steps=1000, global_batch_size=_BATCH), True)
     batches, done = DigitsBatches(_SEED, "train", _BATCH), iter(range(1000))
     return lambda: trainer.step(batches, next(done)) and None

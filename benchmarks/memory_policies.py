@@ -22,14 +22,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from data import DIGITS_PER_SAMPLE, DigitsBatches
-from layouts import Layout
-from memory_plan import encoder_shape
-from model import VISION, ModelOptions, ModelSize, build_model
-from trainer import Trainer, TrainOptions
 
 from benchmarks.cases import Pair
 from benchmarks.paths import rank_device
+from examples.mimo.digits.data import DIGITS_PER_SAMPLE, DigitsBatches
 from megatron.core.models.mimo.memory.offload import HostUse
 from megatron.core.models.mimo.memory.plan import (
     PartBytes,
@@ -40,7 +36,11 @@ from megatron.core.models.mimo.memory.plan import (
 )
 from megatron.core.models.mimo.memory.policy import EncoderMemory
 from megatron.core.utils import unwrap_model
+from mimo_colocated.launch.layouts import Layout
 from tests.harness.garbage import end_threads_of_groups
+from tests.models.memory import encoder_shape
+from tests.models.model import VISION, ModelOptions, ModelSize, build_model
+from tests.models.trainer import Trainer, TrainOptions
 from tests.parity.tensors import local_gradients
 
 SIZE = ModelSize(vision_hidden=128, vision_layers=3, language_hidden=128)

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from layouts import Layout
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
-from pictures import INK, MUTED, save_figure
 
 from benchmarks.cases import Pair, TokenBatch
 from megatron.core.models.mimo.comm.routes import RoutePlan, plan_routes
 from megatron.core.models.mimo.comm.token_runs import TokenRuns
+from megatron.core.models.mimo.job.plots import INK, MUTED, save_figure
+from mimo_colocated.launch.layouts import Layout
 
 _STRIP, _GAP = 4.0, 3.4  # in units of the drawing: a rank's strip is 1 high
 _COLORS = ("#0969da", "#bc4c00", "#1a7f37", "#8250df")

@@ -80,9 +80,9 @@ def plot_steps(path: Path, cells: Cells) -> None:
         JobError: for a full disk or a path that cannot be written.
     """
     from matplotlib.figure import Figure
-    from pictures import save_figure
 
     from benchmarks.whole_step import SECTIONS
+    from megatron.core.models.mimo.job.plots import save_figure
 
     groups = list(dict.fromkeys((cell["encoder"], cell["layout"]) for cell in cells))
     figure = Figure(figsize=(10, 1.0 + 0.95 * len(groups)), layout="constrained")
@@ -117,7 +117,8 @@ def plot_memory(path: Path, cells: Cells) -> None:
         JobError: for a full disk or a path that cannot be written.
     """
     from matplotlib.figure import Figure
-    from pictures import save_figure
+
+    from megatron.core.models.mimo.job.plots import save_figure
 
     first = [c for c in cells if (c["layout"], c["step"]) == (cells[0]["layout"], cells[0]["step"])]
     figure = Figure(figsize=(10, 4), layout="constrained")

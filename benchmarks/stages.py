@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from data import DigitsBatches
-from layouts import Layout
-from model import VISION, ModelOptions, ModelSize, build_model
-from trainer import Trainer, TrainOptions
 
 from benchmarks.cases import Pair
 from benchmarks.memory import largest_of_ranks
+from examples.mimo.digits.data import DigitsBatches
+from mimo_colocated.launch.layouts import Layout
 from tests.harness.garbage import end_threads_of_groups
+from tests.models.model import VISION, ModelOptions, ModelSize, build_model
+from tests.models.trainer import Trainer, TrainOptions
 
 DEFAULT = (
     Pair(Layout(tp=1, dp=8), Layout(tp=1, cp=2, dp=2, pp=2)),

@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from data import DigitsBatches
-from layouts import Layout
-from model import VISION, DigitsModel, ModelOptions, ModelSize, build_model
-from trainer import Trainer, TrainOptions
 
 from benchmarks.cases import Pair
 from benchmarks.paths import rank_device, synchronize
 from benchmarks.wall_time import alternate
+from examples.mimo.digits.data import DigitsBatches
+from mimo_colocated.launch.layouts import Layout
 from tests.harness.garbage import end_threads_of_groups
+from tests.models.model import VISION, BuiltModel, ModelOptions, ModelSize, build_model
+from tests.models.trainer import Trainer, TrainOptions
 
 DEFAULT = tuple(
     Pair(Layout(tp=2, dp=4), Layout(tp=2, cp=cp, dp=4 // cp)) for cp in (1, 2, 4)
@@ -143,7 +143,7 @@ def _compare(pair: Pair, size: str, seconds: float) -> Iterator[dict[str, Any]]:
     end_threads_of_groups()
 
 
-def _stepper(built: DigitsModel) -> tuple[Callable[[], None], Sections]:
+def _stepper(built: BuiltModel) -> tuple[Callable[[], None], Sections]:
     trainer = Trainer(built, TrainOptions(steps=1000, global_batch_size=_BATCH), True)
     sections = Sections(trainer)
     batches, done = DigitsBatches(_SEED, "train", _BATCH), iter(range(1000))

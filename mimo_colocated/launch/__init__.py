@@ -23,6 +23,7 @@ was killed or stopped, and who waited for it; signals that let the job save befo
     stopping.py          signals to the launcher and to the ranks
     errors.py            errors that a user reads; files that are whole or not there
     options.py           options: one frozen dataclass, parsed by argparse
+    training_options.py  those that every training job has; layouts.py and freezing.py read theirs
     connection_notes.py  gloo's own lines on refused connections
 
 Importing it loads no torch: a wrong option is said before anything heavy starts.
@@ -30,7 +31,7 @@ Importing it loads no torch: a wrong option is said before anything heavy starts
 
 from mimo_colocated.launch.errors import JobError, Packages, Stopped, write_atomically, writing
 from mimo_colocated.launch.launcher import Job, JobOptions, choose_backend, run
-from mimo_colocated.launch.ranks import init_distributed
+from mimo_colocated.launch.ranks import hush, init_distributed
 
 __all__ = [
     "Job",
@@ -39,6 +40,7 @@ __all__ = [
     "Packages",
     "Stopped",
     "choose_backend",
+    "hush",
     "init_distributed",
     "run",
     "write_atomically",

@@ -6,12 +6,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import logging
 import os
 import signal
 import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -226,6 +228,17 @@ def _write_traceback(out: Path | None, rank: int, error: BaseException) -> str:
         traceback.print_exception(error)
         return ""
     return str(path)
+
+
+def hush() -> None:
+    """Silence Megatron-Core's and PyTorch's notes, which come once per rank.
+
+    Megatron-Core warns of optional packages, and the libraries have notes to their developers; what
+    a user has to know comes as an error.
+    """
+    warnings.simplefilter("ignore")
+    for name in ("megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def end_with_the_launcher() -> None:

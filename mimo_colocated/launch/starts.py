@@ -34,6 +34,7 @@ CAN_FORK = sys.platform == "linux"
 """Elsewhere the system's own libraries do not survive it."""
 
 _POLL_S = 0.1
+_SETTLE_S = 0.5  # after the first failure; then SIGTERM
 _ENDING_S = 30.0  # after SIGTERM; then SIGKILL
 _HOST = "localhost"
 _INTERRUPTS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -135,18 +136,25 @@ def _port(gate: Path) -> str:
 def _wait(ranks: Sequence[Any]) -> dict[int, Exit]:
     """Wait for all; after the first failure end the others, and return all that failed."""
     running, exits = dict(enumerate(ranks)), {}
-    while running:
-        wait([process.sentinel for process in running.values()], timeout=_POLL_S)
-        for rank in [rank for rank, process in running.items() if process.exitcode is not None]:
-            code = running.pop(rank).exitcode
-            if code:
-                exits[rank] = Exit(code, time.time())
-        if exits:
-            _end(running.values(), signal.SIGTERM)
-            now = time.time()
-            exits |= {r: Exit(p.exitcode, now) for r, p in running.items() if p.exitcode}
-            break
+    while running and not exits:
+        _collect(running, exits, _POLL_S)
+    if exits:
+        # Peers of a lost rank say what they waited in, and save it, before they are ended.
+        deadline = time.monotonic() + _SETTLE_S
+        while running and (left := deadline - time.monotonic()) > 0:
+            _collect(running, exits, left)
+        _end(running.values(), signal.SIGTERM)
+        _collect(running, exits, 0)
     return exits
+
+
+def _collect(running: dict[int, Any], exits: dict[int, Exit], seconds: float) -> None:
+    """Wait for some rank to end; move those that have, and note those that failed."""
+    wait([process.sentinel for process in running.values()], timeout=seconds)
+    for rank in [rank for rank, process in running.items() if process.exitcode is not None]:
+        code = running.pop(rank).exitcode
+        if code:
+            exits[rank] = Exit(code, time.time())
 
 
 def _end(ranks: Any, sent: signal.Signals) -> None:

@@ -24,8 +24,9 @@ from mimo_colocated.launch import run
 from tests.faults.cases import Case
 from tests.faults.inject import watch_rank
 
-_DIGITS = Path(__file__).parents[2] / "examples" / "mimo" / "digits"
-_LIBRARIES = ("layout_picture", "train")
+# Imported late: faults are listed and judged without torch.
+_TRAIN = "examples.mimo.digits.train"
+_LIBRARIES = (_TRAIN, "megatron.core.models.mimo.job.layout_plot")
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 """Of an outer launch; a job that is started must not take itself for one of its ranks."""
 
@@ -34,10 +35,9 @@ def prepare() -> None:
     """Import what every start needs; before anything makes threads."""
     os.environ.update(OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1", CUDA_VISIBLE_DEVICES="")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # as the launcher does for its ranks
-    sys.path.insert(0, str(_DIGITS))
     for name in _LIBRARIES:
         importlib.import_module(name)
-    importlib.import_module("train").prepare()
+    importlib.import_module(_TRAIN).prepare()
     gc.freeze()
 
 
@@ -93,7 +93,7 @@ def launch(arguments: Sequence[str], first_in_rank: Callable[[int], object]) -> 
         arguments: of the job.
         first_in_rank: called in each rank's process before the job, with the rank.
     """
-    train = importlib.import_module("train")
+    train = importlib.import_module(_TRAIN)
 
     def parse(argv: Sequence[str], world_size: int | None) -> Any:
         if world_size is not None:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data import SEQUENCE_LENGTH, Batch, DigitsBatches, Token
-from images import DigitImages, image_patches
-from layouts import Layout
-from model import VISION, ModelOptions, build_model
+
+from examples.mimo.digits.data import SEQUENCE_LENGTH, Batch, DigitsBatches, Token
+from examples.mimo.digits.images import DigitImages, image_patches
+from mimo_colocated.launch.layouts import Layout
+from tests.models.model import VISION, ModelOptions, build_model
 
 
 @pytest.mark.parametrize("shape", [(5, 8, 9), (5, 64), (0, 8, 8), (5, 1, 8, 8)])
@@ -33,9 +34,7 @@ def forward() -> Iterator[Callable[[Callable[[Batch], Batch]], Any]]:
     """Run the model on a batch that a function has changed, DP2 to TP2."""
     built = build_model(Layout(dp=2), Layout(tp=2), ModelOptions())
     rank = torch.distributed.get_rank()
-    batch = DigitsBatches(1, "train", 4).local_batch(
-        0, 0, 1, src_dp_rank=rank, src_dp=2, dest_dp_rank=0, dest_dp=1
-    )
+    batch = DigitsBatches(1, "train", 4).local_batch(0, 0, 1, {VISION: (rank, 2)})
     device = next(built.model.parameters()).device
 
     def run(change: Callable[[Batch], Batch]) -> Any:

@@ -8,7 +8,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from data import (
+from sklearn.datasets import load_digits
+
+from examples.mimo.digits.data import (
     ANSWER_SLOTS,
     READING_POSITIONS,
     SEQUENCE_LENGTH,
@@ -19,9 +21,7 @@ from data import (
     even_slice,
     with_answer,
 )
-from images import DigitImages, image_patches, split_images
-from sklearn.datasets import load_digits
-
+from examples.mimo.digits.images import DigitImages, image_patches, split_images
 from megatron.core.hyper_comm_grid import GridShape
 from megatron.core.models.mimo.comm.bridge_layout import BridgeLayout
 
@@ -127,9 +127,9 @@ def test_varied_samples_show_one_to_four_images_and_end_after_them() -> None:
 
 def test_local_batches_of_varied_samples_have_their_own_images() -> None:
     batches = DigitsBatches(1, "train", 16, varied=True)
-    whole, ranks = batches.batch(3), {"src_dp": 4, "dest_dp": 2}
+    whole = batches.batch(3)
     parts = [
-        batches.local_batch(3, 1, 2, src_dp_rank=rank, dest_dp_rank=rank // 2, **ranks)
+        batches.local_batch(3, 1, 2, {"images": (rank, 4), "language": (rank // 2, 2)})
         for rank in range(4)
     ]
     seen = torch.cat([part.images for part in parts])
@@ -232,15 +232,11 @@ def test_local_batches_are_what_the_bridge_lines_up(
     whole = batches.batch(3)
     for microbatch in range(microbatches):
         for rank in layout.ranks:
-            local = batches.local_batch(
-                3,
-                microbatch,
-                microbatches,
-                src_dp_rank=layout.rank_to_src_pos[rank][0],
-                src_dp=layout.src_dp_size,
-                dest_dp_rank=layout.rank_to_dest_coords[rank][0],
-                dest_dp=layout.dest_dp_size,
-            )
+            parts = {
+                "images": (layout.rank_to_src_pos[rank][0], layout.src_dp_size),
+                "language": (layout.rank_to_dest_coords[rank][0], layout.dest_dp_size),
+            }
+            local = batches.local_batch(3, microbatch, microbatches, parts)
             text, seen = layout.dest_slice(rank, size), layout.src_slice(rank, size)
             first = microbatch * size + text.start
             assert torch.equal(local.input_ids, whole.input_ids[first : first + text.size])
@@ -285,9 +281,7 @@ def test_wrong_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"shape \(2, 8, 8\), but \(n, 1, 8, 8\)"):
         image_patches(torch.zeros(2, 8, 8))
     with pytest.raises(ValueError, match=r"6 samples .* over 4 language DP ranks"):
-        DigitsBatches(0, "train", 6).local_batch(
-            0, 0, 1, src_dp_rank=0, src_dp=2, dest_dp_rank=0, dest_dp=4
-        )
+        DigitsBatches(0, "train", 6).local_batch(0, 0, 1, {"images": (0, 2), "language": (0, 4)})
     with pytest.raises(ValueError, match=r"index 4 is not in 0\.\.3"):
         even_slice(8, 4, 4, "microbatch", "ranks")
     with pytest.raises(ValueError, match="split must be 'train' or 'held_out', got 'test'"):

@@ -21,15 +21,15 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from needs import INSTALL_HINT
-from options import parse_options
 
+from examples.mimo.digits import INSTALL_HINT
+from examples.mimo.digits.options import parse_options
 from mimo_colocated.forensics.evidence import STOPPED, Evidence
 from mimo_colocated.launch import Job, JobError, Packages, choose_backend, connection_notes, ranks
 from mimo_colocated.launch.failures import Exit, Report, explain, read_reports
 from mimo_colocated.phases import Place
 
-_MODULES = Path(__file__).parents[2] / "examples" / "mimo" / "digits"
+_ROOT = Path(__file__).parents[2]
 _OTHERS = "; the other 7 ranks were ended"
 _GLOO = "[x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:30117"
 _REFUSED = "[x/gloo/transport/tcp/debug_logger.cc:9] ERROR failed to connect, willRetry=1"
@@ -296,10 +296,10 @@ def test_missing_packages_are_named_together() -> None:
 _JOB = f"""
 import os, signal, sys, time
 from pathlib import Path
-sys.path.insert(0, {str(_MODULES)!r})
-from options import parse_options
+sys.path.insert(0, {str(_ROOT)!r})
+from examples.mimo.digits.options import parse_options
 from mimo_colocated import phases
-from mimo_colocated.launch import Job, JobError, Stopped, init_distributed, run
+from mimo_colocated.launch import Job, JobError, Stopped, init_distributed, run, starts
 
 def job(options, backend, requests=None):
     import torch
@@ -329,8 +329,17 @@ def job(options, backend, requests=None):
             (options.out / f"saved_{{rank}}").write_text(str(step))
             raise Stopped(f"{{told.name}} after {{step}}")
 
+def prepare():
+    with open("prepared", "a") as file:
+        file.write("once")
+    # A collective that fails imports it, which takes seconds; Megatron-Core has done so.
+    if os.environ["MODE"].startswith("SIG"):
+        import torch._dynamo
+
+starts.CAN_FORK = "SCRIPTS" not in os.environ
 stops = os.environ["MODE"] in ("stops", "stuck")
-sys.exit(run(Job(__file__, parse_options, job, stops=stops), sys.argv[1:]))
+if __name__ == "__main__":
+    sys.exit(run(Job(__file__, parse_options, job, stops=stops, prepare=prepare), sys.argv[1:]))
 """
 _TWO_RANKS = ("--vision", "dp=2", "--language", "dp=2", "--timeout", "30")
 
@@ -373,6 +382,22 @@ def _finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 def test_the_ranks_run_and_find_each_other(tmp_path: Path) -> None:
     code, output, errors = _finish(_start(tmp_path, "works"))
     assert (code, output, errors) == (0, "running 2 gloo 1\n", "")
+    assert (tmp_path / "prepared").read_text() == "once"
+
+
+@pytest.mark.parametrize("mode", ["works", "raise", "SIGKILL"])
+def test_ranks_that_are_not_forked_run_their_script(mode: str, tmp_path: Path, monkeypatch) -> None:
+    """As with GPUs."""
+    monkeypatch.setenv("SCRIPTS", "1")
+    code, output, errors = _finish(_start(tmp_path, mode))
+    assert output == "running 2 gloo 1\n"
+    said = {
+        "works": "",
+        "raise": "error: rank 1 failed: ValueError: no such thing; the other rank was ended\n",
+        "SIGKILL": "error: rank 1 was killed by SIGKILL in the phase 'lesson'; rank 0 waited for",
+    }[mode]
+    assert (code, errors[: len(said)]) == (int(mode != "works"), said)
+    assert not (tmp_path / "prepared").exists()
 
 
 def test_a_wrong_layout_is_refused_before_anything_starts(tmp_path: Path) -> None:
@@ -542,7 +567,7 @@ def _wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL, signal.SIGTERM])
 def test_the_ranks_end_with_the_launcher(tmp_path: Path, sent: signal.Signals) -> None:
     process = _start(tmp_path, "waits")
     assert process.stdout is not None

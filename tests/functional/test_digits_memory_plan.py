@@ -6,12 +6,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from tests.unit_tests.mimo.digits_runs import EXAMPLE
+from tests.functional.digits_job import TRAIN
 
 
 def test_the_plan_is_printed_and_nothing_runs(tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, str(EXAMPLE / "train.py"), "--memory-plan", "--out", str(out)]
+    command = [sys.executable, str(TRAIN), "--memory-plan", "--out", str(out)]
     options = ["--vision", "tp=1,dp=8", "--language", "cp=2,pp=2,dp=2", "--micro-batches", "4",
                "--encode-ahead", "1", "--freeze", "projector", "--backend", "gloo"]  # fmt: skip
     done = subprocess.run(command + options, capture_output=True, text=True, timeout=120)

@@ -7,18 +7,37 @@ import itertools
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from layouts import Layout, Limits, Pair, check_layouts, misfits, suggest, suggestion
-from options import Options, parse_options
 
+from examples.mimo.digits.options import HEADS, SEQUENCE_LENGTH, Options, parse_options
 from megatron.core.models.mimo.partition.sequence_order import shard_factor
 from mimo_colocated.launch.errors import JobError
+from mimo_colocated.launch.layouts import (
+    Layout,
+    Layouts,
+    Limits,
+    check_layouts,
+    every_pair,
+    misfits,
+    suggest,
+    suggestion,
+)
+
+
+def pair(vision: Layout, language: Layout, audio: Layout | None = None) -> Layouts:
+    return Layouts({"vision": vision} | ({"audio": audio} if audio else {}), language)
+
+
+def limits_of(batch: int, *more: Any, **named: Any) -> Limits:
+    heads = dict.fromkeys(("vision", "audio", "language"), HEADS)
+    return Limits(batch, *more, **{"sequence_length": SEQUENCE_LENGTH, "heads": heads, **named})
 
 
 def test_the_defaults_are_the_job_of_make_train() -> None:
     options = parse_options([])
-    assert str(options.pair) == "--vision tp=2,dp=4 --language tp=2,cp=2,dp=2"
+    assert str(options.layouts) == "--vision tp=2,dp=4 --language tp=2,cp=2,dp=2"
     assert (options.world_size, options.dtype, options.backend) == (8, "float32", "auto")
     assert options.out == Path("runs/digits")
     assert not options.fresh
@@ -289,16 +308,16 @@ def test_what_an_audio_encoder_goes_with() -> None:
 
 @pytest.mark.parametrize("world", [None, 6, 8])
 def test_every_suggestion_of_three_layouts_fits(world: int | None) -> None:
-    limits = Limits(24, 2, 20, world_size=world)
+    limits = limits_of(24, 2, 20, world_size=world)
     refused = 0
     for sizes in itertools.product((1, 2, 3), (1, 2), (1, 4), (2, 6), (1, 3, 8), (1, 2, 4)):
         vision, audio = Layout(tp=sizes[0], dp=sizes[5]), Layout(sizes[3], sizes[1], sizes[4])
-        pair = Pair(vision, Layout(cp=sizes[1], dp=sizes[2] * sizes[4]), audio)
-        if not misfits(pair, limits):
+        layouts = pair(vision, Layout(cp=sizes[1], dp=sizes[2] * sizes[4]), audio)
+        if not misfits(layouts, limits):
             continue
         refused += 1
-        better, rounded = suggest(pair, limits)
-        assert better.audio is not None
+        better, rounded = suggest(layouts, limits)
+        assert "audio" in better.encoders
         assert misfits(better, rounded) == []
     assert refused > 200
 
@@ -315,20 +334,20 @@ def test_layouts_that_fit_no_batch_of_the_given_ranks_change_the_batch_too() -> 
 @pytest.mark.parametrize("world", [None, 6, 8])
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_every_suggestion_fits(world: int | None, sequence_parallel: bool) -> None:
-    limits = Limits(24, 2, 20, sequence_parallel, world)
+    limits = limits_of(24, 2, 20, sequence_parallel, world)
     refused = 0
     for vision in itertools.product((1, 2, 3, 8), (1, 2), (1, 3, 4)):
         for language in itertools.product((1, 2, 6), (1, 2, 3, 8), (1, 2, 4)):
-            pair = Pair(Layout(*vision), Layout(*language))
-            if not misfits(pair, limits):
-                check_layouts(pair, limits)
+            layouts = pair(Layout(*vision), Layout(*language))
+            if not misfits(layouts, limits):
+                check_layouts(layouts, limits)
                 continue
             refused += 1
-            better, rounded = suggest(pair, limits)
+            better, rounded = suggest(layouts, limits)
             assert misfits(better, rounded) == []
-            assert better.vision.size == (world or better.vision.size)
-            parse = [Layout.parse(text, name) for name, text in _parts(suggestion(pair, limits))]
-            assert Pair(*parse) == better
+            assert better.language.size == (world or better.language.size)
+            parse = [Layout.parse(text, name) for name, text in _parts(suggestion(layouts, limits))]
+            assert pair(*parse) == better
     assert refused > 700
 
 
@@ -339,7 +358,7 @@ def _parts(text: str) -> list[tuple[str, str]]:
 def test_a_suggestion_for_many_ranks_is_quick() -> None:
     # 7,560 ranks have 64 divisors: about as many layouts as any number of ranks allows.
     start = time.process_time()
-    suggestion(Pair(Layout(dp=7560), Layout(tp=7560, cp=2)), Limits(32, 1, 32))
+    suggestion(pair(Layout(dp=7560), Layout(tp=7560, cp=2)), limits_of(32, 1, 32))
     assert time.process_time() - start < 10.0
 
 
@@ -347,8 +366,8 @@ def test_a_suggestion_for_many_ranks_is_quick() -> None:
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_the_sequence_rule_is_the_models(cp: int, tp: int, sequence_parallel: bool) -> None:
-    pair = Pair(Layout(tp=tp, dp=cp), Layout(tp=tp, cp=cp))
-    refused = misfits(pair, Limits(32, sequence_parallel=sequence_parallel))
+    layouts = pair(Layout(tp=tp, dp=cp), Layout(tp=tp, cp=cp))
+    refused = misfits(layouts, limits_of(32, sequence_parallel=sequence_parallel))
     assert bool(refused) == bool(32 % shard_factor(cp, tp if sequence_parallel else 1))
 
 
@@ -394,6 +413,21 @@ def test_nproc_must_agree_with_the_ranks_that_torchrun_started() -> None:
     assert parse_options(["--nproc", "8"], 8).nproc == 8
     with pytest.raises(JobError, match="--nproc 4 was given, but 8 ranks were started; leave it"):
         parse_options(["--nproc", "4"], 8)
+
+
+def test_another_encoder_is_suggested_by_its_name() -> None:
+    asked = Layouts({"radar": Layout(tp=3)}, Layout(dp=2))
+    assert suggestion(asked, Limits(2)) == "--radar tp=2,dp=1 --language tp=1,dp=2"
+    halves = Layouts({"radar": Layout(dp=2)}, Layout(dp=2))
+    said = suggestion(halves, Limits(2, eval_batch_size=3))
+    assert said == "--radar tp=1,dp=2 --language tp=1,dp=2 --eval-batch-size 4"
+    assert str(next(every_pair(2, encoder="radar"))).startswith("--radar tp=1,dp=2 ")
+
+
+def test_a_layout_is_written_as_it_is_read() -> None:
+    layout = Layout(tp=2, cp=2, dp=2, ep=4, etp=1, pp=2)
+    assert str(layout) == "tp=2,cp=2,pp=2,dp=2,ep=4,etp=1"
+    assert Layout.parse(str(layout), "language") == layout
 
 
 def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,15 +13,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import report
-from layout_picture import LayoutPicture, plot_layout
 from matplotlib.image import imread
-from pictures import _choose, plot_loss, plot_predictions
-from report import MetricsWriter, Progress, print_table, read_metrics, write_summary
 
+from examples.mimo.digits.predictions import _choose, plot_predictions
 from megatron.core.hyper_comm_grid import GridShape
 from megatron.core.models.mimo.comm.bridge_layout import BridgeLayout
 from megatron.core.models.mimo.comm.route_layout import RouteLayout
+from megatron.core.models.mimo.job import results as report
+from megatron.core.models.mimo.job.layout_plot import LayoutPlot, plot_layout
+from megatron.core.models.mimo.job.plots import plot_loss
+from megatron.core.models.mimo.job.results import (
+    MetricsWriter,
+    Progress,
+    print_table,
+    read_metrics,
+    write_summary,
+)
 from mimo_colocated.launch.errors import JobError, write_atomically
 
 _FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -156,7 +163,8 @@ def test_a_bar_below_the_lines_on_a_terminal(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_table_shows_every_entry() -> None:
     stream = io.StringIO()
-    print_table({"test_accuracy": 0.98765, "layout": {"vision": "tp=2,dp=4"}, "steps": 3}, stream)
+    shown = {"test_accuracy": 0.98765, "layout": {"vision": "tp=2,dp=4"}, "steps": 3}
+    print_table("Digits", shown, stream)
     for text in ("test accuracy", "0.9877", "vision=tp=2,dp=4", "3"):
         assert text in stream.getvalue()
 
@@ -240,7 +248,7 @@ def test_the_layout_picture_shows_every_token_once(
     vision: tuple[int, int], language: tuple[int, int, int], sequence_parallel: bool
 ) -> None:
     """Per TP rank of either side (all of them with sequence parallelism) a full cover."""
-    picture = LayoutPicture(_bridge(vision, language), 32, 32, sequence_parallel)
+    picture = LayoutPlot(_bridge(vision, language), 32, 32, sequence_parallel)
     assert picture.cells == 8
     layout = picture.layout
     encoded = [
@@ -279,7 +287,7 @@ def test_the_layout_picture_of_a_routed_bridge(tmp_path: Path, sequence_parallel
     """Every owner of tokens is reached, from ranks that encode its samples only."""
     src, dest = GridShape((2, 4), ("tp", "dp")), GridShape((2, 2, 2), ("tp", "cp", "dp"))
     routes = RouteLayout.from_grids(src, dest, sequence_parallel=sequence_parallel)
-    _check_sends(LayoutPicture(routes, 8, 32, sequence_parallel), routes.ranks)
+    _check_sends(LayoutPlot(routes, 8, 32, sequence_parallel), routes.ranks)
     for name, drawn in (("routed", routes), ("gather", _bridge((2, 4), (2, 2, 2)))):
         plot_layout(tmp_path / f"{name}.png", [drawn], 8, 32)
     assert imread(tmp_path / "routed.png").shape[1] == 13 * 130
@@ -290,7 +298,7 @@ def test_the_layout_picture_of_pipeline_stages(tmp_path: Path) -> None:
     """Rows go to the first stage; all ranks encode."""
     dest = GridShape((1, 2, 2, 2), ("tp", "cp", "dp", "pp"))
     routes = RouteLayout.from_grids(GridShape((1, 8), ("tp", "dp")), dest)
-    _check_sends(LayoutPicture(routes, 8, 32), range(4))
+    _check_sends(LayoutPlot(routes, 8, 32), range(4))
     plot_layout(tmp_path / "stages.png", [routes], 8, 32)
     assert imread(tmp_path / "stages.png").shape[1] == 13 * 130
 
@@ -308,7 +316,7 @@ def test_two_encoders_have_a_panel_each(tmp_path: Path) -> None:
     assert sizes[1] == (2 * sizes[0][0], sizes[0][1])
 
 
-def _check_sends(picture: LayoutPicture, owners: range) -> None:
+def _check_sends(picture: LayoutPlot, owners: range) -> None:
     sends = [pair for group in picture.layout.groups() for pair in picture.sends(group)]
     assert len(set(sends)) == len(sends)
     assert {source for source, _ in sends} == set(picture.layout.ranks)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sounds
 import torch
-from data import (
+
+from examples.mimo.digits import sounds
+from examples.mimo.digits.data import (
     SEQUENCE_LENGTH,
     VOCABULARY_SIZE,
     Batch,
@@ -20,10 +21,18 @@ from data import (
     Kind,
     Token,
 )
-from encoders import SpeechEncoder
-from reading import HeldOut
-from sounds import BANDS, FRAMES, RATE, SAMPLES, Clips, Variation, log_mel, recordings
-
+from examples.mimo.digits.model import SpeechEncoder
+from examples.mimo.digits.predictions import HeldOut
+from examples.mimo.digits.sounds import (
+    BANDS,
+    FRAMES,
+    RATE,
+    SAMPLES,
+    Clips,
+    Variation,
+    log_mel,
+    recordings,
+)
 from mimo_colocated.launch.errors import JobError
 
 # Nothing is changed but the time at which the recording begins.
@@ -264,11 +273,8 @@ def test_each_side_gets_its_own_samples(microbatches: int) -> None:
     batches = DigitsBatches(1, "train", 32, audio=True)
     whole, size = batches.batch(3), 32 // microbatches
     for microbatch, rank in itertools.product(range(microbatches), range(8)):
-        local = batches.local_batch(
-            3, microbatch, microbatches,
-            src_dp_rank=rank // 2, src_dp=4, audio_dp_rank=rank, audio_dp=8,
-            dest_dp_rank=rank // 4, dest_dp=2,
-        )  # fmt: skip
+        parts = {"images": (rank // 2, 4), "audio": (rank, 8), "language": (rank // 4, 2)}
+        local = batches.local_batch(3, microbatch, microbatches, parts)
         samples = {
             side: range(microbatch * size + part * size // parts,
                         microbatch * size + (part + 1) * size // parts)

@@ -14,21 +14,24 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from data import Batch, DigitsBatches, Kind
-from job import Run
-from layouts import Layout
-from memory_plan import encoder_shape, items_of_a_microbatch, print_memory_plan, step_of
-from model import ModelOptions, ModelSize, build_model
-from options import parse_options
-from sounds import BANDS, FRAMES
-from trainer import Trainer, TrainOptions
 
+from examples.mimo.digits.data import Batch, DigitsBatches, Kind
+from examples.mimo.digits.job import DigitsLoop
+from examples.mimo.digits.memory_plan import items_of_a_microbatch, print_memory_plan
+from examples.mimo.digits.options import FREEZABLE, Options, parse_options
+from examples.mimo.digits.sounds import BANDS, FRAMES
 from megatron.core.hyper_comm_grid import GridShape
 from megatron.core.models.mimo.comm.route_layout import RouteLayout
+from megatron.core.models.mimo.job.memory_plan import step_of
+from megatron.core.models.mimo.job.route_plans import RoutePlans
 from megatron.core.models.mimo.memory.kept import part_bytes
 from megatron.core.models.mimo.memory.plan import transformer_bytes
 from megatron.core.utils import unwrap_model
 from mimo_colocated.launch.errors import JobError
+from mimo_colocated.launch.layouts import Layout
+from tests.models.memory import encoder_shape
+from tests.models.model import ModelOptions, ModelSize, build_model
+from tests.models.trainer import Trainer, TrainOptions
 
 SIZE = ModelSize(
     vision_hidden=32, vision_layers=2, audio_hidden=32, audio_layers=2,
@@ -124,7 +127,7 @@ def test_reading_takes_sounds_and_images() -> None:
     with trainer(8) as run, torch.no_grad():
         run.model.eval()
         batches = Shown(*[Kind.SOUND] * 4, *[Kind.IMAGE] * 4)
-        batch: Batch = run._local_batch(batches, 0, 0, 1)
+        batch: Batch = run.local_batch(batches, 0, 0, 1)
         other = replace(batch, clips=replace(batch.clips, stream=(9, 9)))
         changed = (run.logits(batch) - run.logits(other)).abs().amax(dim=(1, 2))
         heard = (batch.kinds == Kind.SOUND).any(dim=1)
@@ -154,7 +157,7 @@ def test_the_memory_plan_has_a_table_for_each_encoder(capsys: pytest.CaptureFixt
     print_memory_plan(options, accelerated=False)
     text = capsys.readouterr().out
     assert text.index("vision encoder:") < text.index("audio encoder:")
-    steps = [step_of(options, side) for side in ("vision", "audio")]
+    steps = [step_of(options, side, FREEZABLE.each(options.freeze)) for side in ("vision", "audio")]
     assert [(step.encoder_trains, step.projector_trains) for step in steps] == [
         (True, False),
         (False, True),
@@ -166,17 +169,18 @@ def test_a_plan_serves_as_long_as_tokens_stand_in_the_same_places(monkeypatch) -
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     grids = GridShape((1, 2), ("tp", "dp")), GridShape((1, 1, 2), ("tp", "cp", "dp"))
     bridge = SimpleNamespace(layout=RouteLayout.from_grids(*grids))
-    run = SimpleNamespace(bridges={"images": bridge, "audio": bridge}, _planned={}, multiple=1)
+    routes = RoutePlans(SimpleNamespace(), 1)
+    routes.bridges = {"images": bridge, "audio": bridge}
     mask = np.zeros((4, 8), dtype=bool)
     mask[2, 3] = True
     other = np.roll(mask, 1, axis=1)
-    plans = [Trainer._route(run, "audio", each, None) for each in (mask, mask.copy(), other)]
+    plans = [routes.plan("audio", each, None) for each in (mask, mask.copy(), other)]
     assert plans[0] is plans[1]
     assert [plan.tokens.positions().tolist() for plan in plans[1:]] == [[3], [4]]
-    assert Trainer._route(run, "images", mask, None).tokens.count == 1
-    assert Trainer._route(run, "audio", other, None) is plans[2]
+    assert routes.plan("images", mask, None).tokens.count == 1
+    assert routes.plan("audio", other, None) is plans[2]
     lengths = np.full(4, 8), np.full(4, 5)
-    packed = [Trainer._route(run, "audio", other, each) for each in lengths]
+    packed = [routes.plan("audio", other, each) for each in lengths]
     assert [plan.tokens.positions().tolist() for plan in packed] == [[4], [4]]
     assert [plan.tokens.cu_seqlens for plan in packed] == [(0, 8, 16), (0, 5, 10)]
 
@@ -190,16 +194,22 @@ def test_a_plan_serves_as_long_as_tokens_stand_in_the_same_places(monkeypatch) -
 )
 def test_sounds_cannot_come_or_go_in_mid_run(before: str | None, now: str, sentence: str) -> None:
     options = parse_options(now.split())
-    manifest = SimpleNamespace(extra={"options": {**options.as_dict(), "audio": before}})
     with pytest.raises(JobError, match=sentence):
-        Run._check_options(SimpleNamespace(options=options), manifest)
+        check_options({**options.as_dict(), "audio": before}, options)
 
 
 def test_a_run_with_sounds_resumes_in_another_layout() -> None:
     before = parse_options(["--audio", "tp=1,dp=8"]).as_dict()
     now = parse_options(["--audio", "tp=4,dp=2"])
-    manifest = SimpleNamespace(extra={"options": before})
-    Run._check_options(SimpleNamespace(options=now), manifest)
+    check_options(before, now)
+    with pytest.raises(JobError, match=r"a run with --seed 1, this one has 1234; give --seed"):
+        check_options({**before, "seed": 1}, now)
+
+
+def check_options(before: dict[str, object], now: Options) -> None:
+    loop = object.__new__(DigitsLoop)
+    loop.options = now
+    loop.check_options(before, now.as_dict())
 
 
 def test_an_audio_encoder_needs_a_vision_encoder_with_a_layout_of_its_own() -> None:

@@ -13,11 +13,3 @@
     campaign.py   options, references before rows, the line and the cells of a row
     docs.py       docs/parity.md
 """
-
-import sys
-from pathlib import Path
-
-# The model, its data and its launcher are the digits job's, whose modules import each other so.
-DIGITS = Path(__file__).resolve().parents[2] / "examples" / "mimo" / "digits"
-if str(DIGITS) not in sys.path:
-    sys.path.insert(0, str(DIGITS))

@@ -55,7 +55,7 @@ class Parity(Campaign):
     module, nouns = "tests.parity", ("row", "rows")
     title = "Parity with one process"
     columns = ("row", "", "worst error", "allowed", "in")
-    code = (*Campaign.code, "examples/mimo/digits/*.py", "tests/parity/*.py")
+    code = (*Campaign.code, "examples/mimo/digits/*.py", "tests/models/*.py", "tests/parity/*.py")
     folder = Path("runs/parity")
 
     def __init__(

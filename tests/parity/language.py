@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The digits job's language model alone, over pipeline stages, on Megatron-Core's own schedule."""
+"""The proof models' language model alone, over pipeline stages, on Megatron-Core's own schedule."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from data import SEQUENCE_LENGTH, VOCABULARY_SIZE, Batch
-from layouts import Layout
-from model import LANGUAGE, DigitsModel, ModelOptions, transformer_configs
-from trainer import Trainer
 
+from examples.mimo.digits.data import SEQUENCE_LENGTH, VOCABULARY_SIZE, Batch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.enums import ModelType
 from megatron.core.models.mimo.model.ddp_methods import DDPMethods
@@ -35,6 +32,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
+from mimo_colocated.launch.layouts import Layout
+from tests.models.model import LANGUAGE, BuiltModel, ModelOptions, transformer_configs
+from tests.models.trainer import Trainer
 
 
 class LanguageOnly(DDPMethods, MegatronModule):
@@ -75,7 +75,7 @@ class LanguageOnly(DDPMethods, MegatronModule):
 
 def build_language_model(
     sizes: dict[str, int], options: ModelOptions, tied: bool, rank_offset: int = 0
-) -> DigitsModel:
+) -> BuiltModel:
     """Build, initialise and wrap one rank's stage; every rank calls it together.
 
     Args:
@@ -105,7 +105,7 @@ def build_language_model(
     configs = {LANGUAGE: config}
     wrap_modules_with_ddp(model, configs, ddp_config, collections)
     finalize = MimoGradFinalizer(collections)
-    return DigitsModel(model, grids, collections, configs, finalize, randomness)
+    return BuiltModel(model, grids, collections, configs, finalize, randomness, packed=False)
 
 
 def _stage(
@@ -126,9 +126,9 @@ def _stage(
 
 
 class LanguageTrainer(Trainer):
-    """The digits job's trainer on Megatron-Core's own pipeline schedule and without an encoder."""
+    """The proof models' trainer on Megatron-Core's own pipeline schedule and without an encoder."""
 
-    def _schedule(
+    def schedule(
         self, microbatches: Iterator[dict[str, Any]], count: int, *, forward_only: bool = False
     ) -> list[torch.Tensor]:
         keywords: dict[str, Any] = {}
@@ -137,7 +137,7 @@ class LanguageTrainer(Trainer):
             schedule = forward_backward_pipelining_without_interleaving
             keywords["p2p_communicator"] = P2PCommunicator(self.groups.pp, self.model.config)
         return schedule(
-            forward_step_func=self._forward_step,
+            forward_step_func=self.forward_step,
             data_iterator=microbatches,
             model=[self.model],
             num_microbatches=count,
@@ -149,11 +149,7 @@ class LanguageTrainer(Trainer):
             **keywords,
         )
 
-    def _inputs(self, batch: Batch) -> dict[str, Any]:
-        inputs = super()._inputs(batch)
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        inputs = super().inputs(batch)
         del inputs["modality_inputs"], inputs["route_plan"]
         return inputs
-
-    def _dp_coordinates(self) -> dict[str, int]:
-        dp = self.groups.dp
-        return {"src_dp_rank": 0, "src_dp": 1, "dest_dp_rank": dp.rank(), "dest_dp": dp.size()}

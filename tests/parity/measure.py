@@ -9,12 +9,12 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from data import DigitsBatches, even_slice
-from layouts import Layout
-from model import LANGUAGE, DigitsModel, Experts, ModelOptions, ModelSize, build_model
-from trainer import Trainer, TrainOptions
 
+from examples.mimo.digits.data import DigitsBatches, even_slice
 from megatron.core.models.mimo.memory.policy import EncoderMemory
+from mimo_colocated.launch.layouts import Layout
+from tests.models.model import LANGUAGE, BuiltModel, Experts, ModelOptions, ModelSize, build_model
+from tests.models.trainer import Trainer, TrainOptions
 from tests.parity.compare import Measurement
 from tests.parity.language import LanguageTrainer, build_language_model
 from tests.parity.rows import CHANGE_STEPS, Reference, Row, axis_sizes
@@ -108,7 +108,7 @@ def _logits(trainer: Trainer, data: DigitsBatches) -> tuple[int, torch.Tensor]:
     """
     dp = trainer.groups.dp
     start, _ = even_slice(data.global_batch_size, dp.rank(), dp.size(), "batch", "DP ranks")
-    batch = trainer._local_batch(data, 0, 0, 1)
+    batch = trainer.local_batch(data, 0, 0, 1)
     logits = trainer.logits(batch)
     ends = torch.tensor(batch.lengths, device=logits.device)
     content = torch.arange(logits.size(1), device=logits.device) < ends[:, None]
@@ -116,7 +116,7 @@ def _logits(trainer: Trainer, data: DigitsBatches) -> tuple[int, torch.Tensor]:
 
 
 @contextmanager
-def _built(row: Row) -> Iterator[DigitsModel]:
+def _built(row: Row) -> Iterator[BuiltModel]:
     options = ModelOptions(
         size=dataclasses.replace(SIZE, language_layers=row.layers) if row.vision else TEXT_SIZE,
         dtype=getattr(torch, row.dtype),

@@ -9,8 +9,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from data import DIGITS_PER_SAMPLE, TOKENS_PER_DIGIT, Batch, DigitsBatches, Token
 
+from examples.mimo.digits.data import (
+    DIGITS_PER_SAMPLE,
+    TOKENS_PER_DIGIT,
+    Batch,
+    DigitsBatches,
+    Token,
+)
 from tests.parity.rows import IMAGES, MASKS, Reference
 
 SEED = 7
@@ -42,7 +48,7 @@ class TextBatches(DigitsBatches):
     def batch(self, step: int) -> Batch:
         whole = super().batch(step)
         everywhere = torch.ones(len(whole.digits), dtype=torch.bool)
-        return replace(whole, input_ids=named(whole, everywhere)).vision(0, 0)
+        return replace(whole, input_ids=named(whole, everywhere)).images_of(0, 0)
 
 
 class MixedBatches(DigitsBatches):

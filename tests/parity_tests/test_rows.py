@@ -9,20 +9,21 @@ from pathlib import Path
 import pytest
 
 from campaigns.command import CampaignError, parse
+from examples.mimo.digits.options import HEADS, SEQUENCE_LENGTH
+from mimo_colocated.launch.layouts import Layout, Layouts, Limits, misfits
 from tests.parity.campaign import Parity
 from tests.parity.measure import EXPERTS, SIZE, TEXT_SIZE
 from tests.parity.rows import DEFAULT_ROWS, NIGHTLY_ROWS, Row
-
-from layouts import Layout, Limits, Pair, misfits  # isort: skip
 
 IMAGES = [row for row in DEFAULT_ROWS if row.vision]
 STAGES = [row for row in DEFAULT_ROWS if row.name.startswith("pp")]
 TEXT = [row for row in DEFAULT_ROWS if not row.vision]
 
 
-def layouts(row: Row) -> Pair:
-    audio = Layout.parse(row.audio, "audio") if row.audio else None
-    return Pair(Layout.parse(row.vision, "vision"), Layout.parse(row.language, "language"), audio)
+def layouts(row: Row) -> Layouts:
+    encoders = {"vision": row.vision} | ({"audio": row.audio} if row.audio else {})
+    parsed = {name: Layout.parse(text, name) for name, text in encoders.items()}
+    return Layouts(parsed, Layout.parse(row.language, "language"))
 
 
 def test_names_are_unique() -> None:
@@ -40,8 +41,8 @@ def test_the_language_model_alone_has_every_layout_tied_and_untied() -> None:
 
 
 def test_the_default_rows_have_every_direction_at_every_cp() -> None:
-    def direction(pair: Pair) -> str:
-        vision, language = pair.vision.dp, pair.language.dp
+    def direction(pair: Layouts) -> str:
+        vision, language = pair.encoders["vision"].dp, pair.language.dp
         return "in" if vision > language else "out" if vision < language else "equal"
 
     found = {(direction(layouts(row)), layouts(row).language.cp) for row in IMAGES}
@@ -100,9 +101,12 @@ def test_every_row_fits_its_model_and_batch() -> None:
                 row.micro_batches,
                 sequence_parallel=row.sequence_parallel,
                 world_size=8,
-                vision_heads=SIZE.vision_heads,
-                audio_heads=SIZE.audio_heads,
-                language_heads=SIZE.language_query_groups,
+                sequence_length=SEQUENCE_LENGTH,
+                heads={
+                    "vision": SIZE.vision_heads,
+                    "audio": SIZE.audio_heads,
+                    "language": SIZE.language_query_groups,
+                },
                 experts=EXPERTS.count if row.experts else 0,
                 language_layers=row.layers,
                 virtual_stages=row.virtual_stages,
@@ -120,11 +124,11 @@ def test_the_nightly_rows_have_every_pair_that_fits() -> None:
     languages = [
         Layout(tp, cp, 8 // (tp * cp)) for tp in powers for cp in powers if tp * cp <= 8
     ]
-    wanted = {
-        str(Pair(vision, language))
-        for vision, language in itertools.product(visions, languages)
-        if not misfits(Pair(vision, language), Limits(32))
-    }
+    limits = Limits(
+        32, sequence_length=SEQUENCE_LENGTH, heads={"vision": HEADS, "language": HEADS}
+    )
+    pairs = (Layouts({"vision": v}, language) for v in visions for language in languages)
+    wanted = {str(pair) for pair in pairs if not misfits(pair, limits)}
     assert len(wanted) == 40
     assert wanted == {str(layouts(row)) for row in NIGHTLY_ROWS if row.name.startswith("pair-")}
 

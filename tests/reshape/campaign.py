@@ -36,6 +36,7 @@ class Reshape(Campaign):
     code = (
         *Campaign.code,
         "examples/mimo/digits/*.py",
+        "tests/models/*.py",
         "tests/parity/*.py",
         "tests/reshape/*.py",
         "tests/unit_tests/mimo/digits_runs.py",

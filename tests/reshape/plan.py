@@ -11,26 +11,20 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "mimo" / "digits"
-if str(EXAMPLE) not in sys.path:
-    sys.path.insert(0, str(EXAMPLE))
-
-from layouts import Limits, every_pair, misfits  # noqa: E402
-
-from tests.parity.rows import axis_sizes  # noqa: E402
+from examples.mimo.digits.options import SEQUENCE_LENGTH
+from mimo_colocated.launch.layouts import Limits, every_pair, misfits
+from tests.parity.rows import axis_sizes
 
 BATCH = 16
 # Of models that may have pipeline stages: enough for stages to work on different ones.
 MICRO_BATCHES = 2
 # The model of tests/unit_tests/mimo/digits_runs.py: 8 vision heads, 4 key/value heads.
 _LIMITS = Limits(
-    global_batch_size=BATCH, micro_batches=MICRO_BATCHES, vision_heads=8, language_heads=4
+    BATCH, MICRO_BATCHES, sequence_length=SEQUENCE_LENGTH, heads={"vision": 8, "language": 4}
 )
 # Layers of language models that may have pipeline stages.
 LAYERS = 4
@@ -142,7 +136,7 @@ class Task:
 def places(world: int, distributed: bool = True) -> list[Place]:
     """All layouts of ``world`` ranks that the model can take, with and without SP."""
     return [
-        Place(str(pair.vision), str(pair.language), distributed, sequence_parallel)
+        Place(str(pair.encoders["vision"]), str(pair.language), distributed, sequence_parallel)
         for pair in every_pair(world)
         for sequence_parallel in ((False, True) if pair.language.tp > 1 else (False,))
         if not misfits(pair, replace(_LIMITS, sequence_parallel=sequence_parallel))
@@ -155,10 +149,10 @@ def stage_places(world: int) -> list[Place]:
     The encoder's is one of them, TP 1: what it does elsewhere does not depend on stages.
     """
     return [
-        Place(str(pair.vision), str(pair.language), True, tied=True, virtual_stages=virtual)
+        Place(str(vision), str(pair.language), True, tied=True, virtual_stages=virtual)
         for pair in every_pair(world, (1, 2, 4))
         for virtual in ((1, 2) if pair.language.pp == MICRO_BATCHES else (1,))
-        if pair.vision.tp == 1
+        if (vision := pair.encoders["vision"]).tp == 1
         and not misfits(pair, replace(_LIMITS, language_layers=LAYERS, virtual_stages=virtual))
     ]
 

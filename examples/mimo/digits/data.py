@@ -25,7 +25,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from images import (
+
+from examples.mimo.digits.images import (
     MAX_PIXEL,
     SPLIT_SEED,
     TOKENS_PER_IMAGE,
@@ -34,14 +35,14 @@ from images import (
     shift_images,
     split_images,
 )
-from sounds import TOKENS_PER_SOUND, Clips
-
+from examples.mimo.digits.options import SEQUENCE_LENGTH
+from examples.mimo.digits.sounds import TOKENS_PER_SOUND, Clips
 from megatron.core.models.mimo.comm.routes import RoutePlan
+from megatron.core.models.mimo.job.samples import even_slice, shuffled
 
 DIGITS_PER_SAMPLE = 4
 TOKENS_PER_DIGIT = 4  # of an image's, a sound's and a text's
 assert TOKENS_PER_IMAGE == TOKENS_PER_SOUND == TOKENS_PER_DIGIT
-SEQUENCE_LENGTH = 32
 VOCABULARY_SIZE = 64  # fewer are used; 64 lets tensor parallelism of up to 64 divide it
 
 
@@ -80,7 +81,6 @@ _HELD_OUT_SHARES = (1 / 3, 1 / 3, 0.0, 1 / 3)
 # no image.
 _ALIKE = 4
 
-
 _QUESTION = (Token.READ, Token.NUMBER, Token.COLON)
 
 
@@ -103,18 +103,15 @@ class Batch:
     A *slot* is a digit's place in the step: 4 * sample + 0..3.
 
     Attributes:
-        input_ids: ``(b, 32)`` int64.
+        input_ids, position_ids: ``(b, 32)`` int64.
         labels: ``(b, 32)`` int64, ``input_ids`` shifted left by one.
         loss_mask: ``(b, 32)`` float32, 1 where an answer digit is predicted and counted.
-        position_ids: ``(b, 32)`` int64.
         images: ``(v, 1, 8, 8)`` float32 in -1..1, all of a sample before the next sample.
         image_slots: ``(v,)`` int64, ascending.
         clips: the sounds, in ascending order of their slots; made where they are encoded.
-        digits: ``(b, 4)`` int64, what the language side's samples show; those of varied samples
-            that show fewer are at the front.
+        digits: ``(b, 4)`` int64, what the language side's samples show, at the front.
         kinds: ``(b, 4)`` int64, how they show it (:class:`Kind`); -1 for what is not shown.
-        counted: ``(b, 4)`` bool, false for repeats that only fill up the last held-out batch, and
-            for what is not shown.
+        counted: ``(b, 4)`` bool, false for repeats that fill up, and for what is not shown.
         lengths: tokens of each of the language side's samples up to its ``<eos>``.
         routes: modality -> this rank's way over the bridge, if it was planned with the batch.
     """
@@ -137,22 +134,28 @@ class Batch:
         tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return replace(self, **{name: value.to(device) for name, value in tensors.items()})
 
-    def language(self, start: int, size: int) -> Batch:
+    def samples(self, start: int, size: int) -> Batch:
         """Narrow everything but images and sounds to ``size`` samples from ``start``."""
         names = ("input_ids", "labels", "loss_mask", "position_ids")
         names += ("digits", "kinds", "counted", "lengths")
         return replace(self, **{name: getattr(self, name)[start : start + size] for name in names})
 
-    def vision(self, start: int, size: int) -> Batch:
+    def images_of(self, start: int, size: int) -> Batch:
         """Narrow the images to those of ``size`` samples of the step from ``start``."""
-        first, last = start * DIGITS_PER_SAMPLE, (start + size) * DIGITS_PER_SAMPLE
-        kept = (self.image_slots >= first) & (self.image_slots < last)
+        sample = self.image_slots // DIGITS_PER_SAMPLE
+        kept = (sample >= start) & (sample < start + size)
         return replace(self, images=self.images[kept], image_slots=self.image_slots[kept])
 
-    def audio(self, start: int, size: int) -> Batch:
+    def sounds_of(self, start: int, size: int) -> Batch:
         """Narrow the sounds to those of ``size`` samples of the step from ``start``."""
-        first, last = start * DIGITS_PER_SAMPLE, (start + size) * DIGITS_PER_SAMPLE
-        return replace(self, clips=self.clips.between(first, last))
+        slots = start * DIGITS_PER_SAMPLE, (start + size) * DIGITS_PER_SAMPLE
+        return replace(self, clips=self.clips.between(*slots))
+
+    def items(self, modality: str) -> torch.Tensor:
+        """What a modality's encoder encodes, on the device of the rest."""
+        if modality == "images":
+            return self.images
+        return torch.from_numpy(self.clips.spectra).to(self.images.device)
 
 
 class DigitsBatches:
@@ -160,11 +163,21 @@ class DigitsBatches:
 
     ``"train"`` never ends: every image is used once per epoch, in an order drawn per epoch, and is
     shifted by up to one pixel. ``"held_out"`` has ``len(batches)`` batches that show every held-out
-    image exactly once, unchanged; repeats fill up the last one and are not counted.
+    image exactly once, unchanged; repeats fill up the last one and are not counted. With ``audio``
+    they do so three times: each digit is shown once as an image, as a sound and as text.
 
-    With ``audio``, ``kinds`` are drawn per step, and only digits that are to be images use theirs.
-    Held out, the batches go over the images three times: each digit is shown once as an image,
-    once as a sound and once as text.
+    Args:
+        seed: of the order, of the shifts, and of all about sounds.
+        split: ``"train"`` or ``"held_out"``.
+        global_batch_size: samples per step over all ranks and microbatches.
+        images: other images than scikit-learn's, split in the same way.
+        augment: shift training images; held-out ones never are.
+        uneven_loss_mask: count only the first 0..4 answer digits of each sample.
+        varied: training samples show one to four digits, so their lengths differ too.
+        audio: show digits as sounds and text, too.
+
+    Raises:
+        ValueError: for a negative seed, a batch size below 1, or an unknown split.
     """
 
     def __init__(
@@ -179,21 +192,6 @@ class DigitsBatches:
         varied: bool = False,
         audio: bool = False,
     ) -> None:
-        """Choose the images.
-
-        Args:
-            seed: of the order, of the shifts, and of all about sounds.
-            split: ``"train"`` or ``"held_out"``.
-            global_batch_size: samples per step over all ranks and microbatches.
-            images: other images than scikit-learn's, split in the same way.
-            augment: shift training images; held-out ones never are.
-            uneven_loss_mask: count only the first 0..4 answer digits of each sample.
-            varied: training samples show one to four digits, so their lengths differ too.
-            audio: show digits as sounds and text, too.
-
-        Raises:
-            ValueError: for a negative seed, a batch size below 1, or an unknown split.
-        """
         if seed < 0:
             raise ValueError(f"seed must be 0 or more, got {seed}")
         if global_batch_size < 1:
@@ -229,57 +227,41 @@ class DigitsBatches:
         return self._cached(step)
 
     def local_batch(
-        self,
-        step: int,
-        microbatch: int,
-        num_microbatches: int,
-        *,
-        src_dp_rank: int,
-        src_dp: int,
-        dest_dp_rank: int,
-        dest_dp: int,
-        audio_dp_rank: int = 0,
-        audio_dp: int = 1,
+        self, step: int, microbatch: int, count: int, parts: Mapping[str, tuple[int, int]]
     ) -> Batch:
-        """One rank's part of a microbatch: language tensors by dest DP, images by src DP.
+        """One rank's part of a microbatch, of ``count`` in a step.
 
-        Sounds by the audio encoder's DP. All sides cut the same global microbatch into equal runs
-        of samples in DP order, which is the order in which the bridge's slots line up.
+        All modules cut it into equal runs of samples in DP order, as the bridge's slots line up.
 
-        Raises:
-            ValueError: batch, microbatches and DP sizes that do not divide, or a rank out of range.
-        """
-        batch = self.batch(step)
-        start, size = even_slice(
-            self.global_batch_size, microbatch, num_microbatches, "global batch", "microbatches"
-        )
-        language = even_slice(size, dest_dp_rank, dest_dp, "microbatch", "language DP ranks")
-        vision = even_slice(size, src_dp_rank, src_dp, "microbatch", "vision DP ranks")
-        audio = even_slice(size, audio_dp_rank, audio_dp, "microbatch", "audio DP ranks")
-        batch = batch.language(start + language[0], language[1])
-        return batch.vision(start + vision[0], vision[1]).audio(start + audio[0], audio[1])
-
-    def tokens(self, token: int, step: int, microbatch: int, num_microbatches: int) -> np.ndarray:
-        """Where a microbatch has ``token``, all replicas' samples: bool ``(samples, 32)``.
+        Args:
+            step, microbatch, count: which.
+            parts: "language", "images" or "audio" -> (DP rank, DP size); whole where it is absent.
 
         Raises:
-            ValueError: as :meth:`local_batch`.
+            ValueError: sizes that do not divide, or a rank out of range.
         """
-        start, size = even_slice(
-            self.global_batch_size, microbatch, num_microbatches, "global batch", "microbatches"
-        )
+        batch, (start, size) = self.batch(step), self._of_microbatch(microbatch, count)
+        narrow = {"language": Batch.samples, "images": Batch.images_of, "audio": Batch.sounds_of}
+        for module, narrowed in narrow.items():
+            rank, ranks = parts.get(module, (0, 1))
+            name = {"images": "vision"}.get(module, module)
+            first, own = even_slice(size, rank, ranks, "microbatch", f"{name} DP ranks")
+            batch = narrowed(batch, start + first, own)
+        return batch
+
+    def tokens(self, token: int, step: int, microbatch: int, count: int) -> np.ndarray:
+        """Where a microbatch has ``token``, all replicas' samples: bool ``(samples, 32)``."""
+        start, size = self._of_microbatch(microbatch, count)
         return (self.batch(step).input_ids[start : start + size] == token).numpy()
 
-    def lengths(self, step: int, microbatch: int, num_microbatches: int) -> np.ndarray:
-        """Tokens of each of a microbatch's samples, all replicas': int64 ``(samples,)``.
-
-        Raises:
-            ValueError: as :meth:`local_batch`.
-        """
-        start, size = even_slice(
-            self.global_batch_size, microbatch, num_microbatches, "global batch", "microbatches"
-        )
+    def lengths(self, step: int, microbatch: int, count: int) -> np.ndarray:
+        """Tokens of each of a microbatch's samples, all replicas': int64 ``(samples,)``."""
+        start, size = self._of_microbatch(microbatch, count)
         return np.array(self.batch(step).lengths[start : start + size])
+
+    def _of_microbatch(self, microbatch: int, count: int) -> tuple[int, int]:
+        samples = self.global_batch_size
+        return even_slice(samples, microbatch, count, "global batch", "microbatches")
 
     def _make_batch(self, step: int) -> Batch:
         chosen, counted = self._choose(step)
@@ -322,38 +304,11 @@ class DigitsBatches:
             positions = step % self._per_pass * per_step + np.arange(per_step)
             return positions % total, positions < total
         positions = np.arange(step * per_step, (step + 1) * per_step)
-        epochs = positions // total
-        chosen = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            order = np.random.default_rng([self.seed, int(epoch), 0]).permutation(total)
-            chosen[epochs == epoch] = order[positions[epochs == epoch] % total]
-        return chosen, np.ones(per_step, dtype=bool)
-
-
-def even_slice(count: int, index: int, parts: int, whole: str, part: str) -> tuple[int, int]:
-    """``(start, size)`` of part ``index`` when ``count`` samples are cut into equal ``parts``.
-
-    >>> even_slice(8, 1, 4, "microbatch", "DP ranks")
-    (2, 2)
-
-    Raises:
-        ValueError: when ``parts`` does not divide ``count`` or ``index`` is out of range.
-    """
-    if parts < 1 or count % parts:
-        raise ValueError(
-            f"a {whole} of {count} samples cannot be divided evenly over {parts} {part}; "
-            f"use a multiple of {max(parts, 1)} samples"
-        )
-    if not 0 <= index < parts:
-        raise ValueError(f"index {index} is not in 0..{parts - 1} of the {parts} {part}")
-    return index * (count // parts), count // parts
+        return shuffled(positions, total, self.seed), np.ones(per_step, dtype=bool)
 
 
 def with_answer(input_ids: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
-    """A copy whose answer slots hold only the ``k`` digits read so far, ``read`` being ``(b, k)``.
-
-    With ``k = 0`` the answer is hidden altogether: nothing leaks when a model is asked to read.
-    """
+    """A copy whose answer slots hold only the ``k`` digits read so far, ``(b, k)``."""
     known = read.shape[1]
     result = input_ids.clone()
     result[:, ANSWER_START:] = int(Token.PAD)
@@ -361,9 +316,7 @@ def with_answer(input_ids: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def _draw_kinds(
-    rng: np.random.Generator, samples: int, shares: tuple[float, ...]
-) -> np.ndarray:
+def _draw_kinds(rng: np.random.Generator, samples: int, shares: tuple[float, ...]) -> np.ndarray:
     """Kinds ``(samples, 4)``, in runs of samples that show the same."""
     runs = rng.choice(len(shares), size=-(-samples // _ALIKE), p=shares)
     shown = np.repeat(runs, _ALIKE)[:samples, None]
@@ -372,13 +325,9 @@ def _draw_kinds(
 
 
 def _to_tensors(
-    pixels: np.ndarray,
-    digits: np.ndarray,
-    kinds: np.ndarray,
-    counted: np.ndarray,
-    in_loss: np.ndarray,
-    stream: tuple[int, ...],
-) -> Batch:
+    pixels: np.ndarray, digits: np.ndarray, kinds: np.ndarray, counted: np.ndarray,
+    in_loss: np.ndarray, stream: tuple[int, ...],
+) -> Batch:  # fmt: skip
     images, sounds = (np.flatnonzero(kinds == kind) for kind in (Kind.IMAGE, Kind.SOUND))
     shown = (kinds != _NOT_SHOWN).sum(axis=1)
     tokens = np.full((len(digits), SEQUENCE_LENGTH + 1), int(Token.PAD), dtype=np.int64)
@@ -392,9 +341,7 @@ def _to_tensors(
         labels=torch.from_numpy(tokens[:, 1:].copy()),
         loss_mask=torch.from_numpy(loss_mask),
         position_ids=torch.arange(SEQUENCE_LENGTH).expand(len(digits), -1).contiguous(),
-        images=torch.from_numpy(
-            (pixels[images] / (MAX_PIXEL / 2) - 1.0)[:, None].astype(np.float32)
-        ),
+        images=torch.from_numpy((pixels[images] / (MAX_PIXEL / 2) - 1.0)[:, None]).float(),
         image_slots=torch.from_numpy(images),
         clips=Clips(stream, digits.reshape(-1)[sounds], sounds),
         digits=torch.from_numpy(digits.copy()),

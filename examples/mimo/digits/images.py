@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from needs import INSTALL_HINT
 
+from examples.mimo.digits import INSTALL_HINT
 from mimo_colocated.launch.errors import JobError
 
 IMAGE_SIDE = 8

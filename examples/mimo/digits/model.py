@@ -6,388 +6,210 @@ All are stock Megatron-Core modules over their own process groups; ``MimoModel``
 
 from __future__ import annotations
 
-import copy
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from data import SEQUENCE_LENGTH, VOCABULARY_SIZE
-from encoders import AUDIO, ENCODER, MODALITIES, VISION, encoder_spec, projector_of
-from layouts import Layout
-from options import parts_to_freeze
 
-from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.models.mimo import MimoModel, MimoModelConfig
-from megatron.core.models.mimo.memory.policy import EncoderMemory
-from megatron.core.models.mimo.training.grad_finalize import (
-    MimoGradFinalizer,
-    iter_modules,
-    wrap_modules_with_ddp,
+from examples.mimo.digits.data import SEQUENCE_LENGTH, VOCABULARY_SIZE, Token
+from examples.mimo.digits.images import PATCH_SIDE, TOKENS_PER_IMAGE, image_patches
+from examples.mimo.digits.options import FREEZABLE, HEADS, Options
+from examples.mimo.digits.sounds import BANDS, FRAMES, FRAMES_PER_TOKEN, check_spectra
+from megatron.core.models.mimo import (
+    AudioModalitySubmodules,
+    MimoModel,
+    MimoModelConfig,
+    VisionModalitySubmodules,
 )
-from megatron.core.models.mimo.training.groups import create_process_groups, make_grid
-from megatron.core.models.mimo.training.initial_weights import initialize_weights
-from megatron.core.models.mimo.training.randomness import ModuleRandomness, seed_everything
+from megatron.core.models.mimo.job import settings
+from megatron.core.models.mimo.job.built_model import (
+    LANGUAGE,
+    BuiltModel,
+    finish_model,
+    freeze_parts,
+)
+from megatron.core.models.mimo.memory.policy import EncoderMemory
+from megatron.core.models.mimo.training.groups import create_process_groups
+from megatron.core.models.mimo.training.randomness import seed_everything
+from megatron.core.models.mimo.training.recompute import recomputable
 from megatron.core.models.mimo.transformer.exact_loss import ExactLossGPTModel
-from megatron.core.models.mimo.transformer.layer_specs import language_layer_spec
+from megatron.core.models.mimo.transformer.layer_specs import encoder_layer_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-LANGUAGE = "language"
+ENCODER = "digits"
+"""Name of a modality's encoder."""
+ENCODER_WIDTH, ENCODER_LAYERS, LANGUAGE_WIDTH = 64, 2, 128
 
 
-# What Megatron-Core computes again in backward instead of keeping it.
-_RECOMPUTE: dict[str, dict[str, Any]] = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective"},
-    "full": {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    },
+class PatchEncoder(MegatronModule):
+    """Linear layer, learnt positions and a transformer over patches; sequence first.
+
+    Args:
+        config: of the transformer.
+        pg_collection: of the modality's grid.
+    """
+
+    patches, patch_size = 0, 0
+
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:
+        super().__init__(config=config)
+        width, dtype = config.hidden_size, config.params_dtype
+        self.patch_embedding = torch.nn.Linear(self.patch_size, width)
+        self.position_embedding = torch.nn.Parameter(torch.zeros(self.patches, 1, width))
+        self.transformer = TransformerBlock(
+            config, encoder_layer_spec(config), pg_collection=pg_collection
+        )
+        self.patch_embedding.to(dtype)
+        self.position_embedding.data = self.position_embedding.data.to(dtype)
+
+    def encode(self, patches: torch.Tensor) -> torch.Tensor:
+        """Patches ``(n, patches, patch_size)`` -> ``(patches, n, h)``."""
+        patches = patches.transpose(0, 1).to(self.patch_embedding.weight.dtype)
+        hidden = self.patch_embedding(patches) + self.position_embedding
+        hidden = recomputable(hidden, self.transformer)
+        return self.transformer(hidden_states=hidden, attention_mask=None)
+
+    def lower_half(self) -> list[torch.nn.Module | torch.nn.Parameter]:
+        """The embeddings and the lower half of the layers."""
+        layers = self.transformer.layers
+        return [self.patch_embedding, self.position_embedding, *layers[: len(layers) // 2]]
+
+
+class DigitEncoder(PatchEncoder):
+    """Over the four 4x4 patches of an 8x8 image; ``(n, 1, 8, 8)`` -> ``(4, n, h)``."""
+
+    patches, patch_size = TOKENS_PER_IMAGE, PATCH_SIDE * PATCH_SIDE
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Encode images; raises ``ValueError`` for images of another shape."""
+        return self.encode(image_patches(images))
+
+
+class SpeechEncoder(PatchEncoder):
+    """Over the 16 frames of a sound, the mean of four each; ``(n, 16, 20)`` -> ``(4, n, h)``."""
+
+    patches, patch_size = FRAMES, BANDS
+
+    def forward(self, spectra: torch.Tensor) -> torch.Tensor:
+        """Encode sounds; raises ``ValueError`` for spectra of another shape."""
+        check_spectra(spectra)
+        return self.encode(spectra).unflatten(0, (-1, FRAMES_PER_TOKEN)).mean(dim=1)
+
+
+@dataclass(frozen=True)
+class Modality:
+    """What tells a modality from the others."""
+
+    side: str  # its name on the command line
+    token: Token  # stands for one row of its encoder's output
+    submodule: type
+    encoder: type[PatchEncoder]
+    input_name: str  # argument of the encoder's forward
+
+    def inputs(self, tensor: torch.Tensor) -> dict[str, Any] | None:
+        """``modality_inputs`` of the modality; None without any item."""
+        return {ENCODER: {self.input_name: tensor}} if len(tensor) else None
+
+
+MODALITIES = {
+    "images": Modality("vision", Token.IMAGE, VisionModalitySubmodules, DigitEncoder, "images"),
+    "audio": Modality("audio", Token.SOUND, AudioModalitySubmodules, SpeechEncoder, "spectra"),
 }
 
 
-@dataclass(frozen=True)
-class ModelSize:
-    """Widths and depths; 8 heads let tensor parallelism of 1, 2, 4 and 8 divide them."""
-
-    vision_hidden: int = 64
-    vision_layers: int = 2
-    vision_heads: int = 8
-    audio_hidden: int = 64
-    audio_layers: int = 2
-    audio_heads: int = 8
-    language_hidden: int = 128
-    language_layers: int = 2
-    language_heads: int = 8
-    language_query_groups: int = 8
-
-
-@dataclass(frozen=True)
-class Experts:
-    """Experts in place of each of the language model's MLPs.
-
-    Attributes:
-        count: experts of a layer.
-        per_token: how many of them a token goes to.
-        dispatcher: how tokens reach them, ``"alltoall"`` or ``"allgather"``.
-        balance: the loss that keeps their loads equal, as Megatron-Core calls it, or ``"none"``.
-        balance_coeff: its weight; 0 with ``"none"``.
-        z_coeff: weight of the loss that keeps the router's logits small, None for none.
-    """
-
-    count: int = 4
-    per_token: int = 2
-    dispatcher: str = "alltoall"
-    balance: str = "none"
-    balance_coeff: float = 0.0
-    z_coeff: float | None = None
-
-    def settings(self, language: Layout) -> dict[str, Any]:
-        """For the language model's TransformerConfig."""
-        return {
-            "num_moe_experts": self.count,
-            "moe_router_topk": self.per_token,
-            "moe_token_dispatcher_type": self.dispatcher,
-            "moe_router_load_balancing_type": self.balance,
-            "moe_aux_loss_coeff": self.balance_coeff,
-            "moe_z_loss_coeff": self.z_coeff,
-            "expert_model_parallel_size": language.ep,
-            "expert_tensor_parallel_size": language.expert_tp,
-        }
+def _encoder_spec(modality: str, options: Options, groups: ProcessGroupCollection) -> ModuleSpec:
+    """A modality's encoder and its projector to the language model's width."""
+    kind = MODALITIES[modality]
+    common = settings.transformer_settings(options.encoders[kind.side], options)
+    projector = _config(1, LANGUAGE_WIDTH, ffn_hidden_size=LANGUAGE_WIDTH, **common)
+    config = _config(ENCODER_LAYERS, ENCODER_WIDTH, **common)
+    encoder = ModuleSpec(kind.encoder, params={"config": config, "pg_collection": groups})
+    projection = settings.projector_spec(projector, ENCODER_WIDTH, groups.tp)
+    return ModuleSpec(
+        module=kind.submodule,
+        params={"pg_collection": groups, "sequence_first_encoders": [ENCODER]},
+        submodules={"encoders": {ENCODER: encoder}, "input_projections": [projection]},
+    )
 
 
-@dataclass(frozen=True)
-class ModelOptions:
-    """How the model is built and trained, apart from the layouts."""
-
-    size: ModelSize = field(default_factory=ModelSize)
-    seed: int = 1234
-    dtype: torch.dtype = torch.float32
-    sequence_parallel: bool = False
-    bridge: str = "routed"
-    packed: bool = False
-    varied_lengths: bool = False  # packed batches need not be equally long
-    distributed_optimizer: bool = True
-    overlap_grad_reduce: bool = True
-    overlap_param_gather: bool = False
-    experts: Experts | None = None
-    tied: bool = False
-    virtual_stages: int = 1
-    freeze: str = ""
-    dropout: float = 0.0
-    recompute: str = "none"
-    memory: EncoderMemory = field(default_factory=EncoderMemory)
-
-
-@dataclass
-class DigitsModel:
-    """The built model and what training it needs.
-
-    Attributes:
-        model: the MimoModel, its modules wrapped in DistributedDataParallel.
-        grids, collections, configs: by module name.
-        finalize: the schedule's ``finalize_model_grads_func``.
-        randomness: the modules' random states.
-        packed: the language model takes packed sequences.
-    """
-
-    model: MimoModel
-    grids: dict
-    collections: dict[str, ProcessGroupCollection]
-    configs: dict[str, TransformerConfig]
-    finalize: MimoGradFinalizer
-    randomness: ModuleRandomness
-    packed: bool = False
-
-    def destroy(self) -> None:
-        """Release all process groups; the model cannot be used afterwards."""
-        self.model.destroy()
-        for grid in self.grids.values():
-            grid.destroy()
-
-    def layouts(self) -> dict[str, dict[str, int]]:
-        """Module name -> sizes of its axes, for checkpoints and summaries."""
-        sizes = {
-            name: {dim: grid.dim_size(dim) for dim in ("tp", "cp", "pp", "dp")}
-            for name, grid in self.grids.items()
-        }
-        groups = self.collections[LANGUAGE]
-        if self.configs[LANGUAGE].num_moe_experts:
-            sizes[LANGUAGE] |= {"ep": groups.ep.size(), "etp": groups.expt_tp.size()}
-        return sizes
-
-
-def transformer_configs(
-    vision: Layout, language: Layout, options: ModelOptions, audio: Layout | None = None
-) -> dict[str, TransformerConfig]:
-    """Megatron configurations of all modules and of the encoders' projectors."""
-    size = options.size
-    common: dict[str, Any] = {
+def _config(layers: int, width: int, **more: Any) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=layers,
+        hidden_size=width,
+        num_attention_heads=HEADS,
         # Larger than Megatron's default of 0.02, which is meant for widths of thousands.
-        "init_method_std": 0.08,
-        "attention_dropout": options.dropout,
-        "hidden_dropout": options.dropout,
-        "add_bias_linear": False,
-        "params_dtype": options.dtype,
-        "bf16": options.dtype is torch.bfloat16,
-        "fp16": options.dtype is torch.float16,
-        "pipeline_dtype": options.dtype,
-        "calculate_per_token_loss": True,
-        "bias_dropout_fusion": False,
-        "bias_activation_fusion": False,
-        "masked_softmax_fusion": False,
-        "gradient_accumulation_fusion": False,
-        **_RECOMPUTE[options.recompute],
-    }
-    configs = {}
-    for name, layout in _encoders(vision, audio).items():
-        side = MODALITIES[name].side
-        configs[name] = TransformerConfig(
-            num_layers=getattr(size, f"{side}_layers"),
-            hidden_size=getattr(size, f"{side}_hidden"),
-            num_attention_heads=getattr(size, f"{side}_heads"),
-            tensor_model_parallel_size=layout.tp,
-            **common,
-        )
-        configs[projector_of(name)] = TransformerConfig(
-            num_layers=1,
-            hidden_size=size.language_hidden,
-            num_attention_heads=size.language_heads,
-            ffn_hidden_size=size.language_hidden,
-            tensor_model_parallel_size=layout.tp,
-            **common,
-        )
-    decoder = TransformerConfig(
-        num_layers=size.language_layers,
-        hidden_size=size.language_hidden,
-        num_attention_heads=size.language_heads,
-        num_query_groups=size.language_query_groups,
-        ffn_hidden_size=2 * size.language_hidden,
+        init_method_std=0.08,
+        add_bias_linear=False,
+        **more,
+    )
+
+
+def _language_config(options: Options) -> TransformerConfig:
+    own = settings.language_settings(options, lengths_differ=options.varied_samples)
+    return _config(
+        own.pop("num_layers"),
+        LANGUAGE_WIDTH,
+        num_query_groups=HEADS,
+        ffn_hidden_size=2 * LANGUAGE_WIDTH,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         normalization="RMSNorm",
-        tensor_model_parallel_size=language.tp,
-        context_parallel_size=language.cp,
-        pipeline_model_parallel_size=language.pp,
-        virtual_pipeline_model_parallel_size=(
-            options.virtual_stages if options.virtual_stages > 1 else None
-        ),
-        # Two stages that interleave exchange in both directions at once.
-        overlap_p2p_comm=options.virtual_stages > 1,
-        batch_p2p_comm=options.virtual_stages == 1,
-        sequence_parallel=options.sequence_parallel and language.tp > 1,
-        **_length_settings(language, options),
-        **(options.experts.settings(language) if options.experts else {}),
-        **common,
-    )
-    return {**configs, LANGUAGE: decoder}
-
-
-def _length_settings(language: Layout, options: ModelOptions) -> dict[str, Any]:
-    """Stages tell each other the lengths of packed batches, where these differ."""
-    if not (options.packed and options.varied_lengths and language.pp > 1):
-        return {}
-    settings: dict[str, Any] = {"variable_seq_lengths": True}
-    if options.experts is None:
-        # Megatron-Core refuses its own default, with experts or without.
-        settings["moe_token_dispatcher_type"] = "alltoall"
-    return settings
-
-
-def _encoders(vision: Layout, audio: Layout | None) -> dict[str, Layout]:
-    """Layouts by modality, of those that the model has."""
-    return {VISION: vision} | ({AUDIO: audio} if audio else {})
-
-
-def _language_specs(
-    config: TransformerConfig, groups: ProcessGroupCollection, options: ModelOptions
-) -> list[ModuleSpec]:
-    """One per virtual stage of this rank; without virtual stages there is one."""
-    if options.virtual_stages == 1:
-        return [_language_spec(config, groups, options, None)]
-    virtual = range(options.virtual_stages)
-    return [_language_spec(config, groups, options, vp_stage) for vp_stage in virtual]
-
-
-def _language_spec(
-    config: TransformerConfig,
-    groups: ProcessGroupCollection,
-    options: ModelOptions,
-    vp_stage: int | None,
-) -> ModuleSpec:
-    stage, stages, virtual = groups.pp.rank(), groups.pp.size(), vp_stage or 0
-    return ModuleSpec(
-        module=ExactLossGPTModel,
-        params={
-            "config": config,
-            "transformer_layer_spec": language_layer_spec(config, pp_rank=stage, vp_stage=vp_stage),
-            "vocab_size": VOCABULARY_SIZE,
-            "max_sequence_length": SEQUENCE_LENGTH,
-            "pre_process": stage == 0 and virtual == 0,
-            "post_process": stage == stages - 1 and virtual == options.virtual_stages - 1,
-            "vp_stage": vp_stage,
-            "share_embeddings_and_output_weights": options.tied,
-            "position_embedding_type": "rope",
-            # MimoModel shards the fused sequence itself, after images and text are merged.
-            "scatter_embedding_sequence_parallel": False,
-            "pg_collection": groups,
-        },
+        **own,
+        **settings.transformer_settings(options.language, options),
     )
 
 
-def freeze(model: MimoModel, parts: Iterable[str]) -> None:
-    """Stop the training of parts of ``options.FREEZABLE``, before DDP wraps the modules.
-
-    DDP makes gradient buffers of what trains when it wraps, and the optimizer state likewise.
-    """
-    known: dict[str, list[Any]] = defaultdict(list)
-    known["language"] = [module for name, module in iter_modules(model) if name == LANGUAGE]
-    for name, submodule in model.modality_submodules.items():
-        encoder, side = submodule.encoders[ENCODER], MODALITIES[name].side
-        known["lower-encoder"] += encoder.lower_half()
-        for prefix in ("", f"{side}-"):
-            known[f"{prefix}encoder"].append(encoder)
-            known[f"{prefix}projector"] += submodule.input_projections
-    for part in parts:
-        for module in known[part]:
-            module.requires_grad_(False)
-
-
-def build_model(
-    vision: Layout | None,
-    language: Layout,
-    options: ModelOptions,
-    backend: str | None = None,
-    rank_offset: int = 0,
-    audio: Layout | None = None,
-) -> DigitsModel:
+def build_model(options: Options, backend: str | None = None) -> BuiltModel:
     """Build, initialise and wrap the model; every rank calls it together.
 
-    Initial weights depend on ``options.seed`` and parameter names only, never on the layouts.
-
     Args:
-        vision, language: layouts that span the same ranks. Without one of its own the encoder is
-            forced onto the language model's: every CP rank encodes all images of its replica,
-            there is no bridge, and its gradients are summed over DP and CP.
-        options: of the model.
+        options: of the job.
         backend: of the process groups, PyTorch's default one if None.
-        rank_offset: the first of the ranks.
-        audio: layout of a second encoder, for sounds, beside a vision encoder with its own.
-
-    Raises:
-        ValueError: an encoder without a layout of its own beside several pipeline stages.
     """
-    if vision is None and language.pp > 1:
-        raise ValueError(
-            f"An encoder on the language model's layout {language} would have pipeline stages; "
-            "give it a layout of its own"
-        )
-    if vision is None and audio is not None:
-        raise ValueError(
-            f"An audio encoder ({audio}) needs a vision encoder with a layout of its own beside it"
-        )
-    place: dict[str, Any] = {"rank_offset": rank_offset, "backend": backend}
-    axes = {"tp": language.tp, "cp": language.cp, "dp": language.dp, "pp": language.pp}
-    if options.experts:
-        axes |= {"ep": language.ep, "expt_tp": language.expert_tp}
-    grids = {
-        VISION: make_grid(tp=vision.tp, dp=vision.dp, **place) if vision else None,
-        # The gather bridge joins the ranks of a replica, all its stages, and no others.
-        LANGUAGE: make_grid(
-            **axes, **place, dp_last=options.bridge == "gather" and language.pp > 1
-        ),
-    }
-    grids[VISION] = grids[VISION] or grids[LANGUAGE]
-    if audio is not None:
-        grids[AUDIO] = make_grid(tp=audio.tp, dp=audio.dp, **place)
-    collections = {name: create_process_groups(grid) for name, grid in grids.items()}
-    if vision is None:
-        # Every rank has whole images, so the encoder's attention is not cut over CP.
-        collections[VISION] = copy.copy(collections[LANGUAGE])
-        collections[VISION].cp = collections[LANGUAGE].pp
-    configs = transformer_configs(vision or language, language, options, audio)
-    modalities = [name for name in grids if name != LANGUAGE]
+    sides = {name: kind.side for name, kind in MODALITIES.items()}
+    layouts = {"images": options.vision, LANGUAGE: options.language, "audio": options.audio}
+    there = {name: layout for name, layout in layouts.items() if layout}
+    grids = settings.make_grids(there, options, backend)
+    groups = {name: create_process_groups(grid) for name, grid in grids.items()}
     seed_everything(options.seed)
-    language_spec, *virtual_stage_specs = _language_specs(
-        configs[LANGUAGE], collections[LANGUAGE], options
+    config = _language_config(options)
+    stage, *virtual = settings.language_specs(
+        ExactLossGPTModel,
+        config,
+        groups[LANGUAGE],
+        vocab_size=VOCABULARY_SIZE,
+        max_sequence_length=SEQUENCE_LENGTH,
+        position_embedding_type="rope",
     )
+    specs = {
+        name: _encoder_spec(name, options, groups[name]) for name in MODALITIES if name in grids
+    }
+    # The images are small, so that little would be worth a copy with the default.
+    memory = EncoderMemory(options.encoder_memory, options.projector_memory, offload_from=1024)
     mimo_config = MimoModelConfig(
-        language_model_spec=language_spec,
-        virtual_stage_specs=virtual_stage_specs,
-        modality_submodules_spec={
-            name: encoder_spec(name, configs, collections[name]) for name in modalities
-        },
-        special_token_ids={name: int(MODALITIES[name].token) for name in modalities},
-        module_to_grid_map=grids if vision else None,
-        encoder_memory=dict.fromkeys(modalities, options.memory),
+        language_model_spec=stage,
+        virtual_stage_specs=virtual,
+        modality_submodules_spec=specs,
+        special_token_ids={name: int(MODALITIES[name].token) for name in specs},
+        module_to_grid_map=grids,
+        encoder_memory=dict.fromkeys(specs, memory),
         bridge=options.bridge,
         kv_format="thd" if options.packed else "sbhd",
     )
-    model = MimoModel(
-        mimo_config, cp_group=collections[LANGUAGE].cp, tp_group=collections[LANGUAGE].tp
-    )
-    mimo_config.module_to_grid_map = grids  # the optimizer's groups, with or without a bridge
-    if torch.cuda.is_available():
-        model.to(torch.device(torch.cuda.current_device()))
-    for name, module in iter_modules(model):
-        initialize_weights(
-            module, options.seed, name_prefix=f"{name}.", tp_group=collections[name].tp
-        )
-    freeze(model, parts_to_freeze(options.freeze))
-    randomness = ModuleRandomness(iter_modules(model), collections, options.seed)
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=options.overlap_grad_reduce,
-        overlap_param_gather=options.overlap_param_gather,
-        use_distributed_optimizer=options.distributed_optimizer,
-        check_for_nan_in_grad=False,
-    )
-    wrap_modules_with_ddp(model, configs, ddp_config, collections)
-    finalize = MimoGradFinalizer(collections)
-    return DigitsModel(
-        model, grids, collections, configs, finalize, randomness, options.packed
+    model = MimoModel(mimo_config, cp_group=groups[LANGUAGE].cp, tp_group=groups[LANGUAGE].tp)
+    configs = {LANGUAGE: config}
+    for name, spec in specs.items():
+        configs[name] = spec.submodules["encoders"][ENCODER].params["config"]
+    return finish_model(
+        model,
+        grids,
+        groups,
+        configs,
+        settings.ddp_config(options),
+        seed=options.seed,
+        freeze=lambda built: freeze_parts(built, FREEZABLE.parts(options.freeze), sides),
     )

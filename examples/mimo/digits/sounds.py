@@ -15,10 +15,11 @@ import importlib.util
 import wave
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from needs import INSTALL_HINT
 
+from examples.mimo.digits import INSTALL_HINT
 from mimo_colocated.launch.errors import JobError
 
 RATE = 8000  # samples per second, of the recordings and of all sounds
@@ -74,30 +75,19 @@ def read_wav(path: Path) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Variation:
-    """How one sound differs from its recording.
+    """How one sound differs from its recording."""
 
-    Attributes:
-        speed: how much faster it is played.
-        gain_db: loudness, of the recording's.
-        noise_db: power of the white noise, of the recording's at that loudness.
-        place: where it begins in the time that is left, 0..1.
-    """
-
-    speed: float
-    gain_db: float
-    noise_db: float
-    place: float
+    speed: float  # how much faster it is played
+    gain_db: float  # loudness, of the recording's
+    noise_db: float  # power of the white noise, of the recording's at that loudness
+    place: float  # where it begins in the time that is left, 0..1
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Variation:
         """Speeds evenly in their logarithm, everything else evenly in its range."""
         low, high = np.log(SPEED)
-        return cls(
-            float(np.exp(rng.uniform(low, high))),
-            float(rng.uniform(*GAIN_DB)),
-            float(rng.uniform(*NOISE_DB)),
-            float(rng.uniform()),
-        )
+        speed, gain = float(np.exp(rng.uniform(low, high))), float(rng.uniform(*GAIN_DB))
+        return cls(speed, gain, float(rng.uniform(*NOISE_DB)), float(rng.uniform()))
 
     def apply(self, recording: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The sound, float32 ``(SAMPLES,)``; ``rng`` draws the noise."""
@@ -114,17 +104,11 @@ class Variation:
 
 @dataclass(frozen=True, eq=False)
 class Clips:
-    """Sounds that are made when they are asked for; each is a pure function of (stream, slot).
+    """Sounds that are made when they are asked for; each is a pure function of (stream, slot)."""
 
-    Attributes:
-        stream: seeds, such as (seed, step).
-        digits: ``(n,)``, what is said.
-        slots: ``(n,)``, a number of its own for each in the stream.
-    """
-
-    stream: tuple[int, ...]
-    digits: np.ndarray
-    slots: np.ndarray
+    stream: tuple[int, ...]  # seeds, such as (seed, step)
+    digits: np.ndarray  # (n,), what is said
+    slots: np.ndarray  # (n,), a number of its own for each in the stream
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -164,6 +148,19 @@ def log_mel(waveforms: np.ndarray) -> np.ndarray:
     power = np.abs(np.fft.rfft(frames * np.hanning(WINDOW))) ** 2
     bands = np.log10(power @ _mel_filters().T + _FLOOR)
     return ((bands - _MIDDLE) / _SPAN).astype(np.float32)
+
+
+def check_spectra(spectra: Any) -> None:
+    """Refuse spectra that the encoder would misread.
+
+    Raises:
+        ValueError: for anything but ``(n, FRAMES, BANDS)``.
+    """
+    if spectra.ndim != 3 or tuple(spectra.shape[1:]) != (FRAMES, BANDS):
+        raise ValueError(
+            f"spectra have the shape {tuple(spectra.shape)}, but (n, {FRAMES}, {BANDS}) is "
+            "needed; make them with sounds.log_mel"
+        )
 
 
 @functools.lru_cache(maxsize=1)

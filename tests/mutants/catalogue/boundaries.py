@@ -100,9 +100,9 @@ BOUNDARIES = (
     ),
     Mutant(
         name="every-epoch-in-the-same-order",
-        file=_DATA,
-        old="default_rng([self.seed, int(epoch), 0])",
-        new="default_rng([self.seed, 0, 0])",
+        file=MIMO + "job/samples.py",
+        old="default_rng([seed, int(epoch), 0])",
+        new="default_rng([seed, 0, 0])",
         tests=(
             FUNCTIONAL + "test_digits_data.py::test_epochs_come_in_orders_of_their_own",
         ),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mistakes with a second encoder, in the example job that others copy from."""
 
-from tests.mutants.catalogue.places import EXAMPLE, FUNCTIONAL
+from tests.mutants.catalogue.places import EXAMPLE, FUNCTIONAL, MIMO
 from tests.mutants.mutant import Mutant
 
 _STEPS = FUNCTIONAL + "test_digits_two_encoders.py::"
@@ -10,16 +10,16 @@ _SOUNDS = FUNCTIONAL + "test_digits_sounds.py::"
 TWO_ENCODERS = (
     Mutant(
         name="sounds-planned-where-images-stand",
-        file=EXAMPLE + "trainer.py",
-        old="batches.tokens(MODALITIES[name].token, *at)",
-        new="batches.tokens(MODALITIES[VISION].token, *at)",
+        file=EXAMPLE + "job.py",
+        old="data.tokens(MODALITIES[name].token, *at)",
+        new='data.tokens(MODALITIES["images"].token, *at)',
         tests=(_STEPS + "test_steps_without_sounds_or_images_leave_their_encoder_alone",),
         why="the audio encoder's rows are sent to the places of image tokens",
         ranks=2,
     ),
     Mutant(
         name="sounds-planned-once-for-all-batches",
-        file=EXAMPLE + "trainer.py",
+        file=MIMO + "job/route_plans.py",
         old="if known and np.array_equal(known[0], tokens) and",
         new="if known and",
         tests=(_STEPS + "test_a_plan_serves_as_long_as_tokens_stand_in_the_same_places",),
@@ -28,14 +28,14 @@ TWO_ENCODERS = (
     Mutant(
         name="sounds-cut-like-images",
         file=EXAMPLE + "data.py",
-        old="audio = even_slice(size, audio_dp_rank, audio_dp,",
-        new="audio = even_slice(size, src_dp_rank, src_dp,",
+        old="rank, ranks = parts.get(module, (0, 1))",
+        new='rank, ranks = parts.get("images" if module == "audio" else module, (0, 1))',
         tests=(_SOUNDS + "test_each_side_gets_its_own_samples",),
         why="audio replicas encode sounds of samples that others encode too",
     ),
     Mutant(
         name="frames-of-other-times-in-a-token",
-        file=EXAMPLE + "encoders.py",
+        file=EXAMPLE + "model.py",
         old="unflatten(0, (-1, FRAMES_PER_TOKEN)).mean(dim=1)",
         new="unflatten(0, (FRAMES_PER_TOKEN, -1)).mean(dim=0)",
         tests=(_SOUNDS + "test_a_token_is_the_mean_of_four_frames",),
@@ -51,8 +51,8 @@ TWO_ENCODERS = (
     ),
     Mutant(
         name="one-modality-freezes-as-the-other",
-        file=EXAMPLE + "model.py",
-        old='for prefix in ("", f"{side}-"):',
+        file=MIMO + "job/built_model.py",
+        old='for prefix in ("", f"{sides[name]}-"):',
         new='for prefix in ("", "vision-"):',
         tests=(_STEPS + "test_parts_of_either_modality_freeze",),
         why="--freeze vision-encoder stops the audio encoder, too",

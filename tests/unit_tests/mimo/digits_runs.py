@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small runs of the digits model that train, save and load, for tests of checkpoints."""
+"""Small runs of the proof model that train, save and load, for tests of checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,16 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "mimo" / "digits"
-if str(EXAMPLE) not in sys.path:
-    sys.path.insert(0, str(EXAMPLE))
-
-from data import DigitsBatches  # noqa: E402
-from layouts import Layout  # noqa: E402
-from model import DigitsModel, ModelOptions, ModelSize, build_model  # noqa: E402
-from trainer import Trainer, TrainOptions  # noqa: E402
-
-from megatron.core.models.mimo.training.checkpoint import CheckpointStore  # noqa: E402
+from examples.mimo.digits.data import DigitsBatches
+from megatron.core.models.mimo.training.checkpoint import CheckpointStore
+from mimo_colocated.launch.layouts import Layout
+from tests.models.model import BuiltModel, ModelOptions, ModelSize, build_model
+from tests.models.trainer import Trainer, TrainOptions
 
 BATCH = 16
 DATA_SEED = 7
@@ -47,7 +41,7 @@ class Run:
         batches: what it trains on.
     """
 
-    built: DigitsModel
+    built: BuiltModel
     trainer: Trainer
     batches: DigitsBatches = field(default_factory=lambda: DigitsBatches(DATA_SEED, "train", BATCH))
 
@@ -109,7 +103,7 @@ def train_options(micro_batches: int = 1) -> TrainOptions:
 
 
 @contextlib.contextmanager
-def ended(built: DigitsModel) -> Iterator[None]:
+def ended(built: BuiltModel) -> Iterator[None]:
     """Releases the model's groups at the end, when all ranks are there."""
     try:
         yield

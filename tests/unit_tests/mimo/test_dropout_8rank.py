@@ -16,16 +16,15 @@ from typing import Any
 import pytest
 import torch
 
+from examples.mimo.digits.data import DigitsBatches
 from megatron.core.models.mimo.training.randomness import capture_states
 from megatron.core.models.mimo.transformer import context_parallel_attention
+from tests.models import model
+from tests.models.encoders import VISION
+from tests.models.model import LANGUAGE
 from tests.parity.tensors import local_gradients
 from tests.unit_tests.mimo.digits_runs import BATCH, FAN_IN, run
 from tests.unit_tests.mimo.tiny_modules import on_all_ranks
-
-import model  # isort: skip
-from data import DigitsBatches  # isort: skip
-from encoders import VISION  # isort: skip
-from model import LANGUAGE  # isort: skip
 
 pytestmark = pytest.mark.ranks(8, timeout=90)
 

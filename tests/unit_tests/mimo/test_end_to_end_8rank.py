@@ -16,14 +16,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mimo_colocated.launch.layouts import Layout
+from tests.models.model import BuiltModel, ModelOptions, ModelSize, build_model
+from tests.models.trainer import Trainer, TrainOptions
 from tests.parity.compare import GRADIENTS, tensor_checks, worst_by_kind
 from tests.parity.rows import FAN_IN, FAN_OUT, Reference
 from tests.parity.tasks import batches
 from tests.parity.tensors import local_gradients, whole_tensors
-
-from layouts import Layout  # isort: skip
-from model import DigitsModel, ModelOptions, ModelSize, build_model  # isort: skip
-from trainer import Trainer, TrainOptions  # isort: skip
 
 pytestmark = pytest.mark.ranks(8)
 
@@ -127,7 +126,7 @@ def options(case: Case) -> ModelOptions:
     )
 
 
-def gradients(built: DigitsModel) -> dict[str, torch.Tensor]:
+def gradients(built: BuiltModel) -> dict[str, torch.Tensor]:
     """Global name -> finalised gradient, whole."""
     return whole_tensors(built.model, built.collections, local_gradients(built.model))
 

@@ -21,6 +21,10 @@ import torch.distributed as dist
 from megatron.core.models.mimo import compat
 from megatron.core.models.mimo.training.global_names import global_modules
 from megatron.core.transformer.moe.router import Router
+from mimo_colocated.launch.layouts import Layout
+from tests.models import model
+from tests.models.model import BuiltModel, Experts, ModelOptions, ModelSize, build_model
+from tests.models.trainer import Trainer, TrainOptions
 from tests.parity.compare import GRADIENTS, tensor_checks, tolerances, worst_by_kind
 from tests.parity.rows import Reference
 from tests.parity.tasks import batches
@@ -31,11 +35,6 @@ from tests.parity.tensors import (
     whole_tensors,
 )
 from tests.unit_tests.mimo.digits_runs import run, same
-
-import model  # isort: skip
-from layouts import Layout  # isort: skip
-from model import DigitsModel, Experts, ModelOptions, ModelSize, build_model  # isort: skip
-from trainer import Trainer, TrainOptions  # isort: skip
 
 pytestmark = pytest.mark.ranks(8)
 
@@ -119,7 +118,7 @@ def options(case: Case) -> ModelOptions:
     )
 
 
-def trainer(built: DigitsModel, case: Case) -> Trainer:
+def trainer(built: BuiltModel, case: Case) -> Trainer:
     """With a learning rate from the first step on."""
     settings = TrainOptions(
         steps=10, global_batch_size=BATCH, micro_batches=case.micro_batches, warmup_steps=0
@@ -127,12 +126,12 @@ def trainer(built: DigitsModel, case: Case) -> Trainer:
     return Trainer(built, settings, case.distributed_optimizer)
 
 
-def built_model(case: Case) -> DigitsModel:
+def built_model(case: Case) -> BuiltModel:
     """The model in the case's layout, beside an encoder on DP 8."""
     return build(case, Layout(dp=8), Layout.parse(case.language, "language"))
 
 
-def build(case: Case, *layouts: Layout, rank_offset: int = 0) -> DigitsModel:
+def build(case: Case, *layouts: Layout, rank_offset: int = 0) -> BuiltModel:
     """The model, with what the case changes in the language model's config."""
     job_configs = model.transformer_configs
 
@@ -145,13 +144,13 @@ def build(case: Case, *layouts: Layout, rank_offset: int = 0) -> DigitsModel:
         return build_model(*layouts, options(case), rank_offset=rank_offset)
 
 
-def gradients(built: DigitsModel) -> dict[str, torch.Tensor]:
+def gradients(built: BuiltModel) -> dict[str, torch.Tensor]:
     """Global name -> finalised gradient, whole, of the parameters of this rank."""
     complete_gradients(built.model)
     return whole_tensors(built.model, built.collections, local_gradients(built.model))
 
 
-def forbid(built: DigitsModel, expert: int, samples: range) -> None:
+def forbid(built: BuiltModel, expert: int, samples: range) -> None:
     """No token of these samples of the global batch goes to ``expert``."""
 
     def without(gating, hidden: torch.Tensor) -> torch.Tensor:
@@ -167,7 +166,7 @@ def forbid(built: DigitsModel, expert: int, samples: range) -> None:
             module.gating = functools.partial(without, module.gating)
 
 
-def let_biases_be_added(built: DigitsModel) -> None:
+def let_biases_be_added(built: BuiltModel) -> None:
     """Stock adds an expert's bias in place, which autograd forbids at EP 1: give it a copy."""
     for name, layer in global_modules(built.model):
         if _EXPERT in name and name.endswith("linear_fc2"):
@@ -210,7 +209,7 @@ def oracle() -> Oracle:
     return Oracle()
 
 
-def check_gradients(built: DigitsModel, expected: dict[str, torch.Tensor]) -> None:
+def check_gradients(built: BuiltModel, expected: dict[str, torch.Tensor]) -> None:
     """Every gradient of this rank is the oracle's, and all ranks together have all."""
     found = gradients(built)
     names: list = [None] * dist.get_world_size()
@@ -321,7 +320,7 @@ def test_an_expert_that_nobody_uses_only_decays(oracle: Oracle) -> None:
         assert not torch.equal(after[name], before[name])
 
 
-def router_biases(built: DigitsModel) -> dict[str, torch.Tensor]:
+def router_biases(built: BuiltModel) -> dict[str, torch.Tensor]:
     """Global name of the router -> the bias that keeps its experts' loads equal."""
     routers = ((n, m) for n, m in global_modules(built.model) if isinstance(m, Router))
     return {name: router.expert_bias.clone() for name, router in routers}

@@ -17,26 +17,25 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from examples.mimo.digits.data import DigitsBatches, Token
 from megatron.core.models.mimo.training.grad_finalize import (
     MimoGradFinalizer,
     refuse_missing_gradients,
 )
+from mimo_colocated.launch.layouts import Layout
 from tests.harness.backend import own_device
+from tests.models.encoders import MODALITIES, VISION, DigitEncoder
+from tests.models.model import (
+    LANGUAGE,
+    BuiltModel,
+    ModelOptions,
+    build_model,
+)
+from tests.models.trainer import Trainer, TrainOptions
 from tests.parity.tensors import local_gradients
 from tests.unit_tests.mimo.collective_calls import Calls, calls
 from tests.unit_tests.mimo.digits_runs import BATCH, SIZE
 from tests.unit_tests.mimo.tiny_modules import COLOCATED, tiny_model
-
-from data import DigitsBatches, Token  # isort: skip
-from encoders import MODALITIES, VISION, DigitEncoder  # isort: skip
-from layouts import Layout  # isort: skip
-from model import (  # isort: skip
-    LANGUAGE,
-    DigitsModel,
-    ModelOptions,
-    build_model,
-)
-from trainer import Trainer, TrainOptions  # isort: skip
 
 __all__ = ["calls"]  # a fixture
 
@@ -64,7 +63,7 @@ def trainer(freeze: str, bridge: str, overlap: bool = False) -> Iterator[Trainer
         built.destroy()
 
 
-def group_ranks(built: DigitsModel) -> dict[str, tuple[int, ...]]:
+def group_ranks(built: BuiltModel) -> dict[str, tuple[int, ...]]:
     """This rank's groups that the expectations speak of."""
     vision, language = built.collections[VISION], built.collections[LANGUAGE]
     groups = {"encoder tp": vision.tp, "encoder dp": vision.dp, "language dp": language.dp_cp}
@@ -152,7 +151,7 @@ def test_steps_without_images(bridge: str, overlap: bool) -> None:
     with trainer("language", bridge, overlap) as run:
         results = [run.step(batches, 0)]
         before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
-        batch = batches.local_batch(0, 0, 1, **run._dp_coordinates())
+        batch = batches.local_batch(0, 0, 1, run.parts())
         text = torch.where(batch.input_ids == int(Token.IMAGE), int(Token.ZERO), batch.input_ids)
         run.model.zero_grad_buffer()
         losses, mask = run.model(

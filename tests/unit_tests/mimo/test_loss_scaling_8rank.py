@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from examples.mimo.digits.data import DigitsBatches
 from megatron.core.models.mimo.optimizer import MimoOptimizer, get_mimo_optimizer
 from megatron.core.models.mimo.training.inner_optimizers import dynamic_scalers
 from megatron.core.optimizer import OptimizerConfig
@@ -22,8 +23,6 @@ from tests.unit_tests.mimo.tiny_modules import (
     tiny_model,
     values,
 )
-
-from data import DigitsBatches  # isort: skip
 
 pytestmark = pytest.mark.ranks(8, timeout=90)
 

@@ -12,17 +12,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from examples.mimo.digits.data import DigitsBatches
 from megatron.core.models.mimo.memory.kept import part_bytes
 from megatron.core.models.mimo.memory.plan import transformer_bytes
 from megatron.core.models.mimo.memory.policy import EncoderMemory
 from megatron.core.utils import unwrap_model
+from tests.models.memory import encoder_shape
+from tests.models.model import VISION, ModelOptions
 from tests.parity.tasks import MixedBatches
 from tests.parity.tensors import local_gradients
 from tests.unit_tests.mimo.digits_runs import BATCH, FAN_IN, SIZE, run, train_options
-
-from data import DigitsBatches  # isort: skip
-from memory_plan import encoder_shape  # isort: skip
-from model import VISION, ModelOptions  # isort: skip
 
 pytestmark = pytest.mark.ranks(8, timeout=120)
 

@@ -234,3 +234,10 @@ def test_buffers_stay_and_do_not_count():
 def test_a_wrong_command_is_one_sentence(capsys):
     assert main([*ARGUMENTS, "--tp", "3"]) == 2
     assert capsys.readouterr().err == "error: tp=3 must divide heads=16\n"
+
+
+def test_the_table_goes_where_it_is_told(capsys):
+    stream = io.StringIO()
+    print_plan(PARTS, Step(), stream=stream)
+    assert "recompute" in stream.getvalue()
+    assert capsys.readouterr().out == ""

@@ -15,7 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from examples.mimo.digits.data import Batch
 from megatron.core.models.mimo.comm.token_runs import split_items
+from tests.models.model import Experts, ModelOptions
+from tests.models.trainer import Trainer
 from tests.parity.tensors import local_gradients, whole_tensors
 from tests.unit_tests.mimo.test_pipeline_step_8rank import (
     OPTIONS,
@@ -26,10 +29,6 @@ from tests.unit_tests.mimo.test_pipeline_step_8rank import (
     microbatches,
     model,
 )
-
-from data import Batch  # isort: skip
-from model import Experts, ModelOptions  # isort: skip
-from trainer import Trainer  # isort: skip
 
 pytestmark = pytest.mark.ranks(8, timeout=180)
 
@@ -45,7 +44,7 @@ def global_microbatches(dp: int) -> list[Batch]:
     """One whole microbatch, and one of what the first of ``dp`` replicas gets of it."""
     first, second = microbatches(([1, 1, 1, 1], [1, 1, 1, 1]))
     tail = SAMPLES // dp
-    return [first, second.language(0, tail).vision(SAMPLES, tail)]
+    return [first, second.samples(0, tail).images_of(SAMPLES, tail)]
 
 
 def local(trainer: Trainer, batch: Batch, first: int) -> dict[str, Any]:
@@ -54,15 +53,16 @@ def local(trainer: Trainer, batch: Batch, first: int) -> dict[str, Any]:
     Images of a replica's samples, numbered from ``first`` on, go to the encoders of its exchange
     group; with pipeline stages (``dp`` last) one group has all encoders.
     """
-    at = trainer._dp_coordinates()
-    size, start = SAMPLES // at["dest_dp"], at["dest_dp_rank"] * (SAMPLES // at["dest_dp"])
-    groups = 1 if trainer.groups.pp.size() > 1 else at["dest_dp"]
-    encoders, samples = at["src_dp"] // groups, SAMPLES // groups
-    group, place = divmod(at["src_dp_rank"], encoders)
-    images = batch.vision(first + group * samples, samples).images
+    parts = trainer.parts()
+    (encoder, all_encoders), (replica, replicas) = parts["images"], parts["language"]
+    size, start = SAMPLES // replicas, replica * (SAMPLES // replicas)
+    groups = 1 if trainer.groups.pp.size() > 1 else replicas
+    encoders, samples = all_encoders // groups, SAMPLES // groups
+    group, place = divmod(encoder, encoders)
+    images = batch.images_of(first + group * samples, samples).images
     mine = split_items(len(images), encoders)[place]
-    part = replace(batch.language(start, size), images=images[mine.start : mine.stop])
-    return trainer._inputs(part.to(trainer.device))
+    part = replace(batch.samples(start, size), images=images[mine.start : mine.stop])
+    return trainer.inputs(part.to(trainer.device))
 
 
 def step(made: Model, dp: int) -> Result:
@@ -70,12 +70,12 @@ def step(made: Model, dp: int) -> Result:
     trainer = made.trainer
     trainer.model.zero_grad_buffer()
     inputs = [local(trainer, b, n * SAMPLES) for n, b in enumerate(global_microbatches(dp))]
-    replica = trainer._dp_coordinates()["dest_dp_rank"]
+    replica = trainer.parts()["language"][0]
     assert (inputs[1]["input_ids"].numel() == 0) == (replica > 0)
     nothing = torch.zeros(2, dtype=torch.float64, device=trainer.device)
-    total = torch.stack(trainer._schedule(iter(inputs), 2) or [nothing]).sum(0)
+    total = torch.stack(trainer.schedule(iter(inputs), 2) or [nothing]).sum(0)
     dist.all_reduce(total, group=trainer.groups.dp_cp)
-    loss, tokens = trainer._from_last_stage(total).tolist()
+    loss, tokens = trainer.from_last_stage(total).tolist()
     gradients = local_gradients(made.built.model)
     whole = whole_tensors(made.built.model, made.built.collections, gradients)
     return Result(loss, int(tokens), whole)
@@ -87,8 +87,8 @@ def alone(dp: int, options: ModelOptions) -> Result:
     with model("tp=1,dp=1", "tp=1,dp=1", options, rank_offset=dist.get_rank()) as made:
         trainer = made.trainer
         trainer.model.zero_grad_buffer()
-        inputs = [trainer._inputs(b.to(trainer.device)) for b in global_microbatches(dp)]
-        loss, tokens = torch.stack(trainer._schedule(iter(inputs), 2)).sum(0).tolist()
+        inputs = [trainer.inputs(b.to(trainer.device)) for b in global_microbatches(dp)]
+        loss, tokens = torch.stack(trainer.schedule(iter(inputs), 2)).sum(0).tolist()
         gradients = local_gradients(made.built.model)
         whole = whole_tensors(made.built.model, made.built.collections, gradients)
         return Result(loss, int(tokens), whole)

@@ -18,21 +18,20 @@ from typing import Any
 import pytest
 import torch
 
+from examples.mimo.digits.data import Batch, DigitsBatches
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from megatron.core.models.mimo.model.encoder_runner import tied_to_parameters
 from megatron.core.models.mimo.training.grad_finalize import iter_modules, wrap_modules_with_ddp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
+from mimo_colocated.launch.layouts import Layout
+from tests.models import model as digits_model
+from tests.models.model import LANGUAGE, VISION, Experts, ModelOptions, build_model
+from tests.models.trainer import Trainer, TrainOptions
 from tests.parity.tasks import MixedBatches
 from tests.unit_tests.mimo.digits_runs import BATCH, DATA_SEED, SIZE, Run, ended, same
 from tests.unit_tests.mimo.tiny_modules import COLOCATED, WIDTH, config, on_all_ranks, tiny_model
-
-import model as digits_model  # isort: skip
-from data import Batch, DigitsBatches  # isort: skip
-from layouts import Layout  # isort: skip
-from model import LANGUAGE, VISION, Experts, ModelOptions, build_model  # isort: skip
-from trainer import Trainer, TrainOptions  # isort: skip
 
 # A rank that waits for a gather which another one does not enter runs into it.
 pytestmark = pytest.mark.ranks(8, timeout=120)
@@ -56,8 +55,8 @@ class Steps:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def local_batch(self, step: int, *args: int, **ranks: int) -> Batch:
-        return self._steps[step].local_batch(step, *args, **ranks)
+    def local_batch(self, step: int, *args: Any) -> Batch:
+        return self._steps[step].local_batch(step, *args)
 
     def tokens(self, token: int, step: int, *args: int) -> Any:
         return self._steps[step].tokens(token, step, *args)

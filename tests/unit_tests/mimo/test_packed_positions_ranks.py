@@ -17,16 +17,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from examples.mimo.digits.data import DigitsBatches
+from megatron.core.models.mimo.job.packing import pack, padded_lengths
+from mimo_colocated.launch.layouts import Layout
 from tests.harness.backend import own_device
+from tests.models import model as digits_model
+from tests.models.model import BuiltModel, ModelOptions, build_model
+from tests.models.trainer import Trainer, TrainOptions
 from tests.parity.compare import GRADIENTS, tensor_checks, worst_by_kind
 from tests.parity.tensors import local_gradients
 from tests.unit_tests.mimo.digits_runs import SIZE, ended
-
-import model as digits_model  # isort: skip
-from data import DigitsBatches  # isort: skip
-from layouts import Layout  # isort: skip
-from model import DigitsModel, ModelOptions, build_model  # isort: skip
-from trainer import Trainer, TrainOptions, pack, padded_lengths  # isort: skip
 
 pytestmark = pytest.mark.ranks(2, timeout=120)
 
@@ -52,7 +52,7 @@ class Outcome:
 
 
 @contextlib.contextmanager
-def built(kind: str, vision: str, language: str, **options: Any) -> Iterator[DigitsModel]:
+def built(kind: str, vision: str, language: str, **options: Any) -> Iterator[BuiltModel]:
     """The digits model with the position embeddings of a kind."""
     place = {name: options.pop(name) for name in ("rank_offset",) if name in options}
     specs = digits_model._language_specs
@@ -73,11 +73,11 @@ def built(kind: str, vision: str, language: str, **options: Any) -> Iterator[Dig
         yield made
 
 
-def run(made: DigitsModel, kind: str) -> Outcome:
+def run(made: BuiltModel, kind: str) -> Outcome:
     trainer = Trainer(made, TrainOptions(steps=1, global_batch_size=SAMPLES), False)
     batches = DigitsBatches(7, "train", SAMPLES, varied=True)
-    batch = trainer._local_batch(batches, 0, 0, 1)
-    inputs, positions = trainer._inputs(batch), position_ids(kind).to(trainer.device)
+    batch = trainer.local_batch(batches, 0, 0, 1)
+    inputs, positions = trainer.inputs(batch), position_ids(kind).to(trainer.device)
     if made.packed:
         padded = padded_lengths(batch.lengths, trainer.multiple)
         rows = positions if kind == "mrope" else positions[None]

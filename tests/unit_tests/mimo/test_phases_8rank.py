@@ -66,7 +66,7 @@ def test_a_step_and_a_checkpoint(bridge: str, tmp_path_factory: pytest.TempPathF
         assert phases.here().phase == phases.BETWEEN
         assert one.built.collections["language"].cp.group_desc == "cp"
         if bridge == "routed":  # rows that arrive while the text is embedded
-            assert one.trainer.bridges["images"].group.group_desc == "images -> language"
+            assert one.trainer.plans.bridges["images"].group.group_desc == "images -> language"
             names = [place.phase for place in places]
             at = names.index(phases.LANGUAGE_FORWARD)
             assert names[at : at + 3] == [

@@ -20,19 +20,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from examples.mimo.digits.data import DIGITS_PER_SAMPLE, Batch, DigitsBatches
 from megatron.core.models.mimo.comm.token_runs import split_items
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.models.mimo.model.encoded import EncodedMicrobatches
 from megatron.core.utils import unwrap_model
+from mimo_colocated.launch.layouts import Layout
+from tests.models.model import VISION, BuiltModel, ModelOptions, ModelSize, build_model
+from tests.models.trainer import Trainer, TrainOptions
 from tests.parity.compare import GRADIENTS, tensor_checks, worst_by_kind
 from tests.parity.tasks import named
 from tests.parity.tensors import local_gradients, whole_tensors
 from tests.unit_tests.mimo.test_end_to_end_8rank import names_on_all_stages
-
-from data import DIGITS_PER_SAMPLE, Batch, DigitsBatches  # isort: skip
-from layouts import Layout  # isort: skip
-from model import VISION, DigitsModel, ModelOptions, ModelSize, build_model  # isort: skip
-from trainer import Trainer, TrainOptions  # isort: skip
 
 pytestmark = pytest.mark.ranks(8, timeout=120)
 
@@ -74,7 +73,7 @@ def microbatches(images: tuple[list[int], ...]) -> list[Batch]:
     made = []
     for number, has_images in enumerate(images):
         start = number * SAMPLES
-        batch = whole.language(start, SAMPLES).vision(start, SAMPLES)
+        batch = whole.samples(start, SAMPLES).images_of(start, SAMPLES)
         kept = torch.tensor(has_images, dtype=torch.bool, device=batch.images.device)
         pixels = batch.images[kept.repeat_interleave(DIGITS_PER_SAMPLE)]
         made.append(replace(batch, input_ids=named(batch, ~kept), images=pixels))
@@ -83,13 +82,14 @@ def microbatches(images: tuple[list[int], ...]) -> list[Batch]:
 
 def local(trainer: Trainer, batch: Batch) -> dict[str, Any]:
     """One rank's inputs: the samples of its language replica, and a run of all images."""
-    at = trainer._dp_coordinates()
-    size = SAMPLES // at["dest_dp"]
-    mine = split_items(len(batch.images), at["src_dp"])[at["src_dp_rank"]]
+    parts = trainer.parts()
+    (encoder, encoders), (replica, replicas) = parts[VISION], parts["language"]
+    size = SAMPLES // replicas
+    mine = split_items(len(batch.images), encoders)[encoder]
     part = replace(
-        batch.language(at["dest_dp_rank"] * size, size), images=batch.images[mine.start : mine.stop]
+        batch.samples(replica * size, size), images=batch.images[mine.start : mine.stop]
     )
-    return trainer._inputs(part.to(trainer.device))
+    return trainer.inputs(part.to(trainer.device))
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Result:
 class Model:
     """A built model that runs given microbatches."""
 
-    built: DigitsModel
+    built: BuiltModel
     trainer: Trainer
 
     def step(
@@ -116,17 +116,17 @@ class Model:
         trainer.model.zero_grad_buffer()
         inputs = [local(trainer, batch) for batch in microbatches(images)]
         with contextlib.ExitStack() as stack:
-            step = trainer._forward_step
-            stack.callback(setattr, trainer, "_forward_step", step)
+            step = trainer.forward_step
+            stack.callback(setattr, trainer, "forward_step", step)
             if forward_only:
-                trainer._forward_step = reporting(step)
+                trainer.forward_step = reporting(step)
             elif unit:
-                trainer._forward_step = weighted(step, unit)
-            sums = trainer._schedule(iter(inputs), len(inputs), forward_only=forward_only)
+                trainer.forward_step = weighted(step, unit)
+            sums = trainer.schedule(iter(inputs), len(inputs), forward_only=forward_only)
         nothing = torch.zeros(2, dtype=torch.float64, device=trainer.device)
         total = torch.stack(sums).sum(dim=0).to(trainer.device) if sums else nothing
         dist.all_reduce(total, group=trainer.groups.dp_cp)
-        loss, tokens = trainer._from_last_stage(total).tolist()
+        loss, tokens = trainer.from_last_stage(total).tolist()
         gradients = {} if forward_only else local_gradients(self.built.model)
         whole = whole_tensors(self.built.model, self.built.collections, gradients)
         return Result(loss, int(tokens), whole)
@@ -286,14 +286,14 @@ def test_what_does_not_fit_is_an_error_on_all_ranks(pipe):
     with pytest.raises(ValueError, match="forward runs a whole language model, this rank has some"):
         trainer.model(**batches[0])
     with pytest.raises(ValueError, match="data_iterator ended before 7 microbatches were read"):
-        trainer._schedule(iter(batches), 7)
+        trainer.schedule(iter(batches), 7)
     with pytest.raises(ValueError, match="num_microbatches must be 1 or more, got 0"):
-        trainer._schedule(iter(batches), 0)
+        trainer.schedule(iter(batches), 0)
     if dist.get_rank() == 3:
         short = {k: batches[1][k][..., :16] for k in ("input_ids", "labels", "position_ids")}
         batches[1] = {**batches[1], **short}
     with pytest.raises(ValueError, match=r"rank 3: microbatches .* got input_ids \(\d, 16\) after"):
-        trainer._schedule(iter(batches), len(MIXED))
+        trainer.schedule(iter(batches), len(MIXED))
     trainer.model.zero_grad_buffer()
 
 
@@ -309,7 +309,7 @@ def test_what_does_not_fit_in_windows_is_an_error_on_all_ranks(pipe):
         for ahead, message in ((0, "must be 1 or more microbatches, got 0"), (1, "got input_ids")):
             trainer.options = replace(trainer.options, encode_ahead=ahead)
             with pytest.raises(ValueError, match=message):
-                trainer._schedule(iter(batches), 4)
+                trainer.schedule(iter(batches), 4)
     finally:
         trainer.options = replace(trainer.options, encode_ahead=None)
     trainer.model.zero_grad_buffer()
@@ -321,7 +321,7 @@ def test_lengths_that_two_interleaved_ranks_cannot_tell_are_refused(pipe, monkey
         return
     monkeypatch.setattr(config, "variable_seq_lengths", True)
     with pytest.raises(ValueError, match="pipeline of 2 ranks cannot tell lengths that differ"):
-        pipe.trainer._schedule(iter(()), 4)
+        pipe.trainer.schedule(iter(()), 4)
 
 
 def test_no_microbatch_of_an_encoder_is_the_first(pipe, monkeypatch):
@@ -340,7 +340,7 @@ def test_no_microbatch_of_an_encoder_is_the_first(pipe, monkeypatch):
     config = SimpleNamespace(fp8="e4m3", disable_parameter_transpose_cache=False)
     monkeypatch.setattr(part, "config", config, raising=False)
     with pytest.raises(ValueError, match="computes in fp8 and keeps its weights so from"):
-        trainer._schedule(iter(()), 4)
+        trainer.schedule(iter(()), 4)
     trainer.model.set_is_first_microbatch()  # of a plain step
     assert part.is_first_microbatch
     part.is_first_microbatch, config.fp8 = False, None
@@ -375,7 +375,7 @@ def test_a_loader_that_fails_on_one_rank_stops_all(error, message, ahead, pipe):
     trainer.options = replace(trainer.options, encode_ahead=ahead)
     try:
         with pytest.raises(ValueError, match="^Nothing was encoded. " + message):
-            trainer._schedule(data, 4)
+            trainer.schedule(data, 4)
     finally:
         trainer.options = replace(trainer.options, encode_ahead=None)
     trainer.model.zero_grad_buffer()

@@ -37,13 +37,12 @@ from megatron.core.models.mimo.training.initial_weights import initialize_weight
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from mimo_colocated.launch.layouts import Layout
+from tests.models.encoders import VISION, encoder_spec
+from tests.models.model import ModelOptions, _language_spec, transformer_configs
 from tests.parity.compare import GRADIENTS, tensor_checks, worst_by_kind
 from tests.parity.tensors import complete_gradients, local_gradients, whole_tensors
 from tests.unit_tests.mimo.digits_runs import SIZE
-
-from layouts import Layout  # isort: skip
-from encoders import VISION, encoder_spec  # isort: skip
-from model import ModelOptions, _language_spec, transformer_configs  # isort: skip
 
 pytestmark = pytest.mark.ranks(8)
 

@@ -1,79 +1,79 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``loss.png`` and ``predictions.png``."""
+"""What a model read of the held-out digits, and ``predictions.png``."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from sounds import log_mel
 
-from mimo_colocated.launch.errors import write_atomically
+from examples.mimo.digits.data import DIGITS_PER_SAMPLE, Batch, DigitsBatches, Kind
+from examples.mimo.digits.images import IMAGE_SIDE
+from examples.mimo.digits.sounds import SAMPLES, log_mel
+from megatron.core.models.mimo.job.plots import INK, MUTED, RIGHT, WRONG, save_figure
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-INK, MUTED, RIGHT, WRONG = "#1b1f24", "#6e7781", "#0969da", "#cf222e"
 
 
-def save_figure(figure: Figure, path: Path, what: str) -> None:
-    """Write a figure as PNG, all of it or nothing.
+@dataclass(frozen=True)
+class HeldOut:
+    """All held-out samples; ``n`` of them.
 
-    Raises:
-        JobError: for a full disk or a path that cannot be written.
+    Attributes:
+        images: ``(n, 4, 8, 8)``, NaN where a digit is not shown as an image.
+        waveforms: ``(n, 4, samples)``, NaN where it is not shown as a sound; None without audio.
+        kinds: ``(n, 4)``, how digits are shown (:class:`data.Kind`).
+        truth, read: ``(n, 4)``, the digits; -1 where the model gave none.
+        counted: ``(n, 4)`` bool. Digits shown as text are not: the model only has to copy them.
     """
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, facecolor="white")
-    write_atomically(path, buffer.getvalue(), what)
 
+    images: np.ndarray
+    waveforms: np.ndarray | None
+    kinds: np.ndarray
+    truth: np.ndarray
+    read: np.ndarray
+    counted: np.ndarray
 
-def plot_loss(path: Path, metrics: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Draw loss (log scale) and gradient norm over the steps.
-
-    Args:
-        path: the PNG.
-        metrics: lines of ``metrics.jsonl`` with ``step``, ``loss`` and ``grad_norm``.
-        title: says which run it is.
-    """
-    figure = Figure(figsize=(8, 5.2), layout="constrained")
-    loss_axes, norm_axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    for axes, name, label in (
-        (loss_axes, "loss", "loss per answer digit"),
-        (norm_axes, "grad_norm", "grad norm"),
-    ):
-        _draw_series(axes, metrics, name)
-        axes.set_ylabel(label)
-    norm_axes.set_xlabel("step")
-    figure.suptitle(title, fontsize=11)
-    save_figure(figure, path, "the loss curve")
-
-
-def _draw_series(axes: Axes, metrics: Sequence[Mapping[str, Any]], name: str) -> None:
-    points = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
-    if points:
-        steps, values = np.array(points).T
-        smooth = len(values) >= 40
-        axes.plot(
-            steps, values, color=RIGHT, lw=0.8 if smooth else 1.6, alpha=0.35 if smooth else 1
+    @classmethod
+    def collect(cls, batches: DigitsBatches, answers: Sequence[torch.Tensor]) -> HeldOut:
+        """From the held-out batches and what the model answered to each, ``(B, 4)``."""
+        shown = list(batches)
+        kinds = np.concatenate([batch.kinds.numpy() for batch in shown])
+        counted = np.concatenate([batch.counted.numpy() for batch in shown])
+        return cls(
+            images=np.concatenate([_images(batch) for batch in shown]),
+            waveforms=np.concatenate(list(map(_waveforms, shown))) if batches.audio else None,
+            kinds=kinds,
+            truth=np.concatenate([batch.digits.numpy() for batch in shown]),
+            read=torch.cat(list(answers)).numpy(),
+            counted=counted & (kinds != Kind.TEXT),
         )
-        if smooth:
-            axes.plot(steps, _moving_mean(values, 15), color=RIGHT, lw=1.8)
-        if values.min() > 0:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("")
-    axes.grid(True, which="both", color="#d0d7de", lw=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
+
+    def accuracies(self) -> dict[str, float]:
+        """The share of counted digits that were read right, by kind."""
+        right = self.read == self.truth
+        of = {kind: self.counted & (self.kinds == kind) for kind in (Kind.IMAGE, Kind.SOUND)}
+        names = {Kind.IMAGE: "images", Kind.SOUND: "sounds"}
+        return {names[kind]: float(right[which].mean()) for kind, which in of.items()}
 
 
-def _moving_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean over the ``width`` values around each one, fewer at the ends."""
-    kernel = np.ones(width)
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
+def _images(batch: Batch) -> np.ndarray:
+    places = np.full((batch.digits.numel(), IMAGE_SIDE, IMAGE_SIDE), np.nan, dtype=np.float32)
+    places[batch.image_slots.numpy()] = batch.images[:, 0].numpy()
+    return places.reshape(-1, DIGITS_PER_SAMPLE, IMAGE_SIDE, IMAGE_SIDE)
+
+
+def _waveforms(batch: Batch) -> np.ndarray:
+    places = np.full((batch.digits.numel(), SAMPLES), np.nan, dtype=np.float32)
+    places[batch.clips.slots] = batch.clips.waveforms
+    return places.reshape(-1, DIGITS_PER_SAMPLE, SAMPLES)
 
 
 def plot_predictions(
@@ -89,15 +89,12 @@ def plot_predictions(
 ) -> float:
     """Draw held-out samples with what the model read, wrong digits in red; wrong samples first.
 
-    Digits that are shown as text are drawn as their name.
+    Digits that are shown as text are drawn as their name. Arrays are those of :class:`HeldOut`.
 
     Args:
         path: the PNG.
-        images: ``(n, 4, 8, 8)``; not finite where a digit is shown otherwise.
-        truth: ``(n, 4)``, the digits shown.
-        read: ``(n, 4)``, the digits that the model read; -1 where it gave no digit.
-        counted: ``(n, 4)`` bool, all by default; the accuracy is over these.
-        waveforms: ``(n, 4, samples)``, the same for sounds; none by default.
+        images, waveforms, truth, read: what was shown, what it is, and what the model read.
+        counted: all by default; the accuracy is over these.
         by_kind: shares read right of some kinds of digits, for the title.
         show: samples to draw at most; those without a mistake are taken from all over.
 
@@ -112,13 +109,12 @@ def plot_predictions(
     rows = -(-len(order) // columns)
     figure = Figure(figsize=(2.3 * columns, 0.92 * rows + 0.9), layout="constrained")
     kinds = ", ".join(f"{share:.1%} of the {kind}" for kind, share in (by_kind or {}).items())
-    figure.suptitle(
+    title = (
         f"{accuracy:.1%} of {counted.sum()} held-out digits read right"
-        f"{f' ({kinds})' if kinds else ''}\n"
-        f"{len(order)} of {len(truth)} samples, those with a mistake first "
-        "(red: what was read, above: what it is)",
-        fontsize=10,
+        f"{f' ({kinds})' if kinds else ''}\n{len(order)} of {len(truth)} samples, those with a "
+        "mistake first (red: what was read, above: what it is)"
     )
+    figure.suptitle(title, fontsize=10)
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
     for axes, sample in zip(figure.axes, order, strict=False):
@@ -136,13 +132,9 @@ def _choose(wrong: np.ndarray, show: int) -> np.ndarray:
 
 
 def _draw_sample(
-    axes: Axes,
-    images: np.ndarray,
-    sounds: np.ndarray | None,
-    truth: np.ndarray,
-    read: np.ndarray,
-    wrong: np.ndarray,
-) -> None:
+    axes: Axes, images: np.ndarray, sounds: np.ndarray | None,
+    truth: np.ndarray, read: np.ndarray, wrong: np.ndarray,
+) -> None:  # fmt: skip
     """One strip of four digits, what was read below each, framed in red if it is wrong."""
     gap, side = 1, images.shape[-1]
     for index, image in enumerate(images):

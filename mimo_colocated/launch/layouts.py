@@ -1,24 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layouts fit together: pure integers, no torch.
+"""Which layouts fit together, as options of a job: pure integers, no torch.
 
-:func:`misfits` lists what does not fit, with the numbers; :func:`suggest` finds the nearest pair
-that does; :func:`check_layouts` puts both into one sentence.
+:func:`misfits` lists what does not fit, with the numbers; :func:`suggest` finds the nearest layouts
+that do; :func:`check_layouts` puts both into one sentence.
 
->>> print(suggestion(Pair(Layout(tp=2, dp=4), Layout(tp=2, cp=2, dp=4)), Limits(64)))
+>>> asked = Layouts({"vision": Layout(tp=2, dp=4)}, Layout(tp=2, cp=2, dp=4))
+>>> print(suggestion(asked, Limits(64)))
 --vision tp=2,dp=4 --language tp=2,cp=2,dp=2
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from mimo_colocated.launch.errors import JobError
 
 MAX_RANKS = 16_384
-_AXES = {"vision": ("tp", "dp"), "audio": ("tp", "dp"), "language": ("tp", "cp", "pp", "dp")}
-_ITEMS = {"vision": "images", "audio": "sounds"}
+"""Of the largest job that is checked."""
+LANGUAGE = "language"
+"""Name of the language model's layout; every other one is an encoder's."""
+
+_LANGUAGE_AXES, _ENCODER_AXES = ("tp", "cp", "pp", "dp"), ("tp", "dp")
 # Another cut of the language model's ranks, for its experts.
 _EXPERT_AXES = ("ep", "etp")
 
@@ -58,17 +62,21 @@ class Layout:
     def parse(cls, text: str, module: str) -> Layout:
         """Read ``"tp=2,cp=2,dp=2"``; an axis that is left out is 1.
 
+        Args:
+            text: the axes and their sizes.
+            module: ``"language"`` or an encoder's name, as the option is called.
+
         Raises:
             JobError: for an unknown or repeated axis and for anything but whole numbers from 1.
         """
         sizes: dict[str, int] = {}
-        known = (*_AXES[module], *(_EXPERT_AXES if module == "language" else ("cp",)))
+        known = (*_axes(module), *(_EXPERT_AXES if module == LANGUAGE else ("cp",)))
         for part in text.split(","):
             axis, equals, number = (piece.strip() for piece in part.partition("="))
             if not equals or axis not in known:
                 raise JobError(
                     f"--{module} {text!r}: {part.strip()!r} is not an axis and its size; "
-                    f"the axes are {', '.join(_AXES[module])}, as in {_example(module)}"
+                    f"the axes are {', '.join(_axes(module))}, as in {_example(module)}"
                 )
             if axis in sizes:
                 raise JobError(f"--{module} {text!r}: {axis} is given twice; give it once")
@@ -82,26 +90,33 @@ class Layout:
         return cls(**sizes)
 
 
+def _axes(module: str) -> tuple[str, ...]:
+    return _LANGUAGE_AXES if module == LANGUAGE else _ENCODER_AXES
+
+
 def _example(module: str) -> str:
-    return f"--{module} " + ",".join(f"{axis}=2" for axis in _AXES[module])
+    return f"--{module} " + ",".join(f"{axis}=2" for axis in _axes(module))
 
 
 @dataclass(frozen=True)
-class Pair:
-    """The modules' layouts; ``audio`` is None without an audio encoder."""
+class Layouts:
+    """The layouts of a job; ``str(layouts)`` is what the command line takes.
 
-    vision: Layout
+    Attributes:
+        encoders: name -> layout. The first is what a suggestion looks for, the others follow.
+        language: the language model's.
+    """
+
+    encoders: Mapping[str, Layout]
     language: Layout
-    audio: Layout | None = None
 
     @property
-    def encoders(self) -> dict[str, Layout]:
-        """Layouts of the encoders that there are, by name."""
-        return {"vision": self.vision} | ({"audio": self.audio} if self.audio else {})
+    def modules(self) -> dict[str, Layout]:
+        """All of them by name, the language model's last."""
+        return {**self.encoders, LANGUAGE: self.language}
 
     def __str__(self) -> str:
-        encoders = " ".join(f"--{name} {layout}" for name, layout in self.encoders.items())
-        return f"{encoders} --language {self.language}"
+        return " ".join(f"--{name} {layout}" for name, layout in self.modules.items())
 
 
 @dataclass(frozen=True)
@@ -114,11 +129,11 @@ class Limits:
         eval_batch_size: samples per held-out batch.
         sequence_parallel: the language model also cuts the sequence over TP.
         world_size: ranks already started, or None when the layouts decide.
-        sequence_length: tokens per sample.
-        vision_heads, audio_heads, language_heads: attention heads (key/value heads if there are
-            fewer).
+        sequence_length: tokens per sample, 0 for any.
+        heads: module -> attention heads (key/value heads if there are fewer); others have any.
+        items: encoder -> what it encodes, in the plural.
         experts: of each layer of the language model, 0 without.
-        language_layers: layers of the language model, cut over its pipeline stages.
+        language_layers: layers of the language model, cut over its pipeline stages; 0 for any.
         virtual_stages: stages per rank.
     """
 
@@ -127,17 +142,16 @@ class Limits:
     eval_batch_size: int | None = None
     sequence_parallel: bool = False
     world_size: int | None = None
-    sequence_length: int = 32
-    vision_heads: int = 8
-    audio_heads: int = 8
-    language_heads: int = 8
+    sequence_length: int = 0
+    heads: Mapping[str, int] = field(default_factory=dict)
+    items: Mapping[str, str] = field(default_factory=dict)
     experts: int = 0
-    language_layers: int = 2
+    language_layers: int = 0
     virtual_stages: int = 1
 
 
-def misfits(pair: Pair, limits: Limits) -> list[str]:
-    """What does not fit, one clause each; empty if the pair runs."""
+def misfits(pair: Layouts, limits: Limits) -> list[str]:
+    """Return what does not fit, one clause each; nothing if the layouts run."""
     return [
         *_rank_misfits(pair, limits),
         *_batch_misfits(pair, limits),
@@ -146,17 +160,18 @@ def misfits(pair: Pair, limits: Limits) -> list[str]:
     ]
 
 
-def _rank_misfits(pair: Pair, limits: Limits) -> Iterator[str]:
+def _rank_misfits(pair: Layouts, limits: Limits) -> Iterator[str]:
     for name, encoder in pair.encoders.items():
-        yield from _encoder_misfits(name, encoder, pair.language, limits.world_size)
+        yield from _encoder_misfits(name, encoder, pair.language, limits)
 
 
 def _encoder_misfits(
-    name: str, encoder: Layout, language: Layout, world: int | None
+    name: str, encoder: Layout, language: Layout, limits: Limits
 ) -> Iterator[str]:
+    world, items = limits.world_size, limits.items.get(name, "inputs")
     if encoder.cp != 1:
         yield (
-            f"{name} has cp={encoder.cp}, but its {_ITEMS[name]} are not cut and cp must be 1 "
+            f"{name} has cp={encoder.cp}, but its {items} are not cut and cp must be 1 "
             "(only the language model's sequence is)"
         )
     if encoder.size != language.size:
@@ -178,11 +193,11 @@ def _encoder_misfits(
         )
 
 
-def _batch_misfits(pair: Pair, limits: Limits) -> Iterator[str]:
+def _batch_misfits(pair: Layouts, limits: Limits) -> Iterator[str]:
     batch, micro = limits.global_batch_size, limits.micro_batches
     if batch % micro:
         yield f"a global batch of {batch} samples does not divide into {micro} microbatches"
-    for name, layout in {**pair.encoders, "language": pair.language}.items():
+    for name, layout in pair.modules.items():
         if batch % micro == 0 and (batch // micro) % layout.dp:
             yield (
                 f"a microbatch of {batch // micro} samples (global batch {batch} / {micro} "
@@ -195,9 +210,9 @@ def _batch_misfits(pair: Pair, limits: Limits) -> Iterator[str]:
             )
 
 
-def _model_misfits(pair: Pair, limits: Limits) -> Iterator[str]:
-    for name, layout in {**pair.encoders, "language": pair.language}.items():
-        heads = getattr(limits, f"{name}_heads")
+def _model_misfits(pair: Layouts, limits: Limits) -> Iterator[str]:
+    for name, layout in pair.modules.items():
+        heads = limits.heads.get(name, 0)
         if heads % layout.tp:
             yield f"{name} tp={layout.tp} does not divide its {heads} attention heads"
     language = pair.language
@@ -239,8 +254,8 @@ def _ranks(count: int) -> str:
     return "1 rank" if count == 1 else f"{count} ranks"
 
 
-def suggest(pair: Pair, limits: Limits) -> tuple[Pair, Limits]:
-    """The nearest pair without misfits, and the limits that it fits.
+def suggest(pair: Layouts, limits: Limits) -> tuple[Layouts, Limits]:
+    """Return the nearest layouts without misfits, and the limits that they fit.
 
     Layouts change before batch sizes do. Only where the layouts are right already, or where no
     layout of the ranks that are there fits the batch, the batch sizes are rounded up instead.
@@ -254,7 +269,7 @@ def suggest(pair: Pair, limits: Limits) -> tuple[Pair, Limits]:
     if better is None:
         better = _nearest(pair, replace(limits, global_batch_size=0, eval_batch_size=0))
     assert better is not None  # tp=1,dp=ranks on both sides fits any model
-    parts = math.lcm(*(layout.dp for layout in (*better.encoders.values(), better.language)))
+    parts = math.lcm(*(layout.dp for layout in better.modules.values()))
     per_step, wanted = limits.micro_batches * parts, limits.eval_batch_size
     rounded = replace(
         limits,
@@ -264,8 +279,8 @@ def suggest(pair: Pair, limits: Limits) -> tuple[Pair, Limits]:
     return better, rounded
 
 
-def suggestion(pair: Pair, limits: Limits) -> str:
-    """Options that fit: a pair, and the batch sizes that have to change with it."""
+def suggestion(pair: Layouts, limits: Limits) -> str:
+    """Return options that fit: layouts, and the batch sizes that have to change with them."""
     better, rounded = suggest(pair, limits)
     text = str(better)
     if rounded.global_batch_size != limits.global_batch_size:
@@ -275,8 +290,8 @@ def suggestion(pair: Pair, limits: Limits) -> str:
     return text
 
 
-def check_layouts(pair: Pair, limits: Limits) -> None:
-    """Refuse a pair that does not fit.
+def check_layouts(pair: Layouts, limits: Limits) -> None:
+    """Refuse layouts that do not fit.
 
     Raises:
         JobError: the first misfit with its numbers, and options that would fit.
@@ -286,42 +301,49 @@ def check_layouts(pair: Pair, limits: Limits) -> None:
         raise JobError(f"{wrong[0]}; try {suggestion(pair, limits)}")
 
 
-def _nearest(pair: Pair, limits: Limits) -> Pair | None:
+def _nearest(pair: Layouts, limits: Limits) -> Layouts | None:
     """On the ranks that are there, else on as many as a module asked for, else on fewer.
 
-    The audio encoder follows the other two: what fits the vision encoder would fit it, too.
+    Further encoders follow the first and the language model: what fits the first would fit them.
     """
-    asked = sorted({pair.vision.size, pair.language.size})
+    first = next(iter(pair.encoders))
+    asked = sorted({pair.encoders[first].size, pair.language.size})
     worlds = [[limits.world_size]] if limits.world_size is not None else [asked]
     if limits.world_size is None:
         worlds += [[size] for size in range(min(asked[0] - 1, 256), 0, -1)]
     for sizes in worlds:
         stages = {1, pair.language.pp}
-        every = (o for size in sizes if size <= MAX_RANKS for o in every_pair(size, stages))
+        small = [size for size in sizes if size <= MAX_RANKS]
+        every = (other for size in small for other in every_pair(size, stages, first))
         fits = [other for other in every if not misfits(other, limits)]
         if fits:
-            nearest = min(fits, key=lambda other: _distance(pair, other))
-            return _with_audio(pair.audio, nearest, limits)
+            nearest = min(fits, key=lambda other: _distance(pair, other, first))
+            for name in list(pair.encoders)[1:]:
+                nearest = _with_encoder(name, pair.encoders[name], nearest, limits)
+            return nearest
     return None
 
 
-def _with_audio(audio: Layout | None, pair: Pair, limits: Limits) -> Pair:
-    """The pair with the nearest layout of an audio encoder that fits it."""
-    if audio is None:
-        return pair
+def _with_encoder(name: str, asked: Layout, pair: Layouts, limits: Limits) -> Layouts:
+    """The layouts with the nearest one of a further encoder that fits them."""
     ranks = pair.language.size
     sizes = [tp for tp in range(1, ranks + 1) if ranks % tp == 0]
-    every = [replace(pair, audio=layout) for layout in (Layout(tp, 1, ranks // tp) for tp in sizes)]
+    every = [
+        replace(pair, encoders={**pair.encoders, name: Layout(tp, 1, ranks // tp)}) for tp in sizes
+    ]
     fits = [other for other in every if not misfits(other, limits)]
-    return min(fits, key=lambda other: (_change(audio, other.audio), other.audio.tp))
+    return min(fits, key=lambda o: (_change(asked, o.encoders[name]), o.encoders[name].tp))
 
 
-def every_pair(world: int, stages: Collection[int] = (1,)) -> Iterator[Pair]:
-    """All layouts of ``world`` ranks, whether or not anything else fits.
+def every_pair(
+    world: int, stages: Collection[int] = (1,), encoder: str = "vision"
+) -> Iterator[Layouts]:
+    """Yield all layouts of ``world`` ranks, whether or not anything else fits.
 
     Args:
         world: ranks.
         stages: pipeline sizes of the language model to try.
+        encoder: name of the only encoder.
     """
     sizes = [size for size in range(1, world + 1) if world % size == 0]
     languages = [
@@ -333,15 +355,15 @@ def every_pair(world: int, stages: Collection[int] = (1,)) -> Iterator[Pair]:
     ]
     for tp in sizes:
         for language in languages:
-            yield Pair(Layout(tp, 1, world // tp), language)
+            yield Layouts({encoder: Layout(tp, 1, world // tp)}, language)
 
 
-def _distance(pair: Pair, other: Pair) -> tuple[float, ...]:
+def _distance(pair: Layouts, other: Layouts, first: str) -> tuple[float, ...]:
     """Few changed axes first (DP, CP, TP, PP in this order), then small changes, then few ranks."""
-    changes = (_change(pair.vision, other.vision), _change(pair.language, other.language))
+    encoder, language = other.encoders[first], other.language
+    changes = (_change(pair.encoders[first], encoder), _change(pair.language, language))
     changed, far = (sum(values) for values in zip(*changes, strict=True))
-    language = other.language
-    return (changed, far, other.vision.size, other.vision.tp, language.tp, language.cp)
+    return (changed, far, encoder.size, encoder.tp, language.tp, language.cp)
 
 
 def _change(old: Layout, new: Layout) -> tuple[int, float]:

@@ -16,12 +16,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
-from pictures import INK, MUTED, save_figure
 
 from megatron.core.models.mimo.comm.bridge_layout import BridgeDirection, BridgeLayout
 from megatron.core.models.mimo.comm.route_layout import ExchangeGroup, RouteLayout
 from megatron.core.models.mimo.comm.routes import GroupRoutes
 from megatron.core.models.mimo.comm.token_runs import TokenRuns
+from megatron.core.models.mimo.job.plots import INK, MUTED, save_figure
 from megatron.core.models.mimo.partition.sequence_order import dense_positions
 
 _MAX_ROWS, _MAX_CELLS = 32, 8
@@ -40,7 +40,7 @@ _GROUP_COLORS = (
 
 
 @dataclass(frozen=True)
-class LayoutPicture:
+class LayoutPlot:
     """What is drawn.
 
     Attributes:
@@ -142,46 +142,46 @@ def plot_layout(
         sequence_parallel: the language side's TP ranks cut the sequence further.
     """
     batch = (samples, sequence_length, sequence_parallel)
-    pictures = [LayoutPicture(layout, *batch) for layout in layouts]
-    heights = [0.5 * len(picture.shown) + 2.6 for picture in pictures]
+    plots = [LayoutPlot(layout, *batch) for layout in layouts]
+    heights = [0.5 * len(plot.shown) + 2.6 for plot in plots]
     figure = Figure(figsize=(13, sum(heights)), layout="constrained")
-    panels = figure.subplots(len(pictures), 1, height_ratios=heights, squeeze=False).flat
-    for axes, picture in zip(panels, pictures, strict=True):
-        _draw_bridge(axes, picture)
+    panels = figure.subplots(len(plots), 1, height_ratios=heights, squeeze=False).flat
+    for axes, plot in zip(panels, plots, strict=True):
+        _draw_bridge(axes, plot)
     save_figure(figure, path, "the layout's picture")
 
 
-def _draw_bridge(axes: Axes, picture: LayoutPicture) -> None:
-    rows = len(picture.shown)
+def _draw_bridge(axes: Axes, plot: LayoutPlot) -> None:
+    rows = len(plot.shown)
     axes.axis("off")
     axes.set_xlim(-2.6, _RIGHT + _STRIP + 3.4)
     axes.set_ylim(rows * _ROW + 1.5, -2.0)
-    _draw_headers(axes, picture)
-    for row, rank in enumerate(picture.shown):
-        _draw_source(axes, picture, rank, row * _ROW)
-        _draw_destination(axes, picture, rank, row * _ROW)
-    (_draw_routes if picture.routed else _draw_moves)(axes, picture)
-    axes.text(-2.5, rows * _ROW + 0.25, _caption(picture), va="top", fontsize=9.5, color=INK)
+    _draw_headers(axes, plot)
+    for row, rank in enumerate(plot.shown):
+        _draw_source(axes, plot, rank, row * _ROW)
+        _draw_destination(axes, plot, rank, row * _ROW)
+    (_draw_routes if plot.routed else _draw_moves)(axes, plot)
+    axes.text(-2.5, rows * _ROW + 0.25, _caption(plot), va="top", fontsize=9.5, color=INK)
 
 
-def _draw_headers(axes: Axes, picture: LayoutPicture) -> None:
-    layout = picture.layout
+def _draw_headers(axes: Axes, plot: LayoutPlot) -> None:
+    layout = plot.layout
     cp = f" · CP {layout.dest_cp_size}" if layout.dest_cp_size > 1 else ""
     left = f"{layout.src_name}: TP {layout.src_tp_size} · DP {layout.src_dp_size}"
-    pp = f" · PP {picture.stages}" if picture.stages > 1 else ""
+    pp = f" · PP {plot.stages}" if plot.stages > 1 else ""
     right = f"{layout.dest_name}: TP {layout.dest_tp_size}{cp}{pp} · DP {layout.dest_dp_size}"
     middle = _direction(layout.src_dp_size, layout.dest_dp_size)
-    per_cell = picture.samples // picture.cells
+    per_cell = plot.samples // plot.cells
     what = "one sample" if per_cell == 1 else f"{per_cell} samples"
     legends = (
         f"a cell: the encoder's input of {what}",
-        f"a cell: {what}, tokens 0 to {picture.sequence_length - 1} from left to right; "
+        f"a cell: {what}, tokens 0 to {plot.sequence_length - 1} from left to right; "
         "coloured: the rank's own",
     )
     for start, text, legend in zip((_LEFT, _RIGHT), (left, right), legends, strict=True):
         axes.text(start, -1.45, text, fontsize=13, weight="bold", color=INK)
         axes.text(start, -0.95, legend, fontsize=8.5, color=MUTED)
-        _draw_scale(axes, picture, start)
+        _draw_scale(axes, plot, start)
     center = (_LEFT + _STRIP + _RIGHT) / 2 - 0.1
     axes.text(center, -1.45, middle, fontsize=13, weight="bold", color=INK, ha="center")
 
@@ -199,58 +199,58 @@ def _direction(src_dp: int, dest_dp: int) -> str:
     return f"{word}, scale {high // low}"
 
 
-def _draw_scale(axes: Axes, picture: LayoutPicture, start: float) -> None:
+def _draw_scale(axes: Axes, plot: LayoutPlot, start: float) -> None:
     """The samples' numbers above a strip."""
-    width, per_cell = _STRIP / picture.cells, picture.samples // picture.cells
+    width, per_cell = _STRIP / plot.cells, plot.samples // plot.cells
     axes.text(start - 0.2, -0.35, "sample", fontsize=8.5, color=MUTED, ha="right")
-    for cell in range(picture.cells):
+    for cell in range(plot.cells):
         first = cell * per_cell
-        fits = per_cell > 1 and picture.cells <= 8
+        fits = per_cell > 1 and plot.cells <= 8
         text = f"{first}–{first + per_cell - 1}" if fits else str(first)
         x = start + (cell + 0.5) * width
         axes.text(x, -0.35, text, ha="center", color=MUTED, fontsize=8.5 if width > 0.3 else 6)
 
 
-def _color(picture: LayoutPicture, cell: int) -> tuple[float, ...]:
-    return matplotlib.colormaps["turbo"](0.08 + 0.84 * cell / max(picture.cells - 1, 1))
+def _color(plot: LayoutPlot, cell: int) -> tuple[float, ...]:
+    return matplotlib.colormaps["turbo"](0.08 + 0.84 * cell / max(plot.cells - 1, 1))
 
 
 def _box(axes: Axes, x: float, y: float, width: float, color: object, edge: str = "white") -> None:
     axes.add_patch(Rectangle((x, y + 0.14), width, _ROW - 0.28, fc=color, ec=edge, lw=0.8))
 
 
-def _draw_source(axes: Axes, picture: LayoutPicture, rank: int, y: float) -> None:
-    dp, tp = picture.source_at(rank)
+def _draw_source(axes: Axes, plot: LayoutPlot, rank: int, y: float) -> None:
+    dp, tp = plot.source_at(rank)
     name = {"va": "center", "ha": "right"}
     axes.text(-0.2, y + 0.34, f"rank {rank}", fontsize=10.5, weight="bold", color=INK, **name)
     axes.text(-0.2, y + 0.7, f"dp {dp} tp {tp}", fontsize=8, color=MUTED, **name)
-    width, held = _STRIP / picture.cells, picture.source(rank)
-    for cell in range(picture.cells):
-        color = _color(picture, cell) if cell in held else _EMPTY
+    width, held = _STRIP / plot.cells, plot.source(rank)
+    for cell in range(plot.cells):
+        color = _color(plot, cell) if cell in held else _EMPTY
         _box(axes, _LEFT + cell * width, y, width, color)
 
 
-def _draw_destination(axes: Axes, picture: LayoutPicture, rank: int, y: float) -> None:
-    dp, tp, cp, pp = picture.destination_at(rank)
-    coordinates = f"dp {dp} tp {tp}" + (f" cp {cp}" if picture.layout.dest_cp_size > 1 else "")
-    coordinates += f" stage {pp}" if picture.stages > 1 else ""
+def _draw_destination(axes: Axes, plot: LayoutPlot, rank: int, y: float) -> None:
+    dp, tp, cp, pp = plot.destination_at(rank)
+    coordinates = f"dp {dp} tp {tp}" + (f" cp {cp}" if plot.layout.dest_cp_size > 1 else "")
+    coordinates += f" stage {pp}" if plot.stages > 1 else ""
     x = _RIGHT + _STRIP + 0.2
     axes.text(x, y + 0.34, f"rank {rank}", fontsize=10.5, weight="bold", color=INK, va="center")
-    spans = ", ".join(f"{start}–{stop - 1}" for start, stop in _spans(picture.positions(rank)))
+    spans = ", ".join(f"{start}–{stop - 1}" for start, stop in _spans(plot.positions(rank)))
     axes.text(x, y + 0.7, f"{coordinates} · tokens {spans}", fontsize=8, color=MUTED, va="center")
-    width, held = _STRIP / picture.cells, picture.destination(rank)
-    for cell in range(picture.cells):
+    width, held = _STRIP / plot.cells, plot.destination(rank)
+    for cell in range(plot.cells):
         left = _RIGHT + cell * width
         _box(axes, left, y, width, _EMPTY)
         if cell not in held:
             continue
         _box(axes, left, y, width, "white", "white")
-        for start, stop in _spans(picture.positions(rank)):
-            token = (width - 0.06) / picture.sequence_length
+        for start, stop in _spans(plot.positions(rank)):
+            token = (width - 0.06) / plot.sequence_length
             part = (left + 0.03 + start * token, (stop - start) * token)
             # Later stages get hidden states of these tokens, no rows.
             faint = 1.0 if pp == 0 else 0.3
-            _box(axes, part[0], y, part[1], (*_color(picture, cell)[:3], faint), "none")
+            _box(axes, part[0], y, part[1], (*_color(plot, cell)[:3], faint), "none")
         axes.add_patch(
             Rectangle((left + 0.03, y + 0.14), width - 0.06, _ROW - 0.28, fill=False, ec=_EDGE)
         )
@@ -271,35 +271,35 @@ def _spans(positions: list[int]) -> list[tuple[int, int]]:
     return spans
 
 
-def _draw_moves(axes: Axes, picture: LayoutPicture) -> None:
+def _draw_moves(axes: Axes, plot: LayoutPlot) -> None:
     """Arrows from rank to rank in the colours of the gather groups; dashed ones are backward."""
-    groups = picture.layout.gather_groups
+    groups = plot.layout.gather_groups
     members = {rank: group for group in groups for rank in group}
     number = {rank: index for index, group in enumerate(groups) for rank in group}
-    fan_in = picture.layout.direction is BridgeDirection.FAN_IN
-    for rank in picture.shown:
+    fan_in = plot.layout.direction is BridgeDirection.FAN_IN
+    for rank in plot.shown:
         color = _GROUP_COLORS[number[rank] % len(_GROUP_COLORS)] if groups else MUTED
         siblings = [other for other in members.get(rank, ()) if other != rank]
-        _arrow(axes, picture, rank, rank, color, "forward")
+        _arrow(axes, plot, rank, rank, color, "forward")
         for other in siblings:
-            _arrow(axes, picture, other, rank, color, "forward" if fan_in else "backward")
+            _arrow(axes, plot, other, rank, color, "forward" if fan_in else "backward")
 
 
-def _draw_routes(axes: Axes, picture: LayoutPicture) -> None:
+def _draw_routes(axes: Axes, plot: LayoutPlot) -> None:
     """Arrows from who encodes to who owns, in the colours of the exchange groups."""
-    for number, group in enumerate(picture.layout.groups()):
-        for source, target in picture.sends(group):
+    for number, group in enumerate(plot.layout.groups()):
+        for source, target in plot.sends(group):
             color = _GROUP_COLORS[number % len(_GROUP_COLORS)]
-            _arrow(axes, picture, source, target, color, "forward")
+            _arrow(axes, plot, source, target, color, "forward")
 
 
 def _arrow(
-    axes: Axes, picture: LayoutPicture, source: int, target: int, color: str, direction: str
+    axes: Axes, plot: LayoutPlot, source: int, target: int, color: str, direction: str
 ) -> None:
     """Forward: left to right, solid. Backward: from the source's right side to the left, dashed."""
-    if source not in picture.shown or target not in picture.shown:
+    if source not in plot.shown or target not in plot.shown:
         return
-    rows = [(picture.shown.index(rank) + 0.5) * _ROW for rank in (source, target)]
+    rows = [(plot.shown.index(rank) + 0.5) * _ROW for rank in (source, target)]
     x = [_LEFT + _STRIP + 0.15, _RIGHT - 0.75]
     forward = direction == "forward"
     ends = list(zip(x if forward else x[::-1], rows, strict=True))
@@ -311,15 +311,15 @@ def _arrow(
     )
 
 
-def _caption(picture: LayoutPicture) -> str:
-    rest = picture.layout.size - len(picture.shown)
+def _caption(plot: LayoutPlot) -> str:
+    rest = plot.layout.size - len(plot.shown)
     more = f"\n{rest} more ranks follow the same pattern" if rest else ""
-    return (_routed_caption(picture) if picture.routed else _gather_caption(picture)) + more
+    return (_routed_caption(plot) if plot.routed else _gather_caption(plot)) + more
 
 
-def _routed_caption(picture: LayoutPicture) -> str:
-    owners = "the rank" if picture.sequence_parallel else "the TP ranks"
-    later = "\npale: later stages, which get hidden states" if picture.stages > 1 else ""
+def _routed_caption(plot: LayoutPlot) -> str:
+    owners = "the rank" if plot.sequence_parallel else "the TP ranks"
+    later = "\npale: later stages, which get hidden states" if plot.stages > 1 else ""
     return (
         f"forward (arrows): each row goes once, from a rank that encoded it to {owners} "
         "that own its token; a level arrow moves nothing\n"
@@ -328,8 +328,8 @@ def _routed_caption(picture: LayoutPicture) -> str:
     )
 
 
-def _gather_caption(picture: LayoutPicture) -> str:
-    layout = picture.layout
+def _gather_caption(plot: LayoutPlot) -> str:
+    layout = plot.layout
     groups = "  ".join(str(list(group)) for group in layout.gather_groups[:8])
     if len(layout.gather_groups) > 8:
         groups += f"  … ({len(layout.gather_groups)} groups)"

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rank 0 tells: a line per step, a progress bar, ``metrics.jsonl``, ``summary.json``, a table.
-
-The pictures are drawn in ``pictures.py`` and ``layout_picture.py``.
-"""
+"""What rank 0 tells: a line per step and a bar, ``metrics.jsonl``, ``summary.json``, a table."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -68,12 +64,7 @@ class MetricsWriter:
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -93,7 +84,7 @@ def _plain(value: Any) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a ``metrics.jsonl``; none if there is no file.
+    """Return the whole lines of a ``metrics.jsonl``; none if there is no file.
 
     Raises:
         JobError: for a file that is something else: a line before the last one is broken.
@@ -152,7 +143,7 @@ class Progress:
         return steady[len(steady) // 2] if steady else math.nan
 
     def step(self, done: int, loss: float, grad_norm: float) -> float:
-        """Report that ``done`` steps are done; returns the seconds the last one took."""
+        """Report that ``done`` steps are done; return the seconds the last one took."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self.seconds.append(seconds)
@@ -191,12 +182,18 @@ def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     write_atomically(path, content.encode(), "the summary")
 
 
-def print_table(summary: Mapping[str, Any], stream: TextIO | None = None) -> None:
-    """The run's summary as a table; nested values are shown as ``key=value`` pairs."""
+def print_table(title: str, summary: Mapping[str, Any], stream: TextIO | None = None) -> None:
+    """Print a summary as a table; nested values are shown as ``key=value`` pairs.
+
+    Args:
+        title: above the table.
+        summary: key -> value.
+        stream: where to print; stdout by default.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Digits", title_style="bold", show_header=False)
+    table = Table(title=title, title_style="bold", show_header=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in summary.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The encoders of the digits job: small transformers over patches of images and frames of sounds.
+"""The encoders of the proof models: small transformers over patches of images and frames of sounds.
 
 Both are stock Megatron-Core blocks behind a linear layer; each has a projector of its own.
 """
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from data import Token
-from images import PATCH_SIDE, TOKENS_PER_IMAGE, image_patches
-from sounds import BANDS, FRAMES, FRAMES_PER_TOKEN
 
+from examples.mimo.digits.data import Token
+from examples.mimo.digits.images import PATCH_SIDE, TOKENS_PER_IMAGE, image_patches
+from examples.mimo.digits.sounds import BANDS, FRAMES, FRAMES_PER_TOKEN
 from megatron.core.models.mimo import AudioModalitySubmodules, VisionModalitySubmodules
 from megatron.core.models.mimo.training.recompute import recomputable
 from megatron.core.models.mimo.transformer.layer_specs import encoder_layer_spec

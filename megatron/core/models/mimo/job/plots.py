@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures that are whole or not there, and ``loss.png``."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mimo_colocated.launch.errors import write_atomically
+
+INK, MUTED, RIGHT, WRONG = "#1b1f24", "#6e7781", "#0969da", "#cf222e"
+"""Colours of text, of what matters less, of what is right and of what is wrong."""
+
+
+def save_figure(figure: Figure, path: Path, what: str) -> None:
+    """Write a figure as PNG, all of it or nothing.
+
+    Raises:
+        JobError: for a full disk or a path that cannot be written.
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, facecolor="white")
+    write_atomically(path, buffer.getvalue(), what)
+
+
+def plot_loss(
+    path: Path, metrics: Sequence[Mapping[str, Any]], title: str, label: str = "loss"
+) -> None:
+    """Draw loss (log scale) and gradient norm over the steps.
+
+    Args:
+        path: the PNG.
+        metrics: lines of ``metrics.jsonl`` with ``step``, ``loss`` and ``grad_norm``.
+        title: says which job it is.
+        label: of the loss.
+    """
+    figure = Figure(figsize=(8, 5.2), layout="constrained")
+    loss_axes, norm_axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    for axes, name, label in (
+        (loss_axes, "loss", "loss per answer digit"),
+        (norm_axes, "grad_norm", "grad norm"),
+    ):
+        _draw_series(axes, metrics, name)
+        axes.set_ylabel(label)
+    norm_axes.set_xlabel("step")
+    figure.suptitle(title, fontsize=11)
+    save_figure(figure, path, "the loss curve")
+
+
+def _draw_series(axes: Axes, metrics: Sequence[Mapping[str, Any]], name: str) -> None:
+    points = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
+    if points:
+        steps, values = np.array(points).T
+        smooth = len(values) >= 40
+        axes.plot(
+            steps, values, color=RIGHT, lw=0.8 if smooth else 1.6, alpha=0.35 if smooth else 1
+        )
+        if smooth:
+            axes.plot(steps, _moving_mean(values, 15), color=RIGHT, lw=1.8)
+        if values.min() > 0:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
+    axes.grid(True, which="both", color="#d0d7de", lw=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _moving_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Mean over the ``width`` values around each one, fewer at the ends."""
+    kernel = np.ones(width)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
