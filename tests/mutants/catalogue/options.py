@@ -5,7 +5,6 @@ from tests.mutants.catalogue.places import MIMO, UNIT
 from tests.mutants.mutant import Mutant
 
 _STATE = UNIT + "test_model.py::TestState::"
-_STATES = MIMO + "model/state_dicts.py"
 _OPTIMIZER = UNIT + "test_optimizer_state.py::test_arguments_reach_every_modules_optimizer"
 
 OPTIONS = (
@@ -75,5 +74,26 @@ OPTIONS = (
             + "test_routed_bridge.py::test_a_rank_with_a_problem_stops_those_that_plan_with_it",
         ),
         why="a rank that cannot go on moves rows all the same",
+    ),
+    Mutant(
+        name="l2-norms-of-the-config-ignored",
+        file=MIMO + "transformer/layer_specs.py",
+        old="qk_l2_norm=config.qk_l2_norm,",
+        new="qk_l2_norm=False,",
+        tests=(
+            UNIT + "test_norms.py::test_l2_norms_of_the_config_are_there_and_stay_without_weights",
+        ),
+        why="a model that asks for L2 norms of query and key trains without any",
+    ),
+    Mutant(
+        name="max-seqlen-of-the-batch-before",
+        file=MIMO + "partition/utils.py",
+        old="longest = params.max_seqlen_q, params.max_seqlen_kv",
+        new="longest = None",
+        tests=(
+            UNIT + "test_partition.py::"
+            "test_lengths_that_fitted_one_batch_are_compared_with_the_next_one_s",
+        ),
+        why="rotary embeddings end before the longest sequence does",
     ),
 )
