@@ -98,7 +98,7 @@ def launch(arguments: Sequence[str], first_in_rank: Callable[[int], object]) -> 
     def parse(argv: Sequence[str], world_size: int | None) -> Any:
         if world_size is not None:
             first_in_rank(int(os.environ["RANK"]))
-        return train.parse(argv, world_size)
+        return train.JOB.parse(argv, world_size)
 
     return run(replace(train.JOB, parse=parse), arguments)
 
