@@ -34,8 +34,9 @@ setup: ## make .venv with all that train and test need
 	@python=$$(sh tools/find_python.sh base) && \
 		sh tools/setup_venv.sh $(VENV) examples,test "$$python"
 
-lint: setup ## check the style with ruff
+lint: setup ## check the style with ruff, and which rooms import which with import-linter
 	@$(VENV)/bin/python -m ruff check .
+	@$(VENV)/bin/python tools/check_layers.py >/dev/null || $(VENV)/bin/python tools/check_layers.py
 
 test: lint ## check the style, then run all tests
 	@$(VENV)/bin/python -m pytest $(ARGS)

@@ -95,7 +95,7 @@ def _fire_after(case: Case, journal: Journal) -> None:
 
 
 def _set_apart(journal: Journal, rank: int, folder: Path) -> None:
-    from megatron.core.models.mimo.training.checkpoint import CheckpointStore
+    from megatron.core.models.mimo.checkpoint.store import CheckpointStore
 
     build = CheckpointStore.__init__
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron.core.models.mimo.training.checkpoint import remove_partial
+from megatron.core.models.mimo.checkpoint.store import remove_partial
 from tests.unit_tests.mimo.digits_runs import Run, only_rank_0, run
 
 

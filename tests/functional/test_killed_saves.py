@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from campaigns.ranks import Ranks
-from megatron.core.models.mimo.training.checkpoint import CheckpointStore
+from megatron.core.models.mimo.checkpoint.store import CheckpointStore
 from tests.functional.saving_loop import read_journal
 
 PAIR = ("tp=1,dp=2", "tp=2,dp=1")

@@ -15,7 +15,7 @@ from examples.mimo.digits.data import Token
 from examples.mimo.digits.images import PATCH_SIDE, TOKENS_PER_IMAGE, image_patches
 from examples.mimo.digits.sounds import BANDS, FRAMES, FRAMES_PER_TOKEN
 from megatron.core.models.mimo import AudioModalitySubmodules, VisionModalitySubmodules
-from megatron.core.models.mimo.training.recompute import recomputable
+from megatron.core.models.mimo.memory.layer_recompute import recomputable
 from megatron.core.models.mimo.transformer.layer_specs import encoder_layer_spec
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.process_groups_config import ProcessGroupCollection

@@ -24,8 +24,8 @@ from megatron.core.models.mimo.job.built_model import (
     freeze_parts,
 )
 from megatron.core.models.mimo.memory.policy import EncoderMemory
+from megatron.core.models.mimo.randomness import seed_everything
 from megatron.core.models.mimo.training.groups import create_process_groups, make_grid
-from megatron.core.models.mimo.training.randomness import seed_everything
 from megatron.core.models.mimo.transformer.exact_loss import ExactLossGPTModel
 from megatron.core.models.mimo.transformer.layer_specs import language_layer_spec
 from megatron.core.process_groups_config import ProcessGroupCollection

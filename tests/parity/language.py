@@ -13,14 +13,14 @@ import torch
 from examples.mimo.digits.data import SEQUENCE_LENGTH, VOCABULARY_SIZE, Batch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.enums import ModelType
-from megatron.core.models.mimo.model.ddp_methods import DDPMethods
-from megatron.core.models.mimo.training.grad_finalize import (
+from megatron.core.models.mimo.gradients.finalize import (
     MimoGradFinalizer,
     wrap_modules_with_ddp,
 )
+from megatron.core.models.mimo.model.ddp_methods import DDPMethods
+from megatron.core.models.mimo.randomness import ModuleRandomness, seed_everything
 from megatron.core.models.mimo.training.groups import create_process_groups, make_grid
 from megatron.core.models.mimo.training.initial_weights import initialize_weights
-from megatron.core.models.mimo.training.randomness import ModuleRandomness, seed_everything
 from megatron.core.models.mimo.transformer.exact_loss import ExactLossGPTModel
 from megatron.core.models.mimo.transformer.layer_specs import language_layer_spec
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator

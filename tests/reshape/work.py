@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from campaigns.launches import Tell
-from megatron.core.models.mimo.training.checkpoint import CheckpointError
+from megatron.core.models.mimo.checkpoint.store import CheckpointError
 from tests.reshape.plan import SAVED_STEPS, Task
 from tests.reshape.runs import run_at
 from tests.unit_tests.mimo.digits_runs import Run

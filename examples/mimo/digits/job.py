@@ -23,13 +23,13 @@ from examples.mimo.digits.data import (
 )
 from examples.mimo.digits.model import MODALITIES, build_model
 from examples.mimo.digits.options import Options
+from megatron.core.models.mimo.checkpoint.store import CheckpointError
 from megatron.core.models.mimo.job.built_model import LANGUAGE
 from megatron.core.models.mimo.job.logits import gather
 from megatron.core.models.mimo.job.loop import TrainingLoop
 from megatron.core.models.mimo.job.packing import packed_inputs
 from megatron.core.models.mimo.job.reporter import Reporter
 from megatron.core.models.mimo.job.trainer import Trainer, TrainOptions
-from megatron.core.models.mimo.training.checkpoint import CheckpointError
 from mimo_colocated import phases
 from mimo_colocated.launch import JobError, connection_notes, init_distributed
 from mimo_colocated.stop_requests import StopRequests

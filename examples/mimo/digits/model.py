@@ -28,10 +28,10 @@ from megatron.core.models.mimo.job.built_model import (
     finish_model,
     freeze_parts,
 )
+from megatron.core.models.mimo.memory.layer_recompute import recomputable
 from megatron.core.models.mimo.memory.policy import EncoderMemory
+from megatron.core.models.mimo.randomness import seed_everything
 from megatron.core.models.mimo.training.groups import create_process_groups
-from megatron.core.models.mimo.training.randomness import seed_everything
-from megatron.core.models.mimo.training.recompute import recomputable
 from megatron.core.models.mimo.transformer.exact_loss import ExactLossGPTModel
 from megatron.core.models.mimo.transformer.layer_specs import encoder_layer_spec
 from megatron.core.process_groups_config import ProcessGroupCollection

@@ -5,7 +5,7 @@ from tests.mutants.catalogue.places import MIMO, UNIT
 from tests.mutants.mutant import Mutant
 
 _STATE = MIMO + "training/optimizer_state.py"
-_HISTORY = MIMO + "training/history.py"
+_HISTORY = MIMO + "checkpoint/history.py"
 _HISTORY_TESTS = UNIT + "test_history.py::"
 _CHECKPOINT_TESTS = UNIT + "test_checkpoint_8rank.py::"
 _REFUSED_TESTS = UNIT + "test_checkpoint_refused_8rank.py::"
@@ -31,7 +31,7 @@ CHECKPOINTS = (
     ),
     Mutant(
         name="checkpoint-of-another-model-accepted",
-        file=MIMO + "training/load_checks.py",
+        file=MIMO + "checkpoint/load_checks.py",
         old="if there == here:",
         new="if there:",
         tests=(_REFUSED_TESTS + "test_a_checkpoint_of_another_model_is_refused",),
@@ -57,7 +57,7 @@ CHECKPOINTS = (
     ),
     Mutant(
         name="background-save-of-what-training-changes",
-        file=MIMO + "training/background_save.py",
+        file=MIMO + "checkpoint/background_save.py",
         old="host_copies(request, copy=background)",
         new="host_copies(request, copy=False)",
         tests=(
@@ -69,7 +69,7 @@ CHECKPOINTS = (
     ),
     Mutant(
         name="folders-that-are-not-shared-accepted",
-        file=MIMO + "training/shared_folder.py",
+        file=MIMO + "checkpoint/shared_folder.py",
         old="    if verdict:\n",
         new="    if False:\n",
         tests=(UNIT + "test_shared_folder.py::test_nodes_with_folders_of_their_own_are_named",),
@@ -77,7 +77,7 @@ CHECKPOINTS = (
     ),
     Mutant(
         name="weights-loaded-under-fp32-copies",
-        file=MIMO + "training/load_checks.py",
+        file=MIMO + "checkpoint/load_checks.py",
         old="if any(of_all_ranks(copied)):",
         new="if any(of_all_ranks(False)):",
         tests=(

@@ -4,9 +4,9 @@
 from tests.mutants.catalogue.places import MIMO, UNIT
 from tests.mutants.mutant import Mutant
 
-_PICKLES = MIMO + "training/safe_pickles.py"
-_INTEGRITY = MIMO + "training/integrity.py"
-_MANIFEST = MIMO + "training/manifest.py"
+_PICKLES = MIMO + "checkpoint/safe_pickles.py"
+_INTEGRITY = MIMO + "checkpoint/integrity.py"
+_MANIFEST = MIMO + "checkpoint/manifest.py"
 _PICKLE_TESTS = UNIT + "test_safe_pickles.py::"
 _INTEGRITY_TESTS = UNIT + "test_checkpoint_integrity.py::"
 
@@ -15,7 +15,7 @@ _PIPELINE_TESTS = UNIT + "test_checkpoint_pipeline_8rank.py::"
 FILES = (
     Mutant(
         name="manifest-of-the-first-stage",
-        file=MIMO + "training/global_tensors.py",
+        file=MIMO + "checkpoint/global_tensors.py",
         old="return own if len(parts) == 1 else joined(parts)",
         new="return parts[0]",
         tests=(_PIPELINE_TESTS + "test_stages_of_different_models_are_an_error_on_all_ranks",),

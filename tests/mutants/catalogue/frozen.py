@@ -4,7 +4,7 @@
 from tests.mutants.catalogue.places import MIMO, UNIT
 from tests.mutants.mutant import Mutant
 
-_STATE = MIMO + "training/frozen_state.py"
+_STATE = MIMO + "checkpoint/frozen_state.py"
 _UNFREEZING = UNIT + "test_unfreezing_8rank.py::"
 _UNFROZEN = _UNFREEZING + "test_what_was_trained_goes_on_and_the_rest_starts_fresh"
 _FROZEN = UNIT + "test_frozen_8rank.py::"
@@ -23,7 +23,7 @@ FROZEN = (
     ),
     Mutant(
         name="frozen-late-unnoticed",
-        file=MIMO + "training/grad_finalize.py",
+        file=MIMO + "gradients/finalize.py",
         old="            refuse_late_freezing(name, module)\n",
         new="",
         tests=(_FROZEN + "test_freezing_after_wrapping_is_refused",),
@@ -59,7 +59,7 @@ FROZEN = (
     ),
     Mutant(
         name="recomputed-layers-without-gradient",
-        file=MIMO + "training/recompute.py",
+        file=MIMO + "memory/layer_recompute.py",
         old="return hidden.detach().requires_grad_() if trains else hidden",
         new="return hidden",
         tests=(_DROPOUT + "test_layers_above_frozen_embeddings_are_recomputed",),
@@ -77,7 +77,7 @@ FROZEN = (
     ),
     Mutant(
         name="text-drawn-by-the-process",
-        file=MIMO + "training/randomness.py",
+        file=MIMO + "randomness.py",
         old='for part in (module, getattr(unwrap_model(module), "embedding", None)):',
         new="for part in (module,):",
         tests=(UNIT + "test_randomness.py::"

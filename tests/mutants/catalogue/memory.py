@@ -123,7 +123,7 @@ MEMORY = (
     ),
     Mutant(
         name="recomputed-layers-counted-per-microbatch",
-        file=MIMO + "training/pipeline_step.py",
+        file=MIMO + "pipeline/step.py",
         old="if not last or name in late]",
         new="if not last]",
         tests=(UNIT + "test_memory_8rank.py::test_gradients_are_those_of_kept_activations",),

@@ -26,7 +26,7 @@ OPTIONS = (
     ),
     Mutant(
         name="force-all-reduce-ignored",
-        file=MIMO + "training/pipeline_step.py",
+        file=MIMO + "pipeline/step.py",
         old="force_all_reduce=force_all_reduce",
         new="force_all_reduce=False",
         tests=(UNIT + "test_stage_side.py::test_finalisation_is_told_what_the_step_is",),

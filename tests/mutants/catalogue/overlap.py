@@ -46,7 +46,7 @@ OVERLAP = (
     ),
     Mutant(
         name="missing-gradient-seen-by-one-rank-alone",
-        file=MIMO + "training/grad_finalize.py",
+        file=MIMO + "gradients/finalize.py",
         old="together=first",
         new="together=False",
         tests=(UNIT + "test_frozen_8rank.py::"
@@ -56,7 +56,7 @@ OVERLAP = (
     ),
     Mutant(
         name="gathered-microbatches-counted-one-by-one",
-        file="megatron/core/models/mimo/training/pipeline_step.py",
+        file="megatron/core/models/mimo/pipeline/step.py",
         old='if name in encoded.backward_per_microbatch or gradients_come_apart(module)',
         new='if gradients_come_apart(module)',
         tests=(_OVERLAP + "test_steps_may_have_other_numbers_of_microbatches",),
@@ -65,7 +65,7 @@ OVERLAP = (
     ),
     Mutant(
         name="order-of-a-given-up-step-kept",
-        file=MIMO + "training/bucket_order.py",
+        file=MIMO + "gradients/bucket_order.py",
         old="        self._asked.clear()\n",
         new="",
         tests=(_OVERLAP + "test_of_a_step_that_was_given_up_nothing_stays",),

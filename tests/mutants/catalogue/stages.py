@@ -4,7 +4,7 @@
 from tests.mutants.catalogue.places import MIMO, UNIT
 from tests.mutants.mutant import Mutant
 
-_STEP = MIMO + "training/pipeline_step.py"
+_STEP = MIMO + "pipeline/step.py"
 _SIDE = MIMO + "model/stage_side.py"
 _ROUTES = UNIT + "test_stage_routes.py::"
 _ON_THREADS = UNIT + "test_stage_side.py::test_rows_and_gradients_against_one_rank"

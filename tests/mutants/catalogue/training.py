@@ -5,8 +5,8 @@ from tests.mutants.catalogue.places import MIMO, UNIT
 from tests.mutants.mutant import Mutant
 
 _WEIGHTS = MIMO + "training/initial_weights.py"
-_RANDOM = MIMO + "training/randomness.py"
-_FINALIZE = MIMO + "training/grad_finalize.py"
+_RANDOM = MIMO + "randomness.py"
+_FINALIZE = MIMO + "gradients/finalize.py"
 _OPTIMIZER = MIMO + "optimizer.py"
 _WEIGHT_TESTS = UNIT + "test_initial_weights.py::"
 _FINALIZE_TESTS = UNIT + "test_grad_finalize_8rank.py::"

@@ -47,7 +47,7 @@ WITHOUT_B_CHECKPOINTS = (
     ),
     Mutant(
         name="a-failed-background-writer-is-silent",
-        file="megatron/core/models/mimo/training/background_save.py",
+        file="megatron/core/models/mimo/checkpoint/background_save.py",
         old="            self._thread.join()\n",
         new="            self._thread.join()\n            return\n",
         tests=(
@@ -58,7 +58,7 @@ WITHOUT_B_CHECKPOINTS = (
     ),
     Mutant(
         name="layouts-alone-make-the-layout",
-        file="megatron/core/models/mimo/training/checkpoint.py",
+        file="megatron/core/models/mimo/checkpoint/store.py",
         old="manifest.layouts == self.layouts and manifest.world_size == dist.get_world_size()",
         new="manifest.layouts == self.layouts",
         tests=(
@@ -69,7 +69,7 @@ WITHOUT_B_CHECKPOINTS = (
     ),
     Mutant(
         name="a-modules-name-is-a-list-of-letters",
-        file="megatron/core/models/mimo/training/checkpoint.py",
+        file="megatron/core/models/mimo/checkpoint/store.py",
         old="names = (modules,) if isinstance(modules, str) else modules",
         new="names = modules",
         tests=(
@@ -80,7 +80,7 @@ WITHOUT_B_CHECKPOINTS = (
     ),
     Mutant(
         name="extra-is-not-copied",
-        file="megatron/core/models/mimo/training/checkpoint.py",
+        file="megatron/core/models/mimo/checkpoint/store.py",
         old="extra=copy.deepcopy(extra or {})",
         new="extra=extra or {}",
         tests=(
@@ -91,7 +91,7 @@ WITHOUT_B_CHECKPOINTS = (
     ),
     Mutant(
         name="load-does-not-wait-for-the-save",
-        file="megatron/core/models/mimo/training/checkpoint.py",
+        file="megatron/core/models/mimo/checkpoint/store.py",
         old="        self.wait()\n        with phases.during(phases.LOAD):",
         new="        with phases.during(phases.LOAD):",
         tests=(
@@ -102,7 +102,7 @@ WITHOUT_B_CHECKPOINTS = (
     ),
     Mutant(
         name="another-layout-keeps-its-random-states",
-        file="megatron/core/models/mimo/training/checkpoint.py",
+        file="megatron/core/models/mimo/checkpoint/store.py",
         old="            self.randomness.reseed(manifest.step)\n",
         new="            pass\n",
         tests=(
@@ -113,7 +113,7 @@ WITHOUT_B_CHECKPOINTS = (
     ),
     Mutant(
         name="loading-does-not-move-the-run",
-        file="megatron/core/models/mimo/training/checkpoint.py",
+        file="megatron/core/models/mimo/checkpoint/store.py",
         old="        self.history.stands_at = manifest.step\n",
         new="",
         tests=(
@@ -124,7 +124,7 @@ WITHOUT_B_CHECKPOINTS = (
     ),
     Mutant(
         name="a-rank-that-fails-alone-leaves",
-        file="megatron/core/models/mimo/training/checkpoint_errors.py",
+        file="megatron/core/models/mimo/checkpoint/errors.py",
         old="_raise(run_together(action, has_collectives=False), doing, advice)",
         new="_raise(run_together(action, has_collectives=True), doing, advice)",
         tests=(
@@ -135,7 +135,7 @@ WITHOUT_B_CHECKPOINTS = (
     ),
     Mutant(
         name="digests-of-tensors-cover-names-alone",
-        file="megatron/core/models/mimo/training/global_tensors.py",
+        file="megatron/core/models/mimo/checkpoint/global_tensors.py",
         old="json.dumps(own, sort_keys=True)",
         new="json.dumps(sorted(own))",
         tests=(
@@ -146,7 +146,7 @@ WITHOUT_B_CHECKPOINTS = (
     ),
     Mutant(
         name="the-new-name-is-not-on-the-disk",
-        file="megatron/core/models/mimo/training/history.py",
+        file="megatron/core/models/mimo/checkpoint/history.py",
         old=("        os.rename(partial, final)\n        fsync(self.root)\n"),
         new="        os.rename(partial, final)\n",
         tests=("tests/unit_tests/mimo/test_history.py::test_a_kill_at_any_change_loses_nothing",),
@@ -154,7 +154,7 @@ WITHOUT_B_CHECKPOINTS = (
     ),
     Mutant(
         name="the-manifest-is-written-after-the-fsync",
-        file="megatron/core/models/mimo/training/history.py",
+        file="megatron/core/models/mimo/checkpoint/history.py",
         old=(
             "        (partial / MANIFEST).write_text(manifest.to_json())\n"
             "        for file in partial.iterdir():\n"
@@ -170,7 +170,7 @@ WITHOUT_B_CHECKPOINTS = (
     ),
     Mutant(
         name="steps-of-nine-digits-are-invisible",
-        file="megatron/core/models/mimo/training/history.py",
+        file="megatron/core/models/mimo/checkpoint/history.py",
         old='_NAME = re.compile(r"step_(\\d{8,})")',
         new='_NAME = re.compile(r"step_(\\d{8})")',
         tests=("tests/unit_tests/mimo/test_history.py::test_steps_of_nine_digits_are_steps",),
@@ -178,7 +178,7 @@ WITHOUT_B_CHECKPOINTS = (
     ),
     Mutant(
         name="shelves-are-counted",
-        file="megatron/core/models/mimo/training/history.py",
+        file="megatron/core/models/mimo/checkpoint/history.py",
         old="shelf = shelves / str(1 + max(numbers, default=0))",
         new="shelf = shelves / str(1 + len(numbers))",
         tests=(
@@ -188,7 +188,7 @@ WITHOUT_B_CHECKPOINTS = (
     ),
     Mutant(
         name="newest-moves-aside-first",
-        file="megatron/core/models/mimo/training/history.py",
+        file="megatron/core/models/mimo/checkpoint/history.py",
         old=("        for step in steps:\n            os.rename(self.path(step), shelf"),
         new=("        for step in reversed(steps):\n            os.rename(self.path(step), shelf"),
         tests=("tests/unit_tests/mimo/test_history.py::test_a_kill_at_any_change_loses_nothing",),
@@ -196,7 +196,7 @@ WITHOUT_B_CHECKPOINTS = (
     ),
     Mutant(
         name="empty-files-are-no-work",
-        file="megatron/core/models/mimo/training/integrity.py",
+        file="megatron/core/models/mimo/checkpoint/integrity.py",
         old="loads[least] += max(sizes[name], 1)",
         new="loads[least] += sizes[name]",
         tests=(
@@ -206,7 +206,7 @@ WITHOUT_B_CHECKPOINTS = (
     ),
     Mutant(
         name="files-may-grow",
-        file="megatron/core/models/mimo/training/integrity.py",
+        file="megatron/core/models/mimo/checkpoint/integrity.py",
         old='        if size != saved["bytes"]:\n',
         new='        if size < saved["bytes"]:\n',
         tests=(
@@ -216,7 +216,7 @@ WITHOUT_B_CHECKPOINTS = (
     ),
     Mutant(
         name="main-copies-are-refused-on-one-rank",
-        file="megatron/core/models/mimo/training/load_checks.py",
+        file="megatron/core/models/mimo/checkpoint/load_checks.py",
         old="if any(of_all_ranks(copied)):",
         new="if of_all_ranks(copied)[dist.get_rank()]:",
         tests=(
@@ -226,7 +226,7 @@ WITHOUT_B_CHECKPOINTS = (
     ),
     Mutant(
         name="ranks-may-read-different-manifests",
-        file="megatron/core/models/mimo/training/load_checks.py",
+        file="megatron/core/models/mimo/checkpoint/load_checks.py",
         old="        if digest != said[0][1]:\n",
         new="        if not digest:\n",
         tests=(
@@ -237,7 +237,7 @@ WITHOUT_B_CHECKPOINTS = (
     ),
     Mutant(
         name="the-manifests-digest-covers-names",
-        file="megatron/core/models/mimo/training/manifest.py",
+        file="megatron/core/models/mimo/checkpoint/manifest.py",
         old="json.dumps(entries, sort_keys=True)",
         new="json.dumps(sorted(entries))",
         tests=(
@@ -247,7 +247,7 @@ WITHOUT_B_CHECKPOINTS = (
     ),
     Mutant(
         name="lengths-may-be-negative",
-        file="megatron/core/models/mimo/training/safe_pickles.py",
+        file="megatron/core/models/mimo/checkpoint/safe_pickles.py",
         old="min(offset, length) < 0",
         new="offset < 0",
         tests=(
@@ -257,7 +257,7 @@ WITHOUT_B_CHECKPOINTS = (
     ),
     Mutant(
         name="the-first-object-is-not-checked",
-        file="megatron/core/models/mimo/training/safe_pickles.py",
+        file="megatron/core/models/mimo/checkpoint/safe_pickles.py",
         old="[rank::world_size]",
         new="[rank + 1 :: world_size]",
         tests=(
@@ -267,7 +267,7 @@ WITHOUT_B_CHECKPOINTS = (
     ),
     Mutant(
         name="an-empty-folder-is-the-same-folder",
-        file="megatron/core/models/mimo/training/shared_folder.py",
+        file="megatron/core/models/mimo/checkpoint/shared_folder.py",
         old="return bool(own & steps) or not own | steps",
         new="return bool(own & steps) or not own",
         tests=(
@@ -277,7 +277,7 @@ WITHOUT_B_CHECKPOINTS = (
     ),
     Mutant(
         name="folders-are-removed-from-above",
-        file="megatron/core/models/mimo/training/shared_folder.py",
+        file="megatron/core/models/mimo/checkpoint/shared_folder.py",
         old="        for path in self._made:\n",
         new="        for path in reversed(self._made):\n",
         tests=(

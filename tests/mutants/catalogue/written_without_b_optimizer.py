@@ -63,7 +63,7 @@ WITHOUT_B_OPTIMIZER = (
     ),
     Mutant(
         name="main-copies-of-half-precision-weights-are-zeros",
-        file="megatron/core/models/mimo/training/frozen_state.py",
+        file="megatron/core/models/mimo/checkpoint/frozen_state.py",
         old='_MAIN_COPIES = ("param", "fp32_param")',
         new='_MAIN_COPIES = ("param",)',
         tests=(
@@ -73,7 +73,7 @@ WITHOUT_B_OPTIMIZER = (
     ),
     Mutant(
         name="main-copies-of-frozen-layers-keep-the-weights-dtype",
-        file="megatron/core/models/mimo/training/frozen_state.py",
+        file="megatron/core/models/mimo/checkpoint/frozen_state.py",
         old="data = weight.to(dtype) if is_weight",
         new="data = weight if is_weight",
         tests=(
@@ -83,7 +83,7 @@ WITHOUT_B_OPTIMIZER = (
     ),
     Mutant(
         name="one-frozen-weight-makes-the-module-fresh",
-        file="megatron/core/models/mimo/training/frozen_state.py",
+        file="megatron/core/models/mimo/checkpoint/frozen_state.py",
         old="if keys and keys <= names:",
         new="if keys and keys & names:",
         tests=(
@@ -93,7 +93,7 @@ WITHOUT_B_OPTIMIZER = (
     ),
     Mutant(
         name="partly-frozen-is-frozen",
-        file="megatron/core/models/mimo/training/frozen_state.py",
+        file="megatron/core/models/mimo/checkpoint/frozen_state.py",
         old="return cls(frozenset(frozen - trained), partly)",
         new="return cls(frozenset(frozen), partly)",
         tests=(
@@ -126,7 +126,7 @@ WITHOUT_B_OPTIMIZER = (
     ),
     Mutant(
         name="the-first-parameters-are-named",
-        file="megatron/core/models/mimo/training/nonfinite.py",
+        file="megatron/core/models/mimo/gradients/nonfinite.py",
         old="tuple(reversed(found[-_NAMED:]))",
         new="tuple(reversed(found[:_NAMED]))",
         tests=(

@@ -6,7 +6,7 @@ from tests.mutants.mutant import Mutant
 WITHOUT_B_TRAINING = (
     Mutant(
         name="a-step-given-up-leaves-its-turn",
-        file="megatron/core/models/mimo/training/bucket_order.py",
+        file="megatron/core/models/mimo/gradients/bucket_order.py",
         old=("        self._next = 0\n        type(group).reset(group)"),
         new="        type(group).reset(group)",
         tests=(
@@ -16,7 +16,7 @@ WITHOUT_B_TRAINING = (
     ),
     Mutant(
         name="expert-buckets-in-any-order",
-        file="megatron/core/models/mimo/training/bucket_order.py",
+        file="megatron/core/models/mimo/gradients/bucket_order.py",
         old="for groups in (wrapped.bucket_groups, wrapped.expert_parallel_bucket_groups):",
         new="for groups in (wrapped.bucket_groups,):",
         tests=(
@@ -44,7 +44,7 @@ WITHOUT_B_TRAINING = (
     ),
     Mutant(
         name="force-all-reduce-is-dropped-by-the-finalizer",
-        file="megatron/core/models/mimo/training/grad_finalize.py",
+        file="megatron/core/models/mimo/gradients/finalize.py",
         old="parts, None, self.collections[name], force_all_reduce=force_all_reduce",
         new="parts, None, self.collections[name]",
         tests=(
@@ -55,7 +55,7 @@ WITHOUT_B_TRAINING = (
     ),
     Mutant(
         name="grids-of-one-size-are-one-place",
-        file="megatron/core/models/mimo/training/grad_finalize.py",
+        file="megatron/core/models/mimo/gradients/finalize.py",
         old="spans = {(grid.rank_offset, grid.size)",
         new="spans = {grid.size",
         tests=(
@@ -66,7 +66,7 @@ WITHOUT_B_TRAINING = (
     ),
     Mutant(
         name="every-tp-rank-counts-tokens",
-        file="megatron/core/models/mimo/training/grad_finalize.py",
+        file="megatron/core/models/mimo/gradients/finalize.py",
         old="return groups.tp.rank() == 0 and last_stage",
         new="return last_stage",
         tests=(
@@ -77,7 +77,7 @@ WITHOUT_B_TRAINING = (
     ),
     Mutant(
         name="one-ddp-config-for-all-modules",
-        file="megatron/core/models/mimo/training/grad_finalize.py",
+        file="megatron/core/models/mimo/gradients/finalize.py",
         old="            copy(ddp_config),\n",
         new="            ddp_config,\n",
         tests=(
@@ -165,7 +165,7 @@ WITHOUT_B_TRAINING = (
     ),
     Mutant(
         name="narrowing-changes-the-batch",
-        file="megatron/core/models/mimo/training/microbatches.py",
+        file="megatron/core/models/mimo/pipeline/microbatches.py",
         old="narrowed = dict(batch)",
         new="narrowed = batch",
         tests=(
@@ -175,7 +175,7 @@ WITHOUT_B_TRAINING = (
     ),
     Mutant(
         name="encode-ahead-0-is-all",
-        file="megatron/core/models/mimo/training/pipeline_checks.py",
+        file="megatron/core/models/mimo/pipeline/checks.py",
         old="if encode_ahead is not None and encode_ahead < 1:",
         new="if encode_ahead is not None and encode_ahead < 0:",
         tests=(
@@ -186,7 +186,7 @@ WITHOUT_B_TRAINING = (
     ),
     Mutant(
         name="every-window-has-a-shape-of-its-own",
-        file="megatron/core/models/mimo/training/pipeline_step.py",
+        file="megatron/core/models/mimo/pipeline/step.py",
         old="self.shape = self.shape or shapes[0]",
         new="self.shape = shapes[0]",
         tests=(
@@ -197,7 +197,7 @@ WITHOUT_B_TRAINING = (
     ),
     Mutant(
         name="no-grad-is-overridden",
-        file="megatron/core/models/mimo/training/pipeline_step.py",
+        file="megatron/core/models/mimo/pipeline/step.py",
         old="backward = not forward_only and torch.is_grad_enabled()",
         new="backward = not forward_only",
         tests=(
@@ -208,7 +208,7 @@ WITHOUT_B_TRAINING = (
     ),
     Mutant(
         name="windows-go-back-too-early",
-        file="megatron/core/models/mimo/training/pipeline_step.py",
+        file="megatron/core/models/mimo/pipeline/step.py",
         old="self._lag = -(-(stages - 1) // window)",
         new="self._lag = (stages - 1) // window",
         tests=("tests/unit_tests/mimo/test_pipeline_step_8rank.py::test_windows_of_microbatches",),
@@ -217,7 +217,7 @@ WITHOUT_B_TRAINING = (
     ),
     Mutant(
         name="the-last-window-is-never-the-last",
-        file="megatron/core/models/mimo/training/pipeline_step.py",
+        file="megatron/core/models/mimo/pipeline/step.py",
         old="last = (window + 1) * self._window >= self._count",
         new="last = (window + 1) * self._window > self._count",
         tests=(
@@ -227,7 +227,7 @@ WITHOUT_B_TRAINING = (
     ),
     Mutant(
         name="collect-non-loss-data-is-dropped",
-        file="megatron/core/models/mimo/training/pipeline_step.py",
+        file="megatron/core/models/mimo/pipeline/step.py",
         old="            collect_non_loss_data=collect_non_loss_data,\n",
         new="",
         tests=(
@@ -258,7 +258,7 @@ WITHOUT_B_TRAINING = (
     ),
     Mutant(
         name="a-new-randomness-moves-the-processs",
-        file="megatron/core/models/mimo/training/randomness.py",
+        file="megatron/core/models/mimo/randomness.py",
         old=("    restore_states(outside)\n    return"),
         new="    return",
         tests=("tests/unit_tests/mimo/test_randomness.py::test_the_process_is_left_as_it_was",),
@@ -266,7 +266,7 @@ WITHOUT_B_TRAINING = (
     ),
     Mutant(
         name="an-exception-leaves-the-modules-states-in",
-        file="megatron/core/models/mimo/training/randomness.py",
+        file="megatron/core/models/mimo/randomness.py",
         old="self._leaving(name), always_call=True)",
         new="self._leaving(name))",
         tests=(
@@ -276,7 +276,7 @@ WITHOUT_B_TRAINING = (
     ),
     Mutant(
         name="stages-draw-alike",
-        file="megatron/core/models/mimo/training/randomness.py",
+        file="megatron/core/models/mimo/randomness.py",
         old='stage = ("pp", pp) if pp else ()',
         new="stage = ()",
         tests=(
@@ -286,7 +286,7 @@ WITHOUT_B_TRAINING = (
     ),
     Mutant(
         name="the-embedding-enters-twice",
-        file="megatron/core/models/mimo/training/randomness.py",
+        file="megatron/core/models/mimo/randomness.py",
         old="            if self._outside[name]:  # within",
         new="            if len(self._outside[name]) > 1:  # within",
         tests=(
@@ -296,7 +296,7 @@ WITHOUT_B_TRAINING = (
     ),
     Mutant(
         name="numpys-state-is-not-restored",
-        file="megatron/core/models/mimo/training/randomness.py",
+        file="megatron/core/models/mimo/randomness.py",
         old='    np.random.set_state(state["numpy"])\n',
         new="",
         tests=(
@@ -307,7 +307,7 @@ WITHOUT_B_TRAINING = (
     ),
     Mutant(
         name="parts-that-train-are-no-training",
-        file="megatron/core/models/mimo/training/recompute.py",
+        file="megatron/core/models/mimo/memory/layer_recompute.py",
         old="trains = any(parameter.requires_grad for parameter in module.parameters())",
         new="trains = all(parameter.requires_grad for parameter in module.parameters())",
         tests=(

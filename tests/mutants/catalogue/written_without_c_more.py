@@ -7,7 +7,7 @@ from tests.mutants.mutant import Mutant
 WITHOUT_C_MORE = (
     Mutant(
         name="extra-copied-one-level",
-        file=MIMO + "training/checkpoint.py",
+        file=MIMO + "checkpoint/store.py",
         old="extra=copy.deepcopy(extra or {}),",
         new="extra=copy.copy(extra or {}),",
         tests=(
@@ -22,7 +22,7 @@ WITHOUT_C_MORE = (
     ),
     Mutant(
         name="stateless-optimizer-starts-anew",
-        file=MIMO + "training/frozen_state.py",
+        file=MIMO + "checkpoint/frozen_state.py",
         old="if keys and keys <= names:",
         new="if keys <= names:",
         tests=(
@@ -57,7 +57,7 @@ WITHOUT_C_MORE = (
     ),
     Mutant(
         name="main-copies-refused-on-one-rank",
-        file=MIMO + "training/load_checks.py",
+        file=MIMO + "checkpoint/load_checks.py",
         old="if any(of_all_ranks(copied)):",
         new="if copied:",
         tests=(UNIT + "test_load_checks.py::test_fp32_copies_on_some_ranks_are_an_error_on_all",),
@@ -69,7 +69,7 @@ WITHOUT_C_MORE = (
     ),
     Mutant(
         name="empty-manifest-digest",
-        file=MIMO + "training/manifest.py",
+        file=MIMO + "checkpoint/manifest.py",
         old="if digest is not None and digest != _digest(entries):",
         new="if digest and digest != _digest(entries):",
         tests=(UNIT + "test_checkpoint_integrity.py::test_a_manifest_older_than_digests_is_read",),
@@ -77,7 +77,7 @@ WITHOUT_C_MORE = (
     ),
     Mutant(
         name="nonfinite-count-of-named",
-        file=MIMO + "training/nonfinite.py",
+        file=MIMO + "gradients/nonfinite.py",
         old="NonFiniteGradients(name, rank, named, len(found))",
         new="NonFiniteGradients(name, rank, named, len(named))",
         tests=(UNIT + "test_nonfinite_8rank.py::test_parameters_are_named_from_the_last_one_on",),
@@ -101,7 +101,7 @@ WITHOUT_C_MORE = (
     ),
     Mutant(
         name="variable-lengths-need-batched-p2p",
-        file=MIMO + "training/pipeline_checks.py",
+        file=MIMO + "pipeline/checks.py",
         old="groups.pp.size() == 2 and mimo.config.variable_seq_lengths:",
         new=(
             "groups.pp.size() == 2 and mimo.config.variable_seq_lengths and "
@@ -134,7 +134,7 @@ WITHOUT_C_MORE = (
     ),
     Mutant(
         name="default-seed-without-cp",
-        file=MIMO + "training/randomness.py",
+        file=MIMO + "randomness.py",
         old='derive_seed(seed, name, "default", dp, cp, *stage)',
         new='derive_seed(seed, name, "default", dp, *stage)',
         tests=(UNIT + "test_randomness.py::test_ranks_agree_exactly_where_the_table_says",),
@@ -145,7 +145,7 @@ WITHOUT_C_MORE = (
     ),
     Mutant(
         name="pickles-beyond-the-first",
-        file=MIMO + "training/safe_pickles.py",
+        file=MIMO + "checkpoint/safe_pickles.py",
         old="[rank::world_size]",
         new="[rank:world_size]",
         tests=(UNIT + "test_safe_pickles.py::test_all_ranks_together_check_every_object",),

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from examples.mimo.digits.data import DigitsBatches
-from megatron.core.models.mimo.training.checkpoint import CheckpointStore
+from megatron.core.models.mimo.checkpoint.store import CheckpointStore
 from mimo_colocated.launch.layouts import Layout
 from tests.models.model import BuiltModel, ModelOptions, ModelSize, build_model
 from tests.models.trainer import Trainer, TrainOptions

@@ -25,16 +25,16 @@ from megatron.core.models.mimo import (
     VisionModalitySubmodules,
     get_mimo_optimizer,
 )
-from megatron.core.models.mimo.optimizer import MimoOptimizer
-from megatron.core.models.mimo.training.checkpoint import CheckpointStore
-from megatron.core.models.mimo.training.grad_finalize import (
+from megatron.core.models.mimo.checkpoint.store import CheckpointStore
+from megatron.core.models.mimo.gradients.finalize import (
     MimoGradFinalizer,
     iter_modules,
     wrap_modules_with_ddp,
 )
+from megatron.core.models.mimo.optimizer import MimoOptimizer
+from megatron.core.models.mimo.randomness import seed_everything
 from megatron.core.models.mimo.training.groups import create_process_groups, make_grid
 from megatron.core.models.mimo.training.initial_weights import initialize_weights
-from megatron.core.models.mimo.training.randomness import seed_everything
 from megatron.core.models.mimo.transformer.layer_specs import language_layer_spec
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.module import MegatronModule

@@ -260,7 +260,7 @@ def main() -> None:
 
     import megatron.core.models.mimo  # noqa: F401  stock modules on CPU
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
-    from megatron.core.models.mimo.training.randomness import seed_everything
+    from megatron.core.models.mimo.randomness import seed_everything
     from megatron.core.models.mimo.transformer.context_parallel_attention import (
         ContextParallelAttention,
     )

@@ -18,7 +18,7 @@ from megatron.core.models.mimo import ModalitySubmodules, VisionModalitySubmodul
 from megatron.core.models.mimo.memory.activations import latest_offloaded
 from megatron.core.models.mimo.memory.offload import HostUse, OffloadedPart, reload_when_needed
 from megatron.core.models.mimo.memory.policy import POLICIES, EncoderMemory
-from megatron.core.models.mimo.training.randomness import seed_everything
+from megatron.core.models.mimo.randomness import seed_everything
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.spec_utils import ModuleSpec
 from tests.unit_tests.mimo.model_stubs import mimo_config

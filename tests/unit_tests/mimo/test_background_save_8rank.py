@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.models.mimo.training import background_save
-from megatron.core.models.mimo.training.checkpoint import CheckpointError, CheckpointStore
+from megatron.core.models.mimo.checkpoint import background_save
+from megatron.core.models.mimo.checkpoint.store import CheckpointError, CheckpointStore
 from tests.unit_tests.mimo.digits_runs import FAN_IN, Run, run, same
 from tests.unit_tests.mimo.tiny_modules import on_all_ranks
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron.core.models.mimo.training.bucket_order import reduce_in_one_order
+from megatron.core.models.mimo.gradients.bucket_order import reduce_in_one_order
 
 
 class Group:

@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.models.mimo.training import background_save, history, shared_folder
-from megatron.core.models.mimo.training.checkpoint import (
+from megatron.core.models.mimo.checkpoint import background_save, history, shared_folder
+from megatron.core.models.mimo.checkpoint.store import (
     FORMAT,
     CheckpointError,
     CheckpointStore,

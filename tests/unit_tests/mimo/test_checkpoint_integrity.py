@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.core.models.mimo.training import integrity
-from megatron.core.models.mimo.training.integrity import DamagedFile
-from megatron.core.models.mimo.training.manifest import Manifest
+from megatron.core.models.mimo.checkpoint import integrity
+from megatron.core.models.mimo.checkpoint.integrity import DamagedFile
+from megatron.core.models.mimo.checkpoint.manifest import Manifest
 
 MANIFEST = Manifest(3, {"language": {"tp": 2}}, 8, {"weight": [4, 4]}, {"lr": 0.1}, {})
 

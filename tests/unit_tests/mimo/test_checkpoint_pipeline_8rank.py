@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.core.models.mimo.training import global_tensors
-from megatron.core.models.mimo.training.checkpoint import CheckpointError, CheckpointStore
-from megatron.core.models.mimo.training.manifest import MANIFEST
+from megatron.core.models.mimo.checkpoint import global_tensors
+from megatron.core.models.mimo.checkpoint.manifest import MANIFEST
+from megatron.core.models.mimo.checkpoint.store import CheckpointError, CheckpointStore
 from tests.parity.measure import TEXT_SIZE
 from tests.parity.tensors import local_weights, whole_tensors
 from tests.reshape.plan import Place

@@ -22,8 +22,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron.core.models.mimo.training import integrity, safe_pickles
-from megatron.core.models.mimo.training.checkpoint import (
+from megatron.core.models.mimo.checkpoint import integrity, safe_pickles
+from megatron.core.models.mimo.checkpoint.store import (
     FORMAT,
     MANIFEST,
     CheckpointError,

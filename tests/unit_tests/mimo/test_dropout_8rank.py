@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from examples.mimo.digits.data import DigitsBatches
-from megatron.core.models.mimo.training.randomness import capture_states
+from megatron.core.models.mimo.randomness import capture_states
 from megatron.core.models.mimo.transformer import context_parallel_attention
 from tests.models import model
 from tests.models.encoders import VISION

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from examples.mimo.digits.data import DigitsBatches, Token
-from megatron.core.models.mimo.training.grad_finalize import (
+from megatron.core.models.mimo.gradients.finalize import (
     MimoGradFinalizer,
     refuse_missing_gradients,
 )

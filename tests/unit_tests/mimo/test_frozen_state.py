@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.models.mimo.training.frozen_state import Frozen, whole_stacks
+from megatron.core.models.mimo.checkpoint.frozen_state import Frozen, whole_stacks
 
 PREFIX = "mimo.images.optimizer.state"
 

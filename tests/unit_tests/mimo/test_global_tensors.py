@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import doctest
 
-from megatron.core.models.mimo.training import global_tensors
+from megatron.core.models.mimo.checkpoint import global_tensors
 
 
 def test_docstring_examples() -> None:

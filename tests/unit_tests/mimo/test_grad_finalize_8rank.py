@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.models.mimo.training import grad_finalize
-from megatron.core.models.mimo.training.grad_finalize import (
+from megatron.core.models.mimo.gradients import finalize as grad_finalize
+from megatron.core.models.mimo.gradients.finalize import (
     MimoGradFinalizer,
     iter_modules,
     wrap_modules_with_ddp,

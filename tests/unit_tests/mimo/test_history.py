@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.core.models.mimo.training import history
-from megatron.core.models.mimo.training.history import History, remove_partial
-from megatron.core.models.mimo.training.manifest import Manifest
+from megatron.core.models.mimo.checkpoint import history
+from megatron.core.models.mimo.checkpoint.history import History, remove_partial
+from megatron.core.models.mimo.checkpoint.manifest import Manifest
 
 
 class Killed(BaseException):

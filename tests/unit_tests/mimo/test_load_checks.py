@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron.core.models.mimo.training.checkpoint_errors import CheckpointError
-from megatron.core.models.mimo.training.load_checks import check_no_main_copies
+from megatron.core.models.mimo.checkpoint.errors import CheckpointError
+from megatron.core.models.mimo.checkpoint.load_checks import check_no_main_copies
 from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.core.models.mimo.training.checkpoint import CheckpointError, CheckpointStore
-from megatron.core.models.mimo.training.load_checks import module_of
+from megatron.core.models.mimo.checkpoint.load_checks import module_of
+from megatron.core.models.mimo.checkpoint.store import CheckpointError, CheckpointStore
 from tests.unit_tests.mimo.digits_runs import (
     FAN_IN,
     FAN_OUT,

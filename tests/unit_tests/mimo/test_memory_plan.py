@@ -68,7 +68,7 @@ def test_microbatches_that_are_there_multiply_what_is_held_and_saved():
 @pytest.mark.parametrize("stages", range(1, 9))
 @pytest.mark.parametrize("window", range(1, 9))
 def test_windows_under_way(stages: int, window: int):
-    """As the pipelined step does it: see ``_Encoders`` in ``training/pipeline_step.py``."""
+    """As the pipelined step does it: see ``_Encoders`` in ``pipeline/step.py``."""
     for microbatches in (1, 5, 64):
         lag = -(-(stages - 1) // window)
         under_way, most = set(), 0

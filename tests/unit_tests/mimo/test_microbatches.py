@@ -8,7 +8,7 @@ import torch
 
 from megatron.core.hyper_comm_grid import GridShape
 from megatron.core.models.mimo.comm.bridge_layout import BridgeLayout, SliceInfo
-from megatron.core.models.mimo.training.microbatches import narrow_language_batch
+from megatron.core.models.mimo.pipeline.microbatches import narrow_language_batch
 
 
 def test_fan_out_gives_every_language_replica_its_samples_of_everything():

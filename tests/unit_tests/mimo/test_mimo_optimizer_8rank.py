@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.models.mimo.gradients.finalize import iter_modules
 from megatron.core.models.mimo.optimizer import MimoOptimizer, get_mimo_optimizer
-from megatron.core.models.mimo.training.grad_finalize import iter_modules
 from megatron.core.models.mimo.training.inner_optimizers import attend_construction
 from megatron.core.optimizer import OptimizerConfig
 from tests.unit_tests.mimo.tiny_modules import (

@@ -30,7 +30,7 @@ NOT_READ = {
     ),
     "megatron/core/models/mimo/submodules/base.py::decode(embeddings)": "raises always",
     "megatron/core/models/mimo/submodules/base.py::decode(data_batch)": "raises always",
-    "megatron/core/models/mimo/training/grad_finalize.py::__call__(pg_collection)": (
+    "megatron/core/models/mimo/gradients/finalize.py::__call__(pg_collection)": (
         "schedules pass the language model's groups, which were given at construction"
     ),
     "megatron/core/models/mimo/transformer/context_parallel_attention.py::"

@@ -13,13 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.core.models.mimo.optimizer import get_mimo_optimizer
-from megatron.core.models.mimo.training.grad_finalize import iter_modules
-from megatron.core.models.mimo.training.nonfinite import (
+from megatron.core.models.mimo.gradients.finalize import iter_modules
+from megatron.core.models.mimo.gradients.nonfinite import (
     NonFiniteGradients,
     find_nonfinite_gradients,
     gradients_sentence,
 )
+from megatron.core.models.mimo.optimizer import get_mimo_optimizer
 from megatron.core.optimizer import OptimizerConfig
 from tests.unit_tests.mimo.digits_runs import FAN_IN, Run, run, same
 from tests.unit_tests.mimo.tiny_modules import (

@@ -11,12 +11,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from megatron.core.models.mimo import optimizer
+from megatron.core.models.mimo.checkpoint import frozen_state
 from megatron.core.models.mimo.optimizer import MimoOptimizer
-from megatron.core.models.mimo.training import (
-    frozen_state,
-    optimizer_settings,
-    optimizer_state,
-)
+from megatron.core.models.mimo.training import optimizer_settings, optimizer_state
 from megatron.core.models.mimo.training.inner_optimizers import held_scales
 
 

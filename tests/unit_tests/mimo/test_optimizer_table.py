@@ -18,7 +18,7 @@ import torch
 
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from megatron.core.models.mimo.training.checkpoint import SHARDING
+from megatron.core.models.mimo.checkpoint.store import SHARDING
 from megatron.core.models.mimo.training.inner_optimizers import dynamic_scalers, inner_optimizers
 from megatron.core.models.mimo.training.optimizer_checks import _has_muon
 from tests.unit_tests.mimo.optimizer_rows import DTYPES, Built, Row, built, rows

@@ -21,8 +21,8 @@ import torch
 from examples.mimo.digits.data import Batch, DigitsBatches
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+from megatron.core.models.mimo.gradients.finalize import iter_modules, wrap_modules_with_ddp
 from megatron.core.models.mimo.model.encoder_runner import tied_to_parameters
-from megatron.core.models.mimo.training.grad_finalize import iter_modules, wrap_modules_with_ddp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 from mimo_colocated.launch.layouts import Layout

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron.core.models.mimo.training.pipeline_step import _Encoders
+from megatron.core.models.mimo.pipeline.step import _Encoders
 
 COUNT = 6
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.core.models.mimo.training.randomness import (
+from megatron.core.models.mimo.randomness import (
     ModuleRandomness,
     derive_seed,
     seed_everything,

@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.core.models.mimo.training.groups import create_process_groups, make_grid
-from megatron.core.models.mimo.training.randomness import (
+from megatron.core.models.mimo.randomness import (
     ModuleRandomness,
     capture_states,
     restore_states,
     seed_everything,
 )
+from megatron.core.models.mimo.training.groups import create_process_groups, make_grid
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from tests.harness.backend import own_device
 from tests.unit_tests.mimo.tiny_modules import COLOCATED, on_all_ranks

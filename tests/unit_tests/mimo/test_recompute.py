@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron.core.models.mimo.training.recompute import gradients_come_apart, recomputable
+from megatron.core.models.mimo.memory.layer_recompute import gradients_come_apart, recomputable
 from tests.unit_tests.mimo.model_stubs import language_config
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

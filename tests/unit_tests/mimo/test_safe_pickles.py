@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron.core.models.mimo.training import safe_pickles
-from megatron.core.models.mimo.training.safe_pickles import StoredObject, UnsafeFile
+from megatron.core.models.mimo.checkpoint import safe_pickles
+from megatron.core.models.mimo.checkpoint.safe_pickles import StoredObject, UnsafeFile
 
 
 def metadata(**place: object) -> Metadata:

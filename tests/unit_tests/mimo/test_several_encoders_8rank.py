@@ -26,12 +26,12 @@ from megatron.core.models.mimo import (
     MimoModelConfig,
     VisionModalitySubmodules,
 )
-from megatron.core.models.mimo.optimizer import get_mimo_optimizer
-from megatron.core.models.mimo.training.grad_finalize import (
+from megatron.core.models.mimo.gradients.finalize import (
     MimoGradFinalizer,
     iter_modules,
     wrap_modules_with_ddp,
 )
+from megatron.core.models.mimo.optimizer import get_mimo_optimizer
 from megatron.core.models.mimo.training.groups import create_process_groups, make_grid
 from megatron.core.models.mimo.training.initial_weights import initialize_weights
 from megatron.core.optimizer import OptimizerConfig

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.core.models.mimo.training import shared_folder
-from megatron.core.models.mimo.training.history import CheckpointError
-from megatron.core.models.mimo.training.shared_folder import check_shared
+from megatron.core.models.mimo.checkpoint import shared_folder
+from megatron.core.models.mimo.checkpoint.history import CheckpointError
+from megatron.core.models.mimo.checkpoint.shared_folder import check_shared
 from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
 
 WORLD = 8

@@ -26,7 +26,7 @@ from megatron.core.models.mimo.comm.routes import plan_routes
 from megatron.core.models.mimo.comm.token_runs import TokenRuns
 from megatron.core.models.mimo.config.role import ModuleStageInfo
 from megatron.core.models.mimo.partition.sequence_order import dense_positions
-from megatron.core.models.mimo.training.pipeline_step import forward_backward_pipelined
+from megatron.core.models.mimo.pipeline.step import forward_backward_pipelined
 from megatron.core.transformer.spec_utils import ModuleSpec
 from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
 from tests.unit_tests.mimo.model_stubs import (

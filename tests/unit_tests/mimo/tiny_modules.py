@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.hyper_comm_grid import HyperCommGrid
-from megatron.core.models.mimo.training.grad_finalize import (
+from megatron.core.models.mimo.gradients.finalize import (
     iter_modules,
     wrap_modules_with_ddp,
 )

@@ -300,7 +300,7 @@ def _redirects() -> list[Redirect]:
     files_py = "dist_checkpointing/strategies/filesystem_async.py"
     exchange_py = "dist_checkpointing/exchange_utils.py"
     mappings_py = "tensor_parallel/mappings.py"
-    own_random_py = "models/mimo/training/randomness.py"
+    own_random_py = "models/mimo/randomness.py"
     return [
         _redirect(
             cuda,

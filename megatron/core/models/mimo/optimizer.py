@@ -17,9 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from megatron.core.models.mimo.checkpoint.frozen_state import FRESH
+from megatron.core.models.mimo.gradients.finalize import iter_modules
+from megatron.core.models.mimo.gradients.nonfinite import (
+    NonFiniteGradients,
+    find_nonfinite_gradients,
+)
 from megatron.core.models.mimo.model.ddp_methods import finish_param_gather
-from megatron.core.models.mimo.training.frozen_state import FRESH
-from megatron.core.models.mimo.training.grad_finalize import iter_modules
 from megatron.core.models.mimo.training.inner_optimizers import (
     attend_construction,
     build_inner_optimizer,
@@ -27,10 +31,6 @@ from megatron.core.models.mimo.training.inner_optimizers import (
     dynamic_scalers,
     held_scales,
     inner_optimizers,
-)
-from megatron.core.models.mimo.training.nonfinite import (
-    NonFiniteGradients,
-    find_nonfinite_gradients,
 )
 from megatron.core.models.mimo.training.optimizer_checks import (
     check_fields_are_used,

@@ -12,14 +12,14 @@ import torch
 
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.hyper_comm_grid import HyperCommGrid
-from megatron.core.models.mimo.model.base import MimoModel
-from megatron.core.models.mimo.training.grad_finalize import (
+from megatron.core.models.mimo.gradients.finalize import (
     MimoGradFinalizer,
     iter_modules,
     wrap_modules_with_ddp,
 )
+from megatron.core.models.mimo.model.base import MimoModel
+from megatron.core.models.mimo.randomness import ModuleRandomness
 from megatron.core.models.mimo.training.initial_weights import initialize_weights
-from megatron.core.models.mimo.training.randomness import ModuleRandomness
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron.core.models.mimo.job.built_model import LANGUAGE
-from megatron.core.models.mimo.job.reporter import Reporter
-from megatron.core.models.mimo.job.trainer import StepResult, Trainer
-from megatron.core.models.mimo.training.checkpoint import (
+from megatron.core.models.mimo.checkpoint.store import (
     CheckpointError,
     CheckpointStore,
     Manifest,
     remove_partial,
 )
+from megatron.core.models.mimo.job.built_model import LANGUAGE
+from megatron.core.models.mimo.job.reporter import Reporter
+from megatron.core.models.mimo.job.trainer import StepResult, Trainer
 from mimo_colocated.launch.errors import JobError, Stopped
 from mimo_colocated.launch.training_options import TrainingOptions
 from mimo_colocated.stop_requests import StopRequests

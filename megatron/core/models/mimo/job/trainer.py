@@ -12,18 +12,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron.core.models.mimo.gradients.finalize import iter_modules
+from megatron.core.models.mimo.gradients.nonfinite import (
+    find_nonfinite_outputs,
+    gradients_sentence,
+    outputs_sentence,
+)
 from megatron.core.models.mimo.job.built_model import LANGUAGE, BuiltModel
 from megatron.core.models.mimo.job.logits import whole_logits, whole_packed_logits
 from megatron.core.models.mimo.job.route_plans import RoutePlans
 from megatron.core.models.mimo.optimizer import get_mimo_optimizer
 from megatron.core.models.mimo.partition.sequence_order import shard_factor
-from megatron.core.models.mimo.training.grad_finalize import iter_modules
-from megatron.core.models.mimo.training.nonfinite import (
-    find_nonfinite_outputs,
-    gradients_sentence,
-    outputs_sentence,
-)
-from megatron.core.models.mimo.training.pipeline_step import forward_backward_pipelined
+from megatron.core.models.mimo.pipeline.step import forward_backward_pipelined
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining

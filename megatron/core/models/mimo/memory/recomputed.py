@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from megatron.core.models.mimo.training.randomness import capture_states, restore_states
+from megatron.core.models.mimo.randomness import capture_states, restore_states
 
 
 def recomputed(

@@ -74,7 +74,7 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
 
     With pipeline stages of the language model the encoders still run on every rank. The rows go to
     the first stage (over gather bridges to all stages, of which the first uses them), and
-    ``training.pipeline_step`` runs the step in place of ``forward``.
+    ``pipeline.step`` runs the step in place of ``forward``.
 
     Non-colocated, an encoder rank stops after the rows and returns them by module name; a
     language rank gets them through :meth:`set_input_tensor` and starts at the placing.

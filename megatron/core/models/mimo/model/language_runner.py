@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from megatron.core.models.mimo import compat
 from megatron.core.models.mimo.comm.token_runs import count_mismatch
 from megatron.core.models.mimo.config.role import ModuleLayout
+from megatron.core.models.mimo.memory.layer_recompute import recomputable
 from megatron.core.models.mimo.model import encoder_rank
 from megatron.core.models.mimo.model.attention_masks import check_mask
 from megatron.core.models.mimo.model.encoder_runner import empty_output, over_bridges
@@ -29,7 +30,6 @@ from megatron.core.models.mimo.model.token_rows import TEXT, LatestTokenRows
 from megatron.core.models.mimo.partition.packed_lengths import check_packing, longest_sequence
 from megatron.core.models.mimo.partition.utils import Sharded, cuts_as_ours
 from megatron.core.models.mimo.stand_ins import TakesStandIns, model_method
-from megatron.core.models.mimo.training.recompute import recomputable
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import unwrap_model
 from mimo_colocated import phases

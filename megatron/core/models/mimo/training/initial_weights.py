@@ -43,9 +43,9 @@ from megatron.core.models.common.embeddings.language_model_embedding import (
     LanguageModelEmbedding,
 )
 from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.models.mimo.randomness import derive_seed
 from megatron.core.models.mimo.training.global_names import global_modules, join
 from megatron.core.models.mimo.training.pretrained import kept_parameters, say_what_is_kept
-from megatron.core.models.mimo.training.randomness import derive_seed
 from megatron.core.models.mimo.wrappers import unwrapped
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
-from megatron.core.models.mimo.training import integrity, safe_pickles
-from megatron.core.models.mimo.training.checkpoint_errors import (
+from megatron.core.models.mimo.checkpoint import integrity, safe_pickles
+from megatron.core.models.mimo.checkpoint.errors import (
     CheckpointError,
     alone,
     of_all_ranks,
 )
-from megatron.core.models.mimo.training.history import History
-from megatron.core.models.mimo.training.manifest import Manifest
+from megatron.core.models.mimo.checkpoint.history import History
+from megatron.core.models.mimo.checkpoint.manifest import Manifest
+from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
 
 Shapes = Mapping[str, list[int]]
 

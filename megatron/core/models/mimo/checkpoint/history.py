@@ -22,8 +22,8 @@ import re
 import shutil
 from pathlib import Path
 
-from megatron.core.models.mimo.training.checkpoint_errors import CheckpointError
-from megatron.core.models.mimo.training.manifest import FORMAT, MANIFEST, Manifest
+from megatron.core.models.mimo.checkpoint.errors import CheckpointError
+from megatron.core.models.mimo.checkpoint.manifest import FORMAT, MANIFEST, Manifest
 
 ABANDONED = "abandoned"
 _NAME = re.compile(r"step_(\d{8,})")

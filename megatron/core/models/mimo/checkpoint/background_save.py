@@ -16,8 +16,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from megatron.core.models.mimo.checkpoint import integrity
 from megatron.core.models.mimo.compat import host_copies, save_done, write_file
-from megatron.core.models.mimo.training import integrity
 
 
 class ShardWriter:

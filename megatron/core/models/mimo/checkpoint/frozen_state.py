@@ -30,7 +30,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
-from megatron.core.models.mimo.training.global_tensors import different_parts
+from megatron.core.models.mimo.checkpoint.global_tensors import different_parts
 
 FRESH = "_mimo_fresh"
 # <module and chain>.optimizer.state.<kind>.<name of the weight in the model's state>

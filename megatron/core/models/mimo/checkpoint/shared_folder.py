@@ -24,8 +24,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron.core.models.mimo.training.checkpoint_errors import CheckpointError, of_all_ranks
-from megatron.core.models.mimo.training.history import History
+from megatron.core.models.mimo.checkpoint.errors import CheckpointError, of_all_ranks
+from megatron.core.models.mimo.checkpoint.history import History
 from mimo_colocated.who_waits import ranks_in_words
 
 # Network file systems show a new file to other hosts only after their caches' time.
