@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mimo_colocated import phases
-from tests.faults import report
+from tests.faults import campaign
 from tests.faults.cases import ANY, APART, FULL, LAYOUTS, SIGNALS, WRITES, Case, draw
 from tests.faults.journal import Control, Journal, read
 from tests.faults.starts import Ended
@@ -106,9 +106,12 @@ def test_a_right_case_passes(right: Outcome):
         phases.BRIDGE_FORWARD,
         "all_gather #17 of the group cp [1-3]",
     )
-    done = report.Done(right.case, right, verdict)
-    assert report.closing_line([done], 7) == "PASS: 1 of 1 cases, seed 7"
-    assert "PASS fan-in" in report.line(done, 1)
+    result = campaign.result_of(right.case, right, verdict)
+    cells = campaign.Faults().row("case-1", result)
+    assert cells[:2] == ("case-1", "fan-in")
+    assert cells[-2:] == ("PASS", "all_gather #17 of the group cp [1-3]")
+    wrong = {**result, "passed": False, "reason": "the place"}
+    assert campaign.Faults().row("case-1", wrong)[-2:] == ("FAIL", "the place")
 
 
 @pytest.mark.parametrize(
@@ -163,20 +166,13 @@ def test_a_mark_that_races_with_the_fault_may_be_the_place_or_not(right: Outcome
     assert any("the place" in each for each in judge(right).problems)
 
 
-def test_figures_go_where_the_document_wants_them(right: Outcome, tmp_path: Path):
-    page = tmp_path / "faults.md"
-    page.write_text("no place")
-    done = report.Done(right.case, right, judge(right))
-    with pytest.raises(ValueError, match="must hold"):
-        report.write_docs(page, [done], 1, 10.0)
-    page.write_text(f"before\n{report.DOC_START}\nformer\n{report.DOC_END}\nafter\n")
-    report.write_docs(page, [done], 1, 10.0)
-    text = page.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "former" not in text
-    assert "1 of 1 cases pass, seed 1" in text
-    assert "| bridge forward | 1 of 1 |  |  |  |  | 1.0 s |  |  |  |  | fan-in |" in text
+def test_the_figures_of_the_page(right: Outcome, tmp_path: Path):
+    result = campaign.result_of(right.case, right, judge(right))
+    text = campaign.figures([result, {**result, "passed": False}], 1, 10.0)
+    assert "1 of 2 cases pass, seed 1" in text
+    assert "| bridge forward | 1 of 2 |  |  |  |  | 1.0 s |  |  |  |  | fan-in |" in text
+    page = Path(campaign.ROOT / campaign.DOCS).read_text()
+    assert page.count(campaign.DOC_START) == page.count(campaign.DOC_END) == 1
 
 
 def stopped_at_2(tmp_path: Path, fault: str) -> Outcome:
