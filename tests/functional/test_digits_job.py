@@ -143,6 +143,7 @@ def test_one_line_per_step_is_printed(reference: Job) -> None:
     assert f"starting anew in {reference.out}" in reference.output
 
 
+@pytest.mark.once
 def test_a_finished_run_resumes_says_so_and_changes_no_loss(reference: Job, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(reference.out, out)
@@ -155,6 +156,7 @@ def test_a_finished_run_resumes_says_so_and_changes_no_loss(reference: Job, tmp_
     assert after == before
 
 
+@pytest.mark.once
 def test_fresh_sets_earlier_results_aside_and_deletes_nothing(
     reference: Job, tmp_path: Path
 ) -> None:
@@ -221,6 +223,7 @@ def test_the_outputs_tell_of_both_encoders(with_sounds: tuple[Job, Job]) -> None
     assert alone.summary()["test_accuracy"] is None
 
 
+@pytest.mark.once
 def test_a_run_with_sounds_goes_on_in_another_layout(
     with_sounds: tuple[Job, Job], tmp_path: Path
 ) -> None:
@@ -259,6 +262,7 @@ def uninterrupted(shelf: Path) -> Job:
     return Job(shelf / "uninterrupted", KILLED).wait().succeeded()
 
 
+@pytest.mark.once
 def test_killed_runs_continue_to_bit_identical_losses(uninterrupted: Job, tmp_path: Path) -> None:
     out = tmp_path / "run"
     partial = out / "checkpoints" / ".saving_00000006"
@@ -314,6 +318,7 @@ def _ends_of(job: Job) -> tuple[int, str, str]:
     return job.process.returncode, job.output.splitlines()[-1], "".join(errors)
 
 
+@pytest.mark.once
 def test_a_job_that_is_told_to_stop_saves_and_goes_on_to_bit_identical_losses(
     uninterrupted: Job, tmp_path: Path
 ) -> None:
@@ -373,6 +378,7 @@ def test_a_job_that_is_told_to_stop_saves_and_goes_on_to_bit_identical_losses(
 # ------------------------------------------------------------------------------------- bad input
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -402,6 +408,7 @@ def test_wrong_layouts_are_refused_with_a_pair_that_fits(
     assert not job.out.exists()
 
 
+@pytest.mark.once
 def test_too_few_ranks_under_torchrun(tmp_path: Path) -> None:
     torchrun = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
     job = Job(tmp_path / "run", "--vision tp=2,dp=4 --language tp=2,cp=2,dp=2", **torchrun).wait()
@@ -409,6 +416,7 @@ def test_too_few_ranks_under_torchrun(tmp_path: Path) -> None:
     assert not job.out.exists()
 
 
+@pytest.mark.once
 def test_a_missing_package_is_named(tmp_path: Path) -> None:
     hidden = sabotage(
         tmp_path / "hidden",
@@ -431,6 +439,7 @@ sys.meta_path.insert(0, Hidden())
     assert not job.out.exists()
 
 
+@pytest.mark.once
 def test_a_run_whose_numbers_are_not_finite_says_where_and_gives_up(tmp_path: Path) -> None:
     """A learning rate of 1e38 leaves weights that no forward pass survives."""
     arguments = f"{ONE_RANK} --steps 20 --lr 1e38 --max-skipped 3 --save-every 1"
@@ -457,6 +466,7 @@ def test_a_run_whose_numbers_are_not_finite_says_where_and_gives_up(tmp_path: Pa
     assert set(rates) == {last["learning_rate"]}
 
 
+@pytest.mark.once
 def test_a_killed_rank_is_named_and_the_others_end(tmp_path: Path) -> None:
     job = Job(tmp_path / "run", f"{FOUR_RANKS} --steps 5000 --save-every 0")
     job.wait_for(lambda: steps_done(job.out) >= 3)
@@ -480,6 +490,7 @@ def test_a_killed_rank_is_named_and_the_others_end(tmp_path: Path) -> None:
 SAVING = f"{TWO_RANKS} --steps 3 --save-every 2 --no-evaluate"
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("code", "options", "sentence"),
     [
@@ -604,6 +615,7 @@ def refused(shelf: Path, reference: Job) -> dict[str, tuple[Job, dict[str, bytes
     return jobs
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", list(REFUSED))
 def test_a_run_that_cannot_resume_is_refused_and_its_folder_left_alone(
     refused: dict[str, tuple[Job, dict[str, bytes]]], name: str

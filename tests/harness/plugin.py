@@ -51,6 +51,10 @@ def pytest_configure(config: pytest.Config) -> None:
         "ranks(n, timeout=seconds): run on n processes that share an initialised "
         f"torch.distributed world; n is one of {SIZES}",
     )
+    config.addinivalue_line(
+        "markers",
+        "once: a whole job that does the same on every Megatron-Core; .ci/run has it on one",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
