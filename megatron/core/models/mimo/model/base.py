@@ -25,6 +25,7 @@ from megatron.core.models.mimo.config.role import (
 )
 from megatron.core.models.mimo.model.ddp_methods import DDPMethods
 from megatron.core.models.mimo.model.encoded import EncodedMicrobatch, EncodedMicrobatches
+from megatron.core.models.mimo.model.encoder_rank import encode_for_others
 from megatron.core.models.mimo.model.encoder_runner import EncoderRunner
 from megatron.core.models.mimo.model.language_batch import LanguageBatch
 from megatron.core.models.mimo.model.language_groups import partition_adapter
@@ -397,6 +398,18 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
         planned = path.plan(batch, modality_inputs, route_plan)
         fused = path.fuse(planned.batch, path.move(planned))
         return self._language.call(batch, fused)
+
+    @model_method
+    def _forward_encoders(
+        self,
+        input_ids: torch.Tensor | None,
+        modality_inputs: Mapping[str, Any] | None,
+        input_tensors: Mapping[str, torch.Tensor] | None,
+    ) -> dict[str, torch.Tensor]:
+        """See :func:`.encode_for_others`."""
+        return encode_for_others(
+            self.role, self._rank_modules, self._steps, input_ids, modality_inputs, input_tensors
+        )
 
     @model_method
     def _forward_language_module(

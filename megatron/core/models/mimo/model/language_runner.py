@@ -314,18 +314,6 @@ class StockSteps(TakesStandIns):
     _steps: ReplaceableSteps
 
     @model_method
-    def _forward_encoders(
-        self,
-        input_ids: torch.Tensor | None,
-        modality_inputs: Mapping[str, Any] | None,
-        input_tensors: Mapping[str, torch.Tensor] | None,
-    ) -> dict[str, torch.Tensor]:
-        """See :func:`.encode_for_others`."""
-        return encoder_rank.encode_for_others(
-            self.role, self._rank_modules, self._steps, input_ids, modality_inputs, input_tensors
-        )
-
-    @model_method
     def _attach_modality_split_sizes(
         self, output: torch.Tensor, input_ids: torch.Tensor | None, encoder_name: str
     ) -> None:
