@@ -24,6 +24,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -146,8 +147,12 @@ class StopRequests:
             now = time.monotonic()
             first, self._terminated_at = self._terminated_at, self._terminated_at or now
             again = first is not None and now - first >= self._same_request_s
-        if self._on_signal is not None and self._on_signal(sent, again):
-            return
+        try:
+            if self._on_signal is not None and self._on_signal(sent, again):
+                return
+        except Exception:
+            # A request is not lost with what went wrong, nor are those to come.
+            traceback.print_exc()
         if again:
             end_by(sent)
         self._asked.add(sent)

@@ -39,9 +39,10 @@ class RankSignals:
 
     def __init__(self, rank: int, *, stops: bool, say: Callable[[], None] | None) -> None:
         self.watch: RankWatch | None = None
-        self.requests = StopRequests(self._received).install()
         self._rank, self._stops, self._say = rank, stops, say
         self._ending = threading.Event()
+        # Last: a signal may be there at once, and finds everything in its place.
+        self.requests = StopRequests(self._received).install()
 
     def ends_by_itself(self) -> None:
         """Leave it to this rank to end and to say why; a launcher's SIGTERM waits for it."""

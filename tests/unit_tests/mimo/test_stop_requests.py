@@ -16,6 +16,7 @@ import pytest
 import torch.distributed as dist
 
 from mimo_colocated import stop_requests
+from mimo_colocated.launch.stopping import RankSignals
 from mimo_colocated.stop_requests import SIGNALS, StopRequests
 from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
 
@@ -199,3 +200,27 @@ def test_signals_have_one_receiver() -> None:
         assert signal.set_wakeup_fd(-1) == writing
         os.close(reading)
         os.close(writing)
+
+
+def test_a_request_is_not_lost_with_what_looked_at_it_first(capsys: pytest.CaptureFixture) -> None:
+    def fails(sent: signal.Signals, again: bool) -> bool:
+        raise OSError("no space left")
+
+    with StopRequests(fails) as requests:
+        for sent in (signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), sent)
+            deadline = time.monotonic() + 30
+            while requests.asked is not sent and time.monotonic() < deadline:
+                time.sleep(0.001)
+            assert requests.asked is sent
+    assert "OSError: no space left" in capsys.readouterr().err
+
+
+def test_a_rank_may_be_told_as_soon_as_it_receives_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    def install(requests: StopRequests) -> StopRequests:
+        requests._received(signal.SIGUSR1)
+        return requests
+
+    monkeypatch.setattr(StopRequests, "install", install)
+    monkeypatch.setattr("traceback.print_exc", lambda: pytest.fail("what it reads was not there"))
+    assert RankSignals(0, stops=True, say=None).requests.asked is signal.SIGUSR1
