@@ -38,7 +38,9 @@ def test_encoders_reduce_beside_the_backward_pass_of_the_last_window(window: int
     config = SimpleNamespace(variable_seq_lengths=False)
     model = SimpleNamespace(modality_submodules={"images": encoder}, config=config)
     encoders = _Encoders(model, iter(()), COUNT, window, 2, True)
-    encoded = SimpleNamespace(comes_apart=False, backward=lambda: reduced.append(encoder.reduces))
+    encoded = SimpleNamespace(
+        backward_per_microbatch=(), backward=lambda: reduced.append(encoder.reduces)
+    )
     windows = math.ceil(COUNT / window)
     encoders._under_way = dict.fromkeys(range(windows), encoded)
     encoders.finish()
