@@ -13,14 +13,12 @@ import torch
 
 from examples.mimo.digits.data import Token
 from examples.mimo.digits.images import PATCH_SIDE, TOKENS_PER_IMAGE, image_patches
-from examples.mimo.digits.sounds import BANDS, FRAMES, FRAMES_PER_TOKEN
+from examples.mimo.digits.sounds import BANDS, FRAMES, FRAMES_PER_TOKEN, check_spectra
 from megatron.core.models.mimo import AudioModalitySubmodules, VisionModalitySubmodules
+from megatron.core.models.mimo.job.settings import projector_spec
 from megatron.core.models.mimo.memory.layer_recompute import recomputable
 from megatron.core.models.mimo.transformer.layer_specs import encoder_layer_spec
-from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -96,11 +94,7 @@ class SpeechEncoder(PatchEncoder):
         Raises:
             ValueError: for spectra of another shape.
         """
-        if spectra.dim() != 3 or tuple(spectra.shape[1:]) != (FRAMES, BANDS):
-            raise ValueError(
-                f"spectra have the shape {tuple(spectra.shape)}, but (n, {FRAMES}, {BANDS}) is "
-                "needed; make them with sounds.log_mel"
-            )
+        check_spectra(spectra)
         return self.encode(spectra).unflatten(0, (-1, FRAMES_PER_TOKEN)).mean(dim=1)
 
 
@@ -151,17 +145,8 @@ def encoder_spec(
     encoder = ModuleSpec(
         module=kind.encoder, params={"config": configs[modality], "pg_collection": groups}
     )
-    projection = ModuleSpec(
-        module=MultimodalProjector,
-        params={
-            "config": configs[projector_of(modality)],
-            "submodules": MLPSubmodules(
-                linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
-            ),
-            "projector_type": "mlp",
-            "input_size": configs[modality].hidden_size,
-            "tp_group": groups.tp,
-        },
+    projection = projector_spec(
+        configs[projector_of(modality)], configs[modality].hidden_size, groups.tp
     )
     return ModuleSpec(
         module=kind.submodule,

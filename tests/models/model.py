@@ -17,6 +17,7 @@ from examples.mimo.digits.data import SEQUENCE_LENGTH, VOCABULARY_SIZE
 from examples.mimo.digits.options import FREEZABLE
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.mimo import MimoModel, MimoModelConfig
+from megatron.core.models.mimo.job import settings
 from megatron.core.models.mimo.job.built_model import (
     LANGUAGE,
     BuiltModel,
@@ -27,23 +28,11 @@ from megatron.core.models.mimo.memory.policy import EncoderMemory
 from megatron.core.models.mimo.randomness import seed_everything
 from megatron.core.models.mimo.training.groups import create_process_groups, make_grid
 from megatron.core.models.mimo.transformer.exact_loss import ExactLossGPTModel
-from megatron.core.models.mimo.transformer.layer_specs import language_layer_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from mimo_colocated.launch.layouts import Layout
 from tests.models.encoders import AUDIO, MODALITIES, VISION, encoder_spec, projector_of
-
-# What Megatron-Core computes again in backward instead of keeping it.
-_RECOMPUTE: dict[str, dict[str, Any]] = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective"},
-    "full": {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -139,7 +128,7 @@ def transformer_configs(
         "bias_activation_fusion": False,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
-        **_RECOMPUTE[options.recompute],
+        **settings.RECOMPUTE[options.recompute],
     }
     configs = {}
     for name, layout in _encoders(vision, audio).items():
@@ -189,11 +178,11 @@ def _length_settings(language: Layout, options: ModelOptions) -> dict[str, Any]:
     """Stages tell each other the lengths of packed batches, where these differ."""
     if not (options.packed and options.varied_lengths and language.pp > 1):
         return {}
-    settings: dict[str, Any] = {"variable_seq_lengths": True}
+    lengths: dict[str, Any] = {"variable_seq_lengths": True}
     if options.experts is None:
         # Megatron-Core refuses its own default, with experts or without.
-        settings["moe_token_dispatcher_type"] = "alltoall"
-    return settings
+        lengths["moe_token_dispatcher_type"] = "alltoall"
+    return lengths
 
 
 def _encoders(vision: Layout, audio: Layout | None) -> dict[str, Layout]:
@@ -201,39 +190,18 @@ def _encoders(vision: Layout, audio: Layout | None) -> dict[str, Layout]:
     return {VISION: vision} | ({AUDIO: audio} if audio else {})
 
 
-def _language_specs(
+def language_specs(
     config: TransformerConfig, groups: ProcessGroupCollection, options: ModelOptions
 ) -> list[ModuleSpec]:
     """One per virtual stage of this rank; without virtual stages there is one."""
-    if options.virtual_stages == 1:
-        return [_language_spec(config, groups, options, None)]
-    virtual = range(options.virtual_stages)
-    return [_language_spec(config, groups, options, vp_stage) for vp_stage in virtual]
-
-
-def _language_spec(
-    config: TransformerConfig,
-    groups: ProcessGroupCollection,
-    options: ModelOptions,
-    vp_stage: int | None,
-) -> ModuleSpec:
-    stage, stages, virtual = groups.pp.rank(), groups.pp.size(), vp_stage or 0
-    return ModuleSpec(
-        module=ExactLossGPTModel,
-        params={
-            "config": config,
-            "transformer_layer_spec": language_layer_spec(config, pp_rank=stage, vp_stage=vp_stage),
-            "vocab_size": VOCABULARY_SIZE,
-            "max_sequence_length": SEQUENCE_LENGTH,
-            "pre_process": stage == 0 and virtual == 0,
-            "post_process": stage == stages - 1 and virtual == options.virtual_stages - 1,
-            "vp_stage": vp_stage,
-            "share_embeddings_and_output_weights": options.tied,
-            "position_embedding_type": "rope",
-            # MimoModel shards the fused sequence itself, after images and text are merged.
-            "scatter_embedding_sequence_parallel": False,
-            "pg_collection": groups,
-        },
+    return settings.language_specs(
+        ExactLossGPTModel,
+        config,
+        groups,
+        vocab_size=VOCABULARY_SIZE,
+        max_sequence_length=SEQUENCE_LENGTH,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=options.tied,
     )
 
 
@@ -297,7 +265,7 @@ def build_model(
     configs = transformer_configs(vision or language, language, options, audio)
     modalities = [name for name in grids if name != LANGUAGE]
     seed_everything(options.seed)
-    language_spec, *virtual_stage_specs = _language_specs(
+    language_spec, *virtual_stage_specs = language_specs(
         configs[LANGUAGE], collections[LANGUAGE], options
     )
     mimo_config = MimoModelConfig(

@@ -39,7 +39,7 @@ from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipeli
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from mimo_colocated.launch.layouts import Layout
 from tests.models.encoders import VISION, encoder_spec
-from tests.models.model import ModelOptions, _language_spec, transformer_configs
+from tests.models.model import ModelOptions, language_specs, transformer_configs
 from tests.parity.compare import GRADIENTS, tensor_checks, worst_by_kind
 from tests.parity.tensors import complete_gradients, local_gradients, whole_tensors
 from tests.unit_tests.mimo.digits_runs import SIZE
@@ -90,8 +90,9 @@ def build(layouts: dict[str, Layout], device: torch.device, rank_offset: int = 0
         specs[name] = encoder_spec(VISION, made, groups[name])
         specs[name].module = module
         configs[name], configs[LANGUAGE] = made["images"], made[LANGUAGE]
+    (language_spec,) = language_specs(configs[LANGUAGE], groups[LANGUAGE], options)
     config = MimoModelConfig(
-        language_model_spec=_language_spec(configs[LANGUAGE], groups[LANGUAGE], options, None),
+        language_model_spec=language_spec,
         modality_submodules_spec=specs,
         special_token_ids=SPECIAL,
         module_to_grid_map=grids,

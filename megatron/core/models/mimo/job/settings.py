@@ -22,8 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from mimo_colocated.launch.layouts import Layout
 from mimo_colocated.launch.training_options import TrainingOptions
 
-# What Megatron-Core computes again in backward instead of keeping it.
-_RECOMPUTE: dict[str, dict[str, Any]] = {
+RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective"},
     "full": {
@@ -32,6 +31,7 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
         "recompute_num_layers": 1,
     },
 }
+"""What Megatron-Core computes again in backward instead of keeping it."""
 
 
 def make_grids(
@@ -77,7 +77,7 @@ def transformer_settings(layout: Layout, options: TrainingOptions) -> dict[str, 
         "bias_activation_fusion": False,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
-        **_RECOMPUTE[options.recompute],
+        **RECOMPUTE[options.recompute],
     }
 
 

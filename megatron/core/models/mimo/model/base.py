@@ -133,7 +133,7 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
         self._initialize_language_model()
         hide_in_states(self)
         # Now, by the bridges that were made.
-        vars(self)["_row_path"] = self._choose_path()
+        _ = self._row_path
 
     # -- construction ----------------------------------------------------------------------
 
@@ -214,9 +214,6 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
     @cached_property
     def _row_path(self) -> RowPath:
         """The way of rows into the sequence, chosen once: at construction, but of a stand-in."""
-        return self._choose_path()
-
-    def _choose_path(self) -> RowPath:
         balance = option_of(getattr(self, "mimo_config", None), "encoder_balance")
         runners = Runners(self._rank_modules, self._steps, self._encoders, self._language)
         return choose_path(runners, {"encoder_balance": balance})
