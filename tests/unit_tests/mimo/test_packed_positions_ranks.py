@@ -55,7 +55,7 @@ class Outcome:
 def built(kind: str, vision: str, language: str, **options: Any) -> Iterator[BuiltModel]:
     """The digits model with the position embeddings of a kind."""
     place = {name: options.pop(name) for name in ("rank_offset",) if name in options}
-    specs = digits_model._language_specs
+    specs = digits_model.language_specs
 
     def with_positions(config: Any, *args: Any) -> Any:
         config.mrope_section = SECTION if kind == "mrope" else None
@@ -65,7 +65,7 @@ def built(kind: str, vision: str, language: str, **options: Any) -> Iterator[Bui
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits_model, "_language_specs", with_positions)
+        patch.setattr(digits_model, "language_specs", with_positions)
         layouts = Layout.parse(vision, "vision"), Layout.parse(language, "language")
         settings = {"overlap_grad_reduce": False, "distributed_optimizer": False, **options}
         made = build_model(*layouts, ModelOptions(size=SIZE, **settings), **place)
