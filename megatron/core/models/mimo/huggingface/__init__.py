@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models from Hugging Face folders, in any layouts, and back.
+
+build.py           ``from_folder``: a folder and a layout per module -> a model with its weights
+composites.py      what a whole model is made of
+families/          one file per kind of model: its configuration, the table of its weights
+tables.py          name patterns <-> name patterns, and the kind of cut
+cuts.py            which elements of which tensors a rank holds: pure integers
+weights.py         a rank's parameters: checked against the folder, then read
+folder.py          a folder: configuration, tensors by name, whatever else lies in it
+family.py          what a family says; what it refuses
+language_model.py  stock's GPT with their rotary frequencies and a padded vocabulary
+rotary.py          rotary frequencies of a configuration
+"""

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a Hugging Face folder to a model in any layouts, weights loaded.
+
+built = from_folder("llava-1.5-7b", {"images": Layout(tp=2, dp=4), "language": Layout(...)})
+...                                    # train it
+to_folder(built, "my-llava")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.models.mimo.config.base_configs import MimoModelConfig
+from megatron.core.models.mimo.gradients.finalize import iter_modules
+from megatron.core.models.mimo.huggingface.composites import Composite, EncoderPart, describe
+from megatron.core.models.mimo.huggingface.cuts import Heads
+from megatron.core.models.mimo.huggingface.family import Family
+from megatron.core.models.mimo.huggingface.folder import ModelFolder
+from megatron.core.models.mimo.huggingface.language_model import ImportedGPTModel
+from megatron.core.models.mimo.huggingface.tables import Table, best_spelled
+from megatron.core.models.mimo.huggingface.weights import Part, bare, check, held_by, load
+from megatron.core.models.mimo.job.built_model import LANGUAGE, BuiltModel, finish_model
+from megatron.core.models.mimo.job.settings import RECOMPUTE, language_specs
+from megatron.core.models.mimo.model.base import MimoModel
+from megatron.core.models.mimo.randomness import seed_everything
+from megatron.core.models.mimo.training.groups import create_process_groups, make_grid
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from mimo_colocated.launch.layouts import Layout
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a model is built, apart from its weights and its layouts.
+
+    Attributes:
+        dtype: of weights and activations; gradients are summed in fp32.
+        sequence_parallel: the language model also cuts its sequence over TP.
+        bridge: ``"routed"`` or ``"gather"``.
+        packed: the language model takes packed sequences.
+        virtual_stages: stages per rank of a pipelined language model.
+        recompute: ``"none"``, ``"selective"`` or ``"full"``, in all modules.
+        seed: of weights that no folder has, and of dropout.
+        freeze: stops the training of parts before gradient buffers are made; called with the
+            ``MimoModel``.
+        ddp: of every module.
+        backend: of the process groups, PyTorch's default one if None.
+    """
+
+    dtype: torch.dtype = torch.float32
+    sequence_parallel: bool = False
+    bridge: str = "routed"
+    packed: bool = False
+    virtual_stages: int = 1
+    recompute: str = "none"
+    seed: int = 1234
+    freeze: Callable[[MimoModel], None] = lambda _model: None
+    ddp: DistributedDataParallelConfig = field(
+        default_factory=lambda: DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=True, check_for_nan_in_grad=False
+        )
+    )
+    backend: str | None = None
+
+
+@dataclass
+class ImportedModel(BuiltModel):
+    """A built model that knows where its weights come from and what they are called there.
+
+    Attributes:
+        composite: what it is made of.
+        parts: its modules with their tables, in the folder's spelling.
+        source: the folder.
+    """
+
+    composite: Composite
+    parts: tuple[Part, ...]
+    source: Path
+
+
+def from_folder(
+    folder: str | Path,
+    layouts: Mapping[str, Layout],
+    options: BuildOptions | None = None,
+    *,
+    load_weights: bool = True,
+    tick: Callable[[int], None] = lambda _size: None,
+) -> ImportedModel:
+    """Build a model in a pair of layouts and load its weights; every rank calls it together.
+
+    Args:
+        folder: with ``config.json`` and safetensors; every rank must see it.
+        layouts: module -> layout: ``"language"`` and every modality of the model.
+        options: how it is built.
+        load_weights: False leaves them as drawn, for a training checkpoint that is loaded next.
+        tick: told the bytes of every parameter that was loaded.
+
+    Raises:
+        FolderError: the folder is no whole model, or of another one than its configuration says.
+        UnsupportedModelError: a kind of model or a setting that is not supported.
+        ValueError: layouts that do not fit the model.
+    """
+    options = options or BuildOptions()
+    with ModelFolder(folder) as opened:
+        composite = describe(read_config(opened.path))
+        built, parts = _build(composite, layouts, options)
+        spelled = tuple(_spelled(part, composite, opened) for part in parts)
+
+        def fill(_model: MimoModel) -> None:
+            held = list(held_by(spelled))
+            if load_weights:
+                check(held, spelled, opened)
+                load(held, opened, tick)
+
+        finished = built(fill)
+    own = {each.name: getattr(finished, each.name) for each in fields(BuiltModel)}
+    return ImportedModel(**own, composite=composite, parts=spelled, source=Path(folder))
+
+
+def read_config(folder: Path) -> Any:
+    """Return transformers' configuration of a folder.
+
+    Raises:
+        ValueError: transformers does not know its kind.
+    """
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder)
+
+
+def module_config(
+    family: Family, config: Any, layout: Layout, options: BuildOptions, **more: Any
+) -> TransformerConfig:
+    """Return the ``TransformerConfig`` of a module.
+
+    Args:
+        family: that reads the configuration.
+        config: transformers' configuration of the module.
+        layout: of the module.
+        options: dtype and recomputation.
+        **more: further fields.
+    """
+    family.check(config)
+    return TransformerConfig(
+        **{
+            "tensor_model_parallel_size": layout.tp,
+            "params_dtype": options.dtype,
+            "bf16": options.dtype is torch.bfloat16,
+            "fp16": options.dtype is torch.float16,
+            "pipeline_dtype": options.dtype,
+            # DDP sums; one token count divides every module's gradients.
+            "calculate_per_token_loss": True,
+            # Weights come from the folder, and others from their names and the seed.
+            "perform_initialization": False,
+            "bias_dropout_fusion": False,
+            "bias_activation_fusion": False,
+            "masked_softmax_fusion": False,
+            "gradient_accumulation_fusion": False,
+            **RECOMPUTE[options.recompute],
+            **family.settings(config),
+            **more,
+        }
+    )
+
+
+def _language_config(
+    composite: Composite, layout: Layout, options: BuildOptions
+) -> TransformerConfig:
+    part, virtual = composite.language, options.virtual_stages
+    more: dict[str, Any] = {
+        "context_parallel_size": layout.cp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else None,
+        "overlap_p2p_comm": virtual > 1,
+        "batch_p2p_comm": virtual == 1,
+        "sequence_parallel": options.sequence_parallel and layout.tp > 1,
+    }
+    if part.family.settings(part.config).get("num_moe_experts"):
+        more |= {
+            "expert_model_parallel_size": layout.ep,
+            "expert_tensor_parallel_size": layout.expert_tp,
+        }
+    sections = part.family.params(part.config).get("rotary")
+    if sections is not None and sections.sections is not None:
+        more["mrope_section"] = list(sections.sections)
+    return module_config(part.family, part.config, layout, options, **more)
+
+
+def _build(
+    composite: Composite, layouts: Mapping[str, Layout], options: BuildOptions
+) -> tuple[Callable[[Callable[[MimoModel], None]], BuiltModel], list[Part]]:
+    """The model, bare, as a function that fills, freezes and wraps it; and its parts."""
+    expected = {LANGUAGE, *(part.modality for part in composite.encoders)}
+    if set(layouts) != expected:
+        raise ValueError(
+            f"layouts are given for {sorted(layouts)}, but the model's modules are "
+            f"{sorted(expected)}; give each of them one"
+        )
+    configs = {LANGUAGE: _language_config(composite, layouts[LANGUAGE], options)}
+    for part in composite.encoders:
+        configs[part.modality] = module_config(
+            part.family, part.config, layouts[part.modality], options
+        )
+    experts = configs[LANGUAGE].num_moe_experts
+    grids = {name: _grid(name, at, bool(experts), options) for name, at in layouts.items()}
+    collections = {name: create_process_groups(grid) for name, grid in grids.items()}
+    seed_everything(options.seed)
+    language = composite.language
+    first, *others = language_specs(
+        ImportedGPTModel,
+        configs[LANGUAGE],
+        collections[LANGUAGE],
+        **language.family.params(language.config),
+    )
+    mimo_config = MimoModelConfig(
+        language_model_spec=first,
+        virtual_stage_specs=others,
+        modality_submodules_spec={
+            part.modality: part.spec(
+                configs[part.modality],
+                collections[part.modality],
+                configs[LANGUAGE].hidden_size,
+            )
+            for part in composite.encoders
+        },
+        special_token_ids={part.modality: part.token_id for part in composite.encoders},
+        module_to_grid_map=grids,
+        bridge=options.bridge,
+        kv_format="thd" if options.packed else "sbhd",
+    )
+    model = MimoModel(
+        mimo_config, cp_group=collections[LANGUAGE].cp, tp_group=collections[LANGUAGE].tp
+    )
+    parts = [_language_part(composite, model, collections[LANGUAGE], configs[LANGUAGE])]
+    parts += [
+        _encoder_part(part, model, collections[part.modality], configs[part.modality])
+        for part in composite.encoders
+    ]
+
+    def finish(fill: Callable[[MimoModel], None]) -> BuiltModel:
+        if torch.cuda.is_available():
+            model.to(torch.device(torch.cuda.current_device()))
+        fill(model)
+        return finish_model(
+            model,
+            grids,
+            collections,
+            configs,
+            options.ddp,
+            seed=options.seed,
+            freeze=options.freeze,
+        )
+
+    return finish, parts
+
+
+def _grid(name: str, layout: Layout, experts: bool, options: BuildOptions) -> Any:
+    axes = {"tp": layout.tp, "cp": layout.cp, "dp": layout.dp, "pp": layout.pp}
+    if name == LANGUAGE and experts:
+        axes |= {"ep": layout.ep, "expt_tp": layout.expert_tp}
+    # The gather bridge joins the ranks of a replica, all its stages, and no others.
+    dp_last = name == LANGUAGE and options.bridge == "gather" and layout.pp > 1
+    return make_grid(**axes, backend=options.backend, dp_last=dp_last)
+
+
+def _heads(config: TransformerConfig) -> Heads:
+    groups = config.num_query_groups or config.num_attention_heads
+    return Heads(config.num_attention_heads, groups, config.kv_channels)
+
+
+def _language_part(
+    composite: Composite,
+    model: MimoModel,
+    groups: ProcessGroupCollection,
+    config: TransformerConfig,
+) -> Part:
+    part = composite.language
+    modules = bare(module for name, module in iter_modules(model) if name == LANGUAGE)
+    table = part.family.table(part.config) + composite.unused
+    return Part(LANGUAGE, modules, table, groups, _heads(config))
+
+
+def _encoder_part(
+    part: EncoderPart,
+    model: MimoModel,
+    groups: ProcessGroupCollection,
+    config: TransformerConfig,
+) -> Part:
+    modules = bare([model.modality_submodules[part.modality]])
+    return Part(part.modality, modules, part.family.table(part.config), groups, _heads(config))
+
+
+def _spelled(part: Part, composite: Composite, folder: ModelFolder) -> Part:
+    own = next((e for e in composite.encoders if e.modality == part.name), composite.language)
+    table: Table = best_spelled(part.table, own.spellings, folder.tensors)
+    return Part(part.name, part.modules, table, part.groups, part.heads, part.drawn)

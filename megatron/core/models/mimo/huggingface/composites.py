@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a whole model is made of: its language model, its encoders, their places in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.models.mimo.huggingface.families.decoders import DECODERS
+from megatron.core.models.mimo.huggingface.family import Family, UnsupportedModelError
+from megatron.core.models.mimo.huggingface.tables import Table
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+Spelling = Mapping[str, str]
+"""Prefix of names in a family's table -> prefix of a folder's names."""
+
+
+@dataclass(frozen=True)
+class LanguagePart:
+    """The language model of a whole one.
+
+    Attributes:
+        config: transformers' configuration of it.
+        family: that reads it.
+        spellings: that folders have of its names; the first is the usual one.
+    """
+
+    config: Any
+    family: Family
+    spellings: tuple[Spelling, ...] = ({},)
+
+
+@dataclass(frozen=True)
+class EncoderPart:
+    """A modality's encoder and projector in a whole model.
+
+    Attributes:
+        modality: its name in the model, such as ``"images"``.
+        name: of the encoder among the modality's.
+        token_id: that stands for one row in ``input_ids``.
+        inputs: names of the processor's outputs that the encoder takes.
+        spec: from (its ``TransformerConfig``, its process groups, hidden size of the language
+            model) to the spec of its ``ModalitySubmodules``.
+        family: reads its configuration; its table names what the spec builds.
+        config: transformers' configuration of it.
+        spellings: that folders have of its names.
+    """
+
+    modality: str
+    name: str
+    token_id: int
+    inputs: tuple[str, ...]
+    spec: Callable[..., ModuleSpec]
+    family: Family
+    config: Any
+    spellings: tuple[Spelling, ...] = ({},)
+
+
+@dataclass(frozen=True)
+class Composite:
+    """A whole model."""
+
+    language: LanguagePart
+    encoders: tuple[EncoderPart, ...] = ()
+    unused: Table = Table(())
+
+
+COMPOSITES: dict[str, Callable[[Any], Composite]] = {}
+"""``model_type`` of whole models -> what one is made of, from its configuration."""
+
+
+def describe(config: Any) -> Composite:
+    """Return what a model is made of.
+
+    Args:
+        config: transformers' configuration.
+
+    Raises:
+        UnsupportedModelError: its kind is not known, or a setting is not supported.
+    """
+    if config.model_type in COMPOSITES:
+        return COMPOSITES[config.model_type](config)
+    return Composite(LanguagePart(config, decoder_family(config)))
+
+
+def decoder_family(config: Any) -> Family:
+    """Return the family of a language model.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    for family in DECODERS:
+        if config.model_type in family.model_types:
+            return family
+    known = sorted({name for family in DECODERS for name in family.model_types} | set(COMPOSITES))
+    raise UnsupportedModelError(
+        f"model_type {config.model_type!r} is not known; known are {', '.join(known)}. "
+        "docs/models.md says how to add a family"
+    )

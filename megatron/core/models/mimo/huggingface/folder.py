@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Hugging Face model folder: configuration, tensors by name, and whatever else lies in it."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Safetensors' names of dtypes."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """A tensor of a folder, as its file's header has it."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class FolderError(ValueError):
+    """A folder that is not a whole model; the message says what to do."""
+
+
+class ModelFolder:
+    """Reads one folder; parts of tensors, never whole files. Use it in ``with``.
+
+    Args:
+        path: of the folder: ``config.json`` beside ``model.safetensors``, or beside several files
+            and their index.
+
+    Attributes:
+        path: of the folder.
+        config: what ``config.json`` holds.
+        tensors: name -> description, in the files' order.
+
+    Raises:
+        FolderError: no such folder, no ``config.json``, weights in another format, a file that is
+            cut short, or one that the index names and is not there.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config: dict[str, Any] = self._json("config.json")
+        self.tensors: dict[str, Described] = {}
+        for file in self._weight_files():
+            self.tensors.update(_read_header(self.path / file))
+        self._open = ExitStack()
+        self._handles: dict[str, Any] = {}
+
+    def __enter__(self) -> ModelFolder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._handles.clear()
+        self._open.close()
+
+    def read(self, name: str, where: tuple[slice, ...] = ()) -> torch.Tensor:
+        """Read a tensor, or a part of it.
+
+        Args:
+            name: of the tensor.
+            where: a slice for each of its first dims; all of it without.
+        """
+        file = self.tensors[name].file
+        if file not in self._handles:
+            self._handles[file] = self._open.enter_context(safe_open(self.path / file, "pt"))
+        if not where or not self.tensors[name].shape:
+            return self._handles[file].get_tensor(name)
+        return self._handles[file].get_slice(name)[where]
+
+    @property
+    def files(self) -> dict[str, list[str]]:
+        """File of weights -> names of its tensors, in its order."""
+        found: dict[str, list[str]] = {}
+        for name, described in self.tensors.items():
+            found.setdefault(described.file, []).append(name)
+        return found
+
+    def others(self) -> Iterator[Path]:
+        """Yield the files that hold no weights: configurations, tokenizer, processor, template."""
+        for path in sorted(self.path.rglob("*")):
+            hidden = any(part.startswith(".") for part in path.relative_to(self.path).parts)
+            weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack")
+            if path.is_file() and not hidden and not weights and path.name != INDEX:
+                yield path
+
+    def _weight_files(self) -> Iterable[str]:
+        if (self.path / INDEX).is_file():
+            named = sorted(set(self._json(INDEX)["weight_map"].values()))
+            missing = [file for file in named if not (self.path / file).is_file()]
+            if missing:
+                raise FolderError(
+                    f"{self.path}: {INDEX} names {missing}, which are not there; download the "
+                    "folder again"
+                )
+            return named
+        if (self.path / SINGLE).is_file():
+            return [SINGLE]
+        found = sorted(p.name for p in self.path.glob("*") if p.suffix in (".bin", ".pth", ".pt"))
+        raise FolderError(
+            f"{self.path} has neither {SINGLE} nor {INDEX}"
+            + (f" but {found}: open it with transformers and save_pretrained it" if found else "")
+        )
+
+    def _json(self, file: str) -> dict[str, Any]:
+        try:
+            return json.loads((self.path / file).read_text())
+        except FileNotFoundError:
+            raise FolderError(
+                f"{self.path} is not a Hugging Face model folder: it has no {file}"
+            ) from None
+        except ValueError as error:
+            raise FolderError(f"{self.path / file} is not JSON: {error}") from None
+
+
+def _read_header(path: Path) -> dict[str, Described]:
+    """Describe the tensors of a file, in the order of their bytes.
+
+    Raises:
+        FolderError: the file is cut short or no safetensors file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else 0
+        if not 2 <= length <= size - 8:
+            raise FolderError(f"{path} is no whole safetensors file; download it again")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise FolderError(f"{path} is no safetensors file; download it again") from None
+    header.pop("__metadata__", None)
+    last = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if 8 + length + last != size:
+        raise FolderError(
+            f"{path} has {size} bytes, its header tells of {8 + length + last}: it was cut short; "
+            "download it again"
+        )
+    unknown = sorted({e["dtype"] for e in header.values()} - set(DTYPES))
+    if unknown:
+        raise FolderError(
+            f"{path} holds {unknown}, which are not weights to train; save it in bfloat16, "
+            "float16 or float32 first"
+        )
+    in_order = sorted(header.items(), key=lambda item: item[1]["data_offsets"][0])
+    return {
+        name: Described(path.name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        for name, entry in in_order
+    }
