@@ -81,14 +81,18 @@ def check(mutants: Iterable[Mutant], root: Path) -> list[str]:
     mutants = list(mutants)
     counts = Counter(mutant.name for mutant in mutants)
     problems = [f"{name}: {n} mutants have this name" for name, n in counts.items() if n > 1]
+    seen: dict[tuple[str, str], str] = {}
     for mutant in mutants:
         missing = [test for test in mutant.tests if not _is_there(test, root)]
         if missing or not mutant.tests:
             problems.append(f"{mutant.name}: its tests are not there: {missing or 'none given'}")
         try:
-            mutant.mutated(root)
+            first = seen.setdefault((mutant.file, mutant.mutated(root)), mutant.name)
         except StaleMutantError as error:
             problems.append(str(error))
+            continue
+        if first != mutant.name:
+            problems.append(f"{mutant.name}: makes the same change as {first}; drop one of them")
     return problems
 
 

@@ -90,3 +90,9 @@ def test_a_stale_mutant_leaves_the_file_alone(tree: Path) -> None:
 
 def test_names_are_unique(tree: Path) -> None:
     assert check([mutant(), mutant()], tree) == ["a: 2 mutants have this name"]
+
+
+def test_a_repeat_is_a_problem_however_its_text_is_cut(tree: Path) -> None:
+    again = mutant(name="b", old="return x + 1", new="return x - 1")
+    assert check([mutant(), again], tree) == ["b: makes the same change as a; drop one of them"]
+    assert check([mutant(), mutant(name="b", new="x + 2")], tree) == []

@@ -296,28 +296,6 @@ WITHOUT_A = (
         why="plans of two ranks of one group are merged",
     ),
     Mutant(
-        name="merged-leg-moves-as-the-first",
-        file=MIMO + "comm/merged_routes.py",
-        old="moves=any(leg.moves for leg in legs),",
-        new="moves=legs[0].moves,",
-        tests=(
-            UNIT + "test_stage_routes.py::"
-            "test_merged_routes_bring_every_microbatch_what_its_own_routes_do",
-        ),
-        why="if the first microbatch moves nothing, the rows of the others stay behind",
-    ),
-    Mutant(
-        name="rows-stay-in-another-order",
-        file=MIMO + "comm/exchange.py",
-        old=(
-            "stays = splits == [None, None] and np.array_equal(plan.local_index, "
-            "np.arange(plan.held))"
-        ),
-        new="stays = splits == [None, None]",
-        tests=(UNIT + "test_routed_bridge.py::test_rows_that_stay_are_not_copied",),
-        why="rows that stay on their rank but are to change places do not",
-    ),
-    Mutant(
         name="rank-beyond-the-group",
         file=MIMO + "comm/route_layout.py",
         old="if place == self.size or self.ranks[place] != rank:",

@@ -41,15 +41,6 @@ WITHOUT_A_MODEL = (
         why="an encoder in stages projects on its first stage",
     ),
     Mutant(
-        name="frozen-text-needs-no-empty-rows",
-        file="megatron/core/models/mimo/model/encoder_runner.py",
-        old="return text_is_frozen or waits_for_gradients(submodule)",
-        new="return waits_for_gradients(submodule)",
-        tests=(UNIT + "test_frozen_8rank.py::test_steps_without_images",),
-        why="with frozen text a microbatch without rows has no gradient, and replicas wait",
-        ranks=8,
-    ),
-    Mutant(
         name="uneven-samples-refused-at-equal-dp",
         file="megatron/core/models/mimo/model/encoder_rank.py",
         old="if encoder_dp > language_dp:",
@@ -144,15 +135,6 @@ WITHOUT_A_MODEL = (
         why="a rank that brings no rows does not enter the exchange that brings it some",
     ),
     Mutant(
-        name="saved-before-gathered",
-        file="megatron/core/models/mimo/model/ddp_methods.py",
-        old="        self.start_param_sync(force_sync=True)\n",
-        new="",
-        tests=(UNIT + "test_overlap_8rank.py::test_a_checkpoint_has_the_weights_of_the_last_step",),
-        why="with an overlapped gather the weights of the step before are saved",
-        ranks=8,
-    ),
-    Mutant(
         name="grid-without-pp-fits-any-config",
         file=MIMO + "model/language_groups.py",
         old="if grid is not None and known_size(config_size) not in (None, grid_size):",
@@ -196,14 +178,6 @@ WITHOUT_A_MODEL = (
             UNIT + "test_attention_masks.py::test_layers_of_later_virtual_stages_are_looked_at_too",
         ),
         why="a mask that later virtual stages cannot read is ignored there",
-    ),
-    Mutant(
-        name="mask-beside-a-window",
-        file=MIMO + "model/attention_masks.py",
-        old="if softmax.window_size is None and not fused:",
-        new="if not fused:",
-        tests=(UNIT + "test_attention_masks.py::test_layers_that_would_ignore_a_mask_are_refused",),
-        why="layers with a window ignore a mask that is given",
     ),
     Mutant(
         name="id-just-outside-the-vocabulary",

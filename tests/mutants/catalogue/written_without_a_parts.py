@@ -61,14 +61,6 @@ WITHOUT_A_PARTS = (
         why="a packed batch with an empty sequence is refused",
     ),
     Mutant(
-        name="packed-index-of-an-old-batch",
-        file=MIMO + "partition/utils.py",
-        old="if memo is not None and memo[0] is lengths and memo[1] == device:",
-        new="if memo is not None and memo[1] == device:",
-        tests=(UNIT + "test_partition.py::test_the_packed_index_is_made_once_per_batch",),
-        why="all packed batches are cut as the first one",
-    ),
-    Mutant(
         name="lengths-of-an-old-version",
         file=MIMO + "partition/utils.py",
         old="[(id(t), t._version) for t in tensors if t is not None and known]",
@@ -108,22 +100,6 @@ WITHOUT_A_PARTS = (
             "test_rank_with_nothing_but_padding_keeps_the_gather_in_its_graph",
         ),
         why="a rank with nothing but padding does not enter its CP group's reduce-scatter",
-    ),
-    Mutant(
-        name="blind-queries-keep-their-rows",
-        file=MIMO + "transformer/context_parallel_attention.py",
-        old="return out.permute(1, 2, 0, 3).masked_fill(blind, 0.0).permute(2, 0, 1, 3)",
-        new="return out",
-        tests=(UNIT + "test_attention_masks.py::test_a_mask_says_all_whatever_the_layer_s_type",),
-        why="a query that may see nothing gets the mean of everything",
-    ),
-    Mutant(
-        name="explicit-zero-dropout-ignored",
-        file=MIMO + "transformer/context_parallel_attention.py",
-        old="config.attention_dropout if attention_dropout is None else attention_dropout",
-        new="attention_dropout or config.attention_dropout",
-        tests=(UNIT + "test_cp_attention.py::test_a_dropout_of_0_overrides_the_configs",),
-        why="attention_dropout=0.0 takes the config's",
     ),
     Mutant(
         name="dropout-forks-twice",

@@ -55,16 +55,6 @@ WITHOUT_B_JOBS = (
         why="a rank that waits for nobody is said to be in a collective",
     ),
     Mutant(
-        name="a-full-wait-is-none",
-        file="mimo_colocated/phases.py",
-        old="if len(text) <= _WAIT.size else",
-        new="if len(text) < _WAIT.size else",
-        tests=(
-            "tests/unit_tests/mimo/test_phases.py::test_names_and_waits_that_just_fit_and_do_not",
-        ),
-        why="a wait of exactly the size of its place is not recorded",
-    ),
-    Mutant(
         name="microbatches-go-on-counting",
         file="mimo_colocated/phases.py",
         old=(
@@ -84,16 +74,6 @@ WITHOUT_B_JOBS = (
         new="if self.step > 0 else",
         tests=("tests/unit_tests/mimo/test_phases.py::test_marks_steps_and_microbatches",),
         why="a failure in the first step names no step",
-    ),
-    Mutant(
-        name="a-process-that-took-the-number-is-the-rank",
-        file="mimo_colocated/phases.py",
-        old="return state if started == self.started and state not in",
-        new="return state if state not in",
-        tests=(
-            "tests/unit_tests/mimo/test_phases.py::test_another_process_of_the_same_number_is_not_taken_for_it",
-        ),
-        why="a stranger's process is taken for the rank's, and killed",
     ),
     Mutant(
         name="microbatch-0-is-the-current-one",
@@ -221,15 +201,5 @@ WITHOUT_B_JOBS = (
             "tests/unit_tests/mimo/test_who_waits.py::test_entries_are_read_in_the_order_of_time",
         ),
         why="with two recorders the last call is that of one of them",
-    ),
-    Mutant(
-        name="a-rank-that-waits-is-lost",
-        file="mimo_colocated/forensics/who_waits.py",
-        old="return sorted(wanted - set(self.waits))",
-        new="return sorted(wanted)",
-        tests=(
-            "tests/unit_tests/mimo/test_who_waits.py::test_without_a_known_culprit_the_rank_that_waits_for_nobody_is_found",
-        ),
-        why="ranks that wait themselves are named as culprits",
     ),
 )

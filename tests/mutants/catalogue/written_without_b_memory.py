@@ -61,16 +61,6 @@ WITHOUT_B_MEMORY = (
         why="warnings that matter are lost",
     ),
     Mutant(
-        name="redirects-call-what-was-there-first",
-        file="megatron/core/models/mimo/cpu_backend.py",
-        old=("        return getattr(owner, name)(*args, **kwargs)\n\n    return call"),
-        new=("        return call.__wrapped__(*args, **kwargs)\n\n    return call"),
-        tests=(
-            "tests/unit_tests/mimo/test_cpu_backend.py::test_megatron_uses_what_others_put_in_place_of_torchs_functions",
-        ),
-        why="a collective that a test or profiler replaced is not called",
-    ),
-    Mutant(
         name="mask-is-dropped",
         file="megatron/core/models/mimo/memory/__main__.py",
         old="            mask=given.mask,\n",
@@ -163,14 +153,6 @@ WITHOUT_B_MEMORY = (
         why="offload_from=0 is refused",
     ),
     Mutant(
-        name="recomputation-moves-random-numbers",
-        file="megatron/core/models/mimo/memory/recomputed.py",
-        old="        _restore(self._after)\n",
-        new="        pass\n",
-        tests=("tests/unit_tests/mimo/test_activation_memory.py::test_gradients_are_bit_equal",),
-        why="after backward random numbers repeat",
-    ),
-    Mutant(
         name="saving-and-peak-swap-columns",
         file="megatron/core/models/mimo/memory/table.py",
         old=("            _mib(each.saving),\n            _mib(each.peak),\n"),
@@ -179,15 +161,5 @@ WITHOUT_B_MEMORY = (
             "tests/unit_tests/mimo/test_memory_plan.py::test_every_column_has_what_its_heading_says",
         ),
         why="the table says one for the other",
-    ),
-    Mutant(
-        name="memory-is-not-kept-for-the-reader",
-        file="megatron/core/models/mimo/memory/transfers.py",
-        old="        self._streams.keep_until_done(data, current)\n",
-        new="",
-        tests=(
-            "tests/unit_tests/mimo/test_transfers.py::test_memory_that_came_back_is_kept_for_the_computation",
-        ),
-        why="activations on a device are overwritten while another stream reads them",
     ),
 )

@@ -21,16 +21,6 @@ WITHOUT_B_OPTIMIZER = (
         why="experts are stale after a step under overlap_param_gather",
     ),
     Mutant(
-        name="set-to-none-is-dropped",
-        file="megatron/core/models/mimo/optimizer.py",
-        old="            opt.zero_grad(set_to_none)\n",
-        new="            opt.zero_grad()\n",
-        tests=(
-            "tests/unit_tests/mimo/test_optimizer_state.py::test_arguments_reach_every_modules_optimizer",
-        ),
-        why="an argument is ignored",
-    ),
-    Mutant(
         name="reload-model-params-drops-its-state",
         file="megatron/core/models/mimo/optimizer.py",
         old="                opt.reload_model_params(state_dict)\n",
