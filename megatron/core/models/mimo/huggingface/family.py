@@ -58,7 +58,8 @@ class Family:
         table: to the table of its weights.
         reads: fields of the configuration that ``settings`` and ``params`` read.
         ignores: fields that change nothing here, beside :data:`HARMLESS`.
-        refuses: field -> a function of its value: why not, or None where the value is fine.
+        refuses: field -> a function of the configuration: why the field's value cannot be had here,
+            or None where it can.
     """
 
     model_types: tuple[str, ...]
@@ -81,7 +82,7 @@ class Family:
         """
         values = config.to_dict()
         for name, reason in self.refuses.items():
-            if name in values and (why := reason(values[name])) is not None:
+            if name in values and (why := reason(config)) is not None:
                 raise UnsupportedModelError(
                     f"{config.model_type}: {name}={values[name]!r} is not supported: {why}"
                 )

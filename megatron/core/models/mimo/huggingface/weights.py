@@ -87,9 +87,14 @@ class Held:
         dim = self._dim_of(described)
         return (*([slice(None)] * dim), slice(run.start, run.start + run.size))
 
-    def view(self, run: Run) -> torch.Tensor:
-        """Return the run's elements of the parameter, shaped as the source has them."""
-        own = self.parameter.detach()
+    def view(self, run: Run, of: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the run's elements of the parameter, shaped as the source has them.
+
+        Args:
+            run: of this rank.
+            of: a tensor of the parameter's shape to look at instead, such as its gradient.
+        """
+        own = self.parameter.detach() if of is None else of
         if own.dim():
             own = own.narrow(self.source.cut.dim, run.at, run.size)
         return own.t() if self.source.cut.transposed and own.dim() == 2 else own

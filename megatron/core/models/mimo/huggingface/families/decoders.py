@@ -179,8 +179,11 @@ def _rope_params(config: Any) -> dict[str, Any]:
     }
 
 
-def _only_without_output_bias(value: Any) -> str | None:
-    return "biases of some layers only; Megatron's go together" if value else None
+def _biases(config: Any) -> str | None:
+    """Megatron's linear layers have biases all together; the query, key and value ones aside."""
+    if bool(config.attention_bias) == bool(getattr(config, "mlp_bias", False)):
+        return None
+    return "biases of the attention's or of the MLP's linear layers alone; both or none can be had"
 
 
 _LLAMA = Family(
@@ -190,14 +193,19 @@ _LLAMA = Family(
     table=_llama_table,
     reads=_READ,
     refuses={
-        "attention_bias": _only_without_output_bias,
-        "mlp_bias": _only_without_output_bias,
+        "attention_bias": _biases,
+        "mlp_bias": _biases,
     },
 )
 
 
-def _sliding(value: Any) -> str | None:
-    return None if value is None else f"attention within a window of {value} tokens"
+def _sliding(config: Any) -> str | None:
+    if config.sliding_window is None:
+        return None
+    return (
+        f"attention within a window of {config.sliding_window} tokens; for shorter sequences set "
+        f'"sliding_window": null in config.json, which is the same function there'
+    )
 
 
 # A window that is set and not used; layer types follow from both.
@@ -226,7 +234,7 @@ _QWEN3 = Family(
     table=_llama_table,
     reads=_READ,
     ignores=_WINDOWS,
-    refuses={"sliding_window": _sliding, "attention_bias": _only_without_output_bias},
+    refuses={"sliding_window": _sliding, "attention_bias": _biases},
 )
 _EXPERT_FIELDS = frozenset({"num_local_experts", "num_experts_per_tok", "router_aux_loss_coef"})
 _QWEN3_MOE = Family(
@@ -238,7 +246,7 @@ _QWEN3_MOE = Family(
     | _EXPERT_FIELDS
     | {"moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"},
     ignores=_WINDOWS,
-    refuses={"sliding_window": _sliding, "attention_bias": _only_without_output_bias},
+    refuses={"sliding_window": _sliding, "attention_bias": _biases},
 )
 _MIXTRAL = Family(
     model_types=("mixtral",),
@@ -326,10 +334,20 @@ _GPT2 = Family(
         ]
     ),
     refuses={
-        "embd_pdrop": lambda value: None,
-        "scale_attn_by_inverse_layer_idx": lambda on: "attention scaled by layer" if on else None,
-        "scale_attn_weights": lambda on: None if on else "attention that is not scaled",
-        "add_cross_attention": lambda on: "cross attention" if on else None,
+        "embd_pdrop": lambda config: (
+            None
+            if config.embd_pdrop == config.resid_pdrop
+            else f"another dropout than resid_pdrop, {config.resid_pdrop}; make them equal"
+        ),
+        "scale_attn_by_inverse_layer_idx": lambda config: (
+            "attention scaled by layer" if config.scale_attn_by_inverse_layer_idx else None
+        ),
+        "scale_attn_weights": lambda config: (
+            None if config.scale_attn_weights else "attention that is not scaled"
+        ),
+        "add_cross_attention": lambda config: (
+            "cross attention" if config.add_cross_attention else None
+        ),
     },
 )
 

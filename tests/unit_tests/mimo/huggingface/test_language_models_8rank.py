@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Language models of every family on 8 ranks, against transformers in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mimo_colocated.launch.layouts import Layout
+from tests.unit_tests.mimo.huggingface import harness, models
+
+pytestmark = pytest.mark.ranks(8)
+
+SP = {"sequence_parallel": True}
+LAYOUTS = {
+    "tp2-cp2-dp2-sp": harness.Case(Layout(tp=2, cp=2, dp=2), settings=SP),
+    "pp2-cp2-dp2": harness.Case(Layout(pp=2, cp=2, dp=2)),
+    "tp4-dp2": harness.Case(Layout(tp=4, dp=2)),
+    "packed": harness.Case(Layout(tp=2, cp=2, dp=2), settings={**SP, "packed": True}),
+}
+EXPERT_LAYOUTS = {
+    "tp2-cp2-dp2-ep2": harness.Case(Layout(tp=2, cp=2, dp=2, ep=2, etp=2), settings=SP),
+    "cp2-dp4-ep4": harness.Case(Layout(cp=2, dp=4, ep=4, etp=1)),
+    "pp2-dp4-ep2": harness.Case(Layout(pp=2, dp=4, ep=2, etp=2)),
+}
+ROWS = [(family, layout) for family in models.DENSE for layout in LAYOUTS]
+ROWS += [(family, layout) for family in models.SPARSE for layout in EXPERT_LAYOUTS]
+
+
+def _skipped(family: str, layout: str) -> bool:
+    # Learned positions of a packed batch are those of the whole pack.
+    return family == "gpt2" and layout == "packed"
+
+
+@pytest.mark.parametrize(("family", "layout"), [row for row in ROWS if not _skipped(*row)])
+def test_logits_and_gradients_are_those_of_transformers(
+    family: str, layout: str, shared_tmp_path: Path
+) -> None:
+    case = {**LAYOUTS, **EXPERT_LAYOUTS}[layout]
+    made = {**models.DENSE, **models.SPARSE}[family]()
+    task = harness.text_task(harness.randomise(made, seed=1), models.VOCABULARY)
+    expected = None
+    if torch.distributed.get_rank() == 0:
+        task.model.save_pretrained(shared_tmp_path / "model")
+        expected = harness.oracle(task, shared_tmp_path / "gradients")
+    torch.distributed.barrier()
+    built = harness.built_case(shared_tmp_path / "model", case)
+    trainer = harness.trainer_of(built, task)
+    logits = harness.logits_of(trainer, task)
+    trainer.model.train()
+    trainer.gradients(task, 0)
+    gradients = harness.gradients_of(built)
+    found = None
+    if expected is not None:
+        errors = harness.gradient_errors(gradients, expected.gradients)
+        found = harness.logits_error(logits, expected, task), harness.worst(errors)
+    logits_error, (name, gradient_error) = harness.agreed(found)
+    built.destroy()
+    assert logits_error <= harness.LOGITS
+    assert gradient_error <= harness.GRADIENTS, name
