@@ -73,7 +73,7 @@ SPARSE = {
     "qwen3_moe": _causal("Qwen3Moe", **SIZES, head_dim=16, moe_intermediate_size=24, **EXPERTS),
     "qwen3_moe-normalised": _causal(
         "Qwen3Moe",
-        **{**SIZES, "num_hidden_layers": 3},
+        **{**SIZES, "num_hidden_layers": 4},
         head_dim=16,
         moe_intermediate_size=24,
         norm_topk_prob=True,

@@ -21,6 +21,7 @@ from megatron.core.models.mimo.gradients.finalize import iter_modules
 from megatron.core.models.mimo.huggingface.composites import Composite, EncoderPart, describe
 from megatron.core.models.mimo.huggingface.cuts import Heads
 from megatron.core.models.mimo.huggingface.family import Family
+from megatron.core.models.mimo.huggingface.fits import check_fits
 from megatron.core.models.mimo.huggingface.folder import ModelFolder
 from megatron.core.models.mimo.huggingface.language_model import ImportedGPTModel
 from megatron.core.models.mimo.huggingface.tables import Table, best_spelled
@@ -31,6 +32,12 @@ from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.models.mimo.randomness import seed_everything
 from megatron.core.models.mimo.training.groups import create_process_groups, make_grid
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from mimo_colocated.launch.layouts import Layout
 
@@ -109,6 +116,12 @@ def from_folder(
     options = options or BuildOptions()
     with ModelFolder(folder) as opened:
         composite = describe(read_config(opened.path))
+        check_fits(
+            composite,
+            layouts,
+            sequence_parallel=options.sequence_parallel,
+            virtual_stages=options.virtual_stages,
+        )
         built, parts = _build(composite, layouts, options)
         spelled = tuple(_spelled(part, composite, opened) for part in parts)
 
@@ -196,12 +209,6 @@ def _build(
     composite: Composite, layouts: Mapping[str, Layout], options: BuildOptions
 ) -> tuple[Callable[[Callable[[MimoModel], None]], BuiltModel], list[Part]]:
     """The model, bare, as a function that fills, freezes and wraps it; and its parts."""
-    expected = {LANGUAGE, *(part.modality for part in composite.encoders)}
-    if set(layouts) != expected:
-        raise ValueError(
-            f"layouts are given for {sorted(layouts)}, but the model's modules are "
-            f"{sorted(expected)}; give each of them one"
-        )
     configs = {LANGUAGE: _language_config(composite, layouts[LANGUAGE], options)}
     for part in composite.encoders:
         configs[part.modality] = module_config(
@@ -237,6 +244,7 @@ def _build(
     model = MimoModel(
         mimo_config, cp_group=collections[LANGUAGE].cp, tp_group=collections[LANGUAGE].tp
     )
+    _mark_what_is_cut(model)
     parts = [_language_part(composite, model, collections[LANGUAGE], configs[LANGUAGE])]
     parts += [
         _encoder_part(part, model, collections[part.modality], configs[part.modality])
@@ -258,6 +266,15 @@ def _build(
         )
 
     return finish, parts
+
+
+def _mark_what_is_cut(model: torch.nn.Module) -> None:
+    """Say which weights are cut over TP, as stock does where it draws them."""
+    dims = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
+    for module in model.modules():
+        dim = next((at for kind, at in dims.items() if isinstance(module, kind)), None)
+        if dim is not None and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
 
 
 def _grid(name: str, layout: Layout, experts: bool, options: BuildOptions) -> Any:

@@ -69,7 +69,7 @@ def check_step(
                     "one that is; set disable_parameter_transpose_cache=True in its config"
                 )
     bridged = {modality for modality, _ in mimo.colocated_comms}
-    if bridged != set(mimo.modality_submodules) or not bridged:
+    if bridged != set(mimo.modality_submodules) or not mimo.mimo_config.module_to_grid_map:
         raise ValueError(
             f"forward_backward_pipelined needs a bridge for each modality "
             f"({sorted(mimo.modality_submodules)}), the model has some for {sorted(bridged)}; "

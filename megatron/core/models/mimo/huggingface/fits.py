@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a model can be cut as a pair of layouts asks: pure integers, before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron.core.models.mimo.huggingface.composites import Composite
+from mimo_colocated.launch.layouts import LANGUAGE, Layout, Layouts, Limits, misfits, suggest
+
+_ALONE = "encoder"
+
+
+class LayoutError(ValueError):
+    """Layouts that a model cannot be cut into; the message names the nearest that it can."""
+
+
+def check_fits(
+    composite: Composite,
+    layouts: Mapping[str, Layout],
+    *,
+    sequence_parallel: bool,
+    virtual_stages: int = 1,
+) -> None:
+    """Refuse layouts that do not fit the model.
+
+    Args:
+        composite: the model.
+        layouts: module -> layout.
+        sequence_parallel: the language model also cuts its sequence over TP.
+        virtual_stages: stages per rank of the language model.
+
+    Raises:
+        LayoutError: modules without a layout, or the first misfit with its numbers and layouts
+            that would fit.
+    """
+    modules = _modules(composite)
+    if set(layouts) != set(modules):
+        raise LayoutError(
+            f"layouts are given for {sorted(layouts)}, but the model's modules are "
+            f"{sorted(modules)}; give each of them one"
+        )
+    for name, layout in layouts.items():
+        for what, width in _widths(modules[name]):
+            if width % layout.tp:
+                raise LayoutError(
+                    f"{name} tp={layout.tp} does not divide its {what} of {width}; tp can be "
+                    f"{[n for n in range(1, layout.tp) if width % n == 0]}"
+                )
+    language = modules[LANGUAGE]
+    limits = Limits(
+        global_batch_size=0,
+        sequence_parallel=sequence_parallel,
+        heads={name: _heads(settings) for name, settings in modules.items()},
+        experts=language.get("num_moe_experts") or 0,
+        language_layers=language["num_layers"],
+        virtual_stages=virtual_stages,
+    )
+    encoders = {name: at for name, at in layouts.items() if name != LANGUAGE}
+    # What a suggestion starts from; of a model without encoders it is not shown.
+    alone = {_ALONE: Layout(dp=layouts[LANGUAGE].size)}
+    pair = Layouts(encoders or alone, layouts[LANGUAGE])
+    wrong = misfits(pair, limits)
+    if wrong:
+        better, _ = suggest(pair, limits)
+        shown = str(better) if encoders else f"--{LANGUAGE} {better.language}"
+        raise LayoutError(f"{wrong[0]}; try {shown}")
+
+
+def _modules(composite: Composite) -> dict[str, dict[str, Any]]:
+    """Module -> fields of its TransformerConfig."""
+    language = composite.language
+    return {
+        LANGUAGE: language.family.settings(language.config),
+        **{part.modality: part.family.settings(part.config) for part in composite.encoders},
+    }
+
+
+def _heads(settings: Mapping[str, Any]) -> int:
+    """Key/value heads, of which a rank has whole ones."""
+    return settings.get("num_query_groups") or settings.get("num_attention_heads") or 0
+
+
+def _widths(settings: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    for what, name in (("MLP width", "ffn_hidden_size"), ("experts' width", "moe_ffn_hidden_size")):
+        if settings.get(name):
+            yield what, settings[name]

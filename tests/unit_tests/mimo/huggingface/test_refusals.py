@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot be the same function is refused in one sentence before any weight is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+import transformers
+from safetensors.torch import load_file, save_file
+
+from megatron.core.models.mimo.huggingface import build, weights
+from megatron.core.models.mimo.huggingface.composites import describe
+from megatron.core.models.mimo.huggingface.family import UnsupportedModelError
+from megatron.core.models.mimo.huggingface.fits import LayoutError, check_fits
+from megatron.core.models.mimo.huggingface.folder import FolderError, ModelFolder
+from mimo_colocated.launch.layouts import Layout
+from tests.unit_tests.mimo.huggingface import models
+
+LLAMA = models.SIZES
+
+
+def _llama(**settings: Any) -> transformers.LlamaConfig:
+    return transformers.LlamaConfig(**{**LLAMA, **settings})
+
+
+def _yarn() -> transformers.LlamaConfig:
+    return _llama(
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+        }
+    )
+
+
+UNSUPPORTED = [
+    (transformers.MistralConfig(**LLAMA, sliding_window=8), "sliding_window=8.*window of 8 tokens"),
+    (_yarn(), "rope_type='yarn' is not supported; default, linear, llama3"),
+    (_llama(attention_bias=True), "attention_bias=True is not supported: biases"),
+    (_llama(mlp_bias=True), "attention_bias=False is not supported: biases"),
+    (_llama(hidden_act="mish"), "activation 'mish' is not supported; known are"),
+    (_llama(quantization_config={"quant_method": "x"}), "quantized weights cannot be trained"),
+    (
+        transformers.GPT2Config(scale_attn_by_inverse_layer_idx=True),
+        "scale_attn_by_inverse_layer_idx=True.*scaled by layer",
+    ),
+    (
+        transformers.MixtralConfig(**LLAMA, router_jitter_noise=0.1),
+        "router_jitter_noise=0.1 is not supported; only its default, 0.0",
+    ),
+    (transformers.Gemma2Config(), "model_type 'gemma2' is not known; known are gpt2, llama"),
+]
+
+
+@pytest.mark.parametrize(("config", "sentence"), UNSUPPORTED)
+def test_a_setting_that_would_change_the_result_is_refused(config: Any, sentence: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=sentence):
+        _read(config)
+
+
+def _read(config: Any) -> None:
+    part = describe(config).language
+    build.module_config(part.family, part.config, Layout(), build.BuildOptions())
+    part.family.params(config)
+
+
+def test_what_every_configuration_has_is_not_refused() -> None:
+    _read(_llama(use_cache=False, initializer_range=0.5, pretraining_tp=2))
+
+
+@pytest.mark.parametrize(
+    ("layouts", "sentence"),
+    [
+        ({"language": Layout(tp=8)}, "tp=8 does not divide its 4 attention heads; try --language"),
+        ({"language": Layout(pp=4)}, "pp=4 does not divide its 2 layers.*try --language"),
+        ({"language": Layout(tp=64)}, "tp=64 does not divide its MLP width of 48"),
+        ({}, r"given for \[\], but the model's modules are \['language'\]"),
+        (
+            {"language": Layout(), "images": Layout()},
+            r"given for \['images', 'language'\], but the model's modules are \['language'\]",
+        ),
+    ],
+)
+def test_layouts_that_the_model_cannot_be_cut_into(
+    layouts: dict[str, Layout], sentence: str
+) -> None:
+    with pytest.raises(LayoutError, match=sentence):
+        check_fits(describe(_llama()), layouts, sequence_parallel=False)
+
+
+def test_experts_over_tp_want_sequence_parallelism() -> None:
+    composite = describe(transformers.MixtralConfig(**LLAMA, num_local_experts=4))
+    layouts = {"language": Layout(tp=2, dp=4)}
+    with pytest.raises(LayoutError, match="experts needs --sequence-parallel"):
+        check_fits(composite, layouts, sequence_parallel=False)
+    check_fits(composite, layouts, sequence_parallel=True)
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    models.DENSE["llama"]().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def _with(folder: Path, change: Any) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+_QUERY = "model.layers.1.self_attn.q_proj.weight"
+DAMAGED = [
+    (lambda t: t.pop(_QUERY), rf"made of \['{_QUERY}'\], which the folder does not have"),
+    (
+        lambda t: t.update(surplus=t["model.norm.weight"].clone()),
+        r"tensors that the model has no place for: \['surplus'\]",
+    ),
+    (
+        lambda t: t.update({_QUERY: t[_QUERY][:, :-1].contiguous()}),
+        rf"'{_QUERY}' has shape \[32, 31\], which does not make",
+    ),
+    (
+        lambda t: t.update({_QUERY: t[_QUERY][:-4].contiguous()}),
+        rf"'{_QUERY}' has shape \[28, 32\], which does not make",
+    ),
+    (
+        lambda t: t.update({"model.norm.weight": t["model.norm.weight"][None].contiguous()}),
+        r"'model.norm.weight' has shape \[1, 32\], which does not make",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "sentence"), DAMAGED)
+def test_folders_of_another_model_are_refused_before_a_weight_is_read(
+    change: Any, sentence: str, folder: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _with(folder, change)
+    monkeypatch.setattr(build, "load", lambda *_: pytest.fail("a weight was read"))
+    with pytest.raises(FolderError, match=sentence):
+        build.from_folder(folder, {"language": Layout()})
+
+
+def test_a_folder_that_is_cut_short(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(FolderError, match="it was cut short; download it again"):
+        ModelFolder(folder)
+
+
+def test_what_is_no_model_folder(tmp_path: Path) -> None:
+    with pytest.raises(FolderError, match="it has no config.json"):
+        ModelFolder(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(FolderError, match=r"config\.json is not JSON"):
+        ModelFolder(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(FolderError, match=r"\['pytorch_model.bin'\]: open it with transformers"):
+        ModelFolder(tmp_path)
+    index = {"weight_map": {"x": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FolderError, match=r"names \['model-00001-of-00002.safetensors'\]"):
+        ModelFolder(tmp_path)
+
+
+def test_every_rank_says_what_one_rank_found(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """A rank whose own tensors are fine raises the other's sentence."""
+    monkeypatch.setattr(weights, "gathered", lambda own: [own, (["x: is missing"], [])])
+    with ModelFolder(folder) as opened, pytest.raises(FolderError, match="x: is missing"):
+        weights.check([], [], opened)
