@@ -48,7 +48,8 @@ class BuildOptions:
 
     Attributes:
         dtype: of weights and activations; gradients are summed in fp32.
-        sequence_parallel: the language model also cuts its sequence over TP.
+        sequence_parallel: the language model, and encoders that can, also cut their sequence
+            over TP.
         bridge: ``"routed"`` or ``"gather"``.
         packed: the language model takes packed sequences.
         virtual_stages: stages per rank of a pipelined language model.
@@ -211,8 +212,10 @@ def _build(
     """The model, bare, as a function that fills, freezes and wraps it; and its parts."""
     configs = {LANGUAGE: _language_config(composite, layouts[LANGUAGE], options)}
     for part in composite.encoders:
+        at = layouts[part.modality]
+        cut = options.sequence_parallel and part.sequence_parallel and at.tp > 1
         configs[part.modality] = module_config(
-            part.family, part.config, layouts[part.modality], options
+            part.family, part.config, at, options, sequence_parallel=cut
         )
     experts = configs[LANGUAGE].num_moe_experts
     grids = {name: _grid(name, at, bool(experts), options) for name, at in layouts.items()}

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.core.models.mimo.huggingface import families
 from megatron.core.models.mimo.huggingface.families.decoders import DECODERS
 from megatron.core.models.mimo.huggingface.family import Family, UnsupportedModelError
 from megatron.core.models.mimo.huggingface.tables import Table
@@ -45,6 +49,7 @@ class EncoderPart:
         family: reads its configuration; its table names what the spec builds.
         config: transformers' configuration of it.
         spellings: that folders have of its names.
+        sequence_parallel: its tower can cut its sequence over TP.
     """
 
     modality: str
@@ -55,6 +60,7 @@ class EncoderPart:
     family: Family
     config: Any
     spellings: tuple[Spelling, ...] = ({},)
+    sequence_parallel: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,10 @@ class Composite:
 
 
 COMPOSITES: dict[str, Callable[[Any], Composite]] = {}
-"""``model_type`` of whole models -> what one is made of, from its configuration."""
+"""``model_type`` of whole models -> what one is made of, from its configuration.
+
+Files of ``families/`` put theirs in; :func:`describe` imports them all.
+"""
 
 
 def describe(config: Any) -> Composite:
@@ -79,9 +88,16 @@ def describe(config: Any) -> Composite:
     Raises:
         UnsupportedModelError: its kind is not known, or a setting is not supported.
     """
+    _import_families()
     if config.model_type in COMPOSITES:
         return COMPOSITES[config.model_type](config)
     return Composite(LanguagePart(config, decoder_family(config)))
+
+
+@functools.cache
+def _import_families() -> None:
+    for each in pkgutil.iter_modules(families.__path__, families.__name__ + "."):
+        importlib.import_module(each.name)
 
 
 def decoder_family(config: Any) -> Family:

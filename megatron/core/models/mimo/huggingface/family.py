@@ -80,25 +80,45 @@ class Family:
             UnsupportedModelError: a setting is refused; one differs from its class's default
                 and nobody reads it.
         """
-        values = config.to_dict()
-        for name, reason in self.refuses.items():
-            if name in values and (why := reason(config)) is not None:
-                raise UnsupportedModelError(
-                    f"{config.model_type}: {name}={values[name]!r} is not supported: {why}"
-                )
-        usual = type(config)().to_dict()
-        known = self.reads | self.ignores | HARMLESS | set(self.refuses)
-        for name in sorted(set(values) & set(usual) - known):
-            if values[name] != usual[name]:
-                raise UnsupportedModelError(
-                    f"{config.model_type}: {name}={values[name]!r} is not supported; only its "
-                    f"default, {usual[name]!r}, is known to give the same results here"
-                )
-        if getattr(config, "quantization_config", None):
+        check_fields(config, self.reads, self.ignores, self.refuses)
+
+
+def check_fields(
+    config: Any,
+    reads: frozenset[str],
+    ignores: frozenset[str] = frozenset(),
+    refuses: Mapping[str, Callable[[Any], str | None]] | None = None,
+) -> None:
+    """Refuse a configuration with a field that would change the result and that nobody reads.
+
+    Args:
+        config: transformers' configuration, of a part or of a whole model.
+        reads, ignores, refuses: as of :class:`Family`.
+
+    Raises:
+        UnsupportedModelError: a setting is refused; one differs from its class's default and
+            nobody reads it.
+    """
+    refuses = refuses or {}
+    values = config.to_dict()
+    for name, reason in refuses.items():
+        if name in values and (why := reason(config)) is not None:
             raise UnsupportedModelError(
-                f"{config.model_type}: quantized weights cannot be trained; take the folder in "
-                "bfloat16, float16 or float32"
+                f"{config.model_type}: {name}={values[name]!r} is not supported: {why}"
             )
+    usual = type(config)().to_dict()
+    known = reads | ignores | HARMLESS | set(refuses)
+    for name in sorted(set(values) & set(usual) - known):
+        if values[name] != usual[name]:
+            raise UnsupportedModelError(
+                f"{config.model_type}: {name}={values[name]!r} is not supported; only its "
+                f"default, {usual[name]!r}, is known to give the same results here"
+            )
+    if getattr(config, "quantization_config", None):
+        raise UnsupportedModelError(
+            f"{config.model_type}: quantized weights cannot be trained; take the folder in "
+            "bfloat16, float16 or float32"
+        )
 
 
 def renamed(config: Any, names: Mapping[str, str]) -> dict[str, Any]:
