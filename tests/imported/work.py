@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a rank of a launch does: build a model from its folder, compare it with transformers."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from campaigns.launches import Tell
+from tests.imported.plan import Row, rows
+from tests.unit_tests.mimo.huggingface import harness
+
+
+def work(tell: Tell, keys: list[str], _plan: Any) -> None:
+    """Compare rows in turn.
+
+    Args:
+        tell: of each result.
+        keys: of the rows, of this world size.
+    """
+    known = {str(row): row for row in rows()}
+    for key in keys:
+        tell.started(key)
+        tell.finished(key, _compare(known[key]))
+
+
+def _compare(row: Row) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as own:
+        folder = Path(harness.agreed(own))
+        task, expected = row.task(), None
+        if dist.get_rank() == 0:
+            task.model.save_pretrained(folder / "model")
+            expected = harness.oracle(task, folder / "gradients")
+        dist.barrier()
+        built = harness.built_case(folder / "model", row.case)
+        trainer = harness.trainer_of(built, task)
+        logits = harness.logits_of(trainer, task)
+        trainer.model.train()
+        trainer.gradients(task, 0)
+        gradients = harness.gradients_of(built)
+        found = None
+        if expected is not None:
+            errors = harness.gradient_errors(gradients, expected.gradients)
+            found = harness.logits_error(logits, expected, task), harness.worst(errors)
+        logits_error, (tensor, gradient_error) = harness.agreed(found)
+        built.destroy()
+        dist.barrier()
+    passed = logits_error <= harness.LOGITS and gradient_error <= harness.GRADIENTS
+    return {"passed": passed, "logits": logits_error, "gradient": gradient_error, "in": tensor}
