@@ -151,6 +151,7 @@ def _spec(
         params_dtype=tower.params_dtype,
         bf16=tower.bf16,
         fp16=tower.fp16,
+        perform_initialization=False,
         bias_activation_fusion=False,
         gradient_accumulation_fusion=False,
     )
