@@ -9,6 +9,7 @@ from tests.mutants.catalogue.exchange import EXCHANGE
 from tests.mutants.catalogue.faults import FAULTS
 from tests.mutants.catalogue.files import FILES
 from tests.mutants.catalogue.frozen import FROZEN
+from tests.mutants.catalogue.imported import IMPORTED
 from tests.mutants.catalogue.memory import MEMORY
 from tests.mutants.catalogue.model import MODEL
 from tests.mutants.catalogue.options import OPTIONS
@@ -57,6 +58,7 @@ MUTANTS = (
     *BACKEND,
     *BOUNDARIES,
     *OPTIONS,
+    *IMPORTED,
     *WITHOUT_A,
     *WITHOUT_A_MODEL,
     *WITHOUT_A_PARTS,

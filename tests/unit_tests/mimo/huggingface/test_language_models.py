@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.core.models.mimo.huggingface.folder import ModelFolder
+from megatron.core.models.mimo.huggingface.weights import held_by, load
 from mimo_colocated.launch.layouts import Layout
 from tests.unit_tests.mimo.huggingface import harness, models
 
@@ -77,6 +79,11 @@ def test_padding_of_the_vocabulary_neither_wins_nor_counts(tmp_path: Path) -> No
     task = harness.text_task(harness.randomise(models.DENSE["llama"](), 1), models.VOCABULARY)
     task.model.save_pretrained(tmp_path / "model")
     built = harness.built_case(tmp_path / "model", ONE)
+    with torch.no_grad(), ModelFolder(tmp_path / "model") as folder:
+        held = list(held_by(built.parts))
+        for each in held:
+            each.parameter.fill_(7.0)  # what memory may hold
+        load(held, folder, lambda _size: None)
     trainer = harness.trainer_of(built, task)
     logits = harness.logits_of(trainer, task)
     assert logits.shape[-1] == 128
