@@ -11,6 +11,7 @@ run from its source, an export copies it back, so what an import can read an exp
     Vocabulary    x (V, h)                   the r-th part of x with zero rows added, (P/n, h)
     QKV           q, k, v                    by query group of this rank: its q heads, its k, its v
     FusedQKV      [q; k; v] in one           the same
+    QV            q, v                       the same, with zeros for k
     Gated         gate, up                   the r-th part of gate, the r-th part of up
 
 ``transposed`` is for layers that store ``(in, out)``, as GPT-2's do.
@@ -19,7 +20,7 @@ run from its source, an export copies it back, so what an import can read an exp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,23 @@ class FusedQKV(QKV):
             Run(0, offsets[run.source] + run.start, run.at, run.size)
             for run in super().runs(lengths, shard, heads)
         ]
+
+
+@dataclass(frozen=True)
+class QV(QKV):
+    """A joined bias whose keys have none: theirs is zero here and in no folder."""
+
+    @property
+    def sources(self) -> int:  # noqa: D102
+        return 2
+
+    def runs(self, lengths: Sequence[int], shard: Shard, heads: Heads) -> list[Run]:  # noqa: D102
+        joined = super().runs(lengths, shard, heads)
+        return [replace(run, source=run.source // 2) for run in joined if run.source != 1]
+
+    def length(self, lengths: Sequence[int], shard: Shard, heads: Heads) -> int:
+        """Return the length of a rank's part, keys included."""
+        return sum(run.size for run in super().runs(lengths, shard, heads))
 
 
 @dataclass(frozen=True)

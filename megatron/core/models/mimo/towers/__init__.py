@@ -3,4 +3,5 @@
 
 feature_transformer.py   layers whose output is chosen hidden states; ragged rows; SP
 vision.py                CLIP's and SigLIP's vision models (images), SigLIP2's (patches)
+whisper.py               Whisper's encoder, and Qwen2-Audio's (sounds)
 """
