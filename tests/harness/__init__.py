@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs tests marked ``@pytest.mark.ranks(n)`` on ``n`` processes.
 
-Under plain ``pytest`` all tests of one ``n`` share one ``torchrun`` launch and each is reported
-with its own outcome; under ``torchrun --nproc-per-node n -m pytest`` they run directly.
+Under plain ``pytest`` all tests of one ``n`` share one launch and each is reported with its own
+outcome; under ``torchrun --nproc-per-node n -m pytest`` they run directly.
 
     plugin.py      hooks; picks the side: supervising pytest, or pytest on a rank
     gpus.py        who sees GPUs, decided before torch is imported
-    supervisor.py  supervising side: launches torchrun, follows it, settles every test
+    supervisor.py  supervising side: starts launches, follows them, settles every test
+    fork_server.py starts ranks and programs in forks of a process that has the libraries
     reports.py     supervising side: reports of n ranks -> the reports of one test
     rank_plugin.py rank side: process group, lockstep after each test, deadline, output
     records.py     files in which the ranks tell the supervisor what happened

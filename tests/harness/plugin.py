@@ -11,12 +11,17 @@ SIZES = (1, 2, 4, 8)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Declare the deadlines, in seconds; a test overrides its own with ``ranks(8, timeout=)``."""
+    """Declare how ranks start, and the deadlines, in seconds (a test's own: ``timeout=``)."""
     parser.addini("ranks_timeout", "deadline of one multi-rank test", default="180")
     parser.addini(
         "ranks_grace", "how long the other ranks may go on after a test failed on one", default="15"
     )
     parser.addini("ranks_startup", "deadline for a launch to reach its first test", default="300")
+    parser.addini(
+        "ranks_start",
+        "fork: on CPUs from a process that has the imports; or torchrun",
+        default="fork",
+    )
 
 
 def ranks_of(item: pytest.Item) -> int | None:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The supervising pytest: one ``torchrun`` launch per number of ranks, followed test by test.
+"""The supervising pytest: one launch per number of ranks, followed test by test.
 
 A launch runs in the background while pytest asks for its tests one after the other; each is
 reported as soon as every rank has finished it. When a launch ends early, the test it was in is
-reported and the rest goes into a new launch.
+reported and the rest goes into a new launch. The largest launch begins at once, beside the tests of
+one process, which leave cores idle.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from pathlib import Path
 import pytest
 
 from tests.harness import records
-from tests.harness.gpus import show_to_ranks
+from tests.harness.fork_server import Forked, Start, shared_server
+from tests.harness.gpus import VISIBLE, show_to_ranks
 from tests.harness.plugin import ranks_of, timeout_of
 from tests.harness.records import RankLog
 from tests.harness.reports import RankFailure, error, merge
@@ -39,7 +41,7 @@ _LAUNCH_VARIABLES = re.compile(
 
 
 class Launch:
-    """One ``torchrun`` with ``size`` ranks that run pytest on a list of tests."""
+    """``size`` ranks that run pytest on a list of tests."""
 
     def __init__(self, config: pytest.Config, size: int, items: list[pytest.Item]) -> None:
         self.items = items
@@ -50,35 +52,42 @@ class Launch:
         records.write_plan(self.directory, [i.nodeid for i in items])
         self.process = self.start_ranks(config, size)
 
-    def start_ranks(self, config: pytest.Config, size: int) -> subprocess.Popen:
-        """Start torchrun; ``tests.mutants`` exchanges this for something quicker."""
+    def start_ranks(self, config: pytest.Config, size: int) -> subprocess.Popen | Forked:
+        """Fork the ranks from the server, or start torchrun where each has a GPU."""
+        environment = self.environment()
+        arguments = self.arguments(config)
+        folder, log = str(config.invocation_params.dir), str(self.directory / "logs")
+        forks = environment.get(VISIBLE) == "" and config.getini("ranks_start") == "fork"
+        address = shared_server() if forks else None
+        if address is not None:
+            output = f"{log}/{{rank}}/stdout.log"
+            return Forked(address, Start(arguments, folder, environment, output, size))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--local-addr=127.0.0.1", f"--nproc-per-node={size}", "--redirects=3"]
         with (self.directory / "agent.log").open("wb") as output:
             return subprocess.Popen(
-                self.command(config, size),
-                cwd=config.invocation_params.dir,
-                env=self.environment(),
+                [*command, f"--log-dir={log}", *arguments],
+                cwd=folder,
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
 
-    def command(self, config: pytest.Config, size: int) -> list[str]:
-        """The command line of a launch."""
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--local-addr=127.0.0.1", f"--nproc-per-node={size}", "--redirects=3"]
-        command += [f"--log-dir={self.directory / 'logs'}", "-m", "pytest"]
+    def arguments(self, config: pytest.Config) -> list[str]:
+        """What a rank runs."""
         # tee-sys: what a rank prints is in its log already when it dies.
-        command += ["-q", "--capture=tee-sys", "-p", "no:cacheprovider"]
-        command += [f"--rootdir={config.rootpath}"]
+        arguments = ["-m", "pytest", "-q", "--capture=tee-sys", "-p", "no:cacheprovider"]
+        arguments += [f"--rootdir={config.rootpath}"]
         if config.inipath is not None:
-            command += ["-c", str(config.inipath)]
+            arguments += ["-c", str(config.inipath)]
         for override in config.getoption("override_ini") or ():
-            command += ["-o", override]
-        return command + list(dict.fromkeys(str(i.path) for i in self.items))
+            arguments += ["-o", override]
+        return arguments + list(dict.fromkeys(str(i.path) for i in self.items))
 
     def environment(self) -> dict[str, str]:
-        """The environment of torchrun and its ranks."""
+        """The environment of the ranks."""
         env = {k: v for k, v in os.environ.items() if not _LAUNCH_VARIABLES.fullmatch(k)}
         env[records.DIRECTORY_VARIABLE] = str(self.directory)
         env[records.SUPERVISOR_VARIABLE] = str(os.getpid())
@@ -100,7 +109,7 @@ class Launch:
             self.progress_at = time.monotonic()
 
     def running(self) -> bool:
-        """True while torchrun has not exited."""
+        """True while some rank has not exited."""
         return self.process.poll() is None
 
     def check_deadlines(self, startup: float, per_test: float) -> None:
@@ -116,15 +125,17 @@ class Launch:
             self.stop(f"the launch took more than {overall:g} s for {len(self.items)} tests")
 
     def stop(self, reason: str) -> None:
-        """End torchrun and all ranks; they leave their stacks on SIGTERM."""
+        """End all ranks; they leave their stacks on SIGTERM."""
         self.stopped = self.stopped or reason
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGTERM)
         try:
             self.process.wait(timeout=10)
         except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
             # torchrun puts the ranks in sessions of their own, so each is ended by its id.
-            for pid in [self.process.pid, *(log.pid for log in self.logs if log.pid)]:
+            for pid in [log.pid for log in self.logs if log.pid]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             self.process.wait()
@@ -134,7 +145,6 @@ class Launch:
         """Return why the launch ended: our own deadline, a rank's deadline, or dead ranks."""
         if self.stopped:
             return self.stopped
-        agent = (self.directory / "agent.log").read_text(errors="replace")
         stacks = [log.stacks() for log in self.logs]
         late = [r for r, text in enumerate(stacks) if text.startswith("Timeout (")]
         if late:
@@ -143,18 +153,29 @@ class Launch:
         gave_up = [log for log in self.logs if log.gave_up]
         if gave_up:
             return f"the other ranks did not finish after rank {gave_up[0].rank} failed"
-        return self._why_dead(agent)
+        return self._why_dead()
 
-    def _why_dead(self, agent: str) -> str:
-        # torchrun names the first rank it saw fail; without that, ranks it stopped itself have
-        # left a stack and one that died on its own has not.
-        first = re.search(r"Root Cause.*?\n +rank +: (\d+)", agent, re.DOTALL)
+    def _why_dead(self) -> str:
+        first, code, agent = self._first_dead()
+        # Without a first one: ranks that were stopped have left a stack, one that died has not.
         silent = [log for log in self.logs if not log.stacks() and not log.ended]
-        log = self.logs[int(first[1])] if first else (silent or self.logs)[0]
-        code = re.search(rf"\n +rank +: {log.rank} .*\n +exitcode +: (-?\d+)", agent)
-        ended = f"exit code {code[1]}" if code else f"torchrun exited {self.process.returncode}"
+        log = (silent or self.logs)[0] if first is None else self.logs[first]
+        ended = (
+            f"the launch exited {self.process.returncode}" if code is None else f"exit code {code}"
+        )
         output = log.output_tail() or agent[-2000:]
         return f"rank {log.rank} died ({ended}); its last output:\n{output}"
+
+    def _first_dead(self) -> tuple[int | None, int | None, str]:
+        """The rank that was seen to fail first, its exit code, and what torchrun said."""
+        if isinstance(self.process, Forked):
+            return self.process.rank, self.process.returncode, ""
+        agent = (self.directory / "agent.log").read_text(errors="replace")
+        first = re.search(r"Root Cause.*?\n +rank +: (\d+)", agent, re.DOTALL)
+        if first is None:
+            return None, None, agent
+        code = re.search(rf"\n +rank +: {first[1]} .*\n +exitcode +: (-?\d+)", agent)
+        return int(first[1]), int(code[1]) if code else None, agent
 
     def close(self) -> None:
         """Stop what still runs and remove the launch's files."""
@@ -178,7 +199,7 @@ class RankedTests:
         """Return a test's reports, running launches until there are some."""
         while nodeid not in self.done:
             if self.launch is None:
-                self._start()
+                self.start()
             running = self.launch.running()
             self.launch.read()
             self._settle_finished()
@@ -192,13 +213,14 @@ class RankedTests:
             self.close()
         return self.done.pop(nodeid)
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Begin a launch of all tests that are left."""
         reporter = self.config.pluginmanager.get_plugin("terminalreporter")
         if reporter is not None:
             if self.config.get_terminal_writer().width_of_current_line:
                 reporter.line("")
             tests = f"{len(self.waiting)} tests"
-            reporter.write_line(f"{self.size} ranks: one torchrun for {tests} ...")
+            reporter.write_line(f"{self.size} ranks: one launch for {tests} ...")
             reporter.flush()
         self._settled_in_launch = 0
         self.launch = Launch(self.config, self.size, list(self.waiting.values()))
@@ -254,6 +276,8 @@ class SupervisorPlugin:
             if size is not None:
                 self.groups.setdefault(size, RankedTests(self.config, size, []))
                 self.groups[size].waiting[item.nodeid] = item
+        if self.groups and not session.config.option.collectonly:
+            self.groups[max(self.groups)].start()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:

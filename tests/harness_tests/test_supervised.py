@@ -134,7 +134,7 @@ def test_different_outcomes_are_a_failure(cases: Result) -> None:
 
 
 def test_progress_says_how_many_tests_each_launch_has(cases: Result) -> None:
-    launches = re.findall(r"^2 ranks: one torchrun for (\d+) tests", cases.output, re.MULTILINE)
+    launches = re.findall(r"^2 ranks: one launch for (\d+) tests", cases.output, re.MULTILINE)
     # All nine; then what is left after the stuck, the hanging and the dead one.
     assert launches == ["9", "5", "3", "2"]
 
@@ -159,7 +159,7 @@ def test_a(n):
         assert report.text.startswith(
             "the launch of 2 ranks ended before this test: rank 1 died (exit code 9)"
         )
-    assert len(re.findall("one torchrun", result.output)) == 1
+    assert len(re.findall("one launch", result.output)) == 1
 
 
 def test_marker_with_another_size_is_refused(tmp_path: Path) -> None:

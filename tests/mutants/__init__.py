@@ -7,7 +7,6 @@ notice run there, and a mutant that none of them notices is a hole in the tests.
     mutant.py     what a mutant is; applying one; which ones are stale
     catalogue/    the mutants, one file per area
     trial.py      pytest on a copy of the tree, and what its outcome says about a mutant
-    fork_server.py, forked_ranks.py   how a pytest starts without importing PyTorch again
     campaign.py   baseline, then every mutant, one-process tests several at a time; the docs' table
     __main__.py   the command
 """

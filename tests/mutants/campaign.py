@@ -14,8 +14,8 @@ from typing import Any
 from campaigns.command import Campaign, CampaignError, Console
 from campaigns.pages import replace_between
 from campaigns.record import ROOT, Record, Result, fingerprint, versions
+from tests.harness.fork_server import LIBRARIES
 from tests.mutants.catalogue import MUTANTS
-from tests.mutants.fork_server import LIBRARIES
 from tests.mutants.mutant import Mutant, check
 from tests.mutants.trial import BROKEN, KILLED, KILLS, SURVIVED, TIMED_OUT, Tree, Trials
 
@@ -26,7 +26,7 @@ TREE = Tree(
     root=ROOT,
     parts=("megatron", "mimo_colocated", "examples", "campaigns", "tests", "pyproject.toml"),
     # A rank that waits in vain: a minute is many times what any of these tests takes.
-    options=("-p", "tests.mutants.forked_ranks", "-o", "ranks_timeout=60"),
+    options=("-o", "ranks_timeout=60"),
     libraries=LIBRARIES,
 )
 BASELINE = "baseline"

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.mutants.fork_server import ADDRESS_VARIABLE, Forked, ForkServer, Start
+from tests.harness.fork_server import ADDRESS_VARIABLE, Forked, ForkServer, Start
 from tests.mutants.mutant import Mutant
 
 KILLED, TIMED_OUT, SURVIVED, BROKEN = "killed", "killed by a deadline", "SURVIVED", "BROKEN"
@@ -173,14 +173,14 @@ class Trials:
 
     def _start(self, arguments: list[str], folder: Path, log: Path) -> subprocess.Popen | Forked:
         environment = _environment(folder)
-        if self._server is not None:
-            environment[ADDRESS_VARIABLE] = self._server.address
-            return Forked(
-                self._server.address, Start(arguments, str(folder), environment, str(log))
-            )
+        arguments = ["-m", "pytest", *arguments]
+        # Empty: no rank is forked either.
+        environment[ADDRESS_VARIABLE] = address = self._server.address if self._server else ""
+        if address:
+            return Forked(address, Start(arguments, str(folder), environment, str(log)))
         with log.open("wb") as output:
             return subprocess.Popen(
-                [sys.executable, "-m", "pytest", *arguments],
+                [sys.executable, *arguments],
                 cwd=folder,
                 env=environment,
                 stdin=subprocess.DEVNULL,

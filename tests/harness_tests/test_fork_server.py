@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The server that forks pytest, on toy tests; it imports pytest only."""
+"""The server that forks tests, on toys; it imports pytest only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants.fork_server import Forked, ForkServer, Start
+from tests.harness.fork_server import Forked, ForkServer, Start
 
 RANKS = """
 import os, pathlib, time
@@ -38,7 +38,7 @@ def start(server: ForkServer, folder: Path, test: str, ranks: int = 1, **code: s
     (folder / "test_toy.py").write_text(test)
     for name, text in code.items():
         (folder / f"{name}.py").write_text(text)
-    arguments = ["-q", "-p", "no:cacheprovider", "test_toy.py"]
+    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "test_toy.py"]
     output = str(folder / "output{rank}")
     return Forked(server.address, Start(arguments, str(folder), dict(os.environ), output, ranks))
 
