@@ -11,8 +11,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 import psutil
 
 from tests.faults.starts import LAUNCH_VARIABLES
+from tests.harness.programs import start
 
 TRAIN = Path(__file__).parents[2] / "examples" / "mimo" / "digits" / "train.py"
 TIMEOUT_S = 500
@@ -29,7 +28,15 @@ _PATIENT = ("--timeout", "400")
 
 
 class Job:
-    """One start of ``train.py``; ``arguments`` is one string as typed after the script's name."""
+    """One start of ``train.py``.
+
+    Args:
+        out: its output folder.
+        arguments: one string as typed after the script's name.
+        faults: a folder of :func:`sabotage`.
+        fresh: it imports everything anew, as for a user; else it is forked, which is quicker.
+        variables: of its environment.
+    """
 
     def __init__(
         self,
@@ -37,6 +44,7 @@ class Job:
         arguments: str,
         *,
         faults: Path | None = None,
+        fresh: bool = False,
         **variables: str,
     ) -> None:
         self.out = out
@@ -48,15 +56,14 @@ class Job:
             _free_name(out.parent, f"{out.name}.{name}") for name in ("stdout", "stderr")
         )
         # Into files: nobody has to read a pipe while the test waits for something else.
-        with self._output.open("w") as output, self._errors.open("w") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, str(TRAIN), *_PATIENT, *arguments.split(), "--out", str(out)],
-                env=environment | variables,
-                cwd=out.parent,
-                stdout=output,
-                stderr=errors,
-                start_new_session=True,
-            )
+        self.process = start(
+            [str(TRAIN), *_PATIENT, *arguments.split(), "--out", str(out)],
+            out.parent,
+            environment | variables,
+            self._output,
+            self._errors,
+            fresh=fresh,
+        )
 
     @property
     def output(self) -> str:

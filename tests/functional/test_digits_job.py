@@ -43,7 +43,8 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(shelf: Path) -> Job:
     """The one-process run, which is right by definition."""
-    return Job(shelf / "reference", f"{ONE_RANK} --steps {PARITY_STEPS}").wait().succeeded()
+    arguments = f"{ONE_RANK} --steps {PARITY_STEPS}"
+    return Job(shelf / "reference", arguments, fresh=True).wait().succeeded()
 
 
 # ------------------------------------------------------------------------- parity and the outputs
@@ -141,6 +142,7 @@ def test_one_line_per_step_is_printed(reference: Job) -> None:
     for line, step in zip(lines, reference.metrics(), strict=True):
         assert f"loss {step['loss']:.4f}  grad norm {step['grad_norm']:.3f}" in line
     assert f"starting anew in {reference.out}" in reference.output
+    assert reference.errors == ""
 
 
 @pytest.mark.once

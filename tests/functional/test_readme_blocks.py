@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.functional.readme_blocks import REPO, Block, all_blocks, parse, readme_files
+from tests.harness import programs
 
 BLOCKS = all_blocks()
 
@@ -27,26 +28,27 @@ def with_blocks_before(block: Block) -> str:
 
 
 def run(block: Block) -> subprocess.CompletedProcess[str]:
-    program = ["bash", "-euo", "pipefail", "-c", block.text]
-    if block.language == "python":
-        program = [sys.executable, "-c", with_blocks_before(block)]
     # The reader's shell has the environment's programs on its path, and so has the block's.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path}
+    timeout = int(block.argument) if block.mark == "timeout" else 300
+    if block.language == "python":
+        return programs.run(["-c", with_blocks_before(block)], REPO, environment, timeout)
     return subprocess.run(
-        program,
+        ["bash", "-euo", "pipefail", "-c", block.text],
         cwd=REPO,
-        env={**os.environ, "PATH": path},
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=int(block.argument) if block.mark == "timeout" else 300,
+        timeout=timeout,
         check=False,
     )
 
 
 def assert_runs(block: Block) -> None:
     done = run(block)
-    assert done.returncode == 0, f"{block.text}\n---\n{done.stdout}"
+    assert done.returncode == 0, f"{block.text}\n---\n{done.stdout}{done.stderr or ''}"
 
 
 def assert_names_targets_that_make_knows(block: Block) -> None:

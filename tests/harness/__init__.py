@@ -5,6 +5,7 @@ Under plain ``pytest`` all tests of one ``n`` share one launch and each is repor
 outcome; under ``torchrun --nproc-per-node n -m pytest`` they run directly.
 
     plugin.py      hooks; picks the side: supervising pytest, or pytest on a rank
+    programs.py    programs that tests run as a user does, forked from it too
     gpus.py        who sees GPUs, decided before torch is imported
     supervisor.py  supervising side: starts launches, follows them, settles every test
     fork_server.py starts ranks and programs in forks of a process that has the libraries

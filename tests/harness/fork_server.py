@@ -34,12 +34,13 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-ADDRESS_VARIABLE = "MIMO_TESTS_FORK_SERVER"
+ADDRESS_VARIABLE = "MIMO_FORK_SERVER"
 LIBRARIES = (
     "numpy",
     "pytest",
@@ -110,6 +111,20 @@ class Forked:
             self.rank = int(rank) if self.returncode and rank else None
             self.close()
         return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the process."""
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.send_signal(signal.SIGKILL)
 
     def close(self) -> None:
         """Go away; the server then kills what still runs."""
@@ -300,7 +315,7 @@ def _work(start: Start, rank: int, gate: int, ours: bool) -> NoReturn:
             os.setsid()
         os.close(gate)
         os.chdir(start.folder)
-        _set_threads()
+        _reset()
         _import_from(start.folder, ours)
         code = _run(start.arguments)
     except BaseException:
@@ -314,9 +329,10 @@ def _work(start: Start, rank: int, gate: int, ours: bool) -> NoReturn:
 def _redirect(start: Start, rank: int) -> None:
     output = Path(start.output.format(rank=rank))
     output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("wb") as file, open(start.errors or output, "ab") as errors:
-        os.dup2(file.fileno() if start.errors else errors.fileno(), 1)
-        os.dup2(errors.fileno(), 2)
+    # Appended: ranks may share a file.
+    for number, path in ((1, output), (2, Path(start.errors or output))):
+        with path.open("ab") as file:
+            os.dup2(file.fileno(), number)
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
     if start.environment.get("PYTHONUNBUFFERED"):
@@ -337,7 +353,11 @@ def _variables(ranks: int, rank: int, line: bytes) -> dict[str, str]:
     }
 
 
-def _set_threads() -> None:
+def _reset() -> None:
+    """What an interpreter sets when it starts, and PyTorch when it is imported."""
+    warnings.resetwarnings()
+    for category in (ResourceWarning, ImportWarning, PendingDeprecationWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", category)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 

@@ -11,6 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.harness.fork_server import shared_server
+
 REPO = Path(__file__).resolve().parents[2]
 _RANK_VARIABLES = re.compile(
     r"(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)|MASTER_.*|TORCHELASTIC.*|MIMO_TEST.*"
@@ -64,6 +66,7 @@ def run_project(
     if torchrun is not None:
         command += ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
         command += [f"--nproc-per-node={torchrun}"]
+    shared_server()  # found by the project's launches in their environment
     env = {k: v for k, v in os.environ.items() if not _RANK_VARIABLES.fullmatch(k)}
     done = subprocess.run(
         [*command, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
