@@ -433,7 +433,7 @@ class Hidden:
 sys.meta_path.insert(0, Hidden())
 """,
     )
-    job = Job(tmp_path / "run", ONE_RANK, faults=hidden).wait()
+    job = Job(tmp_path / "run", ONE_RANK, faults=hidden, fresh=True).wait()
     assert job.error() == (
         "the packages are missing: matplotlib, rich; "
         "install what the examples need with: pip install '.[examples]'"

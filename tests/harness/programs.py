@@ -40,6 +40,8 @@ def start(
         ranks: that torchrun would start; 0 for one process that is no rank.
     """
     address = None if fresh else shared_server()
+    for path in (output, errors):
+        path.touch()  # there before the program is
     if address is not None:
         asked = (list(arguments), str(folder), dict(environment), str(output))
         return Forked(address, Start(*asked, ranks, str(errors)))

@@ -54,7 +54,7 @@ class Result:
 
 
 def run_project(
-    folder: Path, files: dict[str, str], *, torchrun: int | None = None, **ini: int
+    folder: Path, files: dict[str, str], *, torchrun: int | None = None, **ini: int | str
 ) -> Result:
     """Write test files into ``folder`` and run pytest there, under torchrun if asked to."""
     lines = "\n".join(f"{name} = {value}" for name, value in ini.items())

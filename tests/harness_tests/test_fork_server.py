@@ -94,3 +94,59 @@ def test_the_server_ends_with_its_client(tmp_path: Path) -> None:
     running = ForkServer(tmp_path, dict(os.environ), ["pytest"])
     running.close()
     assert running.returncode == 0
+
+
+def test_a_program_that_starts_a_thread_cannot_be_forked_from(tmp_path: Path, monkeypatch) -> None:
+    """A fork has only the thread that forks; whatever the others were doing would never end."""
+    (tmp_path / "library_with_a_thread.py").write_text(
+        "import threading, time\n"
+        "threading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with pytest.raises(RuntimeError, match="did not start"):
+        ForkServer(tmp_path, environment, ["library_with_a_thread"])
+
+
+PROGRAM = """
+import atexit, json, os, sys, threading, time, warnings
+assert not hasattr(json, "seen") and __name__ == "__main__" and sys.stdin.read() == ""
+json.seen = True
+import of_the_path
+atexit.register(lambda: print("at exit", flush=True))
+threading.Thread(target=lambda: (time.sleep(0.1), print("a thread", flush=True))).start()
+print(sys.argv[1:], os.environ["MINE"], of_the_path.VALUE, os.getcwd(), flush=True)
+warnings.warn("for the user")
+sys.exit(int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["-c", "script", "-m"])
+def test_a_program_runs_as_python_runs_it(server: ForkServer, tmp_path: Path, kind: str) -> None:
+    """Twice: nothing of one start is there in the next."""
+    (tmp_path / "paths").mkdir()
+    (tmp_path / "paths" / "of_the_path.py").write_text("VALUE = 5\n")
+    (tmp_path / "program.py").write_text(PROGRAM)
+    what = {"-c": ["-c", PROGRAM], "script": ["program.py"], "-m": ["-m", "program"]}[kind]
+    environment = {"MINE": "mine", "PYTHONPATH": str(tmp_path / "paths")}
+    for code in (0, 3):
+        out, err = tmp_path / f"out{code}", tmp_path / f"err{code}"
+        asked = Start([*what, "a", str(code)], str(tmp_path), environment, str(out), 0, str(err))
+        running = Forked(server.address, asked)
+        assert running.wait(60) == code
+        said = f"['a', '{code}'] mine 5 {tmp_path}\na thread\nat exit\n"
+        assert (out.read_text(), "for the user" in err.read_text()) == (said, True)
+
+
+def test_an_error_is_told_as_python_tells_it(server: ForkServer, tmp_path: Path) -> None:
+    start = Start(["-c", "1 / 0"], str(tmp_path), dict(os.environ), str(tmp_path / "said"))
+    assert Forked(server.address, start).wait(60) == 1
+    assert (tmp_path / "said").read_text().endswith("\nZeroDivisionError: division by zero\n")
+
+
+def test_the_rank_that_fails_first_is_named(server: ForkServer, tmp_path: Path) -> None:
+    code = "import os, time\nif os.environ['RANK'] == '2': os._exit(7)\ntime.sleep(600)"
+    said = str(tmp_path / "said{rank}")
+    running = Forked(
+        server.address, Start(["-c", code], str(tmp_path), dict(os.environ), said, ranks=3)
+    )
+    assert (running.wait(60), running.rank) == (7, 2)

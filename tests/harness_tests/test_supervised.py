@@ -21,7 +21,8 @@ import torch.distributed as dist
 two = pytest.mark.ranks(2)
 
 @two
-def test_all_pass(shared_tmp_path, rank_device):
+def test_all_pass(shared_tmp_path, rank_device, pytestconfig):
+    (pytestconfig.rootpath / "began").touch()
     total = torch.ones(1, device=rank_device)
     dist.all_reduce(total)
     assert total.item() == dist.get_world_size() == 2
@@ -70,7 +71,11 @@ def test_all_fail():
 def test_last():
     dist.barrier()
 
-def test_one_process():
+def test_one_process(pytestconfig):
+    deadline = time.monotonic() + 200
+    while not (pytestconfig.rootpath / "began").exists():
+        assert time.monotonic() < deadline, "the launch has not begun beside this test"
+        time.sleep(0.05)
     assert not dist.is_initialized() and "WORLD_SIZE" not in os.environ
 """
 
@@ -137,6 +142,19 @@ def test_progress_says_how_many_tests_each_launch_has(cases: Result) -> None:
     launches = re.findall(r"^2 ranks: one launch for (\d+) tests", cases.output, re.MULTILINE)
     # All nine; then what is left after the stuck, the hanging and the dead one.
     assert launches == ["9", "5", "3", "2"]
+
+
+def test_torchrun_starts_the_ranks_where_they_are_not_forked(tmp_path: Path) -> None:
+    head, _, rest = _CASES.partition("@two\ndef test_dies")
+    cases = head.partition("@two")[0] + "@two\ndef test_dies" + rest.partition("@two")[0]
+    # Left out of the forked ranks' environment: which of the two it was.
+    cases += "def test_agent():\n    pass\n"
+    cases = cases.replace("if dist", 'assert "TORCHELASTIC_RUN_ID" in os.environ\n    if dist')
+    result = run_project(tmp_path, {"test_cases.py": cases}, ranks_start="torchrun", ranks_grace=3)
+    assert result.reports["test_agent"].outcome == "passed"
+    text = result.reports["test_dies"].text
+    assert text.startswith("rank 1 died (exit code 5); its last output:\n")
+    assert "last words of rank one" in text
 
 
 def test_launch_that_never_reaches_a_test_is_an_error_of_each(tmp_path: Path) -> None:
