@@ -6,21 +6,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
+
 from mimo_colocated.launch.layouts import Layout
 from tests.unit_tests.mimo.huggingface import models
 from tests.unit_tests.mimo.huggingface.harness import Case, Task, randomise, text_task
 
+BF16 = {"dtype": torch.bfloat16}
 SP = {"sequence_parallel": True}
 DENSE = {
     "one process": Case(Layout()),
     "TP2 CP2 DP2, SP": Case(Layout(tp=2, cp=2, dp=2), settings=SP),
     "PP2 CP2 DP2": Case(Layout(pp=2, cp=2, dp=2)),
     "TP4 DP2": Case(Layout(tp=4, dp=2)),
+    "TP2 CP2 DP2, SP, bf16": Case(Layout(tp=2, cp=2, dp=2), settings={**SP, **BF16}),
     "TP2 CP2 DP2, SP, packed": Case(Layout(tp=2, cp=2, dp=2), settings={**SP, "packed": True}),
 }
 SPARSE = {
     "one process": Case(Layout()),
     "TP2 CP2 DP2 EP2, expert TP2, SP": Case(Layout(tp=2, cp=2, dp=2, ep=2, etp=2), settings=SP),
+    "CP2 DP4 EP4, bf16": Case(Layout(cp=2, dp=4, ep=4, etp=1), settings=BF16),
     "CP2 DP4 EP4": Case(Layout(cp=2, dp=4, ep=4, etp=1)),
     "PP2 DP4 EP2, expert TP2": Case(Layout(pp=2, dp=4, ep=2, etp=2)),
 }

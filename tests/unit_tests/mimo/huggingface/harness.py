@@ -9,6 +9,7 @@ transformers are put in the place of its weights and saved, those of ours go bac
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,8 @@ LOGITS = 1e-5
 """Bound of |difference| over the largest |logit|; fp32 rounding of a few layers is 1e-6."""
 GRADIENTS = 1e-5
 """Bound of the norm of a difference over the norm of the gradient."""
+BF16_TIMES = 2.0
+"""Bound in bf16: so many times transformers' own error in bf16. Both round in other places."""
 CHANGE = 1e-3
 """What a control adds to one weight."""
 
@@ -159,6 +162,14 @@ def oracle(task: Task, scratch: Path) -> Oracle:
         for name, parameter in task.model.named_parameters():
             parameter.copy_(weights[name])
     return Oracle(logits.detach(), whole_folder(scratch), loss.item())
+
+
+@torch.no_grad()
+def bf16_error(task: Task, expected: Oracle) -> float:
+    """The error of transformers' own logits in bf16 against those in fp32."""
+    halved = copy.deepcopy(task.model).to(torch.bfloat16)
+    found = halved(input_ids=task.input_ids, **task.theirs()).logits
+    return logits_error(found, expected, task)
 
 
 def whole_folder(folder: Path) -> dict[str, Tensor]:
