@@ -61,6 +61,7 @@ def make_groups(
     timeout = kwargs.get("timeout") or _timeout_of_the_default_group()
     if timeout is not None:
         kwargs["timeout"] = timeout
+    pg: Any
     if _members_suffice(backend):
         pg = _make_own_group(rank_enum, backend, **kwargs)
     else:
@@ -75,7 +76,7 @@ def make_groups(
 
 def _timeout_of_the_default_group() -> timedelta | None:
     """What ``init_process_group`` was given; ``None``, torch's own, if that cannot be seen."""
-    world = c10d._world.default_pg
+    world: Any = c10d._world.default_pg
     for device in getattr(world, "_device_types", ()):
         try:
             timeout = world._get_backend(device).options._timeout
@@ -106,7 +107,7 @@ def _make_own_group(
     timeout: timedelta | None = None,
     pg_options: Any = None,
     group_desc: str | None = None,
-) -> dist.ProcessGroup | None:
+) -> Any:
     """``torch.distributed.new_group`` by the members alone, under a name that they agree on.
 
     Torch names such groups after how many groups the rank has at the moment, which differs
@@ -118,18 +119,19 @@ def _make_own_group(
         return None
     world = c10d._get_default_group()
     default_backend, store = c10d._world.pg_map[world]
-    backend = dist.Backend(backend or default_backend)
-    timeout = timeout or c10d._get_default_timeout(backend)
+    # Torch declares a str here, and wants a Backend.
+    own_backend: Any = dist.Backend(backend or default_backend)
+    timeout = timeout or c10d._get_default_timeout(own_backend)
     # A fake group has no other members to meet, and its store keeps nothing.
-    meet = _meet_nobody if backend == _FAKE_BACKEND else meet_members
+    meet = _meet_nobody if own_backend == _FAKE_BACKEND else meet_members
     with phases.waiting("the making", ranks, group_desc or ""):
-        group_name = meet(store, ranks, world.rank(), timeout)
+        group_name: Any = meet(store, ranks, world.rank(), timeout)
     with _unbound(world) as device:
         pg, _ = c10d._new_process_group_helper(
             len(ranks),
             ranks.index(world.rank()),
             ranks,
-            backend,
+            own_backend,
             store,
             group_name=group_name,
             backend_options=pg_options,

@@ -62,7 +62,7 @@ class StopRequests:
         self._asked: set[signal.Signals] = set()
         self._terminated_at: float | None = None
         self._handlers: dict[signal.Signals, Any] = {}
-        self._pipe: tuple[int, int] | None = None
+        self._pipe: Any = None  # (reading end, writing end) once installed
 
     @property
     def asked(self) -> signal.Signals | None:

@@ -184,7 +184,8 @@ class HyperCommGrid:
         self.backend = backend
         base = _RankViewSpec(_BASE_VIEW_NAME, shape[:], dim_names[:], [], rank_offset)
         self._views: dict[str, _RankViewSpec] = {_BASE_VIEW_NAME: base}
-        self._pgs: dict[_GroupKey, dist.ProcessGroup | None] = {}
+        # None on a rank in no group; who asks for a group to use it is in one, hence not Optional.
+        self._pgs: dict[_GroupKey, Any] = {}
         # Who is in the groups that were made here, to share them instead of making twins.
         self._members: dict[_GroupKey, frozenset[tuple[int, ...]]] = {}
 
@@ -267,7 +268,7 @@ class HyperCommGrid:
 
     def get_or_create_pg(
         self, dims: str | list[str], *, view: str | None = None
-    ) -> dist.ProcessGroup | None:
+    ) -> dist.ProcessGroup:
         """This rank's group over ``dims``: the one made before, else a new one (a collective).
 
         Dims of size 1 change no group, so one over the others serves, too: "tp-pp" with PP 1 is
@@ -278,7 +279,8 @@ class HyperCommGrid:
             ValueError: the view has no such dim.
         """
         key, box, ordered = self._locate(dims, view)
-        return self.keep_pg(key, box.enumerate_groups(ordered))
+        found: Any = self.keep_pg(key, box.enumerate_groups(ordered))
+        return found
 
     def keep_pg(self, key: _GroupKey, rank_enum: list[list[int]]) -> dist.ProcessGroup | None:
         """This rank's of any groups inside the grid, which the grid keeps under ``key``.

@@ -75,7 +75,8 @@ def take_dump() -> dict[str, Any] | None:
 
 def _recorded(suffix: str, how: dict[str, Any], *errors: type[Exception]) -> list[Any]:
     """What the recorders say that this build of PyTorch has: of gloo first, then of NCCL."""
-    module = dist.distributed_c10d.torch._C._distributed_c10d
+    c10d: Any = dist.distributed_c10d
+    module = c10d.torch._C._distributed_c10d
     found = []
     for name in ("_dump_fr_trace", "_dump_nccl_trace"):
         function = getattr(module, name + suffix, None)
@@ -102,8 +103,8 @@ def progress() -> tuple[tuple[str, int, int], ...]:
     for taken in _recorded("_json", {"includeCollectives": False}, RuntimeError, TypeError):
         with contextlib.suppress(ValueError):
             status |= json.loads(taken).get("pg_status", {})
-    numbers = ("last_enqueued_collective", "last_completed_collective")
-    return tuple((name, *(int(each[n]) for n in numbers)) for name, each in sorted(status.items()))
+    entered, ended = "last_enqueued_collective", "last_completed_collective"
+    return tuple((n, int(each[entered]), int(each[ended])) for n, each in sorted(status.items()))
 
 
 class Watch(threading.Thread):

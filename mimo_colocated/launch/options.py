@@ -19,7 +19,7 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 from mimo_colocated.launch.errors import JobError
 
@@ -112,7 +112,7 @@ def parse(
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    for item in dataclasses.fields(options):
+    for item in dataclasses.fields(cast(Any, options)):
         extra = dict(item.metadata)
         if isinstance(item.default, bool):
             extra["action"] = argparse.BooleanOptionalAction

@@ -16,7 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mimo_colocated.launch import connection_notes
 from mimo_colocated.launch.errors import Stopped
@@ -99,9 +99,9 @@ def run_rank(job: Job, argv: Sequence[str]) -> int:
     ours = REPORTS_VARIABLE in os.environ
     if ours:
         end_with_the_launcher()
-    signals = _signals(rank, world, stops=job.stops, prints=not ours)
+    signals: Any = _signals(rank, world, stops=job.stops, prints=not ours)
     watch = signals.watch if signals else None
-    out: Path | None = None
+    out: Any = None  # the job's folder, when it is known
 
     def fail(error: Exception) -> NoReturn:
         connection_notes.show()

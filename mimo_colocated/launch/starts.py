@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mimo_colocated.launch.failures import Exit
 from mimo_colocated.launch.ranks import end_with_the_launcher, run_rank
@@ -92,7 +92,7 @@ def _be_rank(job: Job, argv: Sequence[str], rank: int, world: int, gate: Path) -
     set_name = 15  # what ps and top show
     ctypes.CDLL(None).prctl(set_name, f"rank {rank}".encode())
     with contextlib.suppress(AttributeError):  # some other stream
-        sys.stdout.reconfigure(write_through=True)
+        cast(Any, sys.stdout).reconfigure(write_through=True)
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -224,7 +224,7 @@ def _config(world: int, folder: Path) -> Any:
 
     # SIGTERM is passed on to the ranks without a time limit (``stopping.py``). An older torch does
     # it itself, and kills them after 30 s.
-    signals = {"signals_to_handle": "SIGINT,SIGHUP,SIGQUIT"}
+    signals: dict[str, Any] = {"signals_to_handle": "SIGINT,SIGHUP,SIGQUIT"}
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,

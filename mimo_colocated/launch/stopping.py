@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mimo_colocated.forensics.evidence import kill
 from mimo_colocated.launch.errors import Stopped
@@ -23,7 +23,7 @@ from mimo_colocated.phases import Place, read_places
 from mimo_colocated.stop_requests import EXIT_CODE, StopRequests, end_by
 
 if TYPE_CHECKING:
-    from mimo_colocated.launch.lost_ranks import RankWatch
+    pass
 
 _POLL_S = 0.1
 
@@ -38,7 +38,7 @@ class RankSignals:
     """
 
     def __init__(self, rank: int, *, stops: bool, say: Callable[[], None] | None) -> None:
-        self.watch: RankWatch | None = None
+        self.watch: Any = None  # a RankWatch, where there is one
         self._rank, self._stops, self._say = rank, stops, say
         self._ending = threading.Event()
         # Last: a signal may be there at once, and finds everything in its place.
@@ -98,7 +98,7 @@ class Forwarding(threading.Thread):
         self._stops, self._killed = stops, False
         self._news, self._over = threading.Event(), threading.Event()
         self._received_so_far: list[signal.Signals] = []
-        self._folder: Path | None = None
+        self._folder: Any = None  # a path, set before the thread starts
         self._requests = StopRequests(self._received).install()
 
     def into(self, folder: Path) -> None:

@@ -52,7 +52,7 @@ EXCHANGE = (
     Mutant(
         name="rows-that-stay-not-reordered",
         file=_EXCHANGE,
-        old=" and np.array_equal(plan.local_index, np.arange(plan.held))",
+        old=" and in_order",
         new="",
         tests=(_BRIDGE_TESTS + "test_rows_that_stay_are_not_copied",),
         why="balanced images of one rank stand at one another's tokens",

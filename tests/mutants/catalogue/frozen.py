@@ -42,7 +42,7 @@ FROZEN = (
     Mutant(
         name="fresh-moments-from-the-weight",
         file=_STATE,
-        old="data = weights[name][_place(state)] if is_weight else torch.zeros_like(state.data)",
+        old="data = weights[name][_place(state)] if is_weight else torch.zeros_like(values)",
         new="data = weights[name][_place(state)]",
         tests=(_UNFROZEN,),
         why="parameters that begin to train have moments that they never had",

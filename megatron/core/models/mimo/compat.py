@@ -11,7 +11,7 @@ import inspect
 import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -46,7 +46,8 @@ ROUTER_LOSSES_MISS_RANKS = (
     in inspect.signature(TopKRouter.attach_and_log_load_balancing_loss).parameters
 )
 
-ShardedOffsets = tuple[tuple[int, int, int], ...]
+# Stock declares a tuple of exactly one.
+ShardedOffsets = Any
 
 
 class ContractError(ValueError, AssertionError):
@@ -66,7 +67,7 @@ def peel(
     ``load_state_dict`` of a parent expects one per level. With this prefix the two agree.
     """
     while isinstance(module, wrappers):
-        module, prefix = module.module, f"{prefix}module."
+        module, prefix = cast(nn.Module, module.module), f"{prefix}module."
     return module, prefix
 
 
@@ -134,7 +135,7 @@ def lend_tp_group(module: nn.Module, tp_group: Any) -> Iterator[None]:
     Without one, ``MegatronModule.sharded_state_dict`` asks the global ``parallel_state``, which
     colocated modules with TP sizes of their own do not have.
     """
-    borrowers = [
+    borrowers: list[Any] = [
         m
         for m in module.modules()
         if tp_group is not None and isinstance(m, MegatronModule) and not hasattr(m, "tp_group")
@@ -214,7 +215,7 @@ def plan_save(state: Any, folder: str) -> Any:
     """
     filesystem_async._results_queue = queue.Queue()
     takes_strategy = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
-    strategy = {"async_strategy": "mcore"} if takes_strategy else {}
+    strategy: dict[str, Any] = {"async_strategy": "mcore"} if takes_strategy else {}
     return dist_checkpointing.save(
         state, folder, fully_parallel_save(), async_sharded_save=True, **strategy
     )
@@ -248,7 +249,7 @@ def write_file(request: Any, number: int, bucket: Any) -> Any:
     results, running = queue.Queue(), queue.Queue()
     running.put(number)
     transforms = request.async_fn.args[0]
-    write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
+    write: Any = filesystem_async.FileSystemWriterAsync.write_preloaded_data
     write(transforms, number, bucket, results, running, True)
     _, found = results.get_nowait()
     if isinstance(found, Exception):

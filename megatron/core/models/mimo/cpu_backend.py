@@ -156,7 +156,8 @@ def _says_cuda(call: ast.Call) -> bool:
 
 def _is_method(call: ast.Call) -> bool:
     """False for a function of ``torch`` itself, as in ``torch.cuda(…)``."""
-    return not (isinstance(call.func.value, ast.Name) and call.func.value.id == "torch")
+    owner = getattr(call.func, "value", None)
+    return not (isinstance(owner, ast.Name) and owner.id == "torch")
 
 
 # Method -> (what a file contains that may call it, which of its calls are meant).

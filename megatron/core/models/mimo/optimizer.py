@@ -79,7 +79,7 @@ class ModuleOptimizerInfo:
     grid: HyperCommGrid | None
     pg_collection: ProcessGroupCollection | None
     is_active: bool
-    modules: tuple[torch.nn.Module, ...] = ()
+    modules: tuple[Any, ...] = ()
 
 
 class MimoOptimizer(MegatronOptimizer):
@@ -100,7 +100,7 @@ class MimoOptimizer(MegatronOptimizer):
     ) -> None:
         self.module_infos = module_infos
         self.config = config
-        self._active_optimizers: list[MegatronOptimizer] = [
+        self._active_optimizers: list[Any] = [
             info.optimizer
             for info in module_infos.values()
             if info.is_active and info.optimizer is not None
@@ -304,7 +304,7 @@ class MimoOptimizer(MegatronOptimizer):
         states: list = [None] * dist.get_world_size()
         first = {**mine[0], "scale": mine[0]["scale"].cpu()} if mine else None
         dist.all_gather_object(states, first)
-        known = next((state for state in states if state is not None), None)
+        known: Any = next((state for state in states if state is not None), None)
         for scaler in dynamic_scalers(self._active_optimizers) if known else []:
             scaler.load_state_dict(known)
 
@@ -393,7 +393,7 @@ class MimoOptimizer(MegatronOptimizer):
         for opt in inner_optimizers(self._active_optimizers):
             if getattr(opt, "is_stub_optimizer", False) or opt.config.clip_grad <= 0.0:
                 continue
-            params = opt.get_parameters()
+            params: list[Any] = opt.get_parameters()
             if params:
                 clip_grad_by_total_norm_fp32(
                     params,
@@ -481,4 +481,5 @@ def _get_pg_collection_for_optimizer(grid: HyperCommGrid) -> ProcessGroupCollect
 
 
 def _current_device() -> torch.device:
-    return torch.device(torch.accelerator.current_accelerator().type, torch.cuda.current_device())
+    accelerator: Any = torch.accelerator.current_accelerator()
+    return torch.device(accelerator.type, torch.cuda.current_device())

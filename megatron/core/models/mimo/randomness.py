@@ -78,14 +78,14 @@ class ModuleRandomness:
         seed: int,
     ) -> None:
         self.seed = seed
-        modules = list(modules.items() if isinstance(modules, Mapping) else modules)
-        self._collections = {name: collections[name] for name, _ in modules}
+        named: Any = list(modules.items() if isinstance(modules, Mapping) else modules)
+        self._collections = {name: collections[name] for name, _ in named}
         self._states: dict[str, dict[str, Any]] = {}
         self._outside: dict[str, list[dict[str, Any] | None]] = {}
         for name, groups in self._collections.items():
             self._states[name] = _initial_state(name, groups, seed)
             self._outside[name] = []
-        for name, module in modules:
+        for name, module in named:
             for part in (module, getattr(unwrap_model(module), "embedding", None)):
                 if isinstance(part, torch.nn.Module):
                     part.register_forward_pre_hook(self._entering(name))

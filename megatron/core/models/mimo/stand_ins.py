@@ -12,7 +12,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -66,7 +66,7 @@ def on_stand_ins(module: str, owner: str) -> Callable[[_Method], _Method]:
             return method(self, *args, **kwargs)
 
         setattr(call, _MARK, True)
-        return call
+        return cast(_Method, call)
 
     return decorate
 

@@ -34,7 +34,7 @@ def is_stock(name: str) -> bool:
 
 
 # A module's own names; ``View.__dict__`` answers with more than these.
-_own_names = types.ModuleType.__dict__["__dict__"].__get__
+_own_names = vars(types.ModuleType)["__dict__"].__get__
 
 
 class View(types.ModuleType):
@@ -128,7 +128,7 @@ class StockView(importlib.abc.MetaPathFinder):
             self._change_after(spec)
         return spec
 
-    def _change_after(self, spec: importlib.machinery.ModuleSpec) -> None:
+    def _change_after(self, spec: Any) -> None:
         execute = spec.loader.exec_module
 
         def exec_module(module: types.ModuleType) -> None:
@@ -153,15 +153,16 @@ class StockView(importlib.abc.MetaPathFinder):
         self._answer_method_calls(module)
 
     def _answer_method_calls(self, module: types.ModuleType) -> None:
-        loader = getattr(module, "__loader__", None)
+        loader: Any = getattr(module, "__loader__", None)
         source = loader.get_source(module.__name__) if hasattr(loader, "get_source") else None
-        methods = [m for m in self.methods if re.search(m.pattern, source or "")]
+        source = source or ""
+        methods = [m for m in self.methods if re.search(m.pattern, source)]
         if not methods:
             return
         calls = _Calls(methods)
         tree = ast.fix_missing_locations(calls.visit(ast.parse(source)))
         vars(module).update(calls.used)
-        whole = compile(tree, module.__file__, "exec", dont_inherit=True)
+        whole = compile(tree, str(module.__file__), "exec", dont_inherit=True)
         codes = {(code.co_name, code.co_firstlineno): code for code in _codes(whole)}
         for function in _functions(module):
             old = function.__code__

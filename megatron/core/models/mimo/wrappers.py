@@ -122,7 +122,8 @@ def name_as_saved(state: dict[str, Any], saved: Iterable[str]) -> None:
         state: the sharded state that is to be loaded, of a model or an optimizer.
         saved: the names of weights in the checkpoint.
     """
-    there = dict(match.groups() for name in saved if (match := _WHOLE_MODULE.search(name)))
+    found = (_WHOLE_MODULE.search(name) for name in saved)
+    there = {match[1]: match[2] for match in found if match}
     for entry in nested_values(state):
         if isinstance(entry, (ShardedTensor, ShardedTensorFactory, ShardedObject)):
             match = _WHOLE_MODULE.search(entry.key)

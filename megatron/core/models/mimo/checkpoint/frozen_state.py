@@ -60,7 +60,7 @@ class Frozen:
         trained = {e.key for e in _entries(model_state) if _is_trained(e)}
         kinds: dict[str, set] = {}
         for entry in _entries(optimizer_state):
-            prefix, kind, name = _KEY.fullmatch(entry.key).groups()
+            prefix, kind, name = _parts_of(entry.key)
             kinds.setdefault(name, set()).add((prefix, kind, entry.data.dtype))
         mine = (frozen, trained, kinds)
         digest = hashlib.sha256(repr(_ordered(mine)).encode()).hexdigest()
@@ -111,7 +111,7 @@ def start_fresh(
         weights.setdefault(entry.key, {})[_place(entry)] = entry.data.detach()
     request = {}
     for module, state in optimizer_state.items():
-        keys = {_KEY.fullmatch(e.key)[3] for e in _entries(state)}
+        keys = {_parts_of(e.key)[2] for e in _entries(state)}
         if keys and keys <= names:
             request[module] = {FRESH: LocalNonpersistentObject(True)}
         else:
@@ -126,18 +126,27 @@ def _replaced(state: Any, weights: dict[str, dict], names: frozenset[str]) -> An
         return {key: _replaced(value, weights, names) for key, value in enumerate(state)}
     if not isinstance(state, (ShardedTensor, ShardedTensorFactory)):
         return state
-    _, kind, name = _KEY.fullmatch(state.key).groups()
+    _, kind, name = _parts_of(state.key)
     if name not in names:
         return state
     is_weight = kind in _MAIN_COPIES
-    data = weights[name][_place(state)] if is_weight else torch.zeros_like(state.data)
+    values: Any = state.data
+    data = weights[name][_place(state)] if is_weight else torch.zeros_like(values)
     return LocalNonpersistentObject(data)
 
 
-def _entries(state: Any) -> Iterator[ShardedTensor | ShardedTensorFactory]:
+def _entries(state: Any) -> Iterator[Any]:
+    """Its sharded tensors and factories; Any, as stock declares that their data may be None."""
     for value in nested_values(state):
         if isinstance(value, (ShardedTensor, ShardedTensorFactory)):
             yield value
+
+
+def _parts_of(key: str) -> tuple[str, str, str]:
+    """(prefix, kind, name) of an optimizer state's key."""
+    match = _KEY.fullmatch(key)
+    assert match is not None, key
+    return match[1], match[2], match[3]
 
 
 def _place(entry: ShardedTensor | ShardedTensorFactory) -> Any:

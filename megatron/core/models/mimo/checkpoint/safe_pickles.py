@@ -97,6 +97,8 @@ class _Inert:
     """
 
     name = ""
+    arguments: tuple[Any, ...]
+    state: Any
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
         made = object.__new__(cls)

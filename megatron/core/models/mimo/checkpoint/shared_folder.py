@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from megatron.core.models.mimo.checkpoint.errors import CheckpointError, of_all_ranks
 from megatron.core.models.mimo.checkpoint.history import History
-from mimo_colocated.who_waits import ranks_in_words
+from mimo_colocated.forensics.who_waits import ranks_in_words
 
 # Network file systems show a new file to other hosts only after their caches' time.
 PATIENCE_S = 5.0

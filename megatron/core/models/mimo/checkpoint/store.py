@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -241,6 +241,7 @@ class CheckpointStore:
         return made[1]
 
     def _finish(self) -> None:
+        assert self._under_way is not None
         (manifest, writer), self._under_way = self._under_way, None
         step = manifest.step
         with self._nothing_left_behind(step):
@@ -256,8 +257,9 @@ class CheckpointStore:
     def _publish(self, manifest: Manifest) -> None:
         """Describe the files that belong to no rank, then put the checkpoint on the line."""
         folder = self.history.partial(manifest.step)
-        rest = sorted({path.name for path in folder.iterdir()} - manifest.files.keys())
-        files = manifest.files | integrity.describe(folder, rest, digests=self.digests)
+        mine = manifest.files or {}
+        rest = sorted({path.name for path in folder.iterdir()} - mine.keys())
+        files = mine | integrity.describe(folder, rest, digests=self.digests)
         moved = self.history.publish(replace(manifest, files=files))
         if moved:
             warnings.warn(moved, stacklevel=4)
@@ -359,7 +361,7 @@ class CheckpointStore:
         self.history.stands_at = manifest.step
 
     def _load_weights(
-        self, manifest: Manifest, model: torch.nn.Module, modules: Collection[str] | None
+        self, manifest: Manifest, model: Any, modules: Collection[str] | None
     ) -> None:
         path = self.path(manifest.step)
         state = model.sharded_state_dict(metadata=dict(SHARDING))
@@ -382,7 +384,9 @@ class CheckpointStore:
         loaded: dict[str, Any] = {}
         together(
             lambda: loaded.update(
-                dist_checkpointing.load(state, str(path), fully_parallel_load(self.group))
+                cast(
+                    dict, dist_checkpointing.load(state, str(path), fully_parallel_load(self.group))
+                )
             ),
             f"read checkpoint {path}",
         )
@@ -403,7 +407,7 @@ class CheckpointStore:
     # ---- state ----------------------------------------------------------------------------
 
     def _sharded_state(
-        self, model: torch.nn.Module, optimizer: Any, is_loading: bool
+        self, model: Any, optimizer: Any, is_loading: bool
     ) -> dict[str, Any]:
         """State of the whole run: model, optimizer, each rank's random generators."""
         model_state = model.sharded_state_dict(metadata=dict(SHARDING))

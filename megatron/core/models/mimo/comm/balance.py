@@ -114,7 +114,7 @@ class BalancePlan:
 
 def plan_balance(
     tokens_per_item: Sequence[int] | np.ndarray,
-    items_per_replica: Sequence[int],
+    items_per_replica: Sequence[int] | np.ndarray,
     balance: EncoderBalance | None = None,
 ) -> BalancePlan:
     """Assign the items of one exchange group to its encoder replicas.

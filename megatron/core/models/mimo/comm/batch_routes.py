@@ -13,7 +13,11 @@ from megatron.core.models.mimo.comm.token_runs import TokenRuns
 
 
 def plan_even_batch(
-    layout: RouteLayout, rank: int, mask: np.ndarray, *, packed: bool | Sequence[int] | None = None
+    layout: RouteLayout,
+    rank: int,
+    mask: np.ndarray,
+    *,
+    packed: bool | Sequence[int] | np.ndarray | None = None,
 ) -> RoutePlan:
     """One rank's routes, if each side's replicas take equal runs of samples, in DP order.
 

@@ -28,19 +28,34 @@ from typing import Protocol
 class Grid(Protocol):
     """What a layout reads of a grid: ``HyperCommGrid`` and the pure ``GridShape`` both have it."""
 
-    dim_names: Sequence[str]
-    shape: Sequence[int]
-    rank_offset: int
+    # Properties: a frozen class has them, too.
+    @property
+    def dim_names(self) -> Sequence[str]:
+        """Names of the dims, the fastest first."""
+        ...
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Size of each dim."""
+        ...
+
+    @property
+    def rank_offset(self) -> int:
+        """The first rank."""
+        ...
 
     @property
     def size(self) -> int:
         """Number of ranks."""
+        ...
 
     def dim_size(self, name: str) -> int:
         """Size of a dim, 1 if the grid has no such dim."""
+        ...
 
     def coords(self, rank: int) -> dict[str, int]:
         """Coordinate of a rank along each dim."""
+        ...
 
 
 class BridgeDirection(str, Enum):

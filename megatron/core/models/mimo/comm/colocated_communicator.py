@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -100,7 +101,7 @@ class ColocatedBridgeCommunicator:
         self.dest_cp_pg = dest_grid.get_or_create_pg("cp") if self.dest_cp_size > 1 else None
         self.dest_pp_pg = dest_grid.get_or_create_pg("pp") if self.dest_pp_size > 1 else None
         self._replica_pg = self._coarser_replica() if self.dest_pp_size > 1 else None
-        self.gather_pg = self._make_gather_pg(backend)
+        self.gather_pg: Any = self._make_gather_pg(backend)
         logger.debug("Bridge %s on rank %d", self._describe(), self.current_rank)
 
     def is_fan_in(self) -> bool:

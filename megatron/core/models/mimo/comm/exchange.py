@@ -65,11 +65,12 @@ class PlanTensors:
     @classmethod
     def of(cls, plan: Routes, device: torch.device) -> PlanTensors:
         """Upload a plan's indices; may be done ahead, in a data loader's thread."""
-        splits = [
+        there, back = (
             (leg.send_splits.tolist(), leg.recv_splits.tolist()) if leg.moves else None
             for leg in (plan.forward, plan.backward)
-        ]
-        stays = splits == [None, None] and np.array_equal(plan.local_index, np.arange(plan.held))
+        )
+        in_order = np.array_equal(plan.local_index, np.arange(plan.held))
+        stays = there is None and back is None and in_order
         indices = to_device(
             [
                 plan.local_index,
@@ -80,7 +81,7 @@ class PlanTensors:
             ],
             device,
         )
-        return cls(plan.held, plan.own, plan.local_index.size, *splits, stays, *indices)
+        return cls(plan.held, plan.own, plan.local_index.size, there, back, stays, *indices)
 
 
 class Flight:

@@ -67,14 +67,14 @@ class InputBalance:
                 "EncoderBalance needs tokens_per_item, a function of a modality's encoder inputs "
                 "that returns the rows of each item (e.g. lambda inputs: [16] * number of images)"
             )
-        self._settings = balance
+        self._settings, self._tokens_per_item = balance, balance.tokens_per_item
         self.spread: tuple[float, float] | None = None
         # What it would compare is compared here.
         self._items = ItemExchange(bridge, balance, guard="off")
 
     def balance(
         self, inputs: EncoderInputs | None, device: torch.device
-    ) -> tuple[dict[str, dict[str, Any]] | None, BalancePlan]:
+    ) -> tuple[EncoderInputs | None, BalancePlan]:
         """What this rank reads -> what it encodes (``None`` without items), and the plan.
 
         One all-gather of Python objects on the host, then one all-to-all per tensor if items move.
@@ -116,7 +116,7 @@ class InputBalance:
     def _describe(self, inputs: EncoderInputs | None) -> _Told:
         if inputs is None:
             return _Told([], [], {}, {}, {})
-        tokens = [int(count) for count in self._settings.tokens_per_item(inputs)]
+        tokens = [int(count) for count in self._tokens_per_item(inputs)]
         per_item = self._settings.units_per_item
         units = [int(n) for n in per_item(inputs)] if per_item is not None else [1] * len(tokens)
         tensors, rows, others, problem = {}, {}, {}, ""

@@ -31,6 +31,9 @@ MESSAGE_BYTES = 512
 _TEXT_BYTES = 170
 
 
+_Units = Sequence[int] | np.ndarray | None
+
+
 @dataclass(frozen=True, eq=False)
 class ItemMoves:
     """One rank's part in moving items, in units; see :func:`plan_item_moves`.
@@ -58,7 +61,7 @@ class ItemMoves:
 
 
 def plan_item_moves(
-    plan: BalancePlan, exchange: ExchangeGroup, rank: int, units_per_item: Sequence[int] | None
+    plan: BalancePlan, exchange: ExchangeGroup, rank: int, units_per_item: _Units
 ) -> ItemMoves:
     """One rank's part of the exchange, in integers.
 
@@ -176,7 +179,10 @@ class ItemExchange:
         return plan_balance(np.concatenate(tokens), counts[first], self.balance)
 
     def move(
-        self, units: torch.Tensor, plan: BalancePlan, units_per_item: Sequence[int] | None = None
+        self,
+        units: torch.Tensor,
+        plan: BalancePlan,
+        units_per_item: _Units = None,
     ) -> torch.Tensor:
         """Units that this rank reads -> units that it encodes, items ascending in both.
 
@@ -216,7 +222,7 @@ class ItemExchange:
         self,
         units: torch.Tensor,
         plan: BalancePlan,
-        units_per_item: Sequence[int] | None = None,
+        units_per_item: _Units = None,
         problem: str = "",
     ) -> None:
         """Compare what the group is about to move, if ``guard`` says so; see :meth:`move`."""

@@ -9,26 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from megatron.core.models.mimo.comm.routes import Leg, RoutePlan
-
-
-class Routes(Protocol):
-    """What an exchange reads of a plan; see :class:`.RoutePlan`."""
-
-    held: int
-    local_index: np.ndarray
-    place: np.ndarray
-    forward: Leg
-    backward: Leg
-    backward_index: np.ndarray
-
-    @property
-    def own(self) -> int:
-        """Rows that the rank gets."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +77,10 @@ class MergedPlan:
     def place(self) -> np.ndarray:
         """:attr:`own_index` of all microbatches, one after another."""
         return np.concatenate(self.own_index)
+
+
+# What an exchange moves by.
+Routes = RoutePlan | MergedPlan
 
 
 def _refuse_others(plans: Sequence[RoutePlan]) -> None:

@@ -12,6 +12,7 @@ import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from megatron.core.models.mimo.comm.colocated_communicator import common_backend
 from megatron.core.models.mimo.comm.exchange import Flight, PlanTensors, issue_exchange
 from megatron.core.models.mimo.comm.merged_routes import MergedPlan, Routes
 from megatron.core.models.mimo.comm.plan_guard import Agreed, Statement, agree, hear
-from megatron.core.models.mimo.comm.route_layout import ExchangeGroup, RouteLayout
+from megatron.core.models.mimo.comm.route_layout import RouteLayout
 from megatron.core.models.mimo.comm.routes import GroupRoutes, RoutePlan
 from megatron.core.models.mimo.comm.token_runs import Runs, TokenRuns
 from mimo_colocated.process_groups import make_groups, release_group
@@ -87,7 +88,7 @@ class RoutedBridge:
         backend = common_backend(src_grid, dest_grid)
         self.guard, self.name = guard, f"{src_module_name} -> {dest_module_name}"
         self.current_rank = dist.get_rank()
-        self.exchange: ExchangeGroup | None = None
+        self.exchange: Any = None  # an ExchangeGroup on a rank of the grids
         self.group = self.control = None
         self._make_groups(backend)
         if self.current_rank in self.layout.ranks:
@@ -230,7 +231,7 @@ class RoutedBridge:
         self._check_alive()
         return issue_exchange(rows, self.tensors(plan, rows.device), self.group)
 
-    def move(self, rows: torch.Tensor, plan: RoutePlan) -> torch.Tensor:
+    def move(self, rows: torch.Tensor, plan: Routes) -> torch.Tensor:
         """:meth:`issue` and ``arrive`` in one: rows ``(held, H)`` -> own rows ``(own, H)``."""
         return self.issue(rows, plan).arrive()
 
@@ -287,4 +288,4 @@ def takes_host_tensors(backend: str | None) -> bool:
     """
     if backend is None:
         return "cpu:" in dist.get_backend_config()
-    return "cpu:" in str(BackendConfig(dist.Backend(backend)))
+    return "cpu:" in str(BackendConfig(cast(Any, dist.Backend(backend))))

@@ -24,6 +24,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -359,7 +360,7 @@ class GroupRoutes:
         return np.concatenate(owners), np.concatenate(places)
 
 
-def _as_runs(held: Sequence[int] | Sequence[Runs]) -> list[Runs]:
+def _as_runs(held: Sequence[Any]) -> list[Runs]:
     if all(isinstance(each, (int, np.integer)) for each in held):
         return consecutive(held)
     return [np.asarray(runs, dtype=np.int64).reshape(-1, 2) for runs in held]

@@ -102,7 +102,9 @@ def consecutive(counts: Sequence[int]) -> list[Runs]:
     return [np.array([[end - n, n]][: bool(n)], dtype=np.int64).reshape(-1, 2) for end, n in spans]
 
 
-def rows_of_items(rows_per_item: Sequence[int], assignment: Sequence[Sequence[int]]) -> list[Runs]:
+def rows_of_items(
+    rows_per_item: Sequence[int] | np.ndarray, assignment: Sequence[Sequence[int] | np.ndarray]
+) -> list[Runs]:
     """The rows of replicas that encode the given items (images), in the order given.
 
     Args:

@@ -152,7 +152,8 @@ def option_of(config: Any, name: str) -> Any:
     if isinstance(config, MimoModelConfig):
         return getattr(config, name)
     (option,) = (each for each in fields(MimoModelConfig) if each.name == name)
-    default = option.default if option.default is not MISSING else option.default_factory()
+    factory = option.default_factory
+    default = option.default if factory is MISSING else factory()
     value = getattr(config, name, default)
     # A mock answers to any name.
     return value if isinstance(value, type(default)) else default

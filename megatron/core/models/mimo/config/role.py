@@ -146,9 +146,10 @@ def _stage_in(grid: HyperCommGrid) -> ModuleStageInfo:
 
 def _colocated_stage(grid: HyperCommGrid | None) -> ModuleStageInfo:
     """This rank's stage where all modules share their ranks; no process group is asked."""
-    names = [] if grid is None else list(grid.dim_names)
-    stages = grid.shape[names.index("pp")] if "pp" in names else 1
-    if stages == 1 or dist.get_rank() not in _span(grid):
+    stages = 1
+    if grid is not None and "pp" in grid.dim_names:
+        stages = grid.shape[list(grid.dim_names).index("pp")]
+    if grid is None or stages == 1 or dist.get_rank() not in _span(grid):
         return ModuleStageInfo(is_first_stage=True, is_last_stage=True)
     stage = grid.coords(dist.get_rank())["pp"]
     return ModuleStageInfo(is_first_stage=stage == 0, is_last_stage=stage == stages - 1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from megatron.core.hyper_comm_grid import HyperCommGrid
 
 
-def iter_modules(mimo_model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+def iter_modules(mimo_model: Any) -> Iterator[tuple[str, Any]]:
     """(name, module) of the modules on this rank: the language model, then the modalities.
 
     Virtual pipeline stages of the language model come one by one, under its name.
@@ -48,8 +48,8 @@ def iter_modules(mimo_model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Mo
 
 
 def wrap_modules_with_ddp(
-    mimo_model: torch.nn.Module,
-    configs: dict[str, object],
+    mimo_model: Any,
+    configs: Mapping[str, Any],
     ddp_config: DistributedDataParallelConfig,
     collections: dict[str, ProcessGroupCollection],
 ) -> None:

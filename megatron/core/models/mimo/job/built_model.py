@@ -110,7 +110,8 @@ def freeze_parts(model: MimoModel, parts: Iterable[str], sides: Mapping[str, str
     """
     known: dict[str, list[Any]] = defaultdict(list)
     known[LANGUAGE] = [module for name, module in iter_modules(model) if name == LANGUAGE]
-    for name, submodule in model.modality_submodules.items():
+    submodules: Any = model.modality_submodules
+    for name, submodule in submodules.items():
         encoders = list(submodule.encoders.values())
         known["lower-encoder"] += [p for e in encoders for p in getattr(e, "lower_half", list)()]
         for prefix in ("", f"{sides[name]}-"):

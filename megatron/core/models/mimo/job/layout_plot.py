@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -63,21 +64,25 @@ class LayoutPlot:
     @property
     def stages(self) -> int:
         """Pipeline stages of the language side; rows go to the first."""
-        return int(self.layout.dest_pp.max()) + 1 if self.routed else 1
+        return int(self.layout.dest_pp.max()) + 1 if isinstance(self.layout, RouteLayout) else 1
 
     def source_at(self, rank: int) -> tuple[int, int]:
         """A rank's (dp, tp) on the encoder's side."""
-        if not self.routed:
-            return self.layout.rank_to_src_pos[rank]
-        place = rank - self.layout.rank_offset
-        return int(self.layout.src_dp[place]), int(self.layout.src_tp[place])
+        at = self.layout
+        if isinstance(at, BridgeLayout):
+            return at.rank_to_src_pos[rank]
+        place = rank - at.rank_offset
+        return int(at.src_dp[place]), int(at.src_tp[place])
 
     def destination_at(self, rank: int) -> tuple[int, int, int, int]:
         """A rank's (dp, tp, cp, pp) on the language side."""
-        if not self.routed:
-            return (*self.layout.rank_to_dest_coords[rank], 0)
-        at, place = self.layout, rank - self.layout.rank_offset
-        return tuple(int(c[place]) for c in (at.dest_dp, at.dest_tp, at.dest_cp, at.dest_pp))
+        at = self.layout
+        if isinstance(at, BridgeLayout):
+            dp, tp, cp = at.rank_to_dest_coords[rank]
+            return dp, tp, cp, 0
+        place = rank - at.rank_offset
+        dp, tp, cp, pp = (int(c[place]) for c in (at.dest_dp, at.dest_tp, at.dest_cp, at.dest_pp))
+        return dp, tp, cp, pp
 
     @property
     def cells(self) -> int:
@@ -221,7 +226,7 @@ def _box(axes: Axes, x: float, y: float, width: float, color: object, edge: str 
 
 def _draw_source(axes: Axes, plot: LayoutPlot, rank: int, y: float) -> None:
     dp, tp = plot.source_at(rank)
-    name = {"va": "center", "ha": "right"}
+    name: dict[str, Any] = {"va": "center", "ha": "right"}
     axes.text(-0.2, y + 0.34, f"rank {rank}", fontsize=10.5, weight="bold", color=INK, **name)
     axes.text(-0.2, y + 0.7, f"dp {dp} tp {tp}", fontsize=8, color=MUTED, **name)
     width, held = _STRIP / plot.cells, plot.source(rank)
@@ -273,10 +278,11 @@ def _spans(positions: list[int]) -> list[tuple[int, int]]:
 
 def _draw_moves(axes: Axes, plot: LayoutPlot) -> None:
     """Arrows from rank to rank in the colours of the gather groups; dashed ones are backward."""
-    groups = plot.layout.gather_groups
+    layout: Any = plot.layout
+    groups = layout.gather_groups
     members = {rank: group for group in groups for rank in group}
     number = {rank: index for index, group in enumerate(groups) for rank in group}
-    fan_in = plot.layout.direction is BridgeDirection.FAN_IN
+    fan_in = layout.direction is BridgeDirection.FAN_IN
     for rank in plot.shown:
         color = _GROUP_COLORS[number[rank] % len(_GROUP_COLORS)] if groups else MUTED
         siblings = [other for other in members.get(rank, ()) if other != rank]
@@ -287,7 +293,8 @@ def _draw_moves(axes: Axes, plot: LayoutPlot) -> None:
 
 def _draw_routes(axes: Axes, plot: LayoutPlot) -> None:
     """Arrows from who encodes to who owns, in the colours of the exchange groups."""
-    for number, group in enumerate(plot.layout.groups()):
+    layout: Any = plot.layout
+    for number, group in enumerate(layout.groups()):
         for source, target in plot.sends(group):
             color = _GROUP_COLORS[number % len(_GROUP_COLORS)]
             _arrow(axes, plot, source, target, color, "forward")
@@ -329,7 +336,7 @@ def _routed_caption(plot: LayoutPlot) -> str:
 
 
 def _gather_caption(plot: LayoutPlot) -> str:
-    layout = plot.layout
+    layout: Any = plot.layout
     groups = "  ".join(str(list(group)) for group in layout.gather_groups[:8])
     if len(layout.gather_groups) > 8:
         groups += f"  … ({len(layout.gather_groups)} groups)"

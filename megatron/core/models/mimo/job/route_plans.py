@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -30,7 +31,7 @@ class RoutePlans:
         bridges = getattr(model, "colocated_comms", {})
         self.bridges = {m: b for (m, _), b in bridges.items() if isinstance(b, RoutedBridge)}
         self._multiple = multiple
-        self._last: dict[str, tuple[np.ndarray, np.ndarray | None, RoutePlan]] = {}
+        self._last: dict[str, tuple[np.ndarray, Any, RoutePlan]] = {}
 
     def of(
         self, tokens: Mapping[str, np.ndarray], lengths: np.ndarray | None
@@ -46,7 +47,7 @@ class RoutePlans:
             return None
         return {name: self.plan(name, tokens[name], lengths) for name in self.bridges}
 
-    def plan(self, modality: str, tokens: np.ndarray, lengths: np.ndarray | None) -> RoutePlan:
+    def plan(self, modality: str, tokens: np.ndarray, lengths: Any) -> RoutePlan:
         """Return one modality's; the arguments are as for :meth:`of`."""
         known = self._last.get(modality)
         if known and np.array_equal(known[0], tokens) and np.array_equal(known[1], lengths):

@@ -7,7 +7,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -144,7 +144,7 @@ class Trainer:
         # Weak: through the distributed optimizer's views of the parameters, autograd's C++ holds
         # the configuration, and Python's collector would never see that nobody needs them.
         scale_loss = weakref.WeakMethod(self.optimizer.scale_loss)
-        config.grad_scale_func = lambda loss: scale_loss()(loss)
+        config.grad_scale_func = lambda loss: cast(Any, scale_loss())(loss)
 
     def _make_scheduler(self) -> OptimizerParamScheduler:
         options = self.options

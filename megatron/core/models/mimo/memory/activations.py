@@ -68,8 +68,8 @@ class ActivationMemory:
             else:
                 with _where(policy.encoder == OFFLOAD, hooks):
                     rows = encode()
-            if rows is None:
-                return None
+        if rows is None:
+            return None
         if policy.projector == RECOMPUTE:
             # What stays is the encoders' output, so it goes where theirs does.
             with _where(policy.encoder == OFFLOAD, hooks):

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron.core.models.mimo.memory.plan import PartBytes
@@ -42,7 +41,7 @@ class KeptStorages:
         return tensor.detach()
 
 
-def part_bytes(submodule: nn.Module, encoder_inputs: Mapping[str, Mapping[str, Any]]) -> PartBytes:
+def part_bytes(submodule: Any, encoder_inputs: Mapping[str, Mapping[str, Any]]) -> PartBytes:
     """Bytes of one microbatch of any modality, for :func:`.plan.plan`.
 
     It runs forward once, where it is, and counts what its operations really keep there: for

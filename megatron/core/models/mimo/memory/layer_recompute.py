@@ -36,7 +36,7 @@ def gradients_come_apart(module: nn.Module) -> bool:
     alone has no weights.
     """
     for part in module.modules():
-        config = getattr(part, "config", None)
+        config: Any = getattr(part, "config", None)
         kind = getattr(config, "recompute_granularity", None)
         if kind == "full":
             return True

@@ -50,7 +50,7 @@ class _HostCopy:
         self._transfers: Transfers = transfers_of(data.device)
         self._size, self._use = data.numel(), use
         self._host = self._transfers.to_host(data)
-        self._loaded: tuple[torch.Tensor, Any] | None = None
+        self._loaded: Any = None  # the bytes on the device, and what ``arrived`` needs to know
         self.tensors = self._taken = 0
         use.take(self._size)
         weakref.finalize(self, use.give, self._size)
@@ -134,7 +134,7 @@ class OffloadedPart:
             self._copies[key] = weakref.ref(copy)
         copy.tensors += 1
         self._kept += 1
-        where = tensor.storage_offset(), tensor.size(), tensor.stride()
+        where = int(tensor.storage_offset()), tensor.size(), tensor.stride()
         return _Kept(copy, tensor.dtype, *where), self
 
     def _unpack(self, packed: torch.Tensor | tuple[_Kept, OffloadedPart]) -> torch.Tensor:

@@ -54,7 +54,7 @@ class _AsBefore:
 
     def __init__(self) -> None:
         self._then = _states()
-        self._after: tuple[torch.Tensor, dict[str, Any]] | None = None
+        self._after: Any = None
 
     def __enter__(self) -> None:
         self._after = _states()

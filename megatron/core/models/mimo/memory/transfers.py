@@ -21,9 +21,11 @@ class Transfers(Protocol):
 
     def to_host(self, data: torch.Tensor) -> torch.Tensor:
         """Start copying; ``data`` may be released at once. Returns the bytes on the host."""
+        ...
 
     def to_device(self, host: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Start copying back; (the bytes on the device, what :meth:`arrived` needs to know)."""
+        ...
 
     def arrived(self, data: torch.Tensor, event: Any) -> None:
         """From here on the caller's stream may read what :meth:`to_device` returned."""

@@ -44,7 +44,7 @@ def check_mask(
     Raises:
         MaskError: under CP; with packing; another dtype or shape; layers that do not read it.
     """
-    mask = batch.attention_mask
+    mask: Any = batch.attention_mask
     if use_cp:
         raise MaskError(
             "MIMO context parallelism requires attention_mask=None, got a mask of shape "

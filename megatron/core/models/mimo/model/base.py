@@ -140,7 +140,7 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
     @model_method
     def _build_colocated_communicators(self) -> None:
         """One bridge per modality; grids without ``tp`` or ``dp`` say nothing and get none."""
-        grid_map = self.mimo_config.module_to_grid_map
+        grid_map = self.mimo_config.module_to_grid_map or {}
         if any(not {"tp", "dp"} <= set(grid.dim_names) for grid in grid_map.values()):
             return
         # The spec's order, the same on all ranks: bridges create process groups.
@@ -161,7 +161,8 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
         for name, spec in self.mimo_config.modality_submodules_spec.items():
             stage = self.role.modules.get(name)
             if stage is not None:
-                built = spec.module.from_spec(
+                kind: Any = spec.module
+                built = kind.from_spec(
                     spec, is_first_stage=stage.is_first_stage, is_last_stage=stage.is_last_stage
                 )
                 memory = option_of(self.mimo_config, "encoder_memory")
@@ -226,7 +227,7 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
         return self._rank_modules.stages
 
     @model_method
-    def _active_submodules(self) -> Iterator[nn.Module]:
+    def _active_submodules(self) -> Iterator[Any]:
         """The language model, then the modalities, as far as this rank has them."""
         return iter(self._rank_modules.active)
 
@@ -353,7 +354,7 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
             elif self.role.has_language_module:
                 del batch["modality_inputs"], batch["packing_kwargs"]
                 found = self._forward_language_module(
-                    *batch.values(), self.input_tensors, packing_kwargs
+                    *[*batch.values(), self.input_tensors, packing_kwargs]
                 )
             else:
                 raise RuntimeError(f"Rank has no modules assigned in role: {self.role}")

@@ -32,7 +32,7 @@ def in_low_precision(part: nn.Module) -> bool:
     return any(getattr(config, name, None) for name in ("fp8", "fp4", "use_kitchen"))
 
 
-def first_microbatch_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def first_microbatch_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """(name, layer) of what Transformer Engine tells which microbatch is a step's first."""
     for name, part in module.named_modules():
         if hasattr(part, "is_first_microbatch"):
@@ -48,7 +48,7 @@ def finish_param_gather(group: Any) -> None:
 class DDPMethods(TakesStandIns):
     """Mixin: data-parallel calls, handed on to the wrapped modules of this rank."""
 
-    def _active_submodules(self) -> Iterator[nn.Module]:
+    def _active_submodules(self) -> Iterator[Any]:
         raise NotImplementedError
 
     def _active_ddp_modules(self) -> Iterator[Any]:

@@ -49,4 +49,5 @@ class LanguageBatch:
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> LanguageBatch:
         """Take the language side out of ``forward``'s keyword arguments."""
-        return cls(**{name: arguments.get(name) for name in _ARGUMENTS})
+        found: dict[str, Any] = {name: arguments.get(name) for name in _ARGUMENTS}
+        return cls(**found)

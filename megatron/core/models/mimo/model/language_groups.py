@@ -82,7 +82,7 @@ def check_cp_size(
         )
 
 
-def check_pp_size(grid: HyperCommGrid | None, config_size: int) -> None:
+def check_pp_size(grid: HyperCommGrid | None, config_size: int | None) -> None:
     """The number of pipeline stages must be one: in the config and in the grid.
 
     Raises:
@@ -124,7 +124,7 @@ def language_group(
                 f"{grid_size}; pass the grid's own group or leave {dim}_group out"
             )
         return given
-    if not needed or grid_size in (None, 1):
+    if grid is None or not needed or grid_size in (None, 1):
         return None
     try:
         return grid.get_pg(dim)

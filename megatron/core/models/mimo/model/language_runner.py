@@ -13,7 +13,8 @@ from torch.distributed import ProcessGroup
 
 from megatron.core.models.mimo import compat
 from megatron.core.models.mimo.comm.token_runs import count_mismatch
-from megatron.core.models.mimo.config.role import ModuleLayout
+from megatron.core.models.mimo.config.base_configs import MimoModelConfig
+from megatron.core.models.mimo.config.role import ModuleLayout, RankRole
 from megatron.core.models.mimo.memory.layer_recompute import recomputable
 from megatron.core.models.mimo.model import encoder_rank
 from megatron.core.models.mimo.model.attention_masks import check_mask
@@ -197,7 +198,8 @@ class LanguageRunner:
             check_packing(batch.packed, *batch.input_ids.shape)
         # An adapter of the user's own knows what it can cut.
         if cuts_as_ours(adapter):
-            lengths = adapter.check(*batch.input_ids.shape, batch.packed)
+            samples, length = batch.input_ids.shape
+            lengths = adapter.check(samples, length, batch.packed)
         return replace(batch, lengths=lengths)
 
     def shard(
@@ -235,7 +237,7 @@ class LanguageRunner:
     # -- the model -------------------------------------------------------------------------
 
     def call(
-        self, batch: LanguageBatch, sharded: Sharded, stage: nn.Module | None = None
+        self, batch: LanguageBatch, sharded: Sharded, stage: Any = None
     ) -> tuple[Any, torch.Tensor | None]:
         """Run the language model, or one stage of it.
 
@@ -312,6 +314,9 @@ class StockSteps(TakesStandIns):
     _language: LanguageRunner
     _rank_modules: RankModules
     _steps: ReplaceableSteps
+    mimo_config: MimoModelConfig
+    role: RankRole
+    special_token_ids: dict[str, int]
 
     @model_method
     def _attach_modality_split_sizes(
@@ -322,7 +327,7 @@ class StockSteps(TakesStandIns):
         sizes = encoder_rank.split_sizes(token_id, output, input_ids)
         if sizes is not None:
             if self.role.mode is ModuleLayout.NON_COLOCATED:
-                encoder_rank.check_fan_out(self.mimo_config.module_to_grid_map, encoder_name)
+                encoder_rank.check_fan_out(self.mimo_config.module_to_grid_map or {}, encoder_name)
             setattr(output, encoder_rank.SPLIT_SIZES, sizes)
 
     @model_method

@@ -56,7 +56,7 @@ class _Pieces:
     def __init__(self, indices: list[torch.Tensor], requires_grad: bool) -> None:
         self.indices, self.requires_grad = indices, requires_grad
         self.leaves: list[torch.Tensor] = []
-        self._size: torch.Size | None = None
+        self._size: Any = None
 
     def cut(self, rows: torch.Tensor) -> None:
         """Copy each piece out of all of them."""

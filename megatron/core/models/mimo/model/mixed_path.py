@@ -53,7 +53,8 @@ class MixedPath:
         route_plan: Mapping[str, RoutePlan] | None,
     ) -> MixedRows:
         """Plan both ways; who shares a routed exchange group hears why the other one failed."""
-        gathered, failure = None, None
+        gathered: Any = None
+        failure = None
         try:
             gathered = self._gathered.plan(batch, modality_inputs, None)
         except (ValueError, RuntimeError) as error:

@@ -51,7 +51,7 @@ def padded_shape(model: MimoModel, input_ids: torch.Tensor) -> tuple[int, int]:
 
 
 def padding_for(
-    model: MimoModel, batch: Mapping[str, Any], shape: tuple[int, int]
+    model: MimoModel, batch: Mapping[str, Any], shape: tuple[int, ...]
 ) -> dict[str, Any]:
     """A batch of padding in the place of one without samples.
 
@@ -85,7 +85,7 @@ def padding_for(
     return made
 
 
-def cut_back(value: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
+def cut_back(value: Any, shape: tuple[int, ...]) -> Any:
     """``(B, S, ...)`` of padding, cut to a batch of ``shape`` that has no elements."""
     if value is None:
         return None

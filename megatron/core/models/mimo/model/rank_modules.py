@@ -12,7 +12,7 @@ from torch import nn
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
 
 if TYPE_CHECKING:
-    from megatron.core.models.mimo.model.base import MimoModel
+    pass
 
 # The attributes of a model that hold its language model, and the further virtual stages of it.
 LANGUAGE_MODEL, VIRTUAL_STAGES = "language_model", "virtual_stages"
@@ -30,7 +30,7 @@ class RankModules:
         model: a ``MimoModel``, or what stands in for one.
     """
 
-    def __init__(self, model: MimoModel) -> None:
+    def __init__(self, model: Any) -> None:
         self._model = model
 
     encoders = _read(_MODALITIES, "Modality -> its module on this rank, bare or wrapped.")

@@ -30,9 +30,11 @@ def warn_of_replicated_encoders(name: str, submodule: Any, grid: Any) -> None:
         grid: its grid; ``None`` without any.
     """
     encoders = getattr(submodule, "encoders", None)
-    sizes = {} if grid is None else dict(zip(grid.dim_names, grid.shape, strict=False))
+    if grid is None or not isinstance(encoders, nn.ModuleDict):
+        return
+    sizes = dict(zip(grid.dim_names, grid.shape, strict=False))
     tp, dp = sizes.get("tp", 1), sizes.get("dp", 1)
-    if tp == 1 or not isinstance(encoders, nn.ModuleDict):
+    if tp == 1:
         return
     rank = dist.get_rank() if dist.is_initialized() else 0
     whole = [key for key, encoder in encoders.items() if _is_whole(encoder)]

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from megatron.core.models.mimo.comm.collectives import sum_gradients
-from megatron.core.models.mimo.comm.exchange import to_device
+from megatron.core.models.mimo.comm.exchange import Flight, to_device
 from megatron.core.models.mimo.comm.input_balance import InputBalance
 from megatron.core.models.mimo.comm.plan_guard import problem_of
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
@@ -61,15 +61,6 @@ class PlannedRows:
     moving: list[str]
 
 
-class Arriving(Protocol):
-    """Rows on their way: a :class:`.Flight`, or rows that are there."""
-
-    place: torch.Tensor
-
-    def arrive(self) -> torch.Tensor:
-        """The own rows ``(own, H)``, in the order of ``place``."""
-
-
 @dataclass(frozen=True, eq=False)
 class LandedRows:
     """A modality's rows of one microbatch that have arrived.
@@ -97,7 +88,7 @@ class RowsForPlaces:
     """
 
     tokens: dict[str, TokenRuns]
-    rows: Mapping[str, Arriving]
+    rows: Mapping[str, Flight] | Mapping[str, LandedRows]
 
 
 class RoutedPath:
@@ -365,12 +356,13 @@ class RoutedPath:
 
     def put_into(self, sharded: Sharded, moved: RowsForPlaces) -> Sharded:
         """Put rows into a cut sequence that another way has built, zeros in their places."""
-        local, *others = sharded
+        local, labels, loss_mask, packed = sharded
+        assert local is not None
         rows, places = self._arrived(moved)
         flat = local.reshape(-1, local.size(-1))
         for name, row in rows.items():
             flat = flat.index_copy(0, places[name], row.to(flat.dtype))
-        return (flat.view_as(local), *others)
+        return flat.view_as(local), labels, loss_mask, packed
 
     def _cut(self, batch: LanguageBatch, fused: torch.Tensor) -> Sharded:
         """Cut what goes with a fused sequence that its routes have cut.
@@ -380,8 +372,7 @@ class RoutedPath:
         layout, language = self._layout, self._runners.language
         adapter = self._runners.modules.partition_adapter
         if adapter is None or cuts_as_ours(adapter):
-            _, *others = language.cut(batch, None)
-            return (fused, *others)
+            return (fused, *language.cut(batch, None)[1:])
         if layout.sequence_parallel and layout.dest_tp_size > 1:
             fused = gather_from_sequence_parallel_region(
                 fused, tensor_parallel_output_grad=False, group=language.tp_group()

@@ -42,11 +42,17 @@ class RowPath(Protocol):
     """The way of some modalities' rows.
 
     Attributes:
+        takes_route_plans: whether ``route_plan`` of ``MimoModel.forward`` means anything to it.
         backward_per_microbatch: modalities whose encoders run backward once per microbatch of a
             step in stages; those of others once for all that moved together.
     """
 
-    backward_per_microbatch: frozenset[str]
+    takes_route_plans: bool
+
+    @property
+    def backward_per_microbatch(self) -> frozenset[str]:
+        """See above."""
+        ...
 
     def plan(
         self,
@@ -75,9 +81,11 @@ class RowPath(Protocol):
             planned: the microbatches, planned when they are taken from the iterable.
             leaves: cuts rows off from how they were made.
         """
+        ...
 
     def fuse(self, batch: LanguageBatch, moved: Any) -> Sharded:
         """Put moved rows among the text and cut: embeddings, labels, loss mask, packing."""
+        ...
 
     def exchange_problems(self, problems: Mapping[int, str], count: int) -> dict[int, str]:
         """Tell why ranks cannot go on, and hear of others, before encoders run.
@@ -86,3 +94,4 @@ class RowPath(Protocol):
             problems: rank -> why.
             count: of the microbatches that this rank is about to encode.
         """
+        ...

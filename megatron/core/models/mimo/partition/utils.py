@@ -11,9 +11,10 @@ replaced here.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.distributed import ProcessGroup
@@ -36,7 +37,7 @@ from megatron.core.parallel_state import (
 from megatron.core.utils import get_pg_rank, get_pg_size, is_te_min_version
 
 try:
-    import transformer_engine_torch as tex
+    tex: Any = importlib.import_module("transformer_engine_torch")
 except ImportError:
     tex = None
 
@@ -248,7 +249,7 @@ class PartitionAdapter(TakesStandIns):
         return self._check_packed(packed_seq_params, batch, seq_len, cp) if packed else None
 
     def _check_packed(
-        self, params: PackedSeqParams | None, batch: int, seq_len: int, cp: int
+        self, params: Any, batch: int, seq_len: int, cp: int
     ) -> list[int] | None:
         """The cumulative lengths on the host, once per tensor: this is the only device sync."""
         tensors = [getattr(params, name) for name in CU_SEQLENS]
@@ -271,7 +272,7 @@ class PartitionAdapter(TakesStandIns):
         embeddings: torch.Tensor | None,
         labels: torch.Tensor | None,
         loss_mask: torch.Tensor | None,
-        packed_seq_params: PackedSeqParams | None,
+        packed_seq_params: Any,
     ) -> Sharded:
         """Keep this CP rank's positions: ``(B,S,H)`` -> ``(B,S/cp,H)``, ``(B,S)`` -> ``(B,S/cp)``.
 
@@ -285,18 +286,20 @@ class PartitionAdapter(TakesStandIns):
         if not _is_packed(packed_seq_params):
             batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=self.cfg.cp_group)
         else:
-            shape, cp_size = next(iter(batch.values())).shape[:2], get_pg_size(self.cfg.cp_group)
-            lengths = self._check_packed(packed_seq_params, *shape, cp_size)
+            samples, length = next(iter(batch.values())).shape[:2]
+            cp_size = get_pg_size(self.cfg.cp_group)
+            lengths = self._check_packed(packed_seq_params, samples, length, cp_size)
             batch = {
                 key: value.index_select(
                     1, self._packed_index(packed_seq_params, lengths, value.device)
                 )
                 for key, value in batch.items()
             }
-        return (*(batch.get(key) for key in named), packed_seq_params)
+        cut = batch.get("embeddings"), batch.get("labels"), batch.get("loss_mask")
+        return (*cut, packed_seq_params)
 
     def _packed_index(
-        self, params: PackedSeqParams | None, lengths: list[int], device: torch.device
+        self, params: Any, lengths: Any, device: torch.device
     ) -> torch.Tensor:
         """Positions this CP rank keeps of a packed batch, on ``device``, in local order."""
         memo = self._index
@@ -330,7 +333,7 @@ def packed_index(lengths: list[int], cp_rank: int, cp_size: int) -> torch.Tensor
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
 
 
-def cuts_as_ours(adapter: Any) -> bool:
+def cuts_as_ours(adapter: Any) -> TypeGuard[PartitionAdapter]:
     """Whether a partition adapter cuts as :meth:`PartitionAdapter.shard` does, as it stands."""
     shard = getattr(adapter, "shard", None)
     return getattr(shard, "__func__", None) is PartitionAdapter.shard

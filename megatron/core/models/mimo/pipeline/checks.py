@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY, ModuleLayout
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.models.mimo.model.ddp_methods import first_microbatch_layers, in_low_precision
@@ -75,7 +77,8 @@ def check_step(
             f"({sorted(mimo.modality_submodules)}), the model has some for {sorted(bridged)}; "
             "build it with MimoModelConfig(module_to_grid_map=...)"
         )
-    grid = mimo.mimo_config.module_to_grid_map[MIMO_LANGUAGE_MODULE_KEY]
+    grids: Any = mimo.mimo_config.module_to_grid_map
+    grid = grids[MIMO_LANGUAGE_MODULE_KEY]
     if groups.pp.size() != grid.dim_size("pp"):
         raise ValueError(
             f"pg_collection has {groups.pp.size()} pipeline stages, the language grid "

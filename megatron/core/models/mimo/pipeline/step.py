@@ -239,7 +239,7 @@ class _Encoders:
         self._under_way: dict[int, EncodedMicrobatches] = {}
         self._encoded = 0
         self._empty: dict[int, tuple[int, ...]] = {}
-        self.shape: tuple[int, ...] | None = None
+        self.shape: Any = None  # (samples, tokens) of the first microbatch that has any
 
     def ask(self, number: int) -> None:
         """To be called before microbatch ``number``; runs encoders where it is their turn."""
@@ -351,7 +351,7 @@ class _NotedP2P(P2PCommunicator):
     """
 
     def _communicate(self, **tensors: Any) -> Any:
-        def ranks(before: str, after: str) -> list[int]:
+        def ranks(before: str, after: str) -> list[Any]:
             ends = ((before, self.prev_rank), (after, self.next_rank))
             return [
                 rank

@@ -139,7 +139,7 @@ class ModalitySubmodules(ABC, nn.Module):
         further keyword arguments of the class. Input projections are built on the last pipeline
         stage only, output projections on the first only.
         """
-        specs = module_spec.submodules or {}
+        specs: Any = module_spec.submodules or {}
 
         def named(kind: str) -> dict[str, nn.Module]:
             return {name: build_module(spec) for name, spec in specs.get(kind, {}).items()}

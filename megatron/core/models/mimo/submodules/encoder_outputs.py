@@ -67,7 +67,7 @@ class EncodedRows(list[torch.Tensor]):
                 "(b, s, h) or a list of one (n, h) tensor per item, or say in the spec how many "
                 f"rows an item has: params={{'rows_per_item': {{'{unknown[0]}': ...}}}}"
             )
-        counts = {name: len(items) for name, items in told.items()}
+        counts = {name: len(items or ()) for name, items in told.items()}
         widths = {name: rows.size(-1) for name, rows in zip(self.names, self, strict=True)}
         for what, each in (("number of items", counts), ("width", widths)):
             if len(set(each.values())) > 1:
@@ -148,7 +148,7 @@ class EncoderOutput:
         try:
             if isinstance(self.where, int) or isinstance(output, Mapping):
                 return output[self.where]
-            return getattr(output, self.where)
+            return getattr(output, str(self.where))
         except (AttributeError, IndexError, KeyError, TypeError):
             raise self._refusal(
                 output, f"it has no {self.where!r}, which encoder_outputs names"
@@ -167,7 +167,7 @@ class EncoderOutput:
             f"params={{'encoder_outputs': {{'{self.name}': 'last_hidden_state'}}}}",
         )
 
-    def _first_of(self, output: tuple[Any, ...]) -> Any:
+    def _first_of(self, output: Any) -> Any:
         """Of ``(embeddings, more, ...)`` the embeddings, if that is what it must be."""
         if not (output and torch.is_tensor(output[0])):
             return output
@@ -201,10 +201,11 @@ class EncoderOutput:
         return tensor
 
     def _declared(self, rows: int, inputs: Mapping[str, Any]) -> list[int]:
+        per_item: Any = self.rows_per_item
         if callable(self.rows_per_item):
-            items = [int(count) for count in self.rows_per_item(inputs)]
+            items = [int(count) for count in per_item(inputs)]
         else:
-            items = [self.rows_per_item] * (rows // self.rows_per_item)
+            items = [per_item] * (rows // per_item)
         if sum(items) != rows:
             raise ValueError(
                 f"Encoder '{self.name}' returned {rows} rows, but rows_per_item gives {sum(items)} "

@@ -156,7 +156,7 @@ def _tell(call: int, failure: Failure) -> Failure:
         deadline = time.monotonic() + _PATIENCE_S
         while store.add(_key(call), 0) < dist.get_world_size() and time.monotonic() < deadline:
             known = _first(_told(call))
-            if known.distance < failure.distance == 2:
+            if known and known.distance < failure.distance == 2:
                 break  # a peer knows the reason
             time.sleep(0.05)
     return _first(_told(call)) or failure

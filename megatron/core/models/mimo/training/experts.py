@@ -80,6 +80,7 @@ def mark_expert_parameters(module: torch.nn.Module) -> None:
     """
     for layer in module.modules():
         if isinstance(layer, BaseMoELayer):
-            for parameter in layer.experts.parameters():
+            experts: Any = layer.experts
+            for parameter in experts.parameters():
                 parameter.allreduce = False
                 parameter.sequence_parallel = False

@@ -8,6 +8,7 @@ all pipeline stages (virtual ones, too) and experts over all expert-parallel ran
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch.nn import Module
 
@@ -35,7 +36,7 @@ def global_modules(module: Module, name: str = "") -> Iterator[tuple[str, Module
             yield from global_modules(child, join(name, _global_key(key, child)))
 
 
-def _global_experts(experts: Module, name: str, owner: Module) -> Iterator[tuple[str, Module]]:
+def _global_experts(experts: Module, name: str, owner: Any) -> Iterator[tuple[str, Module]]:
     """Experts under their indices over all expert-parallel ranks."""
     experts = unwrapped(experts)
     rank = 0 if owner.ep_group is None else owner.ep_group.rank()

@@ -7,6 +7,8 @@ every creation at the same point: groups made in different orders on different r
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 
 from megatron.core import parallel_state
@@ -106,7 +108,7 @@ def create_process_groups(grid: HyperCommGrid) -> ProcessGroupCollection:
     lacking = any(d not in grid.dim_names for d in GRID_DIMS)
     singles = _singleton_group(grid) if lacking else None
     groups = {name: _group(grid, dims, singles) for name, dims in _FIELDS.items()}
-    collection = ProcessGroupCollection(**groups)
+    collection: Any = ProcessGroupCollection(**groups)
     collection.intra_dp_cp = collection.dp_cp
     collection.hcp = None
     collection.inter_dist_opt = None
@@ -151,7 +153,7 @@ def _embedding_groups(
     return embd, pos_embd
 
 
-def _set_expert_groups(grid: HyperCommGrid, collection: ProcessGroupCollection) -> None:
+def _set_expert_groups(grid: HyperCommGrid, collection: Any) -> None:
     if EXPERT_VIEW not in grid._views:
         # EP 1: an expert is sharded over TP like any dense layer and replicated over dp x cp.
         collection.ep = collection.pp if grid.dim_size("pp") == 1 else _singleton_group(grid)

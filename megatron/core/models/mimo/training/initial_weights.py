@@ -146,7 +146,7 @@ class _Survey:
         configs: module -> nearest config at or above it that has ``init_method``.
     """
 
-    init_methods: dict[int, InitMethod] = field(default_factory=dict)
+    init_methods: dict[int, Any] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
     gated: set[int] = field(default_factory=set)
     configs: dict[int, Any] = field(default_factory=dict)
@@ -222,7 +222,7 @@ class _Filler:
         # Megatron's and TE's own resets draw from the RNG tracker; their norms draw nothing.
         return not _is_host(owner) or all(p.dim() <= 1 for p in todo.values())
 
-    def _reset(self, name: str, owner: Module, todo: dict[str, Parameter]) -> None:
+    def _reset(self, name: str, owner: Any, todo: dict[str, Parameter]) -> None:
         """``owner.reset_parameters()`` on fp32 stand-ins, cast into the weights' own storage."""
         own = dict(owner.named_parameters(recurse=False))
         stand_ins = {
@@ -267,7 +267,7 @@ class _Filler:
             seed = derive_seed(self.seed, name)
             self._draw(parameter, tuple(parameter.shape), seed, init_method)
 
-    def _init_method(self, owner: Module, parameter: Parameter) -> InitMethod:
+    def _init_method(self, owner: Module, parameter: Any) -> InitMethod:
         explicit = self.survey.init_methods.get(id(parameter))
         if explicit is not None:
             return explicit
@@ -278,7 +278,7 @@ class _Filler:
         return config.output_layer_init_method if row_parallel else config.init_method
 
     def _fill_sharded(
-        self, name: str, owner: Module, parameter: Parameter, init_method: InitMethod
+        self, name: str, owner: Module, parameter: Any, init_method: InitMethod
     ) -> None:
         group = getattr(owner, "tp_group", None)
         group = self.tp_group if group is None else group

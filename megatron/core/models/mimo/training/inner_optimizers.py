@@ -7,9 +7,9 @@ A module's optimizer may be a chain: with experts, one for their parameters and 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler
@@ -41,7 +41,7 @@ def attend_construction(config: OptimizerConfig) -> None:
 
 def build_inner_optimizer(
     name: str,
-    modules: list[torch.nn.Module],
+    modules: list[Any],
     config: OptimizerConfig,
     collection: ProcessGroupCollection,
 ) -> MegatronOptimizer:
@@ -104,7 +104,7 @@ def _find_parameters_where_they_are_stepped(optimizer: MegatronOptimizer) -> Non
                 inner.model_param_group_index_map[parameter] = (number, place)
 
 
-def inner_optimizers(optimizers: list[MegatronOptimizer]) -> list[MegatronOptimizer]:
+def inner_optimizers(optimizers: Sequence[Any]) -> list[Any]:
     """Those of every chain one by one: a module with experts has one for them and one for the rest.
 
     A chain of several has no ``get_parameters`` in Megatron-Core 0.16.
@@ -115,7 +115,7 @@ def inner_optimizers(optimizers: list[MegatronOptimizer]) -> list[MegatronOptimi
     return [inner for chain in links for inner in chain]
 
 
-def dynamic_scalers(optimizers: list[MegatronOptimizer]) -> list[DynamicGradScaler]:
+def dynamic_scalers(optimizers: Sequence[Any]) -> list[DynamicGradScaler]:
     """Loss scalers that follow found-inf; none unless training in fp16."""
     scalers = (getattr(opt, "grad_scaler", None) for opt in inner_optimizers(optimizers))
     return [scaler for scaler in scalers if isinstance(scaler, DynamicGradScaler)]
@@ -125,7 +125,7 @@ def dynamic_scalers(optimizers: list[MegatronOptimizer]) -> list[DynamicGradScal
 def held_scales(scalers: list[DynamicGradScaler]) -> Iterator[None]:
     """Inside, an inner optimizer's ``prepare_grads`` does not update its loss scale."""
     for scaler in scalers:
-        scaler.update = lambda _found_inf: None
+        vars(scaler)["update"] = lambda _found_inf: None
     try:
         yield
     finally:

@@ -69,7 +69,7 @@ def described(config: Any) -> dict[str, Any]:
     return {k: v for k, v in values.items() if v is None or isinstance(v, (bool, int, float, str))}
 
 
-def note_built(inner: MegatronOptimizer) -> None:
+def note_built(inner: Any) -> None:
     """Remember the settings that the groups were built with, before a schedule moves them."""
     inner.mimo_built = [_without_params(group) for group in getattr(inner, "param_groups", ())]
 

@@ -118,6 +118,7 @@ def sharded_inner_state(
         state = dict(enumerate(state))
     for part, inner in _parts(_listed(state, optimizer), optimizer):
         part[optimizer_settings.RECORD] = optimizer_settings.record(inner)
+    sharded: Any
     sharded, common = extract_matching_values(state, lambda v: isinstance(v, ShardedBase))
     add_prefix_for_sharding(sharded, f"mimo.{name}.")
     sharded[_COMMON_KEY] = ShardedObject(
@@ -162,7 +163,8 @@ def _sharded_plain(inner: Any, model_state: dict, *_args: Any, **_kwargs: Any) -
     state = inner.state_dict()
     torch_state = state.get("optimizer", state)  # the fp32 optimizer's is the torch optimizer's own
     numbers = _numbers(inner)
-    weights = get_param_id_to_sharded_param_map(model_state, _model_weights(inner))
+    parameters: Any = _model_weights(inner)
+    weights: Any = get_param_id_to_sharded_param_map(model_state, parameters)
     step = inner._extract_common_per_param_step(torch_state)
     optim_state_to_sharding_state(torch_state, weights, exclude_keys=("step",))
     if step is not None:
@@ -197,8 +199,10 @@ def _model_weights(inner: Any) -> list[torch.Tensor]:
 
 def _gather_padded(inner: Any, gather: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Stock's gathered state by buffer and dtype, each tensor as long as its buffer."""
-    state = gather(*args, **kwargs)
-    for number, buffer in enumerate(inner.buffers if state is not None else ()):
+    state: Any = gather(*args, **kwargs)
+    if state is None:
+        return None
+    for number, buffer in enumerate(inner.buffers):
         for tensors in state[number].values():
             for key, value in tensors.items():
                 if torch.is_tensor(value):
@@ -383,7 +387,7 @@ def _sgd_state(group: dict[str, Any], param: torch.Tensor) -> dict[str, torch.Te
 def _load(
     optimizer: MegatronOptimizer,
     state: Any,
-    parts: list[tuple[dict, MegatronOptimizer]],
+    parts: list[tuple[dict, Any]],
     name: str,
 ) -> None:
     """Load ``state``, tensors of the distributed optimizer in a step of their own.

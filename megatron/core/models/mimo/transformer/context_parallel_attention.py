@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -138,9 +138,9 @@ class ContextParallelAttention(MegatronModule):
         if not packed:
             lengths = [query.size(0) * _size(group)]
             return self._attend_sequences(query, key, value, causal, lengths, lengths, group)
-        padded, real = packed_lengths(packed_seq_params)
-        tensors = (x.unsqueeze(1) if x.dim() == 3 else x for x in (query, key, value))
-        return self._attend_sequences(*tensors, causal, padded, real, group).squeeze(1)
+        padded, real = packed_lengths(cast(PackedSeqParams, packed_seq_params))
+        query, key, value = (x.unsqueeze(1) if x.dim() == 3 else x for x in (query, key, value))
+        return self._attend_sequences(query, key, value, causal, padded, real, group).squeeze(1)
 
     def _group_of(self, packed: PackedSeqParams | None) -> dist.ProcessGroup | None:
         """The CP group of this call: a packed batch may bring its own (stock's hybrid CP)."""
@@ -319,7 +319,7 @@ def _whole_sequences(
     K and V travel in one collective. Pieces are taken with ``split`` and joined with ``cat``:
     their gradients are copies, where an index would need an atomic, order-dependent sum.
     """
-    if _size(group) == 1:
+    if group is None or group.size() == 1:
         return list(key.split(list(padded))), list(value.split(list(padded)))
     both = _GatherSequence.apply(torch.cat([key, value], dim=-1), group)
     pieces = both.split(list(chunk_lengths) * group.size())

@@ -27,6 +27,6 @@ def sum_wanted_gradients_only(module: nn.Module) -> None:
             layer.register_forward_pre_hook(_look_at_input)
 
 
-def _look_at_input(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+def _look_at_input(layer: Any, inputs: tuple[Any, ...]) -> None:
     if inputs and torch.is_tensor(inputs[0]):
         layer.allreduce_dgrad = inputs[0].requires_grad

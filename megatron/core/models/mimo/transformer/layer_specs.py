@@ -120,7 +120,7 @@ def _block_spec(
             )
         pp_rank = 0
     with_te = use_transformer_engine()
-    block = get_gpt_decoder_block_spec(
+    block: Any = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=with_te,
         qk_l2_norm=config.qk_l2_norm,
@@ -129,7 +129,7 @@ def _block_spec(
     )
     attends = with_te and te_attends(config)
     layers = [_layer(spec, mask_type, with_te, attends) for spec in block.layer_specs]
-    norm = block.layer_norm if with_te else SequenceParallelNorm
+    norm: Any = block.layer_norm if with_te else SequenceParallelNorm
     return ModuleSpec(
         module=TransformerBlock,
         submodules=TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm),
@@ -141,7 +141,8 @@ def _check_query_groups(config: TransformerConfig) -> None:
 
     With a layout per module there is no such group, or it is another module's.
     """
-    groups, tp_size = config.num_query_groups, config.tensor_model_parallel_size
+    groups: Any = config.num_query_groups  # never None once the config is made
+    tp_size = config.tensor_model_parallel_size
     if groups < tp_size:
         raise ValueError(
             f"num_query_groups ({groups}) must be at least tensor_model_parallel_size "
@@ -153,7 +154,7 @@ def _layer(
     spec: ModuleSpec, mask_type: AttnMaskType | None, with_te: bool, te_attention: bool
 ) -> ModuleSpec:
     """A copy of stock's layer spec with this project's parts and mask type."""
-    parts = spec.submodules
+    parts: Any = spec.submodules
     attention = parts.self_attention
     if mask_type is not None:
         attention = dataclasses.replace(

@@ -54,6 +54,7 @@ class SequenceParallelNorm:
             )
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         norm = norm_class(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
+        parameter: Any
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm

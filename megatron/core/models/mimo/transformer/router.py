@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -11,7 +11,7 @@ from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, z_loss_func
 from megatron.core.transformer.moe.router import TopKRouter
 
-_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+_DTYPES: dict[str | None, torch.dtype] = {"fp32": torch.float32, "fp64": torch.float64}
 
 
 class PerTokenRouter(TopKRouter):
@@ -71,5 +71,5 @@ class PerTokenRouter(TopKRouter):
         applies = coefficient is not None and self.training and torch.is_grad_enabled()
         if not (applies and self.calculate_per_token_loss and missed):
             return logits
-        loss = z_loss_func(logits, coefficient / ranks)
+        loss = z_loss_func(logits, cast(float, coefficient) / ranks)
         return MoEAuxLossAutoScaler.apply(logits, loss * missed)
