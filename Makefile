@@ -34,9 +34,10 @@ setup: ## make .venv with all that train and test need
 	@python=$$(sh tools/find_python.sh base) && \
 		sh tools/setup_venv.sh $(VENV) examples,test "$$python"
 
-lint: setup ## check the style with ruff, and which rooms import which with import-linter
+lint: setup ## check the style (ruff), which rooms import which (import-linter), types (pyright)
 	@$(VENV)/bin/python -m ruff check .
 	@$(VENV)/bin/python tools/check_layers.py >/dev/null || $(VENV)/bin/python tools/check_layers.py
+	@$(VENV)/bin/python tools/check_types.py
 
 test: lint ## check the style, then run all tests
 	@$(VENV)/bin/python -m pytest $(ARGS)

@@ -47,6 +47,7 @@ pytest==$PIN_PYTEST
 hypothesis==$PIN_HYPOTHESIS
 spmd_types==$PIN_SPMD_TYPES
 ruff==$PIN_RUFF
+pyright==$PIN_PYRIGHT
 transformers==$PIN_TRANSFORMERS
 setuptools==$PIN_SETUPTOOLS
 EOF

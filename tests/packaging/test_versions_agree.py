@@ -63,7 +63,17 @@ def test_hook_and_pyproject_accept_the_same_versions(python: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["torch", "einops", "captcha", "pytest", "hypothesis", "spmd_types", "ruff", "setuptools"],
+    [
+        "torch",
+        "einops",
+        "captcha",
+        "pytest",
+        "hypothesis",
+        "spmd_types",
+        "ruff",
+        "pyright",
+        "setuptools",
+    ],
 )
 def test_pin_lies_in_the_range_that_users_may_install(name: str) -> None:
     found = requirements(name)
