@@ -151,8 +151,8 @@ WITHOUT_A_PARTS = (
     Mutant(
         name="router-fp64-is-fp32",
         file=MIMO + "transformer/router.py",
-        old='_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}',
-        new='_DTYPES = {"fp32": torch.float32, "fp64": torch.float32}',
+        old='{"fp32": torch.float32, "fp64": torch.float64}',
+        new='{"fp32": torch.float32, "fp64": torch.float32}',
         tests=(UNIT + "test_experts.py::test_the_router_computes_in_its_dtype",),
         why="moe_router_dtype='fp64' is accepted and computes in fp32",
     ),
