@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from mimo_colocated.launch.layouts import Layout
-from tests.unit_tests.mimo.huggingface import models
+from tests.unit_tests.mimo.huggingface import llava_models, models
 from tests.unit_tests.mimo.huggingface.harness import Case, Task, randomise, text_task
 
 BF16 = {"dtype": torch.bfloat16}
@@ -28,6 +28,22 @@ SPARSE = {
     "CP2 DP4 EP4, bf16": Case(Layout(cp=2, dp=4, ep=4, etp=1), settings=BF16),
     "CP2 DP4 EP4": Case(Layout(cp=2, dp=4, ep=4, etp=1)),
     "PP2 DP4 EP2, expert TP2": Case(Layout(pp=2, dp=4, ep=2, etp=2)),
+}
+LLAVA = {
+    "one process": Case(Layout(), {"images": Layout()}),
+    "fan-in: images TP2 DP4, language TP2 CP2 DP2, SP": Case(
+        Layout(tp=2, cp=2, dp=2), {"images": Layout(tp=2, dp=4)}, SP
+    ),
+    "fan-in: images DP8, language TP2 CP2 DP2, SP, packed": Case(
+        Layout(tp=2, cp=2, dp=2), {"images": Layout(dp=8)}, {**SP, "packed": True}
+    ),
+    "fan-out: images TP4 DP2, SP, language DP8": Case(
+        Layout(dp=8), {"images": Layout(tp=4, dp=2)}, SP
+    ),
+    "equal: images and language TP2 DP4": Case(Layout(tp=2, dp=4), {"images": Layout(tp=2, dp=4)}),
+    "stages: images TP2 DP4, language PP2 CP2 DP2": Case(
+        Layout(pp=2, cp=2, dp=2), {"images": Layout(tp=2, dp=4)}
+    ),
 }
 
 
@@ -64,6 +80,13 @@ def rows() -> Iterator[Row]:
                 # Learned positions of a packed batch are those of the whole pack.
                 if not (name == "gpt2" and case.settings.get("packed")):
                     yield Row(name, layout, case, _text(make))
+    for name in llava_models.MODELS:
+        for layout, case in LLAVA.items():
+            yield Row(f"llava {name}", layout, case, _llava(name))
+
+
+def _llava(name: str) -> Callable[[], Task]:
+    return lambda: llava_models.llava_task(llava_models.llava(name))
 
 
 def _text(make: Callable[[], object]) -> Callable[[], Task]:

@@ -10,6 +10,7 @@ from tests.mutants.catalogue.faults import FAULTS
 from tests.mutants.catalogue.files import FILES
 from tests.mutants.catalogue.frozen import FROZEN
 from tests.mutants.catalogue.imported import IMPORTED
+from tests.mutants.catalogue.imported_towers import IMPORTED_TOWERS
 from tests.mutants.catalogue.memory import MEMORY
 from tests.mutants.catalogue.model import MODEL
 from tests.mutants.catalogue.options import OPTIONS
@@ -59,6 +60,7 @@ MUTANTS = (
     *BOUNDARIES,
     *OPTIONS,
     *IMPORTED,
+    *IMPORTED_TOWERS,
     *WITHOUT_A,
     *WITHOUT_A_MODEL,
     *WITHOUT_A_PARTS,

@@ -9,7 +9,7 @@ to_folder(built, "my-llava")
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from megatron.core.models.mimo.config.base_configs import MimoModelConfig
 from megatron.core.models.mimo.gradients.finalize import iter_modules
 from megatron.core.models.mimo.huggingface.composites import Composite, EncoderPart, describe
 from megatron.core.models.mimo.huggingface.cuts import Heads
-from megatron.core.models.mimo.huggingface.family import Family
+from megatron.core.models.mimo.huggingface.family import Family, UnsupportedModelError
 from megatron.core.models.mimo.huggingface.fits import check_fits
 from megatron.core.models.mimo.huggingface.folder import ModelFolder
+from megatron.core.models.mimo.huggingface.joined_folder import Folders, JoinedFolder
 from megatron.core.models.mimo.huggingface.language_model import ImportedGPTModel
 from megatron.core.models.mimo.huggingface.tables import Table, best_spelled
 from megatron.core.models.mimo.huggingface.weights import Part, bare, check, held_by, load
@@ -59,6 +60,8 @@ class BuildOptions:
             ``MimoModel``.
         ddp: of every module.
         backend: of the process groups, PyTorch's default one if None.
+        config_fields: of the whole model's ``config.json``, to use other values than it has, such
+            as ``{"vision_feature_layer": -1}``.
     """
 
     dtype: torch.dtype = torch.float32
@@ -75,6 +78,7 @@ class BuildOptions:
         )
     )
     backend: str | None = None
+    config_fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -84,12 +88,14 @@ class ImportedModel(BuiltModel):
     Attributes:
         composite: what it is made of.
         parts: its modules with their tables, in the folder's spelling.
-        source: the folder.
+        source: the folder, or the folders that it was put together from.
+        config_fields: that have other values than in the source's configuration.
     """
 
     composite: Composite
     parts: tuple[Part, ...]
-    source: Path
+    source: Path | Folders
+    config_fields: Mapping[str, Any]
 
 
 def from_folder(
@@ -116,25 +122,71 @@ def from_folder(
     """
     options = options or BuildOptions()
     with ModelFolder(folder) as opened:
-        composite = describe(read_config(opened.path))
-        check_fits(
-            composite,
-            layouts,
-            sequence_parallel=options.sequence_parallel,
-            virtual_stages=options.virtual_stages,
+        composite = describe(changed(read_config(opened.path), options.config_fields))
+        return import_from(
+            opened, composite, layouts, options, load_weights=load_weights, tick=tick
         )
-        built, parts = _build(composite, layouts, options)
-        spelled = tuple(_spelled(part, composite, opened) for part in parts)
 
-        def fill(_model: MimoModel) -> None:
-            held = list(held_by(spelled))
-            if load_weights:
-                check(held, spelled, opened)
-                load(held, opened, tick)
 
-        finished = built(fill)
+def import_from(
+    opened: ModelFolder | JoinedFolder,
+    composite: Composite,
+    layouts: Mapping[str, Layout],
+    options: BuildOptions,
+    *,
+    load_weights: bool,
+    tick: Callable[[int], None],
+) -> ImportedModel:
+    """Build a model and load its weights; arguments as of :func:`from_folder`.
+
+    Args:
+        opened: where its weights are.
+        composite: what it is made of.
+        layouts, options, load_weights, tick: as there.
+    """
+    check_fits(
+        composite,
+        layouts,
+        sequence_parallel=options.sequence_parallel,
+        virtual_stages=options.virtual_stages,
+    )
+    built, parts = _build(composite, layouts, options)
+    spelled = tuple(_spelled(part, composite, opened) for part in parts)
+
+    def fill(_model: MimoModel) -> None:
+        held = list(held_by(spelled))
+        if load_weights:
+            check(held, spelled, opened)
+            load(held, opened, tick)
+
+    finished = built(fill)
     own = {each.name: getattr(finished, each.name) for each in fields(BuiltModel)}
-    return ImportedModel(**own, composite=composite, parts=spelled, source=Path(folder))
+    # What was drawn is now as good as what was loaded.
+    known = tuple(replace(part, drawn=()) for part in spelled)
+    return ImportedModel(
+        **own,
+        composite=composite,
+        parts=known,
+        source=opened.source,
+        config_fields=dict(options.config_fields),
+    )
+
+
+def changed(config: Any, given: Mapping[str, Any]) -> Any:
+    """Return transformers' configuration with other values of some of its fields.
+
+    Raises:
+        UnsupportedModelError: it has no such field.
+    """
+    unknown = sorted(set(given) - set(config.to_dict()))
+    if unknown:
+        raise UnsupportedModelError(
+            f"{config.model_type}: config_fields names {unknown}, which its configuration does not "
+            f"have; it has {sorted(config.to_dict())}"
+        )
+    for name, value in given.items():
+        setattr(config, name, value)
+    return config
 
 
 def read_config(folder: Path) -> Any:
@@ -313,10 +365,11 @@ def _encoder_part(
     config: TransformerConfig,
 ) -> Part:
     modules = bare([model.modality_submodules[part.modality]])
-    return Part(part.modality, modules, part.family.table(part.config), groups, _heads(config))
+    table = part.family.table(part.config)
+    return Part(part.modality, modules, table, groups, _heads(config), part.drawn)
 
 
-def _spelled(part: Part, composite: Composite, folder: ModelFolder) -> Part:
+def _spelled(part: Part, composite: Composite, folder: ModelFolder | JoinedFolder) -> Part:
     own = next((e for e in composite.encoders if e.modality == part.name), composite.language)
     table: Table = best_spelled(part.table, own.spellings, folder.tensors)
     return Part(part.name, part.modules, table, part.groups, part.heads, part.drawn)

@@ -50,6 +50,7 @@ class EncoderPart:
         config: transformers' configuration of it.
         spellings: that folders have of its names.
         sequence_parallel: its tower can cut its sequence over TP.
+        drawn: prefixes of our names of parameters that no folder has yet.
     """
 
     modality: str
@@ -61,6 +62,7 @@ class EncoderPart:
     config: Any
     spellings: tuple[Spelling, ...] = ({},)
     sequence_parallel: bool = False
+    drawn: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

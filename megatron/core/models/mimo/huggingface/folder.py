@@ -103,6 +103,11 @@ class ModelFolder:
         return self._handles[file].get_slice(name)[where]
 
     @property
+    def source(self) -> Path:
+        """What opens it again: its path."""
+        return self.path
+
+    @property
     def files(self) -> dict[str, list[str]]:
         """File of weights -> names of its tensors, in its order."""
         found: dict[str, list[str]] = {}

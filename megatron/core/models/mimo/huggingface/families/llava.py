@@ -131,6 +131,27 @@ def _projector_table() -> Table:
     )
 
 
+def projector_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Return the projector's tensors in a folder, and their shapes, by ``LlavaConfig``."""
+    hidden = config.text_config.hidden_size
+    width = config.vision_config.hidden_size * len(_features(config).depths)
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{_PROJECTOR}linear_1.weight": (hidden, width),
+        f"{_PROJECTOR}linear_2.weight": (hidden, hidden),
+    }
+    if config.multimodal_projector_bias:
+        shapes |= {f"{_PROJECTOR}linear_{n}.bias": (hidden,) for n in (1, 2)}
+    return shapes
+
+
+def language_name(name: str) -> str:
+    """Return the name in a LLaVA folder of a tensor that a language model's folder has."""
+    for prefix, whole in _LANGUAGE_SPELLINGS[0].items():
+        if name.startswith(prefix):
+            return whole + name.removeprefix(prefix)
+    return name
+
+
 def _spec(
     tower: TransformerConfig,
     groups: ProcessGroupCollection,
