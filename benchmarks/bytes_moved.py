@@ -17,7 +17,7 @@ from benchmarks.cases import PAIRS, Pair, TokenBatch
 from benchmarks.counting import Traffic, counted
 from benchmarks.formulas import Rows, gather_rows, lower_bound, routed_rows
 from benchmarks.paths import Bridges, bridges, random_rows
-from megatron.core.models.mimo.comm.routes import plan_routes
+from megatron.core.models.mimo.comm.plan.routes import plan_routes
 
 _ROWS, _WIDTH, _LENGTH = 1024, 64, 128
 _BYTES = _WIDTH * torch.float32.itemsize

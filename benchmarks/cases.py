@@ -10,9 +10,9 @@ from functools import cached_property
 import numpy as np
 
 from megatron.core.hyper_comm_grid import GridShape
-from megatron.core.models.mimo.comm.bridge_layout import BridgeDirection, BridgeLayout
-from megatron.core.models.mimo.comm.route_layout import RouteLayout
-from megatron.core.models.mimo.comm.token_runs import TokenRuns
+from megatron.core.models.mimo.comm.plan.gather_layout import BridgeDirection, BridgeLayout
+from megatron.core.models.mimo.comm.plan.routed_layout import RouteLayout
+from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns
 from megatron.core.models.mimo.partition.sequence_order import dense_positions
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.launch.layouts import Layout

@@ -20,7 +20,7 @@ from fractions import Fraction
 import numpy as np
 
 from benchmarks.cases import Pair, TokenBatch
-from megatron.core.models.mimo.comm.bridge_layout import BridgeDirection
+from megatron.core.models.mimo.comm.plan.gather_layout import BridgeDirection
 
 
 @dataclass(frozen=True)

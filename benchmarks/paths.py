@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.cases import Pair, TokenBatch
-from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
 from megatron.core.models.mimo.comm.exchange import to_device
+from megatron.core.models.mimo.comm.gather_bridge import ColocatedBridgeCommunicator
+from megatron.core.models.mimo.comm.plan.routes import plan_routes
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
-from megatron.core.models.mimo.comm.routes import plan_routes
 from megatron.core.models.mimo.model.local_text import LocalText
 from megatron.core.models.mimo.model.token_rows import TEXT, TokenRows, fill_places
 from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from benchmarks.cases import Pair, TokenBatch
-from megatron.core.models.mimo.comm.routes import RoutePlan, plan_routes
-from megatron.core.models.mimo.comm.token_runs import TokenRuns
+from megatron.core.models.mimo.comm.plan.routes import RoutePlan, plan_routes
+from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns
 from megatron.core.models.mimo.job.plots import INK, MUTED, save_figure
 from mimo_colocated.launch.layouts import Layout
 

@@ -30,11 +30,11 @@ from typing import Any
 import numpy as np
 
 from megatron.core.hyper_comm_grid import GridShape
-from megatron.core.models.mimo.comm.balance import plan_balance
-from megatron.core.models.mimo.comm.bridge_layout import BridgeLayout
-from megatron.core.models.mimo.comm.route_layout import RouteLayout
-from megatron.core.models.mimo.comm.routes import GroupRoutes, plan_routes
-from megatron.core.models.mimo.comm.token_runs import TokenRuns
+from megatron.core.models.mimo.comm.plan.balance import plan_balance
+from megatron.core.models.mimo.comm.plan.gather_layout import BridgeLayout
+from megatron.core.models.mimo.comm.plan.routed_layout import RouteLayout
+from megatron.core.models.mimo.comm.plan.routes import GroupRoutes, plan_routes
+from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns
 
 SIZES, QUICK = (1024, 4096, 16384), (256, 1024)
 SECONDS, MEGABYTES = 2.0, 500
@@ -128,7 +128,7 @@ def _set_up(world: int) -> dict[str, Any]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from megatron.core.hyper_comm_grid import HyperCommGrid
-    from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
+    from megatron.core.models.mimo.comm.gather_bridge import ColocatedBridgeCommunicator
     from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
     from megatron.core.models.mimo.training.groups import create_process_groups
 

@@ -23,7 +23,7 @@ from examples.mimo.digits.data import (
 )
 from examples.mimo.digits.images import DigitImages, image_patches, split_images
 from megatron.core.hyper_comm_grid import GridShape
-from megatron.core.models.mimo.comm.bridge_layout import BridgeLayout
+from megatron.core.models.mimo.comm.plan.gather_layout import BridgeLayout
 
 
 def _scanned() -> DigitImages:

@@ -17,8 +17,8 @@ from matplotlib.image import imread
 
 from examples.mimo.digits.predictions import _choose, plot_predictions
 from megatron.core.hyper_comm_grid import GridShape
-from megatron.core.models.mimo.comm.bridge_layout import BridgeLayout
-from megatron.core.models.mimo.comm.route_layout import RouteLayout
+from megatron.core.models.mimo.comm.plan.gather_layout import BridgeLayout
+from megatron.core.models.mimo.comm.plan.routed_layout import RouteLayout
 from megatron.core.models.mimo.job import results as report
 from megatron.core.models.mimo.job.layout_plot import LayoutPlot, plot_layout
 from megatron.core.models.mimo.job.plots import plot_loss

@@ -21,7 +21,7 @@ from examples.mimo.digits.memory_plan import items_of_a_microbatch, print_memory
 from examples.mimo.digits.options import FREEZABLE, Options, parse_options
 from examples.mimo.digits.sounds import BANDS, FRAMES
 from megatron.core.hyper_comm_grid import GridShape
-from megatron.core.models.mimo.comm.route_layout import RouteLayout
+from megatron.core.models.mimo.comm.plan.routed_layout import RouteLayout
 from megatron.core.models.mimo.job.memory_plan import step_of
 from megatron.core.models.mimo.job.route_plans import RoutePlans
 from megatron.core.models.mimo.memory.kept import part_bytes

@@ -37,7 +37,7 @@ from examples.mimo.digits.images import (
 )
 from examples.mimo.digits.options import SEQUENCE_LENGTH
 from examples.mimo.digits.sounds import TOKENS_PER_SOUND, Clips
-from megatron.core.models.mimo.comm.routes import RoutePlan
+from megatron.core.models.mimo.comm.plan.routes import RoutePlan
 from megatron.core.models.mimo.job.samples import even_slice, shuffled
 
 DIGITS_PER_SAMPLE = 4

@@ -134,7 +134,7 @@ BOUNDARIES = (
     ),
     Mutant(
         name="one-copy-sends-all-to-a-receiver",
-        file=MIMO + "comm/routes.py",
+        file=MIMO + "comm/plan/routes.py",
         old="return (stretch + receiver) % copies",
         new="return (0 * stretch + receiver) % copies",
         tests=(_TURNS,),
@@ -142,7 +142,7 @@ BOUNDARIES = (
     ),
     Mutant(
         name="the-last-copy-sends-less",
-        file=MIMO + "comm/routes.py",
+        file=MIMO + "comm/plan/routes.py",
         old="self._in_cell[rows] * copies // self._cell_size[rows]",
         new="self._in_cell[rows] // -(-self._cell_size[rows] // copies)",
         tests=(_TURNS,),

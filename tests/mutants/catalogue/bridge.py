@@ -5,8 +5,8 @@ from tests.mutants.catalogue.places import CORE, MIMO, UNIT
 from tests.mutants.mutant import Mutant
 
 _GRID = CORE + "hyper_comm_grid.py"
-_LAYOUT = MIMO + "comm/bridge_layout.py"
-_COMM = MIMO + "comm/colocated_communicator.py"
+_LAYOUT = MIMO + "comm/plan/gather_layout.py"
+_COMM = MIMO + "comm/gather_bridge.py"
 _COLLECTIVES = MIMO + "comm/collectives.py"
 _GRID_TESTS = UNIT + "test_hyper_comm_grid.py::"
 _PAIRS = UNIT + "test_bridge_layout.py::test_every_pair_against_a_direct_computation"

@@ -6,8 +6,9 @@ from tests.mutants.mutant import Mutant
 
 _EXCHANGE = MIMO + "comm/exchange.py"
 _BRIDGE = MIMO + "comm/routed_bridge.py"
-_ROUTES = MIMO + "comm/routes.py"
+_ROUTES = MIMO + "comm/plan/routes.py"
 _ITEMS = MIMO + "comm/item_exchange.py"
+_MOVES = MIMO + "comm/plan/item_moves.py"
 _SIDE = MIMO + "model/routed_side.py"
 _BRIDGE_TESTS = UNIT + "test_routed_bridge.py::"
 _EVERY_PAIR = _BRIDGE_TESTS + "test_every_pair_of_8_rank_layouts"
@@ -111,7 +112,7 @@ EXCHANGE = (
     ),
     Mutant(
         name="pixels-sent-in-reading-order",
-        file=_ITEMS,
+        file=_MOVES,
         old='send_index=_unit_index(units[brought], np.argsort(receivers, kind="stable"))',
         new="send_index=_unit_index(units[brought], np.arange(receivers.size))",
         tests=(_BALANCED,),
@@ -119,7 +120,7 @@ EXCHANGE = (
     ),
     Mutant(
         name="pixels-cut-as-one-unit-each",
-        file=_ITEMS,
+        file=_MOVES,
         old="recv_splits=_total(senders, units[encoded], exchange.size)",
         new="recv_splits=_total(senders, units[encoded] * 0 + 1, exchange.size)",
         tests=(_BALANCED,),
@@ -127,7 +128,7 @@ EXCHANGE = (
     ),
     Mutant(
         name="pixels-from-the-first-tp-copy",
-        file=_ITEMS,
+        file=_MOVES,
         old="peers = exchange.src_ranks[:, copy]",
         new="peers = exchange.src_ranks[:, 0]",
         tests=(_BALANCED,),

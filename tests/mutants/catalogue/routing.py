@@ -4,7 +4,7 @@
 from tests.mutants.catalogue.places import MIMO, UNIT
 from tests.mutants.mutant import Mutant
 
-_ROUTES = MIMO + "comm/routes.py"
+_ROUTES = MIMO + "comm/plan/routes.py"
 _TESTS = UNIT + "test_routes.py::"
 _EVERY_PAIR = _TESTS + "test_every_pair_of_8_rank_grids_against_the_oracle"
 

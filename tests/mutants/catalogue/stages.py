@@ -13,7 +13,7 @@ _ON_RANKS = UNIT + "test_pipeline_step_8rank.py::"
 STAGES = (
     Mutant(
         name="rows-go-to-every-stage",
-        file=MIMO + "comm/route_layout.py",
+        file=MIMO + "comm/plan/routed_layout.py",
         old="return np.where(at.dest_pp[self.members] == 0, owner, -1)",
         new="return owner",
         tests=(_ROUTES + "test_every_layout_of_stages_against_the_oracle",),
@@ -21,7 +21,7 @@ STAGES = (
     ),
     Mutant(
         name="merged-gradients-of-other-microbatches",
-        file=MIMO + "comm/merged_routes.py",
+        file=MIMO + "comm/plan/merged_routes.py",
         old="[own[p.backward.send_index] for p, own in zip(plans, own_index, strict=True)]",
         new="[p.backward.send_index for p in plans]",
         tests=(_ROUTES + "test_merged_routes_bring_every_microbatch_what_its_own_routes_do",),
@@ -29,7 +29,7 @@ STAGES = (
     ),
     Mutant(
         name="merged-rows-move-if-the-first-microbatch-has-any",
-        file=MIMO + "comm/merged_routes.py",
+        file=MIMO + "comm/plan/merged_routes.py",
         old="moves=any(leg.moves for leg in legs)",
         new="moves=legs[0].moves",
         tests=(_ON_THREADS,),
@@ -37,7 +37,7 @@ STAGES = (
     ),
     Mutant(
         name="merged-rows-move-if-all-microbatches-have-any",
-        file=MIMO + "comm/merged_routes.py",
+        file=MIMO + "comm/plan/merged_routes.py",
         old="moves=any(leg.moves for leg in legs)",
         new="moves=all(leg.moves for leg in legs)",
         tests=(_ON_THREADS,),

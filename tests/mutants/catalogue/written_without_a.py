@@ -75,7 +75,7 @@ WITHOUT_A = (
     ),
     Mutant(
         name="encoder-stages-on-the-bridge",
-        file=MIMO + "comm/bridge_layout.py",
+        file=MIMO + "comm/plan/gather_layout.py",
         old='_check_dims("src", src_grid, bridged=("tp", "dp"))',
         new='_check_dims("src", src_grid, bridged=("tp", "dp", "pp"))',
         tests=(UNIT + "test_bridge_layout.py::TestErrors::test_grids",),
@@ -86,7 +86,7 @@ WITHOUT_A = (
     ),
     Mutant(
         name="positions-of-all-stages",
-        file=MIMO + "comm/bridge_layout.py",
+        file=MIMO + "comm/plan/gather_layout.py",
         old="rank_to_dest_pos={r: at[:2] for r, at in dest.items() if at[2:] == (0, 0)},",
         new="rank_to_dest_pos={r: at[:2] for r, at in dest.items() if at[2] == 0},",
         tests=(UNIT + "test_bridge_layout.py::test_every_pair_with_pipeline_stages",),
@@ -94,7 +94,7 @@ WITHOUT_A = (
     ),
     Mutant(
         name="first-stage-before-the-sum",
-        file=MIMO + "comm/colocated_communicator.py",
+        file=MIMO + "comm/gather_bridge.py",
         old=(
             "        if self.dest_pp_pg is not None:\n"
             "            output = first_gradient(output, self.dest_pp_pg)\n"
@@ -114,7 +114,7 @@ WITHOUT_A = (
     ),
     Mutant(
         name="problems-heard-in-the-finer-replica",
-        file=MIMO + "comm/colocated_communicator.py",
+        file=MIMO + "comm/gather_bridge.py",
         old="grid = self.src_grid if self.is_fan_out() else self.dest_grid",
         new="grid = self.src_grid if self.is_fan_in() else self.dest_grid",
         tests=(UNIT + "test_stage_side.py::test_a_rank_with_a_problem_stops_all",),
@@ -122,7 +122,7 @@ WITHOUT_A = (
     ),
     Mutant(
         name="backend-of-the-encoder-grid-ignored",
-        file=MIMO + "comm/colocated_communicator.py",
+        file=MIMO + "comm/gather_bridge.py",
         old="    return src or dest\n",
         new="    return dest\n",
         tests=(UNIT + "test_routed_bridge.py::test_a_backend_that_one_grid_names_is_both_ones",),
@@ -191,7 +191,7 @@ WITHOUT_A = (
     ),
     Mutant(
         name="items-split-by-ceiling",
-        file=MIMO + "comm/token_runs.py",
+        file=MIMO + "comm/plan/token_runs.py",
         old="cuts = [count * part // parts for part in range(parts + 1)]",
         new="cuts = [min(-(-count // parts) * part, count) for part in range(parts + 1)]",
         tests=(UNIT + "test_routes.py::test_docstring_examples",),
@@ -199,7 +199,7 @@ WITHOUT_A = (
     ),
     Mutant(
         name="empty-sample-refused",
-        file=MIMO + "comm/batch_routes.py",
+        file=MIMO + "comm/plan/batch_routes.py",
         old="lengths.min() < 0",
         new="lengths.min() <= 0",
         tests=(
@@ -209,7 +209,7 @@ WITHOUT_A = (
     ),
     Mutant(
         name="token-at-the-cut-is-lost",
-        file=MIMO + "comm/batch_routes.py",
+        file=MIMO + "comm/plan/batch_routes.py",
         old="np.arange(mask.shape[1]) >= lengths[:, None]",
         new="np.arange(mask.shape[1]) > lengths[:, None]",
         tests=(UNIT + "test_batch_routes.py::test_lengths_that_do_not_fit_the_samples",),
@@ -217,7 +217,7 @@ WITHOUT_A = (
     ),
     Mutant(
         name="threshold-itself-moves",
-        file=MIMO + "comm/balance.py",
+        file=MIMO + "comm/plan/balance.py",
         old="if before > balance.threshold:",
         new="if before >= balance.threshold:",
         tests=(UNIT + "test_balance.py::test_items_stay_at_home",),
@@ -225,7 +225,7 @@ WITHOUT_A = (
     ),
     Mutant(
         name="balance-digest-without-home",
-        file=MIMO + "comm/balance.py",
+        file=MIMO + "comm/plan/balance.py",
         old="table = np.stack([self.tokens, self.home, self.replica])",
         new="table = np.stack([self.tokens, self.replica])",
         tests=(UNIT + "test_balance.py::test_digest_tells_plans_apart",),
@@ -233,7 +233,7 @@ WITHOUT_A = (
     ),
     Mutant(
         name="threshold-default-one",
-        file=MIMO + "comm/balance.py",
+        file=MIMO + "comm/plan/balance.py",
         old="threshold: float = 1.1",
         new="threshold: float = 1.0",
         tests=(UNIT + "test_balance.py::test_items_stay_at_home",),
@@ -241,7 +241,7 @@ WITHOUT_A = (
     ),
     Mutant(
         name="holders-take-no-turns",
-        file=MIMO + "comm/routes.py",
+        file=MIMO + "comm/plan/routes.py",
         old="return (stretch + receiver) % copies",
         new="return stretch % copies",
         tests=(UNIT + "test_routes.py::test_bytes_of_uniform_tokens_are_the_lower_bound",),
@@ -249,7 +249,7 @@ WITHOUT_A = (
     ),
     Mutant(
         name="backward-moves-as-forward",
-        file=MIMO + "comm/routes.py",
+        file=MIMO + "comm/plan/routes.py",
         old="backward = self._leg(number[rows], receivers, incoming, self._moves[1])",
         new="backward = self._leg(number[rows], receivers, incoming, self._moves[0])",
         tests=(UNIT + "test_routes.py::test_every_pair_of_8_rank_grids_against_the_oracle",),
@@ -257,7 +257,7 @@ WITHOUT_A = (
     ),
     Mutant(
         name="row-beyond-the-last",
-        file=MIMO + "comm/routes.py",
+        file=MIMO + "comm/plan/routes.py",
         old="rows.max() < self.total:",
         new="rows.max() <= self.total:",
         tests=(UNIT + "test_routes.py::test_what_does_not_match_is_refused",),
@@ -289,7 +289,7 @@ WITHOUT_A = (
     ),
     Mutant(
         name="merge-of-other-ranks-plans",
-        file=MIMO + "comm/merged_routes.py",
+        file=MIMO + "comm/plan/merged_routes.py",
         old="if plan.rank != plans[0].rank or not",
         new="if plan.rank != plans[0].rank and not",
         tests=(UNIT + "test_stage_routes.py::test_plans_that_do_not_belong_together_are_refused",),
@@ -297,7 +297,7 @@ WITHOUT_A = (
     ),
     Mutant(
         name="rank-beyond-the-group",
-        file=MIMO + "comm/route_layout.py",
+        file=MIMO + "comm/plan/routed_layout.py",
         old="if place == self.size or self.ranks[place] != rank:",
         new="if self.ranks[place % self.size] != rank and place < self.size:",
         tests=(UNIT + "test_routes.py::test_ranks_outside_are_refused",),
@@ -305,7 +305,7 @@ WITHOUT_A = (
     ),
     Mutant(
         name="later-stages-own-rows",
-        file=MIMO + "comm/route_layout.py",
+        file=MIMO + "comm/plan/routed_layout.py",
         old="return np.where(at.dest_pp[self.members] == 0, owner, -1)",
         new="return np.where(at.dest_pp[self.members] >= 0, owner, -1)",
         tests=(UNIT + "test_stage_routes.py::test_every_layout_of_stages_against_the_oracle",),

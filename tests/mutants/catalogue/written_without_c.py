@@ -7,7 +7,7 @@ from tests.mutants.mutant import Mutant
 WITHOUT_C = (
     Mutant(
         name="balance-digest-takes-replicas-for-homes",
-        file=MIMO + "comm/balance.py",
+        file=MIMO + "comm/plan/balance.py",
         old="np.stack([self.tokens, self.home, self.replica])",
         new="np.stack([self.tokens, self.replica, self.replica])",
         tests=(UNIT + "test_balance.py::test_digest_tells_plans_apart",),
@@ -46,7 +46,7 @@ WITHOUT_C = (
     ),
     Mutant(
         name="merge-plans-of-other-groups",
-        file=MIMO + "comm/merged_routes.py",
+        file=MIMO + "comm/plan/merged_routes.py",
         old="if plan.rank != plans[0].rank or not np.array_equal(plan.ranks, plans[0].ranks):",
         new="if plan.rank != plans[0].rank or plan.ranks.size != plans[0].ranks.size:",
         tests=(UNIT + "test_stage_routes.py::test_plans_of_two_exchange_groups_are_refused",),
@@ -73,7 +73,7 @@ WITHOUT_C = (
     ),
     Mutant(
         name="token-digest-without-lengths",
-        file=MIMO + "comm/routes.py",
+        file=MIMO + "comm/plan/routes.py",
         old="yield np.array(packed, dtype=np.int64)",
         new="yield np.array(packed[-1:], dtype=np.int64)",
         tests=(UNIT + "test_routes.py::test_the_digest_names_what_differs",),

@@ -7,11 +7,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from megatron.core.models.mimo.comm.balance import EncoderBalance, plan_balance
 from megatron.core.models.mimo.comm.item_exchange import ItemExchange
+from megatron.core.models.mimo.comm.plan.balance import EncoderBalance, plan_balance
+from megatron.core.models.mimo.comm.plan.routes import plan_routes
+from megatron.core.models.mimo.comm.plan.token_runs import expand, split_items
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
-from megatron.core.models.mimo.comm.routes import plan_routes
-from megatron.core.models.mimo.comm.token_runs import expand, split_items
 from tests.unit_tests.mimo.routed_cases import Picture
 
 LINEAR = EncoderBalance(threshold=1, cost=lambda tokens: tokens)

@@ -20,7 +20,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from megatron.core.hyper_comm_grid import HyperCommGrid
-from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
+from megatron.core.models.mimo.comm.gather_bridge import ColocatedBridgeCommunicator
 from tests.harness.backend import choose
 
 MAX_RANKS = 64

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.models.mimo.comm.plan.routes import RoutePlan, plan_routes
+from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
-from megatron.core.models.mimo.comm.routes import RoutePlan, plan_routes
-from megatron.core.models.mimo.comm.token_runs import TokenRuns
 from megatron.core.models.mimo.partition.sequence_order import dense_positions
 
 POWERS = (1, 2, 4, 8)

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.core.models.mimo.comm import balance as balance_module
-from megatron.core.models.mimo.comm.balance import (
+from megatron.core.models.mimo.comm.input_balance import InputBalance
+from megatron.core.models.mimo.comm.item_exchange import ItemExchange
+from megatron.core.models.mimo.comm.plan import balance as balance_module
+from megatron.core.models.mimo.comm.plan.balance import (
     BalancePlan,
     EncoderBalance,
     TokenCost,
     plan_balance,
 )
-from megatron.core.models.mimo.comm.input_balance import InputBalance
-from megatron.core.models.mimo.comm.item_exchange import ItemExchange
-from megatron.core.models.mimo.comm.token_runs import expand
+from megatron.core.models.mimo.comm.plan.token_runs import expand
 from tests.unit_tests.mimo.balanced_cases import LINEAR, check_balanced_encoder
 from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
 from tests.unit_tests.mimo.routed_cases import EQUAL, FAN_IN, FAN_OUT, bridge, random_masks

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from megatron.core.hyper_comm_grid import GridShape
-from megatron.core.models.mimo.comm.batch_routes import plan_even_batch
-from megatron.core.models.mimo.comm.route_layout import RouteLayout
-from megatron.core.models.mimo.comm.routes import RowCountError, plan_routes
-from megatron.core.models.mimo.comm.token_runs import TokenRuns
+from megatron.core.models.mimo.comm.plan.batch_routes import plan_even_batch
+from megatron.core.models.mimo.comm.plan.routed_layout import RouteLayout
+from megatron.core.models.mimo.comm.plan.routes import RowCountError, plan_routes
+from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns
 
 SRC = GridShape((2, 4), ("tp", "dp"))
 DEST = GridShape((2, 2, 2), ("tp", "cp", "dp"))

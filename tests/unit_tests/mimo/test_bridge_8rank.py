@@ -22,8 +22,8 @@ import torch.distributed as dist
 
 from megatron.core import hyper_comm_grid
 from megatron.core.hyper_comm_grid import HyperCommGrid
-from megatron.core.models.mimo.comm import colocated_communicator as bridge_module
-from megatron.core.models.mimo.comm.colocated_communicator import (
+from megatron.core.models.mimo.comm import gather_bridge as bridge_module
+from megatron.core.models.mimo.comm.gather_bridge import (
     BridgeDirection,
     ColocatedBridgeCommunicator,
     SliceInfo,

@@ -4,6 +4,7 @@ error. Pure, no process group."""
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from megatron.core.hyper_comm_grid import GridShape, HyperCommGrid
-from megatron.core.models.mimo.comm.bridge_layout import (
+from megatron.core.models.mimo.comm.plan.gather_layout import (
     BridgeDirection,
     BridgeLayout,
     SliceInfo,
@@ -354,3 +355,18 @@ class TestErrors:
         for call in (layout.src_slice, layout.dest_slice, layout.slot_slice):
             with pytest.raises(ValueError, match=message):
                 call(rank, 8)
+
+
+@pytest.mark.parametrize(
+    ("older", "now"),
+    [
+        ("bridge_layout", "plan.gather_layout"),
+        ("colocated_communicator", "gather_bridge"),
+        ("route_layout", "plan.routed_layout"),
+        ("routes", "plan.routes"),
+        ("token_runs", "plan.token_runs"),
+    ],
+)
+def test_older_paths_lead_to_the_same_module(older: str, now: str) -> None:
+    comm = "megatron.core.models.mimo.comm."
+    assert importlib.import_module(comm + older) is importlib.import_module(comm + now)

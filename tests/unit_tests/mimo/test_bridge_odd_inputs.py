@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.comm.collectives import gather_blocks, take_block
-from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
+from megatron.core.models.mimo.comm.gather_bridge import ColocatedBridgeCommunicator
 from tests.unit_tests.mimo.bridge_cases import BridgeCase
 from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
 

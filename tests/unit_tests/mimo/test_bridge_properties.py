@@ -16,7 +16,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.core.models.mimo.comm import colocated_communicator as bridge_module
+from megatron.core.models.mimo.comm import gather_bridge as bridge_module
 from tests.unit_tests.mimo.bridge_cases import (
     DIRECTIONS,
     EACH_DIRECTION,

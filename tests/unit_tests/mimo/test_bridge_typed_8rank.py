@@ -20,7 +20,7 @@ import spmd_types
 import torch
 import torch.distributed as dist
 
-from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
+from megatron.core.models.mimo.comm.gather_bridge import ColocatedBridgeCommunicator
 from tests.unit_tests.mimo.bridge_cases import BridgeCase
 
 pytestmark = pytest.mark.ranks(8)

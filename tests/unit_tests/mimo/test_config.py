@@ -12,7 +12,7 @@ import torch
 
 from megatron.core.models import mimo
 from megatron.core.models.mimo import MimoModel, MimoModelConfig
-from megatron.core.models.mimo.comm.balance import EncoderBalance
+from megatron.core.models.mimo.comm.plan.balance import EncoderBalance
 from megatron.core.models.mimo.config.role import ModuleLayout
 from megatron.core.models.mimo.memory.policy import EncoderMemory
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -59,7 +59,7 @@ def test_an_unknown_name_is_an_attribute_error():
 def test_pure_modules_import_without_the_model():
     loaded = run_python(
         "import sys\n"
-        "import megatron.core.models.mimo.comm.bridge_layout\n"
+        "import megatron.core.models.mimo.comm.plan.gather_layout\n"
         "import megatron.core.models.mimo.partition.sequence_order\n"
         "heavy = ['model.base', 'config.base_configs', 'submodules.base', 'optimizer']\n"
         "print([n for n in heavy if f'megatron.core.models.mimo.{n}' in sys.modules])"

@@ -22,8 +22,14 @@ def check(folder: Path) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     "file, line, words",
     [
-        (None, "", "1 kept, 0 broken"),
-        ("comm/routes.py", "import megatron.core.models.mimo.model.base", "mimo.comm.routes ->"),
+        (None, "", "2 kept, 0 broken"),
+        ("comm/exchange.py", "import megatron.core.models.mimo.model.base", "comm.exchange ->"),
+        ("comm/plan/routes.py", "import torch", "mimo.comm.plan.routes -> torch"),
+        (
+            "comm/plan/routes.py",
+            "import megatron.core.models.mimo.comm.exchange",
+            "mimo.comm.plan.routes -> mimo.comm.exchange",
+        ),
         ("new_room/__init__.py", "", "new_room"),
     ],
 )

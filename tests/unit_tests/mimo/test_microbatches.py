@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron.core.hyper_comm_grid import GridShape
-from megatron.core.models.mimo.comm.bridge_layout import BridgeLayout, SliceInfo
+from megatron.core.models.mimo.comm.plan.gather_layout import BridgeLayout, SliceInfo
 from megatron.core.models.mimo.pipeline.microbatches import narrow_language_batch
 
 

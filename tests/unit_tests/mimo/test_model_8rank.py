@@ -19,7 +19,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mimo import MimoModel
-from megatron.core.models.mimo.comm.balance import EncoderBalance
+from megatron.core.models.mimo.comm.plan.balance import EncoderBalance
 from megatron.core.models.mimo.partition.sequence_order import dense_positions
 from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig
 from megatron.core.models.mimo.training.groups import create_process_groups, make_grid

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from examples.mimo.digits.data import Batch
-from megatron.core.models.mimo.comm.token_runs import split_items
+from megatron.core.models.mimo.comm.plan.token_runs import split_items
 from tests.models.model import Experts, ModelOptions
 from tests.models.trainer import Trainer
 from tests.parity.tensors import local_gradients, whole_tensors

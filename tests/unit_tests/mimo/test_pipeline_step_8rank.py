@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from examples.mimo.digits.data import DIGITS_PER_SAMPLE, Batch, DigitsBatches
-from megatron.core.models.mimo.comm.token_runs import split_items
+from megatron.core.models.mimo.comm.plan.token_runs import split_items
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.models.mimo.model.encoded import EncodedMicrobatches
 from megatron.core.utils import unwrap_model

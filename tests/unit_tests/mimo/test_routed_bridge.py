@@ -22,18 +22,18 @@ import torch.distributed as dist
 
 from megatron.core.hyper_comm_grid import GridShape, HyperCommGrid
 from megatron.core.models.mimo.comm import routed_bridge
-from megatron.core.models.mimo.comm.colocated_communicator import common_backend
 from megatron.core.models.mimo.comm.exchange import PlanTensors, issue_exchange
-from megatron.core.models.mimo.comm.route_layout import RouteLayout
-from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge, takes_host_tensors
-from megatron.core.models.mimo.comm.routes import plan_routes
-from megatron.core.models.mimo.comm.token_runs import (
+from megatron.core.models.mimo.comm.gather_bridge import common_backend
+from megatron.core.models.mimo.comm.plan.routed_layout import RouteLayout
+from megatron.core.models.mimo.comm.plan.routes import plan_routes
+from megatron.core.models.mimo.comm.plan.token_runs import (
     TokenRuns,
     expand,
     rows_of_items,
     runs_of,
     split_items,
 )
+from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge, takes_host_tensors
 from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
 from tests.unit_tests.mimo.routed_cases import (
     EQUAL,

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.hyper_comm_grid import HyperCommGrid
-from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
+from megatron.core.models.mimo.comm.gather_bridge import ColocatedBridgeCommunicator
 from megatron.core.models.mimo.partition.sequence_order import dense_positions
 from tests.unit_tests.mimo.balanced_cases import check_balanced_encoder
 from tests.unit_tests.mimo.routed_cases import (

@@ -22,10 +22,10 @@ import torch.distributed as dist
 
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo import MimoModel
-from megatron.core.models.mimo.comm.balance import EncoderBalance
 from megatron.core.models.mimo.comm.input_balance import InputBalance
-from megatron.core.models.mimo.comm.routes import RoutePlan, plan_routes
-from megatron.core.models.mimo.comm.token_runs import TokenRuns
+from megatron.core.models.mimo.comm.plan.balance import EncoderBalance
+from megatron.core.models.mimo.comm.plan.routes import RoutePlan, plan_routes
+from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns
 from megatron.core.models.mimo.model import local_text
 from megatron.core.models.mimo.model.local_text import LocalText
 from megatron.core.models.mimo.partition.sequence_order import dense_positions, packed_positions

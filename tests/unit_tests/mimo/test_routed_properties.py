@@ -19,9 +19,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron.core.models.mimo.comm.plan.routes import plan_routes
+from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
-from megatron.core.models.mimo.comm.routes import plan_routes
-from megatron.core.models.mimo.comm.token_runs import TokenRuns
 from tests.unit_tests.mimo.bridge_cases import Dims, coordinates, factorised, grid
 from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
 from tests.unit_tests.mimo.test_partition_properties import CutCase

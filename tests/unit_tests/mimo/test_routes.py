@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 
 from megatron.core.hyper_comm_grid import GridShape
-from megatron.core.models.mimo.comm import route_layout, routes, token_runs
-from megatron.core.models.mimo.comm.route_layout import RouteLayout
-from megatron.core.models.mimo.comm.routes import GroupRoutes, RoutePlan, plan_routes
-from megatron.core.models.mimo.comm.token_runs import TokenRuns, rows_of_items, split_items
+from megatron.core.models.mimo.comm.plan import routed_layout, routes, token_runs
+from megatron.core.models.mimo.comm.plan.routed_layout import RouteLayout
+from megatron.core.models.mimo.comm.plan.routes import GroupRoutes, RoutePlan, plan_routes
+from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns, rows_of_items, split_items
 from megatron.core.models.mimo.partition import position_owners as owners_module
 from megatron.core.models.mimo.partition.position_owners import position_owners
 from megatron.core.models.mimo.partition.sequence_order import (
@@ -179,7 +179,7 @@ def check(world: World, plans: dict[int, RoutePlan]) -> None:
         assert {each.digest() for each in members} == {plan.digest()}
 
 
-@pytest.mark.parametrize("module", [route_layout, routes, token_runs, owners_module])
+@pytest.mark.parametrize("module", [routed_layout, routes, token_runs, owners_module])
 def test_docstring_examples(module):
     outcome = doctest.testmod(module)
     assert outcome.attempted >= 2

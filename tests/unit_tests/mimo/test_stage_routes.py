@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from megatron.core.hyper_comm_grid import GridShape
-from megatron.core.models.mimo.comm.merged_routes import MergedPlan
-from megatron.core.models.mimo.comm.route_layout import RouteLayout
-from megatron.core.models.mimo.comm.routes import RoutePlan, plan_routes
-from megatron.core.models.mimo.comm.token_runs import TokenRuns
+from megatron.core.models.mimo.comm.plan.merged_routes import MergedPlan
+from megatron.core.models.mimo.comm.plan.routed_layout import RouteLayout
+from megatron.core.models.mimo.comm.plan.routes import RoutePlan, plan_routes
+from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns
 from tests.unit_tests.mimo.test_routes import World, check, move, plan_all, random_tokens
 
 POWERS = (1, 2, 4, 8)

@@ -22,8 +22,8 @@ import torch
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo import MimoModel
 from megatron.core.models.mimo.comm import plan_guard
-from megatron.core.models.mimo.comm.routes import plan_routes
-from megatron.core.models.mimo.comm.token_runs import TokenRuns
+from megatron.core.models.mimo.comm.plan.routes import plan_routes
+from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns
 from megatron.core.models.mimo.config.role import ModuleStageInfo
 from megatron.core.models.mimo.partition.sequence_order import dense_positions
 from megatron.core.models.mimo.pipeline.step import forward_backward_pipelined

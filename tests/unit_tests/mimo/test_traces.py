@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from megatron.core.models.mimo import MimoModel
-from megatron.core.models.mimo.comm import colocated_communicator
+from megatron.core.models.mimo.comm import gather_bridge
 from tests.unit_tests.mimo import test_routed_model as one_stage
 from tests.unit_tests.mimo import test_stage_side as stages
 from tests.unit_tests.mimo.traces import TracedWorld
@@ -151,6 +151,6 @@ def test_every_text_belongs_to_a_case():
 
 def test_a_skipped_sum_is_noticed(monkeypatch):
     """The control: without the sum over CP ranks the gather bridge's backward is another text."""
-    monkeypatch.setattr(colocated_communicator, "sum_gradients", lambda tensor, group: tensor)
+    monkeypatch.setattr(gather_bridge, "sum_gradients", lambda tensor, group: tensor)
     text = TRACES["gather_plain"]()
     assert text != (FOLDER / "gather_plain.txt").read_text()

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from megatron.core.models.mimo.comm.merged_routes import Routes
+from megatron.core.models.mimo.comm.plan.merged_routes import Routes
 from mimo_colocated import phases
 
 

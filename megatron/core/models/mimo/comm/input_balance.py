@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron.core.models.mimo.comm.balance import BalancePlan, EncoderBalance, plan_balance
 from megatron.core.models.mimo.comm.item_exchange import ItemExchange
+from megatron.core.models.mimo.comm.plan.balance import BalancePlan, EncoderBalance, plan_balance
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
 
 # Keyword arguments of each encoder.

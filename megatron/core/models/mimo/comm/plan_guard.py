@@ -21,9 +21,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron.core.models.mimo.comm.route_layout import ExchangeGroup, brief
-from megatron.core.models.mimo.comm.routes import PlanDigest
-from megatron.core.models.mimo.comm.token_runs import TokenRuns
+from megatron.core.models.mimo.comm.plan.routed_layout import ExchangeGroup, brief
+from megatron.core.models.mimo.comm.plan.routes import PlanDigest
+from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns
 
 MESSAGE = 64
 _HEADER = (

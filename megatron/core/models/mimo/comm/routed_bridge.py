@@ -19,14 +19,14 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import BackendConfig
 
 from megatron.core.hyper_comm_grid import HyperCommGrid, box_of
-from megatron.core.models.mimo.comm.bridge_layout import BridgeDirection
-from megatron.core.models.mimo.comm.colocated_communicator import common_backend
 from megatron.core.models.mimo.comm.exchange import Flight, PlanTensors, issue_exchange
-from megatron.core.models.mimo.comm.merged_routes import MergedPlan, Routes
+from megatron.core.models.mimo.comm.gather_bridge import common_backend
+from megatron.core.models.mimo.comm.plan.gather_layout import BridgeDirection
+from megatron.core.models.mimo.comm.plan.merged_routes import MergedPlan, Routes
+from megatron.core.models.mimo.comm.plan.routed_layout import RouteLayout
+from megatron.core.models.mimo.comm.plan.routes import GroupRoutes, RoutePlan
+from megatron.core.models.mimo.comm.plan.token_runs import Runs, TokenRuns
 from megatron.core.models.mimo.comm.plan_guard import Agreed, Statement, agree, hear
-from megatron.core.models.mimo.comm.route_layout import RouteLayout
-from megatron.core.models.mimo.comm.routes import GroupRoutes, RoutePlan
-from megatron.core.models.mimo.comm.token_runs import Runs, TokenRuns
 from mimo_colocated.process_groups import make_groups, release_group
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from megatron.core.hyper_comm_grid import HyperCommGrid
-from megatron.core.models.mimo.comm.balance import EncoderBalance
+from megatron.core.models.mimo.comm.plan.balance import EncoderBalance
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.models.mimo.memory.policy import EncoderMemory
 from megatron.core.transformer.spec_utils import ModuleSpec

@@ -18,10 +18,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from megatron.core.models.mimo.comm.bridge_layout import BridgeDirection, BridgeLayout
-from megatron.core.models.mimo.comm.route_layout import ExchangeGroup, RouteLayout
-from megatron.core.models.mimo.comm.routes import GroupRoutes
-from megatron.core.models.mimo.comm.token_runs import TokenRuns
+from megatron.core.models.mimo.comm.plan.gather_layout import BridgeDirection, BridgeLayout
+from megatron.core.models.mimo.comm.plan.routed_layout import ExchangeGroup, RouteLayout
+from megatron.core.models.mimo.comm.plan.routes import GroupRoutes
+from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns
 from megatron.core.models.mimo.job.plots import INK, MUTED, save_figure
 from megatron.core.models.mimo.partition.sequence_order import dense_positions
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from megatron.core.models.mimo.comm.batch_routes import plan_even_batch
+from megatron.core.models.mimo.comm.plan.batch_routes import plan_even_batch
+from megatron.core.models.mimo.comm.plan.routes import RoutePlan
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
-from megatron.core.models.mimo.comm.routes import RoutePlan
 from megatron.core.models.mimo.job.packing import padded_lengths
 from megatron.core.models.mimo.model.base import MimoModel
 

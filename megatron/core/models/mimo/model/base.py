@@ -13,9 +13,9 @@ from torch.distributed import ProcessGroup
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.enums import ModelType
-from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
+from megatron.core.models.mimo.comm.gather_bridge import ColocatedBridgeCommunicator
+from megatron.core.models.mimo.comm.plan.routes import RoutePlan
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
-from megatron.core.models.mimo.comm.routes import RoutePlan
 from megatron.core.models.mimo.config.base_configs import MimoModelConfig, bridge_of, option_of
 from megatron.core.models.mimo.config.checks import check_model_config
 from megatron.core.models.mimo.config.role import (
@@ -306,8 +306,8 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
                 *encoder* replica. ``None`` for a modality without inputs in this microbatch.
             packing_kwargs: fields of ``PackedSeqParams``; their presence means ``thd``.
             route_plan: for the routed bridge, modality -> this rank's plan, made ahead by
-                ``comm.routes.plan_routes``. A modality without one is planned here, which reads
-                ``input_ids`` on the host.
+                ``comm.plan.routes.plan_routes``. A modality without one is planned here, which
+                reads ``input_ids`` on the host.
 
         Returns:
             (output, loss mask). The output of an encoder rank is its rows by module name; the

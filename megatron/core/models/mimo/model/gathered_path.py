@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
-from megatron.core.models.mimo.comm.routes import RoutePlan
-from megatron.core.models.mimo.comm.token_runs import count_mismatch
+from megatron.core.models.mimo.comm.gather_bridge import ColocatedBridgeCommunicator
+from megatron.core.models.mimo.comm.plan.routes import RoutePlan
+from megatron.core.models.mimo.comm.plan.token_runs import count_mismatch
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.models.mimo.model.language_batch import LanguageBatch
 from megatron.core.models.mimo.model.leaves import Leaves

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from megatron.core.models.mimo import compat
-from megatron.core.models.mimo.comm.token_runs import count_mismatch
+from megatron.core.models.mimo.comm.plan.token_runs import count_mismatch
 from megatron.core.models.mimo.config.base_configs import MimoModelConfig
 from megatron.core.models.mimo.config.role import ModuleLayout, RankRole
 from megatron.core.models.mimo.memory.layer_recompute import recomputable

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron.core.models.mimo.comm.token_runs import TokenRuns
+from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns
 from megatron.core.models.mimo.partition.sequence_order import dense_spans, packed_spans
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron.core.models.mimo.comm.plan.routes import RoutePlan
 from megatron.core.models.mimo.comm.plan_guard import problem_of
-from megatron.core.models.mimo.comm.routes import RoutePlan
 from megatron.core.models.mimo.model.gathered_path import GatheredPath, GatheredRows
 from megatron.core.models.mimo.model.language_batch import LanguageBatch
 from megatron.core.models.mimo.model.leaves import Leaves

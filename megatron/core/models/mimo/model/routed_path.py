@@ -18,10 +18,10 @@ import torch
 from megatron.core.models.mimo.comm.collectives import sum_gradients
 from megatron.core.models.mimo.comm.exchange import Flight, to_device
 from megatron.core.models.mimo.comm.input_balance import InputBalance
+from megatron.core.models.mimo.comm.plan.routes import RoutePlan, RowCountError
+from megatron.core.models.mimo.comm.plan.token_runs import Runs, TokenRuns
 from megatron.core.models.mimo.comm.plan_guard import problem_of
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
-from megatron.core.models.mimo.comm.routes import RoutePlan, RowCountError
-from megatron.core.models.mimo.comm.token_runs import Runs, TokenRuns
 from megatron.core.models.mimo.config.base_configs import option_of
 from megatron.core.models.mimo.memory.activations import latest_offloaded
 from megatron.core.models.mimo.memory.offload import reload_when_needed

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from megatron.core.models.mimo.comm.routes import RoutePlan
+from megatron.core.models.mimo.comm.plan.routes import RoutePlan
 from megatron.core.models.mimo.model.encoder_runner import EncoderRunner
 from megatron.core.models.mimo.model.language_batch import LanguageBatch
 from megatron.core.models.mimo.model.language_runner import LanguageRunner

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron.core.models.mimo.comm.bridge_layout import SliceInfo
+from megatron.core.models.mimo.comm.plan.gather_layout import SliceInfo
 
 # Arguments of the language side and the tensor dim that counts samples, from the end: position
 # ids may have a leading dim, one entry per channel of multimodal rotary embeddings.

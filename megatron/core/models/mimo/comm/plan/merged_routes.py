@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron.core.models.mimo.comm.routes import Leg, RoutePlan
+from megatron.core.models.mimo.comm.plan.routes import Leg, RoutePlan
 
 
 @dataclass(frozen=True, eq=False)

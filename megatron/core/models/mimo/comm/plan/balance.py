@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron.core.models.mimo.comm.token_runs import Runs, rows_of_items
+from megatron.core.models.mimo.comm.plan.token_runs import Runs, rows_of_items
 
 # Tokens of each item, int64 (n,) -> its cost in any unit, (n,).
 CostModel = Callable[[np.ndarray], np.ndarray]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron.core.models.mimo.comm.route_layout import RouteLayout
-from megatron.core.models.mimo.comm.routes import RoutePlan, plan_routes
-from megatron.core.models.mimo.comm.token_runs import TokenRuns
+from megatron.core.models.mimo.comm.plan.routed_layout import RouteLayout
+from megatron.core.models.mimo.comm.plan.routes import RoutePlan, plan_routes
+from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns
 
 
 def plan_even_batch(
