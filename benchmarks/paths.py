@@ -19,7 +19,7 @@ from megatron.core.models.mimo.comm.gather_bridge import ColocatedBridgeCommunic
 from megatron.core.models.mimo.comm.plan.routes import plan_routes
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
 from megatron.core.models.mimo.model.local_text import LocalText
-from megatron.core.models.mimo.model.token_rows import TEXT, TokenRows, fill_places
+from megatron.core.models.mimo.model.token_positions import TEXT, TokenPositions, fill_places
 from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig
 from megatron.core.models.mimo.training.groups import make_grid
 
@@ -88,7 +88,7 @@ class GatherPath:
         mask[torch.from_numpy(tokens.positions())] = True
         mask = mask.to(self.device)
         places = {_MODALITY: mask.nonzero().view(-1), TEXT: (~mask).nonzero().view(-1)}
-        self.rows = TokenRows(tokens.batch, tokens.seq_len, places)
+        self.rows = TokenPositions(tokens.batch, tokens.seq_len, places)
         self.adapter = None
         if made.pair.language.cp > 1:
             config = PartitionConfig(

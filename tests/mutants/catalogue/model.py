@@ -7,7 +7,7 @@ from tests.mutants.mutant import Mutant
 _BASE = MIMO + "model/base.py"
 _ENCODER = MIMO + "model/encoder_side.py"
 _LANGUAGE = MIMO + "model/language_side.py"
-_ROWS = MIMO + "model/token_rows.py"
+_ROWS = MIMO + "model/token_positions.py"
 _DDP = MIMO + "model/ddp_methods.py"
 _SUBMODULES = MIMO + "submodules/base.py"
 _OUTPUTS = MIMO + "submodules/encoder_outputs.py"
@@ -127,7 +127,7 @@ MODEL = (
     ),
     Mutant(
         name="stale-token-positions",
-        file="megatron/core/models/mimo/model/token_rows.py",
+        file="megatron/core/models/mimo/model/token_positions.py",
         old='latest[1:3] == (version, ids)',
         new='latest[2] == ids',
         tests=(_MODEL_TESTS + "TestForward::test_an_edited_batch_is_looked_at_again",),

@@ -50,7 +50,7 @@ WITHOUT_A_MODEL = (
     ),
     Mutant(
         name="fused-in-the-first-modality-s-dtype",
-        file=MIMO + "model/token_rows.py",
+        file=MIMO + "model/token_positions.py",
         old="reference = rows[TEXT] if TEXT in rows else next(iter(rows.values()))",
         new="reference = next(iter(rows.values()))",
         tests=(

@@ -22,7 +22,7 @@ from megatron.core.models.mimo.config.role import ModuleLayout, ModuleStageInfo,
 from megatron.core.models.mimo.model import base
 from megatron.core.models.mimo.model.language_groups import check_pp_size
 from megatron.core.models.mimo.model.multimodal_rotary import rotary_positions_of
-from megatron.core.models.mimo.model.token_rows import TokenRows
+from megatron.core.models.mimo.model.token_positions import TokenPositions
 from megatron.core.models.mimo.partition import utils as partition_utils
 from megatron.core.transformer.module import Float16Module
 from tests.unit_tests.mimo.model_stubs import (
@@ -169,13 +169,13 @@ class TestForward:
 
     def test_the_positions_are_looked_for_once(self, model, monkeypatch):
         calls = []
-        find = TokenRows.find
+        find = TokenPositions.find
         monkeypatch.setattr(
-            TokenRows, "find", classmethod(lambda cls, *a: calls.append(a) or find(*a))
+            TokenPositions, "find", classmethod(lambda cls, *a: calls.append(a) or find(*a))
         )
         model(tokens(1, 1, 1), modality_inputs=images(BATCH, 1))
         assert len(calls) == 1
-        assert model._language.token_rows.latest is None
+        assert model._language.token_positions.latest is None
 
     def test_inference_mode(self, model):
         with torch.inference_mode():

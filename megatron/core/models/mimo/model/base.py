@@ -359,7 +359,7 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
             else:
                 raise RuntimeError(f"Rank has no modules assigned in role: {self.role}")
         finally:
-            self._language.token_rows.latest = None
+            self._language.token_positions.latest = None
         if gathers:
             self.finish_param_gathers()
         return (cut_back(found[0], shape), cut_back(found[1], shape)) if empty else found

@@ -120,7 +120,7 @@ class GatheredPath:
         found = []
         for each in planned:
             moved = self._moved(each)
-            self._runners.language.token_rows.latest = None
+            self._runners.language.token_positions.latest = None
             found.append({name: _whole(row, leaves) for name, row in moved.items()})
         return found
 

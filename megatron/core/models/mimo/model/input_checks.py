@@ -16,7 +16,7 @@ from megatron.core.models.mimo.comm.plan.routes import RoutePlan
 from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
 from megatron.core.models.mimo.model.language_batch import LanguageBatch
-from megatron.core.models.mimo.model.token_rows import TEXT
+from megatron.core.models.mimo.model.token_positions import TEXT
 from megatron.core.models.mimo.partition.utils import cuts_as_ours
 
 

@@ -27,7 +27,7 @@ from megatron.core.models.mimo.model.language_batch import LanguageBatch
 from megatron.core.models.mimo.model.multimodal_rotary import rotary_positions_of
 from megatron.core.models.mimo.model.rank_modules import RankModules
 from megatron.core.models.mimo.model.replaceable import ReplaceableSteps
-from megatron.core.models.mimo.model.token_rows import TEXT, LatestTokenRows
+from megatron.core.models.mimo.model.token_positions import TEXT, LatestTokenPositions
 from megatron.core.models.mimo.partition.packed_lengths import check_packing, longest_sequence
 from megatron.core.models.mimo.partition.utils import Sharded, cuts_as_ours
 from megatron.core.models.mimo.stand_ins import TakesStandIns, model_method
@@ -44,12 +44,12 @@ class LanguageRunner:
         steps: the model's replaceable ones.
 
     Attributes:
-        token_rows: finds the token positions of a batch, once per forward pass.
+        token_positions: finds the token positions of a batch, once per forward pass.
     """
 
     def __init__(self, modules: RankModules, steps: ReplaceableSteps) -> None:
         self._modules, self._steps = modules, steps
-        self.token_rows = LatestTokenRows()
+        self.token_positions = LatestTokenPositions()
 
     # -- text ------------------------------------------------------------------------------
 
@@ -60,7 +60,7 @@ class LanguageRunner:
         special_token_ids: Mapping[str, int],
     ) -> torch.Tensor:
         """Embed the text tokens only, see ``MimoModel.get_text_embeddings``."""
-        text = self.token_rows.find(input_ids, special_token_ids).positions[TEXT]
+        text = self.token_positions.find(input_ids, special_token_ids).positions[TEXT]
         return self.embed_tokens(input_ids, position_ids, text)
 
     def embed_tokens(
@@ -103,7 +103,7 @@ class LanguageRunner:
     def count_tokens(self, input_ids: torch.Tensor) -> dict[str, int]:
         """Return the tokens per modality in this rank's language batch."""
         ids = self._modules.special_token_ids
-        found = self.token_rows.find(input_ids, ids)
+        found = self.token_positions.find(input_ids, ids)
         return {name: found.count(name) for name in ids}
 
     def fuse(
@@ -143,7 +143,7 @@ class LanguageRunner:
         if input_ids.dim() == 1:
             input_ids = input_ids.unsqueeze(0)
         check_modalities(modality_embeddings, special_token_ids)
-        rows = self.token_rows.find(input_ids, special_token_ids)
+        rows = self.token_positions.find(input_ids, special_token_ids)
         for name, embeddings in modality_embeddings.items():
             if rows.count(name) != embeddings.size(0):
                 raise ValueError(count_mismatch(name, rows.count(name), embeddings.size(0)))

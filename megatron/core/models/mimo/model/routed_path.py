@@ -36,7 +36,7 @@ from megatron.core.models.mimo.model.language_batch import LanguageBatch
 from megatron.core.models.mimo.model.leaves import Leaves
 from megatron.core.models.mimo.model.local_text import LocalText
 from megatron.core.models.mimo.model.row_path import Runners
-from megatron.core.models.mimo.model.token_rows import TEXT, fill_places
+from megatron.core.models.mimo.model.token_positions import TEXT, fill_places
 from megatron.core.models.mimo.partition.utils import Sharded, cuts_as_ours
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from mimo_colocated import phases
