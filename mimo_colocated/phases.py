@@ -95,7 +95,7 @@ class Place:
     wait: Wait | None = None
 
     def words(self) -> str:
-        """The place in words.
+        """Return the place in words.
 
         >>> Place(3, step=12, microbatch=1, phase="bridge backward").words()
         "the phase 'bridge backward' of step 12, microbatch 1"
@@ -105,7 +105,7 @@ class Place:
         return f"the phase '{self.phase}'{step}{microbatch}"
 
     def process_state(self) -> str:
-        """What the rank's process does, by its letter in ``/proc``: ``"T"`` is stopped.
+        """Return what the rank's process does, by its letter in ``/proc``: ``"T"`` is stopped.
 
         ``""`` if it is gone (a zombie is), or the system does not say.
         """
@@ -144,7 +144,7 @@ _own = _Own()
 
 
 def mark(phase: str, microbatch: int | None = None) -> None:
-    """From now on this rank is in ``phase``, and in ``microbatch`` if one is given."""
+    """Enter ``phase``, and ``microbatch`` if one is given."""
     _own.phase = phase
     if microbatch is not None:
         _own.microbatch = microbatch
@@ -153,7 +153,7 @@ def mark(phase: str, microbatch: int | None = None) -> None:
 
 @contextlib.contextmanager
 def during(phase: str) -> Iterator[None]:
-    """``phase`` inside, afterwards the phase from before. An error leaves the phase as it is."""
+    """Enter ``phase``, afterwards the phase from before. An error leaves the phase as it is."""
     before = _own.phase
     mark(phase)
     yield
@@ -162,7 +162,7 @@ def during(phase: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def waiting(kind: str, peers: Sequence[int], group: str) -> Iterator[None]:
-    """Inside, this rank waits for ``peers``; an error leaves the record of it as it is."""
+    """Say that this rank waits for ``peers``, inside; an error leaves the record as it is."""
     _own.wait = Wait(kind, tuple(peers), group)
     _own.write_wait()
     yield
@@ -171,7 +171,7 @@ def waiting(kind: str, peers: Sequence[int], group: str) -> Iterator[None]:
 
 
 def at_step(step: int, kind: str = "step") -> None:
-    """A step begins; jobs call it, the library does not count steps.
+    """Begin a step; jobs call it, the library does not count steps.
 
     Args:
         step: its number.
@@ -182,18 +182,18 @@ def at_step(step: int, kind: str = "step") -> None:
 
 
 def next_microbatch() -> int:
-    """The model begins another forward pass of this step; returns its number, from 0."""
+    """Begin another forward pass of this step; return its number, from 0."""
     _own.microbatch, _own.forwards = _own.forwards, _own.forwards + 1
     return _own.microbatch
 
 
 def end_of_microbatches() -> None:
-    """What follows belongs to the whole step."""
+    """Say that what follows belongs to the whole step."""
     _own.microbatch, _own.forwards = -1, 0
 
 
 def when_gradient_arrives(tensor: Any, phase: str, microbatch: int | None = None) -> Any:
-    """``tensor``, whose backward pass marks ``phase`` when it reaches it; others as they are."""
+    """Return ``tensor``; its backward pass marks ``phase`` there. Return others as they are."""
     if getattr(tensor, "requires_grad", False):
         number = _own.microbatch if microbatch is None else microbatch
 
@@ -205,7 +205,7 @@ def when_gradient_arrives(tensor: Any, phase: str, microbatch: int | None = None
 
 
 def here() -> Place:
-    """This rank's place."""
+    """Return this rank's place."""
     return _read(bytes(_own.buffer))
 
 
@@ -228,7 +228,7 @@ def record_into(folder: str | Path, rank: int) -> Path:
 
 
 def read_places(folder: str | Path) -> dict[int, Place]:
-    """Every place recorded below ``folder``, by rank; files that are not whole are left out."""
+    """Return every place recorded below ``folder``, by rank, without files that are not whole."""
     found = {}
     for path in Path(folder).glob(_NAME.format(rank="*")):
         content = path.read_bytes()

@@ -75,11 +75,11 @@ class GridShape:
         return range(self.rank_offset, self.rank_offset + self.size)
 
     def dim_size(self, name: str) -> int:
-        """Size of one dim; 1 for a dim that the box does not name."""
+        """Return the size of one dim; 1 for a dim that the box does not name."""
         return self.shape[self.dim_names.index(name)] if name in self.dim_names else 1
 
     def coords(self, rank: int) -> dict[str, int]:
-        """Where a rank lies: its coordinate along each dim, in ``dim_names`` order.
+        """Return where a rank lies: its coordinate along each dim, in ``dim_names`` order.
 
         Raises:
             ValueError: the rank is outside the box.
@@ -96,7 +96,7 @@ class GridShape:
         }
 
     def enumerate_groups(self, dims: Sequence[str]) -> list[list[int]]:
-        """Ranks of every group over ``dims``; inside a group the *last* of ``dims`` is fastest.
+        """Return the ranks of every group over ``dims``; inside, the *last* of ``dims`` is fastest.
 
         Groups follow one another with the remaining dims, the first-named fastest. Linear in
         the number of ranks.
@@ -190,7 +190,7 @@ class HyperCommGrid:
         self._members: dict[_GroupKey, frozenset[tuple[int, ...]]] = {}
 
     def coords(self, rank: int) -> dict[str, int]:
-        """Coordinate of a global rank along each dim of the base view.
+        """Return the coordinate of a global rank along each dim of the base view.
 
         Raises:
             ValueError: the rank is outside the grid.
@@ -198,11 +198,11 @@ class HyperCommGrid:
         return self._base.coords(rank)
 
     def dim_size(self, name: str) -> int:
-        """Size of one dim of the base view; 1 if it has no such dim."""
+        """Return the size of one dim of the base view; 1 if it has no such dim."""
         return self._base.dim_size(name)
 
     def is_current_rank_in_grid(self) -> bool:
-        """Whether this process's global rank is one of the grid's."""
+        """Return whether this process's global rank is one of the grid's."""
         return dist.get_rank() in self._base.ranks
 
     def register_view(
@@ -269,7 +269,7 @@ class HyperCommGrid:
     def get_or_create_pg(
         self, dims: str | list[str], *, view: str | None = None
     ) -> dist.ProcessGroup:
-        """This rank's group over ``dims``: the one made before, else a new one (a collective).
+        """Return this rank's group over ``dims``, made before or made now (a collective).
 
         Dims of size 1 change no group, so one over the others serves, too: "tp-pp" with PP 1 is
         "tp". A group costs memory and connections on every rank.
@@ -283,7 +283,7 @@ class HyperCommGrid:
         return found
 
     def keep_pg(self, key: _GroupKey, rank_enum: list[list[int]]) -> dist.ProcessGroup | None:
-        """This rank's of any groups inside the grid, which the grid keeps under ``key``.
+        """Make groups inside the grid, keep this rank's under ``key`` and return it.
 
         For groups that are no box of dims (first and last pipeline stage). Groups that the grid
         already has over the same ranks are used again; else all ranks of the world make them.
@@ -305,7 +305,7 @@ class HyperCommGrid:
         self._members[key] = _members(rank_enum)
 
     def get_pg(self, dims: str | list[str], *, view: str | None = None) -> dist.ProcessGroup:
-        """This rank's group over ``dims``, which ``create_pg`` has made before.
+        """Return this rank's group over ``dims``, which ``create_pg`` has made before.
 
         Raises:
             KeyError: it was not created, or there is no such view.
@@ -320,7 +320,7 @@ class HyperCommGrid:
         return self._pgs[key]
 
     def get_rank_enum(self, dims: str | list[str], *, view: str | None = None) -> list[list[int]]:
-        """Ranks of every group over ``dims``, just as ``create_pg`` would group them.
+        """Return the ranks of every group over ``dims``, just as ``create_pg`` would group them.
 
         Whatever the order in ``dims``, the dim that comes first in ``dim_names`` is fastest.
         """
@@ -438,7 +438,7 @@ class HyperCommGrid:
 
 
 def box_of(grid: Any) -> GridShape:
-    """The ranks of a grid, or of what has a grid's ``shape``, ``dim_names`` and ``rank_offset``."""
+    """Return the ranks of what has a grid's ``shape``, ``dim_names`` and ``rank_offset``."""
     return _box(grid.shape, grid.dim_names, grid.rank_offset)
 
 

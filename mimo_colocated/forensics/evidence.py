@@ -53,16 +53,16 @@ class Evidence:
         fates: Mapping[int, str] | None = None,
         gave_up: Iterable[int] = (),
     ) -> Evidence:
-        """All that stands in the two folders."""
+        """Return all that stands in the two folders."""
         return cls(read_places(places), read_dumps(dumps), fates or {}, frozenset(gave_up))
 
     def about(self, culprits: Mapping[int, str]) -> WhoWaits:
-        """Who waits for whom, with these ranks lost: rank -> what became of it."""
+        """Return who waits for whom, with these ranks lost: rank -> what became of it."""
         return WhoWaits(culprits, self.places, self.dumps, self.gave_up)
 
 
 def read_dumps(folder: Path) -> dict[int, dict[str, Any]]:
-    """Rank -> its dump below ``folder``; what NCCL's watchdog wrote only where nothing else is."""
+    """Return rank -> its dump below ``folder``; NCCL's watchdog's only where no other is."""
     found: dict[int, dict[str, Any]] = {}
     for path in sorted(folder.glob("*rank_*")):
         match = _DUMPS.fullmatch(path.name)
@@ -91,12 +91,12 @@ def clear_dumps(folder: Path) -> None:
 
 
 def stopped_ranks(places: Mapping[int, Place]) -> list[int]:
-    """Ranks of this host whose process is stopped: it will not end by itself."""
+    """Return the ranks of this host whose process is stopped: it will not end by itself."""
     return [rank for rank, place in sorted(places.items()) if place.process_state() == "T"]
 
 
 def kill(place: Place) -> None:
-    """SIGKILL to a rank's process, which reaches a stopped one, too."""
+    """Send SIGKILL to a rank's process, which reaches a stopped one, too."""
     if place.process_state():
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(place.pid, signal.SIGKILL)

@@ -56,7 +56,7 @@ def switch_on(folder: str | Path, entries: int = ENTRIES) -> None:
 
 
 def take_dump() -> dict[str, Any] | None:
-    """This rank's record, of both recorders; ``None`` if PyTorch has none.
+    """Return this rank's record, of both recorders; ``None`` if PyTorch has none.
 
     ``pg_config`` is completed by the groups that this process has.
     """
@@ -98,7 +98,7 @@ def _groups() -> dict[str, dict[str, str]]:
 
 
 def progress() -> tuple[tuple[str, int, int], ...]:
-    """(group, collectives entered, collectives ended) of every group; cheap, for polling."""
+    """Return (group, collectives entered, collectives ended) of every group; cheap, for polling."""
     status: dict[str, Any] = {}
     for taken in _recorded("_json", {"includeCollectives": False}, RuntimeError, TypeError):
         with contextlib.suppress(ValueError):

@@ -51,7 +51,7 @@ class Call:
         return self.group, self.ranks
 
     def words(self) -> str:
-        """The call in words.
+        """Return the call in words.
 
         >>> Call("all_gather", "cp", (0, 2), 17).words()
         'all_gather #17 of the group cp [0, 2]'
@@ -61,7 +61,7 @@ class Call:
 
 
 def calls_of(dump: Mapping[str, Any]) -> list[Call]:
-    """The calls of a dump, the earliest first; entries of groups it does not describe are left out.
+    """Return the calls of a dump, the earliest first, without those of unknown groups.
 
     A batch of sends and receives is one call.
     """
@@ -164,7 +164,7 @@ class WhoWaits:
         return {rank: call for rank, call in self.waits.items() if lost & set(call.ranks)}
 
     def where(self, ranks: Sequence[int]) -> str:
-        """`` in the phase ...`` of ranks that were in one; empty if nothing is known of them."""
+        """Say `` in the phase ...`` of ranks that were in one; empty if nothing is known."""
         words = {self.places[rank].words() for rank in ranks if rank in self.places}
         if len(words) == 1:
             return f" in {words.pop()}"
@@ -180,7 +180,7 @@ class WhoWaits:
         )
 
     def waited(self) -> str:
-        """Who waits for the lost ranks, in what; one clause, empty if nothing is known.
+        """Return who waits for the lost ranks, in what; one clause, empty if nothing is known.
 
         Of several collectives the one is named that nobody else holds up, and in which somebody
         waited first.
@@ -200,7 +200,7 @@ class WhoWaits:
     # ---- the whole story ------------------------------------------------------------------
 
     def text(self) -> str:
-        """The summary: the lost ranks, who waits for them, who for those, groups, every rank."""
+        """Return the summary: lost ranks, who waits for them, who for those, groups, every rank."""
         return "\n".join([*self._heading(), "", *self._chain(), *self._groups(), *self._ranks()])
 
     def _heading(self) -> list[str]:
@@ -281,7 +281,7 @@ class WhoWaits:
 
 
 def ranks_in_words(ranks: Sequence[int]) -> str:
-    """Ranks in words; runs of three and more are joined.
+    """Return ranks in words; runs of three and more are joined.
 
     >>> ranks_in_words([0, 1, 2, 5])
     'ranks 0-2 and 5'
@@ -293,7 +293,7 @@ def ranks_in_words(ranks: Sequence[int]) -> str:
 
 
 def group_in_words(name: str, ranks: Sequence[int]) -> str:
-    """A process group in words.
+    """Return a process group in words.
 
     >>> group_in_words("dp-cp", [0, 2, 3, 4])
     'the group dp-cp [0, 2-4]'

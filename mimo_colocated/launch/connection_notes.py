@@ -15,7 +15,7 @@ _held: list[Callable[[], None]] = []
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Within it what this process writes to stderr waits; afterwards it is shown, less the notes.
+    """Hold back what this process writes to stderr; show it afterwards, less the notes.
 
     While groups are made their members connect to each other. If one of them is lost, gloo writes
     a line per attempt straight to the process's stderr, which no log level stops. A process that is

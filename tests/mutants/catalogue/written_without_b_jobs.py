@@ -58,10 +58,13 @@ WITHOUT_B_JOBS = (
         name="microbatches-go-on-counting",
         file="mimo_colocated/phases.py",
         old=(
-            '    """What follows belongs to the whole step."""\n'
+            '    """Say that what follows belongs to the whole step."""\n'
             "    _own.microbatch, _own.forwards = -1, 0\n"
         ),
-        new=('    """What follows belongs to the whole step."""\n    _own.microbatch = -1\n'),
+        new=(
+            '    """Say that what follows belongs to the whole step."""\n'
+            "    _own.microbatch = -1\n"
+        ),
         tests=(
             "tests/unit_tests/mimo/test_phases.py::test_microbatches_are_counted_anew_in_jobs_that_tell_no_steps",
         ),

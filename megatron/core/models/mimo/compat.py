@@ -79,7 +79,7 @@ def sharded_state_dict_of_children(
     owner: str,
     wrappers: tuple[type[nn.Module], ...] = WRAPPERS,
 ) -> dict[str, Any]:
-    """Sharded state of several modules that share their process groups.
+    """Return the sharded state of several modules that share their process groups.
 
     Megatron's global ``parallel_state`` is asked only if ``pg_collection`` is ``None`` and
     ``metadata`` has no ``dp_cp_group``.
@@ -110,7 +110,7 @@ def sharded_state_dict_of_children(
 def metadata_with_dp_cp_group(
     metadata: Mapping[str, Any] | None, pg_collection: Any, owner: str
 ) -> dict[str, Any] | None:
-    """A copy of ``metadata`` that names ``pg_collection``'s ``dp_cp`` group, if there is one.
+    """Return a copy of ``metadata`` that names ``pg_collection``'s ``dp_cp`` group, if any.
 
     A copy, since Megatron fills the dict it is given, and the next module has other groups.
 
@@ -130,7 +130,7 @@ def metadata_with_dp_cp_group(
 
 @contextlib.contextmanager
 def lend_tp_group(module: nn.Module, tp_group: Any) -> Iterator[None]:
-    """Megatron modules without a ``tp_group`` have this one inside the context.
+    """Lend Megatron modules without a ``tp_group`` this one, inside the context.
 
     Without one, ``MegatronModule.sharded_state_dict`` asks the global ``parallel_state``, which
     colocated modules with TP sizes of their own do not have.
@@ -151,7 +151,7 @@ def lend_tp_group(module: nn.Module, tp_group: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def tied_heads_as_copies(module: nn.Module) -> Iterator[None]:
-    """Inside, a head that is tied to the embeddings of another stage is saved as a copy of them.
+    """Save, inside, a head that is tied to another stage's embeddings as a copy of them.
 
     So it is in stock, which asks the global ``parallel_state`` which copy this rank has; the
     head's own entry in the sharded state says so, too.
@@ -179,7 +179,7 @@ def _tie_head_of(model: LanguageModule) -> Callable[..., None]:
 
 
 def packed_seq_params(packing_kwargs: Mapping[str, Any]) -> PackedSeqParams:
-    """``PackedSeqParams`` in ``thd`` format; cumulative lengths become int32.
+    """Make ``PackedSeqParams`` in ``thd`` format; cumulative lengths become int32.
 
     Raises:
         ValueError: a field that ``PackedSeqParams`` of the installed version does not have.
@@ -199,7 +199,7 @@ def packed_seq_params(packing_kwargs: Mapping[str, Any]) -> PackedSeqParams:
 
 
 def fully_parallel_save() -> FullyParallelSaveStrategyWrapper:
-    """Saving in which all ranks write about as many bytes of what they have in common.
+    """Return a way to save: all ranks write about as many bytes of what they have in common.
 
     Without it the first holder of a replicated tensor writes it, which is mostly rank 0. Ranks
     tell each other what they hold, not the data. A new one for every save: it keeps state.
@@ -222,7 +222,7 @@ def plan_save(state: Any, folder: str) -> Any:
 
 
 def host_copies(request: Any, *, copy: bool) -> list[Any]:
-    """What this rank writes of a planned save, on the host, file by file.
+    """Return what this rank writes of a planned save, on the host, file by file.
 
     The request keeps it in place of the tensors on the device.
 
@@ -281,5 +281,5 @@ def save_done(request: Any, results: list[Any]) -> None:
 def fully_parallel_load(
     group: torch.distributed.ProcessGroup | None,
 ) -> FullyParallelLoadStrategyWrapper:
-    """Loading in which the ranks of ``group`` (None: all) read each byte once and share it."""
+    """Return a way to load: the ranks of ``group`` (None: all) read each byte once and share it."""
     return FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), group)

@@ -467,5 +467,5 @@ def enable() -> bool:
 
 
 def is_enabled() -> bool:
-    """True when this process runs Megatron-Core on the CPU through this module."""
+    """Return true when this process runs Megatron-Core on the CPU through this module."""
     return _enabled

@@ -134,7 +134,7 @@ class MimoOptimizer(MegatronOptimizer):
 
     @torch.no_grad()
     def get_grad_norm(self) -> float:
-        """L2 norm over the gradients of all modules, the same number on every rank.
+        """Return the L2 norm over the gradients of all modules, the same number on every rank.
 
         A module's inner optimizer already reduces over the module's own groups, so all its ranks
         hold the module's norm. One rank per module contributes its square to a sum over the
@@ -144,7 +144,7 @@ class MimoOptimizer(MegatronOptimizer):
 
     @torch.no_grad()
     def get_module_grad_norms(self) -> dict[str, float]:
-        """L2 gradient norm of each module, known on every rank whatever module it holds.
+        """Return the L2 gradient norm of each module, known on every rank whatever module it holds.
 
         Not finite if the gradient on any rank is not, copies that the norm leaves out included.
         """
@@ -162,7 +162,7 @@ class MimoOptimizer(MegatronOptimizer):
 
     @torch.no_grad()
     def step(self) -> tuple[bool, float | None, int | None]:
-        """One step of all modules, or of none.
+        """Run one step of all modules, or of none.
 
         Returns:
             (success, gradient norm before clipping, number of zero gradients or ``None``);
@@ -219,7 +219,7 @@ class MimoOptimizer(MegatronOptimizer):
                 opt.prepare_model_params_for_param_sync()
 
     def get_loss_scale(self) -> torch.Tensor:
-        """Loss scale, shape (1,); found-inf is agreed by all, so all modules hold the same."""
+        """Return the loss scale, shape (1,); all modules agree on found-inf, so it is the same."""
         if self._active_optimizers:
             return self._active_optimizers[0].get_loss_scale()
         return torch.ones(1, dtype=torch.float32, device=self._device())
@@ -245,7 +245,7 @@ class MimoOptimizer(MegatronOptimizer):
     # ---- checkpoints ----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Module name -> the inner optimizer's state on this rank (``None`` where it has none).
+        """Return module name -> the inner optimizer's state on this rank, ``None`` without one.
 
         Complete also with the distributed optimizer, whose shards it holds. It fits the same rank
         of the same layout; ``sharded_state_dict`` and ``CheckpointStore`` fit any layout. Tensors
@@ -311,7 +311,7 @@ class MimoOptimizer(MegatronOptimizer):
     def sharded_state_dict(
         self, model_sharded_state_dict: dict, is_loading: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
-        """Module name -> its optimizer's sharded state, empty for modules of other ranks."""
+        """Return module name -> its optimizer's sharded state, empty for modules of other ranks."""
         state: dict[str, Any] = {}
         for name, info in self.module_infos.items():
             state[name] = {}

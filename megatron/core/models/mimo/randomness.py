@@ -45,7 +45,7 @@ _MODEL_PARALLEL = "model-parallel-rng"
 
 
 def derive_seed(seed: int, *parts: int | str) -> int:
-    """A 63-bit seed from ``seed`` and coordinates, the same on every machine and in every run."""
+    """Return a 63-bit seed of ``seed`` and coordinates, the same on every machine, in every run."""
     text = "/".join(str(part) for part in (seed, *parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
@@ -93,7 +93,7 @@ class ModuleRandomness:
                     part.register_forward_hook(self._leaving(name), always_call=True)
 
     def get_states(self) -> dict[str, Any]:
-        """States of all modules, for a checkpoint."""
+        """Return the states of all modules, for a checkpoint."""
         return {name: _clone(state) for name, state in self._states.items()}
 
     def set_states(self, states: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ class ModuleRandomness:
         self._states = {name: _clone(state) for name, state in states.items()}
 
     def reseed(self, step: int) -> None:
-        """States for going on after ``step`` steps in another layout than that of those steps.
+        """Set the states for going on after ``step`` steps in another layout than theirs.
 
         The process's own generators (Python, NumPy, PyTorch, Megatron's tracker) are seeded too,
         the same on every rank, as they are at the start of a run.
@@ -170,7 +170,7 @@ def _state_of_seed(seed: int) -> torch.Tensor:
 
 
 def capture_states() -> dict[str, Any]:
-    """The device's random state and those of Megatron-Core's tracker."""
+    """Return the device's random state and those of Megatron-Core's tracker."""
     return {
         "default": torch.cuda.get_rng_state(),
         "tracker": dict(get_cuda_rng_tracker().get_states()),
@@ -189,7 +189,7 @@ def _clone(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def get_rng_state(modules: ModuleRandomness | None) -> dict[str, Any]:
-    """All random states of the process, for a checkpoint."""
+    """Return all random states of the process, for a checkpoint."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),

@@ -84,7 +84,7 @@ def _levels(module: nn.Module | None, name: str) -> Iterator[tuple[str, bool]]:
 
 
 def hide_in_states(module: nn.Module) -> None:
-    """From now on ``module.state_dict()`` names no wrappers, and loading asks for none.
+    """Make ``module.state_dict()`` name no wrappers, and loading ask for none.
 
     The names of modules without wrappers stay as they are.
     """

@@ -45,11 +45,11 @@ class ShardWriter:
         self._thread.start()
 
     def is_done(self) -> bool:
-        """Whether ``join`` returns, or raises, at once."""
+        """Return whether ``join`` returns, or raises, at once."""
         return self._thread is not None and not self._thread.is_alive()
 
     def failed(self) -> bool:
-        """Whether ``join`` raises at once."""
+        """Return whether ``join`` raises at once."""
         return self.is_done() and self._error is not None
 
     def join(self) -> None:

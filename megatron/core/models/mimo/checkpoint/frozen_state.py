@@ -76,7 +76,7 @@ class Frozen:
 def whole_stacks(
     frozen: Frozen, model_state: dict, skip: frozenset[str] = frozenset()
 ) -> dict[str, Any]:
-    """Tensors that complete the optimizer state of stacks in which some layers are frozen.
+    """Return tensors that complete the optimizer state of stacks in which some layers are frozen.
 
     Args:
         frozen: of this run.
@@ -98,7 +98,7 @@ def whole_stacks(
 def start_fresh(
     optimizer_state: dict[str, Any], model_state: dict, names: frozenset[str]
 ) -> dict[str, Any]:
-    """A request to load ``optimizer_state`` from a checkpoint in which ``names`` were frozen.
+    """Return a request for ``optimizer_state``, of a checkpoint in which ``names`` were frozen.
 
     What the checkpoint does not hold is replaced by what a fresh run has. The main copy is the
     weight itself: it holds what was loaded by the time the optimizer loads.

@@ -24,7 +24,7 @@ Described = dict[str, tuple[list[int], int]]
 
 
 def described(state: dict[str, Any]) -> Described:
-    """The tensors of a sharded state as this rank describes them."""
+    """Return the tensors of a sharded state as this rank describes them."""
     return {t.key: (list(t.global_shape), t.dtype.itemsize) for t in _sharded_tensors(state)}
 
 
@@ -37,7 +37,7 @@ def _sharded_tensors(state: dict[str, Any]) -> Iterable[ShardedTensor]:
 
 
 def of_all_ranks(own: Described) -> Described:
-    """What any rank describes, the same on all ranks, which call it together.
+    """Return what any rank describes, the same on all ranks, which call it together.
 
     Args:
         own: what this rank describes.
@@ -50,7 +50,7 @@ def of_all_ranks(own: Described) -> Described:
 
 
 def different_parts(own: Any, digest: str) -> dict[int, Any]:
-    """What ranks have to say, each of it once, under the first rank that does.
+    """Return what ranks have to say, each of it once, under the first rank that does.
 
     The ranks exchange digests. Of those that say the same, as all data parallel replicas of a
     stage do, only the first sends it, and nobody does where all are the same.
@@ -73,7 +73,7 @@ def different_parts(own: Any, digest: str) -> dict[int, Any]:
 
 
 def joined(parts: dict[int, Described]) -> Described:
-    """What ranks describe, in one, sorted by key.
+    """Return what ranks describe, in one, sorted by key.
 
     Args:
         parts: rank -> what it describes.
@@ -100,12 +100,12 @@ def joined(parts: dict[int, Described]) -> Described:
 
 
 def shapes(tensors: Described) -> dict[str, list[int]]:
-    """Key -> global shape."""
+    """Return key -> global shape."""
     return {key: shape for key, (shape, _) in tensors.items()}
 
 
 def total_bytes(tensors: Described) -> int:
-    """Bytes of whole tensors, whoever writes them.
+    """Return the bytes of whole tensors, whoever writes them.
 
     >>> total_bytes({"a": ([2, 3], 4), "b": ([5], 2)})
     34

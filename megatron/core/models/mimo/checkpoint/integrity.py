@@ -26,7 +26,7 @@ class DamagedFile(OSError):
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file's bytes, read in pieces of 4 MiB."""
+    """Return the hexadecimal digest of a file's bytes, read in pieces of 4 MiB."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(buffer):
@@ -75,7 +75,7 @@ def check(folder: Path, files: dict[str, dict[str, Any]], *, digests: bool = Tru
 
 
 def share(rank: int, world_size: int, sizes: dict[str, int]) -> list[str]:
-    """Files that ``rank`` reads when all ranks read about as many bytes, whoever wrote them.
+    """Return the files that ``rank`` reads when all ranks read about as many bytes.
 
     Largest first, each to the rank that has the least so far; the same on all ranks.
 

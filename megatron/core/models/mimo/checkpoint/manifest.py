@@ -44,7 +44,7 @@ class Manifest:
     format: int = FORMAT
 
     def to_json(self) -> str:
-        """The file's text, with a digest of the rest among its entries."""
+        """Return the file's text, with a digest of the rest among its entries."""
         entries = asdict(self)
         return json.dumps({**entries, _DIGEST: _digest(entries)})
 

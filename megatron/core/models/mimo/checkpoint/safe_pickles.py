@@ -202,7 +202,7 @@ def check_object(folder: Path, stored: StoredObject) -> None:
 
 
 def check_common(path: Path) -> None:
-    """The same for ``common.pt``, which checkpoints of Megatron-Core 0.16 have."""
+    """Check ``common.pt`` likewise, which checkpoints of Megatron-Core 0.16 have."""
     _check_pickle(path.read_bytes(), str(path))
 
 

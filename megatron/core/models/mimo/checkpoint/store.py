@@ -114,11 +114,11 @@ class CheckpointStore:
     # ---- look-ups -------------------------------------------------------------------------
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
+        """Return the steps of the complete checkpoints, ascending."""
         return self.history.steps()
 
     def path(self, step: int) -> Path:
-        """Folder of the checkpoint of ``step``."""
+        """Return the folder of the checkpoint of ``step``."""
         return self.history.path(step)
 
     def manifest(self, step: int) -> Manifest:
@@ -401,7 +401,7 @@ class CheckpointStore:
             state["optimizer"] = start_fresh(state["optimizer"], state["model"], then)
 
     def same_layout(self, manifest: Manifest) -> bool:
-        """Whether this run has the layout and world size that wrote the checkpoint."""
+        """Return whether this run has the layout and world size that wrote the checkpoint."""
         return manifest.layouts == self.layouts and manifest.world_size == dist.get_world_size()
 
     # ---- state ----------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 
 def gather_blocks(x: torch.Tensor, group: dist.ProcessGroup, dim: int) -> torch.Tensor:
-    """All ranks' blocks along ``dim``, in group order.
+    """Gather all ranks' blocks along ``dim``, in group order.
 
     forward:  ``x: (b)``  ->  ``y = [x_0; x_1; ...; x_{n-1}]: (n*b)``, the same on every rank
     backward: ``dy: (n*b)``  ->  ``dx = dy[i*b : (i+1)*b]: (b)``
@@ -46,7 +46,7 @@ def gather_blocks(x: torch.Tensor, group: dist.ProcessGroup, dim: int) -> torch.
 
 
 def take_block(x: torch.Tensor, group: dist.ProcessGroup, dim: int) -> torch.Tensor:
-    """This rank's block of a tensor that all ranks of the group hold alike.
+    """Return this rank's block of a tensor that all ranks of the group hold alike.
 
     forward:  ``x: (b)``  ->  ``y = x[i*b/n : (i+1)*b/n]: (b/n)``; no communication
     backward: ``dy: (b/n)``  ->  ``dx = [dy_0; dy_1; ...; dy_{n-1}]: (b)``
@@ -64,7 +64,7 @@ def take_block(x: torch.Tensor, group: dist.ProcessGroup, dim: int) -> torch.Ten
 
 
 def sum_gradients(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The tensor itself; its gradient is summed over the group.
+    """Return the tensor itself; its gradient is summed over the group.
 
     forward:  ``x: (b)``  ->  ``y = x: (b)``; no communication
     backward: ``dy: (b)``  ->  ``dx = dy_0 + dy_1 + ... + dy_{n-1}: (b)``, the same on every rank
@@ -82,7 +82,7 @@ def sum_gradients(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def first_gradient(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The tensor itself; its gradient is that of the group's first rank.
+    """Return the tensor itself; its gradient is that of the group's first rank.
 
     forward:  ``x: (b)``  ->  ``y = x: (b)``; no communication
     backward: ``dy: (b)``  ->  ``dx = dy_0: (b)``, the same on every rank

@@ -32,7 +32,7 @@ from mimo_colocated import phases
 
 
 def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """Index arrays as int64 tensors on a device, all in one copy that nobody waits for."""
+    """Return index arrays as int64 tensors on a device, all in one copy that nobody waits for."""
     sizes = [array.size for array in arrays]
     flat = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays]))
     if device != flat.device:
@@ -100,7 +100,7 @@ class Flight:
         return self.plan.place
 
     def arrive(self) -> torch.Tensor:
-        """This rank's own rows ``(own, H)``, in the order of the plan's ``place``; call it once.
+        """Return the own rows ``(own, H)``, in the order of the plan's ``place``; call it once.
 
         forward:  waits for the rows
         backward: starts sending the own rows' gradients to all ranks that hold a copy of the row

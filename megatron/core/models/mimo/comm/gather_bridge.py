@@ -105,15 +105,15 @@ class ColocatedBridgeCommunicator:
         logger.debug("Bridge %s on rank %d", self._describe(), self.current_rank)
 
     def is_fan_in(self) -> bool:
-        """Whether the source has more DP replicas: forward gathers."""
+        """Return whether the source has more DP replicas: forward gathers."""
         return self.direction is BridgeDirection.FAN_IN
 
     def is_fan_out(self) -> bool:
-        """Whether the destination has more DP replicas: forward takes a part."""
+        """Return whether the destination has more DP replicas: forward takes a part."""
         return self.direction is BridgeDirection.FAN_OUT
 
     def get_slice_info(self, batch_size: int) -> SliceInfo:
-        """This rank's own part of a coarser replica's batch dim of ``batch_size``.
+        """Return this rank's own part of a coarser replica's batch dim of ``batch_size``.
 
         On fan-out it is what forward keeps, on fan-in what backward keeps, for equal DP all.
 
@@ -154,7 +154,7 @@ class ColocatedBridgeCommunicator:
         return output
 
     def hear(self, problems: Mapping[int, str], count: int) -> dict[int, str]:
-        """Everybody's problems before encoders run, see :meth:`.RoutedBridge.hear`.
+        """Return everybody's problems before encoders run, see :meth:`.RoutedBridge.hear`.
 
         All ranks of a coarser replica call it, which are those that one bridge joins. Without
         pipeline stages nothing is told.
@@ -240,7 +240,7 @@ class ColocatedBridgeCommunicator:
 
 
 def common_backend(src_grid: HyperCommGrid, dest_grid: HyperCommGrid) -> str | None:
-    """The backend of both grids, ``None`` for the default one.
+    """Return the backend of both grids, ``None`` for the default one.
 
     Raises:
         ValueError: the grids name different ones.

@@ -75,7 +75,7 @@ class InputBalance:
     def balance(
         self, inputs: EncoderInputs | None, device: torch.device
     ) -> tuple[EncoderInputs | None, BalancePlan]:
-        """What this rank reads -> what it encodes (``None`` without items), and the plan.
+        """Send what this rank reads; return what it encodes (``None``: no items), and the plan.
 
         One all-gather of Python objects on the host, then one all-to-all per tensor if items move.
 

@@ -101,7 +101,7 @@ class ItemExchange:
         plan: BalancePlan,
         units_per_item: Units = None,
     ) -> torch.Tensor:
-        """Units that this rank reads -> units that it encodes, items ascending in both.
+        """Send the units that this rank reads; return those that it encodes, by ascending item.
 
         Args:
             units: ``(brought, ...)``; without items ``(0, ...)`` of the same shape and dtype.

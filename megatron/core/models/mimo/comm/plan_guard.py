@@ -124,7 +124,7 @@ class Statement:
     problem: str | None = None
 
     def header(self) -> list[int]:
-        """The fixed part of the message."""
+        """Return the fixed part of the message."""
         digest, tokens = self.digest or PlanDigest(0, 0, 0), self.tokens
         dtype = self.rows.dtype
         return [
@@ -145,7 +145,7 @@ class Statement:
         ]
 
     def places(self) -> np.ndarray:
-        """The token places as integers: cumulative lengths, then runs; none beside a plan."""
+        """Return the token places, cumulative lengths, then runs; none beside a plan."""
         if self.digest is not None:
             return np.empty(0, dtype=np.int64)
         packed = np.array(self.tokens.cu_seqlens or (), dtype=np.int64)
@@ -213,7 +213,7 @@ def agree(
 
 
 def problem_of(error: BaseException, what: str) -> str | None:
-    """The sentence that tells other ranks of an error of this one's.
+    """Return the sentence that tells other ranks of an error of this one's.
 
     ``None`` for a lost peer: the others lose it too, and waiting for them would only add to it.
 
@@ -232,7 +232,7 @@ def hear(
     problems: Mapping[int, str],
     count: int,
 ) -> dict[int, str]:
-    """Everybody's problems before anything is encoded; every rank of the group calls this.
+    """Return everybody's problems before anything is encoded; every rank of the group calls this.
 
     One all-gather of two integers, and the words only if there are any.
 
@@ -257,7 +257,7 @@ def hear(
 def merge_problems(
     ranks: Sequence[int], told: Sequence[Mapping[int, str]], counts: Sequence[int]
 ) -> dict[int, str]:
-    """What ranks told each other before they encode, as :func:`hear` returns it.
+    """Return what ranks told each other before they encode, as :func:`hear` returns it.
 
     >>> merge_problems([4, 5, 6], [{}] * 3, [2, 2, 1])
     {6: 'it encodes 1 microbatches, others 2; give all ranks as many'}
@@ -274,7 +274,7 @@ def merge_problems(
 
 
 def words_of(problems: Mapping[int, str]) -> str:
-    """Problems by rank as one sentence; ranks with the same one are named together.
+    """Return problems by rank as one sentence; ranks with the same one are named together.
 
     >>> words_of({3: "out of images", 2: "out of images", 5: "no labels"})
     'ranks 2-3: out of images; rank 5: no labels'

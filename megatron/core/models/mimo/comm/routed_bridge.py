@@ -111,11 +111,11 @@ class RoutedBridge:
         return BridgeDirection.FAN_IN if src > dest else BridgeDirection.FAN_OUT
 
     def is_fan_in(self) -> bool:
-        """Whether the encoder has more DP replicas."""
+        """Return whether the encoder has more DP replicas."""
         return self.direction is BridgeDirection.FAN_IN
 
     def is_fan_out(self) -> bool:
-        """Whether the language model has more DP replicas."""
+        """Return whether the language model has more DP replicas."""
         return self.direction is BridgeDirection.FAN_OUT
 
     @property
@@ -131,7 +131,7 @@ class RoutedBridge:
     # -- one microbatch ----------------------------------------------------------------------
 
     def hear(self, problems: Mapping[int, str], count: int) -> dict[int, str]:
-        """Everybody's problems before encoders run; all ranks of the group call it.
+        """Return everybody's problems before encoders run; all ranks of the group call it.
 
         Encoders have collectives of their own, so a rank that cannot run its encoder must say so
         before the others run theirs.
@@ -208,7 +208,7 @@ class RoutedBridge:
             raise ValueError(f"Bridge {self.name}: {problem}")
 
     def merge(self, plans: Sequence[RoutePlan]) -> MergedPlan:
-        """The plans of several microbatches as one exchange; kept for batches like these."""
+        """Return the plans of several microbatches as one exchange; kept for batches like these."""
         key = tuple(plans)
         merged = self._merged.pop(key, None) or MergedPlan.of(plans)
         self._merged[key] = merged
@@ -232,11 +232,11 @@ class RoutedBridge:
         return issue_exchange(rows, self.tensors(plan, rows.device), self.group)
 
     def move(self, rows: torch.Tensor, plan: Routes) -> torch.Tensor:
-        """:meth:`issue` and ``arrive`` in one: rows ``(held, H)`` -> own rows ``(own, H)``."""
+        """Issue and wait in one: rows ``(held, H)`` -> own rows ``(own, H)``."""
         return self.issue(rows, plan).arrive()
 
     def tensors(self, plan: Routes, device: torch.device) -> PlanTensors:
-        """A plan's indices on a device, uploaded once per plan."""
+        """Return a plan's indices on a device, uploaded once per plan."""
         known = self._tensors.get(plan)
         if known is None or known[0] != device:
             known = self._tensors[plan] = (device, PlanTensors.of(plan, device))
@@ -282,7 +282,7 @@ class RoutedBridge:
 
 
 def takes_host_tensors(backend: str | None) -> bool:
-    """Whether groups of a backend (``None``: the default one) move tensors of the host's memory.
+    """Return whether groups of a backend (``None``: the default one) move tensors of the host.
 
     Ranks that are in none of the groups answer too, so it is asked of the backend's name.
     """

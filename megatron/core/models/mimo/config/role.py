@@ -56,7 +56,7 @@ class RankRole:
         modality_module_names: Iterable[str],
         module_to_grid_map: Mapping[str, HyperCommGrid] | None = None,
     ) -> RankRole:
-        """The role of the calling rank.
+        """Return the role of the calling rank.
 
         Without a grid map, or when all grids cover the same ranks, every module runs here.
 
@@ -117,12 +117,12 @@ class RankRole:
         return [name for name in self.modules if name != MIMO_LANGUAGE_MODULE_KEY]
 
     def is_first_stage(self, module_name: str) -> bool:
-        """Whether this rank holds the first stage of a module (no, if it does not run it)."""
+        """Return whether this rank runs the first stage of a module."""
         stage = self.modules.get(module_name)
         return stage is not None and stage.is_first_stage
 
     def is_last_stage(self, module_name: str) -> bool:
-        """Whether this rank holds the last stage of a module (no, if it does not run it)."""
+        """Return whether this rank runs the last stage of a module."""
         stage = self.modules.get(module_name)
         return stage is not None and stage.is_last_stage
 

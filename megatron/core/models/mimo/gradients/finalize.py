@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def iter_modules(mimo_model: Any) -> Iterator[tuple[str, Any]]:
-    """(name, module) of the modules on this rank: the language model, then the modalities.
+    """Yield (name, module) of the modules on this rank: the language model, then the modalities.
 
     Virtual pipeline stages of the language model come one by one, under its name.
     """
@@ -243,7 +243,7 @@ def _scaling(total: torch.Tensor) -> torch.Tensor:
 
 
 def refuse_late_freezing(name: str, module: torch.nn.Module) -> None:
-    """What trains is settled when DDP wraps a module: it makes gradient buffers of just that.
+    """Refuse weights that began or ceased to train after DDP made its gradient buffers.
 
     A parameter frozen later keeps its buffer and its optimizer state, so that momentum and weight
     decay go on moving it. One unfrozen later has neither and would never move.
@@ -267,10 +267,11 @@ def refuse_late_freezing(name: str, module: torch.nn.Module) -> None:
 def refuse_missing_gradients(
     modules: Mapping[str, Sequence[torch.nn.Module]], *, together: bool
 ) -> None:
-    """A reduction that overlaps backward starts when every parameter of a bucket has a gradient.
+    """Refuse parameters without a gradient where reductions overlap the backward pass.
 
-    Stock learns in the first step how many to wait for, and from the second one on asserts, or
-    leaves the other replicas waiting, where one is missing.
+    A reduction starts when every parameter of a bucket has its gradient. Stock learns in the first
+    step how many to wait for, and from the second one on asserts, or leaves the other replicas
+    waiting, where one is missing.
 
     Args:
         modules: module name -> its parts on this rank.

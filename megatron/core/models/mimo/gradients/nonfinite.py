@@ -46,7 +46,7 @@ class NonFiniteGradients:
 def find_nonfinite_gradients(
     modules: Mapping[str, Sequence[torch.nn.Module]],
 ) -> tuple[NonFiniteGradients, ...]:
-    """The same answer on every rank; all ranks call it together.
+    """Find gradients that are not finite; all ranks call it together and get the same.
 
     Args:
         modules: module name -> its parts on this rank, bare or wrapped; empty if there are none.
@@ -63,7 +63,7 @@ def find_nonfinite_gradients(
 
 
 def gradients_sentence(modules: Sequence[str], found: Sequence[NonFiniteGradients]) -> str:
-    """``gradients of images are not finite (rank 3: modality_submodules.images…weight)``.
+    """Say ``gradients of images are not finite (rank 3: modality_submodules.images…weight)``.
 
     Args:
         modules: whose gradient norms are not finite.
@@ -76,7 +76,7 @@ def gradients_sentence(modules: Sequence[str], found: Sequence[NonFiniteGradient
 def find_nonfinite_outputs(
     modules: Iterable[tuple[str, torch.nn.Module]], run: Any
 ) -> dict[str, tuple[int, ...]]:
-    """Module name -> the ranks on which one of its outputs was not finite during ``run()``.
+    """Return module name -> the ranks on which one of its outputs was not finite during ``run()``.
 
     All ranks call it together and get the same answer.
 
@@ -96,7 +96,7 @@ def find_nonfinite_outputs(
 
 
 def outputs_sentence(found: Mapping[str, Sequence[int]]) -> str:
-    """``the output of images is not finite (rank 3)``; of encoders only, if they have any.
+    """Say ``the output of images is not finite (rank 3)``; of encoders only, if they have any.
 
     What an encoder puts out goes into the language model, whose output is not finite then, either.
     """
@@ -108,7 +108,7 @@ def outputs_sentence(found: Mapping[str, Sequence[int]]) -> str:
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
-    """``rank 3``, ``ranks 0, 1``, ``ranks 0, 1, 2, 3 and 4 more``."""
+    """Say ``rank 3``, ``ranks 0, 1``, ``ranks 0, 1, 2, 3 and 4 more``."""
     listed = ", ".join(map(str, ranks[:_LISTED]))
     more = f" and {len(ranks) - _LISTED} more" if len(ranks) > _LISTED else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {listed}{more}"

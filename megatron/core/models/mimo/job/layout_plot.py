@@ -67,7 +67,7 @@ class LayoutPlot:
         return int(self.layout.dest_pp.max()) + 1 if isinstance(self.layout, RouteLayout) else 1
 
     def source_at(self, rank: int) -> tuple[int, int]:
-        """A rank's (dp, tp) on the encoder's side."""
+        """Return a rank's (dp, tp) on the encoder's side."""
         at = self.layout
         if isinstance(at, BridgeLayout):
             return at.rank_to_src_pos[rank]
@@ -75,7 +75,7 @@ class LayoutPlot:
         return int(at.src_dp[place]), int(at.src_tp[place])
 
     def destination_at(self, rank: int) -> tuple[int, int, int, int]:
-        """A rank's (dp, tp, cp, pp) on the language side."""
+        """Return a rank's (dp, tp, cp, pp) on the language side."""
         at = self.layout
         if isinstance(at, BridgeLayout):
             dp, tp, cp = at.rank_to_dest_coords[rank]
@@ -97,11 +97,11 @@ class LayoutPlot:
         return list(self.layout.ranks)[:_MAX_ROWS]
 
     def source(self, rank: int) -> range:
-        """Blocks of samples that a rank encodes."""
+        """Return the blocks of samples that a rank encodes."""
         return self._part(self.source_at(rank)[0], self.layout.src_dp_size)
 
     def destination(self, rank: int) -> range:
-        """Blocks of samples that a rank's language model sees."""
+        """Return the blocks of samples that a rank's language model sees."""
         return self._part(self.destination_at(rank)[0], self.layout.dest_dp_size)
 
     def _part(self, dp: int, dp_size: int) -> range:
@@ -109,13 +109,13 @@ class LayoutPlot:
         return range(dp * size, (dp + 1) * size)
 
     def positions(self, rank: int) -> list[int]:
-        """Token positions that a rank's language model works on."""
+        """Return the token positions that a rank's language model works on."""
         _, tp, cp, _ = self.destination_at(rank)
         tp_part = (tp, self.layout.dest_tp_size) if self.sequence_parallel else (0, 1)
         return dense_positions(self.sequence_length, cp, self.layout.dest_cp_size, *tp_part)
 
     def sends(self, group: ExchangeGroup) -> list[tuple[int, int]]:
-        """(from, to) of rows in an exchange group if every token is an image's; ranks of world."""
+        """Return (from, to) in ranks of rows of an exchange group whose tokens are all images'."""
         share = (self.samples // self.layout.dest_dp_size, self.sequence_length)
         rows = self.samples * self.sequence_length // self.layout.src_dp_size
         tokens = [TokenRuns.from_mask(np.ones(share, dtype=bool))] * group.dest_dps.size

@@ -48,7 +48,7 @@ class ActivationMemory:
         project: Callable[[torch.Tensor | None], torch.Tensor | None],
         rows: torch.Tensor | None,
     ) -> torch.Tensor | None:
-        """One forward pass of the modality.
+        """Run one forward pass of the modality.
 
         Args:
             encode: inputs -> the encoders' rows, or None without any; None for rows given here.
@@ -78,7 +78,7 @@ class ActivationMemory:
             return project(rows)
 
     def take_latest(self) -> OffloadedPart | None:
-        """What the latest forward pass has on the host, for once; None without any."""
+        """Return what the latest forward pass has on the host, for once; None without any."""
         latest, self._latest = self._latest, None
         return latest
 
@@ -92,7 +92,7 @@ class ActivationMemory:
 
 
 def latest_offloaded(submodule: Any) -> OffloadedPart | None:
-    """What a modality's latest forward pass has on the host, for once.
+    """Return what a modality's latest forward pass has on the host, for once.
 
     Args:
         submodule: the modality, bare or wrapped, of this project's class or another.

@@ -42,7 +42,7 @@ class KeptStorages:
 
 
 def part_bytes(submodule: Any, encoder_inputs: Mapping[str, Mapping[str, Any]]) -> PartBytes:
-    """Bytes of one microbatch of any modality, for :func:`.plan.plan`.
+    """Return the bytes of one microbatch of any modality, for :func:`.plan.plan`.
 
     It runs forward once, where it is, and counts what its operations really keep there: for
     encoders that are no Megatron-Core transformers, for parts that train in part, and for kernels

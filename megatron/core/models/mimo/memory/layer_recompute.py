@@ -10,7 +10,7 @@ from torch import nn
 
 
 def recomputable(hidden: torch.Tensor, module: Any) -> torch.Tensor:
-    """The input of a transformer whose layers may be recomputed.
+    """Return the input of a transformer whose layers may be recomputed.
 
     A layer that Megatron-Core recomputes as a whole has a backward pass only if its *input* needs
     a gradient. Behind a frozen embedding it does not, and the layer's own weights would get no
@@ -30,7 +30,7 @@ def recomputable(hidden: torch.Tensor, module: Any) -> torch.Tensor:
 
 
 def gradients_come_apart(module: nn.Module) -> bool:
-    """Whether one backward pass may give a weight its gradient in several parts.
+    """Return whether one backward pass may give a weight its gradient in several parts.
 
     What Megatron-Core recomputes has a backward pass of its own within the backward pass. Attention
     alone has no weights.

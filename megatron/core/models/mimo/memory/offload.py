@@ -33,13 +33,13 @@ class HostUse:
     moved: int = 0
 
     def take(self, size: int) -> None:
-        """A copy to the host."""
+        """Count a copy to the host."""
         self.now += size
         self.moved += size
         self.most = max(self.most, self.now)
 
     def give(self, size: int) -> None:
-        """A copy on the host is no longer needed."""
+        """Count a copy on the host that is no longer needed."""
         self.now -= size
 
 
@@ -109,7 +109,7 @@ class OffloadedPart:
         self._started = False
 
     def hooks(self) -> AbstractContextManager[Any]:
-        """Within it, what autograd keeps goes to the host."""
+        """Send what autograd keeps to the host, inside."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def start_reload(self) -> None:
@@ -153,7 +153,7 @@ class OffloadedPart:
 
 
 def reload_when_needed(rows: torch.Tensor, part: OffloadedPart | None) -> torch.Tensor:
-    """``rows``; when their gradient is there, the part begins to come back from the host.
+    """Return ``rows``; when their gradient is there, the part begins to come back.
 
     Args:
         rows: an encoder's rows as the bridge hands them on, so that copies run beside its

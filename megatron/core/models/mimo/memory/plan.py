@@ -96,7 +96,7 @@ class TransformerShape:
 
 
 def transformer_bytes(shape: TransformerShape, items: int) -> PartBytes:
-    """What ``items`` items keep, counted tensor by tensor.
+    """Return what ``items`` items keep, counted tensor by tensor.
 
     After Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models",
     whose layer keeps ``sbh (34 + 5 a s / h)`` bytes in 16 bits with dropout. With ``e`` bytes a
@@ -231,7 +231,7 @@ class Prediction:
 
 
 def predict(parts: PartBytes, step: Step, memory: EncoderMemory) -> Prediction:
-    """What ``memory`` comes to.
+    """Return what ``memory`` comes to.
 
     While the language model runs, each of the microbatches that are there holds
 
@@ -276,7 +276,7 @@ def predict(parts: PartBytes, step: Step, memory: EncoderMemory) -> Prediction:
 
 
 def plan(parts: PartBytes, step: Step) -> list[Prediction]:
-    """All policies of both parts, what is kept first."""
+    """Return all policies of both parts, what is kept first."""
     order = (KEEP, RECOMPUTE, OFFLOAD)
     return [
         predict(parts, step, EncoderMemory(encoder, projector))

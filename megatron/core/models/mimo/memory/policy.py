@@ -47,5 +47,5 @@ class EncoderMemory:
             )
 
     def uses(self, policy: str) -> bool:
-        """Whether one of the parts has this policy."""
+        """Return whether one of the parts has this policy."""
         return policy in (self.encoder, self.projector)

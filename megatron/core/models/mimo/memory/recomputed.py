@@ -26,7 +26,7 @@ from megatron.core.models.mimo.randomness import capture_states, restore_states
 def recomputed(
     function: Callable[..., torch.Tensor | None], *arguments: torch.Tensor, trains: bool
 ) -> torch.Tensor | None:
-    """``function(*arguments)``, whose activations are computed again in backward.
+    """Return ``function(*arguments)``, whose activations are computed again in backward.
 
     Dropout drops the same elements again: the random states, those of Megatron-Core's tracker
     included, are put back. What needs no gradient is not run again.

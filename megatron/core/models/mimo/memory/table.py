@@ -9,7 +9,7 @@ from megatron.core.models.mimo.memory.plan import PartBytes, Step, plan
 
 
 def print_plan(parts: PartBytes, step: Step, stream: TextIO | None = None) -> None:
-    """A line per policy of encoder and projector, of one rank.
+    """Print a line per policy of encoder and projector, of one rank.
 
     Args:
         parts: of one microbatch.

@@ -28,7 +28,7 @@ class Transfers(Protocol):
         ...
 
     def arrived(self, data: torch.Tensor, event: Any) -> None:
-        """From here on the caller's stream may read what :meth:`to_device` returned."""
+        """Let the caller's stream read, from here on, what :meth:`to_device` returned."""
 
 
 class AtOnce:
@@ -39,15 +39,15 @@ class AtOnce:
     """
 
     def to_host(self, data: torch.Tensor) -> torch.Tensor:
-        """A copy."""
+        """Return a copy."""
         return torch.from_numpy(data.numpy().copy())
 
     def to_device(self, host: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Another copy; the one on the host stays what it is."""
+        """Return another copy; the one on the host stays what it is."""
         return host.clone(), None
 
     def arrived(self, data: torch.Tensor, event: None) -> None:
-        """It is there."""
+        """Do nothing: it is there."""
 
 
 class DeviceStreams:
@@ -63,22 +63,22 @@ class DeviceStreams:
         self.side = self._module.Stream(device=device)
 
     def current(self) -> Any:
-        """The stream that computes."""
+        """Return the stream that computes."""
         return self._module.current_stream(self._device)
 
     def on_side(self) -> AbstractContextManager[Any]:
-        """Within it, work and memory belong to the side stream."""
+        """Give work and memory to the side stream, inside."""
         return self._module.stream(self.side)
 
     def empty_on_host(self, size: int) -> torch.Tensor:
-        """Page-locked bytes, which a copy can run from and to beside the host's work.
+        """Return page-locked bytes, which a copy can run from and to beside the host's work.
 
         PyTorch keeps released ones for the next copy, and until copies from and to them have ended.
         """
         return torch.empty(size, dtype=torch.uint8, device=HOST, pin_memory=True)
 
     def empty_on_device(self, size: int) -> torch.Tensor:
-        """Bytes that belong to the stream in whose context this is called."""
+        """Return bytes that belong to the stream in whose context this is called."""
         return torch.empty(size, dtype=torch.uint8, device=self._device)
 
     def copy(self, into: torch.Tensor, source: torch.Tensor) -> None:
@@ -86,7 +86,7 @@ class DeviceStreams:
         into.copy_(source, non_blocking=True)
 
     def keep_until_done(self, data: torch.Tensor, stream: Any) -> None:
-        """Once released, the memory is not used again before ``stream``'s work so far is done."""
+        """Use the memory, once released, again only after ``stream``'s work so far."""
         data.record_stream(stream)
 
 
@@ -120,7 +120,7 @@ class SideStream:
         return data, self._streams.side.record_event()
 
     def arrived(self, data: torch.Tensor, event: Any) -> None:
-        """The stream that computes here waits for the copy, and the memory for that stream."""
+        """Let the stream that computes here wait for the copy, and the memory for that stream."""
         current = self._streams.current()
         current.wait_event(event)
         self._streams.keep_until_done(data, current)
@@ -136,5 +136,5 @@ class SideStream:
 
 @functools.cache
 def transfers_of(device: torch.device) -> Transfers:
-    """The transfers between a device and the host; one side stream per device."""
+    """Return the transfers between a device and the host; one side stream per device."""
     return AtOnce() if device.type == HOST.type else SideStream(DeviceStreams(device))

@@ -220,7 +220,7 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
         return choose_path(runners, {"encoder_balance": balance})
 
     def language_stages(self) -> list[nn.Module]:
-        """The language model's stages on this rank, bare or wrapped, in order.
+        """Return the language model's stages on this rank, bare or wrapped, in order.
 
         One, or several virtual ones of an interleaved pipeline; none on encoder ranks.
         """
@@ -257,7 +257,7 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
         return {name: each.spread for name, each in balances if each.spread is not None}
 
     def give_zero_gradients(self, name: str) -> None:
-        """A backward pass that gives each weight of a modality that trains a zero, once."""
+        """Run a backward pass that gives each weight of a modality that trains a zero, once."""
         self._encoders.give_zero_gradients(name)
 
     @model_method
@@ -292,7 +292,7 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
         packing_kwargs: Mapping[str, Any] | None = None,
         route_plan: Mapping[str, RoutePlan] | None = None,
     ) -> tuple[Any, torch.Tensor | None]:
-        """One microbatch through the modules of this rank.
+        """Run one microbatch through the modules of this rank.
 
         Args:
             input_ids: ``(B, S)`` of the rank's *language* replica; B may be 0 on some replicas.
@@ -497,7 +497,7 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
         labels: torch.Tensor | None = None,
         packing_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One microbatch through one stage of the language model.
+        """Run one microbatch through one stage of the language model.
 
         Args:
             language_model: the stage, bare or wrapped. A later one than the first was given its

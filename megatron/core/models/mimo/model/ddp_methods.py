@@ -27,13 +27,13 @@ from megatron.core.transformer.module import Float16Module
 
 
 def in_low_precision(part: nn.Module) -> bool:
-    """Whether a layer's config has it compute in less than 16 bits (fp8, fp4, kitchen's)."""
+    """Return whether a layer's config has it compute in less than 16 bits (fp8, fp4, kitchen's)."""
     config = getattr(part, "config", None)
     return any(getattr(config, name, None) for name in ("fp8", "fp4", "use_kitchen"))
 
 
 def first_microbatch_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name, layer) of what Transformer Engine tells which microbatch is a step's first."""
+    """Yield (name, layer) of what Transformer Engine tells which microbatch is a step's first."""
     for name, part in module.named_modules():
         if hasattr(part, "is_first_microbatch"):
             yield clean_name(module, name), part
@@ -61,7 +61,7 @@ class DDPMethods(TakesStandIns):
     @model_method
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Gradients only accumulate inside: modules that reduce in the backward pass wait."""
+        """Let gradients only accumulate, inside: modules that reduce in the backward pass wait."""
         with ExitStack() as stack:
             for module in self._overlapping("overlap_grad_reduce"):
                 stack.enter_context(module.no_sync())
@@ -74,7 +74,7 @@ class DDPMethods(TakesStandIns):
             module.start_grad_sync()
 
     def set_is_first_microbatch(self) -> None:
-        """A step begins: Transformer Engine's layers are to convert their weights to fp8 anew.
+        """Tell Transformer Engine's layers that a step begins: they convert weights to fp8 anew.
 
         Stock asks the whole model's config, which is the language model's; here each layer's own.
         """
@@ -177,7 +177,7 @@ class DDPMethods(TakesStandIns):
         sharded_offsets: compat.ShardedOffsets = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """The distributed-checkpoint view of all modules of this rank.
+        """Return the distributed-checkpoint view of all modules of this rank.
 
         Each module's replicas are those of its own ``pg_collection``. As in stock, DDP and
         ``Float16Module`` add ``module.`` to the keys; other wrappers do not show in the names on

@@ -60,7 +60,7 @@ def partition_adapter(
 def check_cp_size(
     grid: HyperCommGrid | None, cp_group: ProcessGroup | None, config_size: int
 ) -> None:
-    """The CP size must be one number: in the config, in the grid and in a group that is given.
+    """Check that config, grid and a given group have one CP size.
 
     Where they differ the sequence would be cut one way and the gradients summed another.
 
@@ -83,7 +83,7 @@ def check_cp_size(
 
 
 def check_pp_size(grid: HyperCommGrid | None, config_size: int | None) -> None:
-    """The number of pipeline stages must be one: in the config and in the grid.
+    """Check that config and grid have one number of pipeline stages.
 
     Raises:
         ValueError: they differ.
@@ -99,7 +99,7 @@ def check_pp_size(grid: HyperCommGrid | None, config_size: int | None) -> None:
 def language_group(
     grid: HyperCommGrid | None, dim: str, given: ProcessGroup | None, needed: bool
 ) -> ProcessGroup | None:
-    """The group of one dim of the language model.
+    """Return the group of one dim of the language model.
 
     Args:
         grid: the language grid, if there is one.

@@ -37,7 +37,7 @@ class LocalText:
         cp: tuple[int, int],
         tp: tuple[int, int] | None,
     ) -> LocalText:
-        """The tokens of a rank's part that stand for no modality's row.
+        """Return the tokens of a rank's part that stand for no modality's row.
 
         >>> tokens = TokenRuns.from_positions(np.array([1, 2]), batch=1, seq_len=8)
         >>> text = LocalText.find(tokens, [tokens], cp=(0, 2), tp=(0, 2))

@@ -19,7 +19,7 @@ from megatron.core.utils import unwrap_model
 def rotary_positions_of(
     language_model: nn.Module, packed: PackedSeqParams | None, cp_group: ProcessGroup | None
 ) -> Iterator[None]:
-    """Inside, a batch's own (3-D) position ids reach the tokens that they belong to.
+    """Bring a batch's own (3-D) position ids to the tokens that they belong to, inside.
 
     Multimodal rotary embeddings cut the angles of all positions over CP as if the batch were one
     sequence, over Megatron's global CP group unless they are told another one; so they are told

@@ -23,7 +23,7 @@ _LIKE_INPUT_IDS = ("labels", "loss_mask")
 
 
 def without_items(modality_inputs: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """``modality_inputs`` with ``None`` for each modality all of whose tensors are empty."""
+    """Return ``modality_inputs``, ``None`` for each modality all of whose tensors are empty."""
     if not modality_inputs:
         return modality_inputs
     return {name: None if _is_empty(each) else each for name, each in modality_inputs.items()}
@@ -42,7 +42,7 @@ def _is_empty(inputs: Any) -> bool:
 
 
 def padded_shape(model: MimoModel, input_ids: torch.Tensor) -> tuple[int, int]:
-    """``(1, S)`` for ``(0, S)``; without a length the shortest one that can be cut."""
+    """Return ``(1, S)`` for ``(0, S)``; without a length the shortest one that can be cut."""
     adapter, shortest = model.partition_adapter, 1
     if adapter is not None:
         config = model.config
@@ -53,7 +53,7 @@ def padded_shape(model: MimoModel, input_ids: torch.Tensor) -> tuple[int, int]:
 def padding_for(
     model: MimoModel, batch: Mapping[str, Any], shape: tuple[int, ...]
 ) -> dict[str, Any]:
-    """A batch of padding in the place of one without samples.
+    """Return a batch of padding in the place of one without samples.
 
     Args:
         model: the whole model.
@@ -86,7 +86,7 @@ def padding_for(
 
 
 def cut_back(value: Any, shape: tuple[int, ...]) -> Any:
-    """``(B, S, ...)`` of padding, cut to a batch of ``shape`` that has no elements."""
+    """Cut ``(B, S, ...)`` of padding to a batch of ``shape`` that has no elements."""
     if value is None:
         return None
     kept = value[:0] if shape[0] == 0 else value
@@ -94,7 +94,7 @@ def cut_back(value: Any, shape: tuple[int, ...]) -> Any:
 
 
 def padding_problem(model: MimoModel) -> str | None:
-    """Why padding may not stand for no samples: experts would count it.
+    """Return why padding may not stand for no samples: experts would count it.
 
     Stock's padding mask of routers is no way out: a replica of padding only divides by zero.
     """

@@ -50,7 +50,7 @@ class TokenPositions:
         return cls(batch, seq_len, {TEXT: pieces[0], **found})
 
     def count(self, name: str) -> int:
-        """How many tokens of a modality (or of text) the batch holds."""
+        """Return how many tokens of a modality (or of text) the batch holds."""
         return self.positions[name].numel()
 
     def place(self, rows: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -56,7 +56,7 @@ def check_packing(
 
 
 def padded_bounds(params: PackedSeqParams | None) -> list[int]:
-    """Cumulative lengths with the padding between sequences counted, if there is any.
+    """Return cumulative lengths with the padding between sequences counted, if there is any.
 
     Raises:
         SequenceShardError: there are none.
@@ -70,7 +70,7 @@ def padded_bounds(params: PackedSeqParams | None) -> list[int]:
 
 
 def longest_sequence(params: PackedSeqParams) -> int:
-    """Tokens of the longest packed sequence, padding included.
+    """Return the tokens of the longest packed sequence, padding included.
 
     Raises:
         SequenceShardError: no lengths; others are not checked.
@@ -79,7 +79,7 @@ def longest_sequence(params: PackedSeqParams) -> int:
 
 
 def packed_lengths(params: PackedSeqParams) -> tuple[list[int], list[int]]:
-    """``(padded, real)`` lengths of the packed sequences, as host integers.
+    """Return ``(padded, real)`` lengths of the packed sequences, as host integers.
 
     Raises:
         SequenceShardError: queries and keys have different boundaries, or more real than padded

@@ -25,7 +25,7 @@ def position_owners(
     tp_size: int = 1,
     cu_seqlens: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Who owns each position, and where it lies there.
+    """Return who owns each position, and where it lies there.
 
     The inverse of ``dense_positions`` and ``packed_positions``.
 

@@ -27,7 +27,7 @@ class SequenceShardError(ValueError, AssertionError):
 
 
 def cp_chunks(cp_rank: int, cp_size: int) -> tuple[int, int]:
-    """The two chunk indices, out of ``2 * cp_size``, that a CP rank owns.
+    """Return the two chunk indices, out of ``2 * cp_size``, that a CP rank owns.
 
     >>> cp_chunks(1, 4)
     (1, 6)
@@ -40,7 +40,7 @@ def cp_chunks(cp_rank: int, cp_size: int) -> tuple[int, int]:
 
 
 def shard_factor(cp_size: int = 1, tp_size: int = 1) -> int:
-    """What a dense sequence length must divide by: ``2 * cp`` (1 without CP) times ``tp``.
+    """Return what a dense sequence length must divide by: ``2 * cp`` (1 without CP) times ``tp``.
 
     ``tp_size`` is the TP size with sequence parallelism and 1 without it.
 
@@ -51,7 +51,7 @@ def shard_factor(cp_size: int = 1, tp_size: int = 1) -> int:
 
 
 def dense_spans(seq_len: int, cp_rank: int, cp_size: int) -> list[tuple[int, int]]:
-    """Half-open ``(start, stop)`` spans that a CP rank owns of a dense sequence, in local order.
+    """Return the half-open spans that a CP rank owns of a dense sequence, in local order.
 
     >>> dense_spans(8, 0, 2)
     [(0, 2), (6, 8)]
@@ -69,7 +69,7 @@ def dense_spans(seq_len: int, cp_rank: int, cp_size: int) -> list[tuple[int, int
 def dense_positions(
     seq_len: int, cp_rank: int, cp_size: int, tp_rank: int = 0, tp_size: int = 1
 ) -> list[int]:
-    """Global positions that a (cp, tp) coordinate owns of a dense sequence, in local order.
+    """Return the positions that a (cp, tp) coordinate owns of a dense sequence, in local order.
 
     ``tp_rank`` and ``tp_size`` are given with sequence parallelism only.
 
@@ -89,7 +89,7 @@ def dense_positions(
 
 
 def packed_spans(cu_seqlens: Sequence[int], cp_rank: int, cp_size: int) -> list[tuple[int, int]]:
-    """Half-open spans that a CP rank owns of packed sequences, in local order.
+    """Return the half-open spans that a CP rank owns of packed sequences, in local order.
 
     Args:
         cu_seqlens: cumulative lengths with a leading 0, padding included: sequence ``i`` fills
@@ -112,7 +112,7 @@ def packed_spans(cu_seqlens: Sequence[int], cp_rank: int, cp_size: int) -> list[
 
 
 def packed_positions(cu_seqlens: Sequence[int], cp_rank: int, cp_size: int) -> list[int]:
-    """Global positions that a CP rank owns of packed sequences, in local order.
+    """Return the global positions that a CP rank owns of packed sequences, in local order.
 
     >>> packed_positions([0, 4, 12], 0, 2)
     [0, 3, 4, 5, 10, 11]

@@ -113,7 +113,7 @@ def get_batch_on_this_cp_rank(
     is_hybrid_cp: bool = False,
     cp_group: ProcessGroup | None = None,
 ) -> dict[str, torch.Tensor | None]:
-    """This CP rank's two chunks of every batch-first dense tensor.
+    """Return this CP rank's two chunks of every batch-first dense tensor.
 
     ``(B, S, ...)`` -> ``(B, S/cp, ...)``. The gradient is zero outside the rank's chunks, so the
     full gradient is the sum over the CP group. The signature is that of Megatron-Core 0.19; 0.16
@@ -320,7 +320,7 @@ class PartitionAdapter(TakesStandIns):
 
 
 def packed_index(lengths: list[int], cp_rank: int, cp_size: int) -> torch.Tensor:
-    """Positions a CP rank keeps of a packed batch: int64 ``(S/cp,)`` on the host.
+    """Return the positions a CP rank keeps of a packed batch: int64 ``(S/cp,)`` on the host.
 
     Args:
         lengths: cumulative padded lengths with a leading 0.
@@ -334,7 +334,7 @@ def packed_index(lengths: list[int], cp_rank: int, cp_size: int) -> torch.Tensor
 
 
 def cuts_as_ours(adapter: Any) -> TypeGuard[PartitionAdapter]:
-    """Whether a partition adapter cuts as :meth:`PartitionAdapter.shard` does, as it stands."""
+    """Return whether a partition adapter cuts as :meth:`PartitionAdapter.shard` does."""
     shard = getattr(adapter, "shard", None)
     return getattr(shard, "__func__", None) is PartitionAdapter.shard
 

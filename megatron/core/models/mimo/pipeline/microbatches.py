@@ -21,7 +21,7 @@ _SAMPLE_DIM = {
 
 
 def narrow_language_batch(batch: Mapping[str, Any], part: SliceInfo) -> dict[str, Any]:
-    """The language side of some of a microbatch's samples; everything else stays.
+    """Return the language side of some of a microbatch's samples; everything else stays.
 
     A loader that reads for an encoder replica gives each of the language replicas that share its
     samples (fan-out) their own ones this way; which ones they are says

@@ -234,7 +234,7 @@ class ModalitySubmodules(ABC, nn.Module):
         encoder_inputs: Mapping[str, Mapping[str, Any]] | None = None,
         hidden_states: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
-        """Inputs (or rows from the stage before) -> rows ``(n, h)``, projected on the last stage.
+        """Turn inputs, or rows of the stage before, into rows ``(n, h)``, at the end projected.
 
         Args:
             encoder_inputs: encoder name -> its keyword arguments; read on the first stage.
@@ -274,7 +274,7 @@ class ModalitySubmodules(ABC, nn.Module):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """The distributed-checkpoint view of all children, with this modality's groups."""
+        """Return the distributed-checkpoint view of all children, with this modality's groups."""
         children = [
             (f"{prefix}{kind}.{name}.", module)
             for kind, container in self.named_children()
@@ -359,7 +359,7 @@ class OneProjectionEach(ModalitySubmodules):
                 )
 
     def decode(self, embeddings: torch.Tensor, data_batch: dict[str, Any]) -> torch.Tensor:
-        """Not available: this project encodes data, it does not generate it.
+        """Refuse: this project encodes data, it does not generate it.
 
         Raises:
             NotImplementedError: always.

@@ -238,7 +238,7 @@ def projected(output: Any) -> torch.Tensor:
 
 
 def described(output: Any) -> str:
-    """``a tuple (tensor (2, 4), dict)``: what came, for an error."""
+    """Say what came, for an error: ``a tuple (tensor (2, 4), dict)``."""
     if torch.is_tensor(output):
         return f"a tensor {tuple(output.shape)}"
     kind = type(output).__name__

@@ -17,7 +17,7 @@ from megatron.core.models.mimo.wrappers import unwrapped, wrapped_key
 
 
 def global_modules(module: Module, name: str = "") -> Iterator[tuple[str, Module]]:
-    """``(global name, module)`` of ``module`` and all below it, parents first.
+    """Yield ``(global name, module)`` of ``module`` and all below it, parents first.
 
     Args:
         module: where to start.
@@ -55,5 +55,5 @@ def _global_key(key: str, child: Module) -> str:
 
 
 def join(prefix: str, name: str) -> str:
-    """``prefix.name``, or ``name`` alone under no prefix."""
+    """Return ``prefix.name``, or ``name`` alone under no prefix."""
     return f"{prefix}.{name}" if prefix else name

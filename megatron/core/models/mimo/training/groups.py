@@ -48,7 +48,7 @@ def make_grid(
     backend: str | None = None,
     dp_last: bool = False,
 ) -> HyperCommGrid:
-    """Grid of one module in Megatron-Core's default rank order, TP fastest and PP slowest.
+    """Make one module's grid in Megatron-Core's default rank order, TP fastest and PP slowest.
 
     Args:
         tp, cp, dp, pp: sizes of the module's axes.
@@ -118,7 +118,7 @@ def create_process_groups(grid: HyperCommGrid) -> ProcessGroupCollection:
 
 
 def ensure_global_memory_buffer() -> None:
-    """Megatron's sequence-parallel linear layers read a global scratch buffer; set it once."""
+    """Set, once, the global scratch buffer that sequence-parallel linear layers read."""
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()
 

@@ -327,7 +327,7 @@ class _Filler:
 
 
 def tp_shard(full: Tensor, *, rank: int, size: int, dim: int, blocks: int = 1) -> Tensor:
-    """One TP rank's part of a whole weight.
+    """Return one TP rank's part of a whole weight.
 
     Args:
         full: the weight, whole.
@@ -346,7 +346,7 @@ def tp_shard(full: Tensor, *, rank: int, size: int, dim: int, blocks: int = 1) -
 
 @contextmanager
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Draws on ``device`` come from ``seed`` inside, and the generator's state is kept outside.
+    """Draw from ``seed`` on ``device``, inside; outside the generator's state is kept.
 
     Init methods are callables that take no generator, so each weight borrows the device's
     default one with a state of its own.

@@ -45,7 +45,7 @@ def build_inner_optimizer(
     config: OptimizerConfig,
     collection: ProcessGroupCollection,
 ) -> MegatronOptimizer:
-    """Stock's optimizer of one module; every rank that trains the module calls this together.
+    """Build stock's optimizer of one module; every rank that trains the module calls this together.
 
     Args:
         name: of the module, for errors.
@@ -105,7 +105,7 @@ def _find_parameters_where_they_are_stepped(optimizer: MegatronOptimizer) -> Non
 
 
 def inner_optimizers(optimizers: Sequence[Any]) -> list[Any]:
-    """Those of every chain one by one: a module with experts has one for them and one for the rest.
+    """Return each link of chains: a module with experts has an optimizer for them and the rest.
 
     A chain of several has no ``get_parameters`` in Megatron-Core 0.16.
     """
@@ -116,14 +116,14 @@ def inner_optimizers(optimizers: Sequence[Any]) -> list[Any]:
 
 
 def dynamic_scalers(optimizers: Sequence[Any]) -> list[DynamicGradScaler]:
-    """Loss scalers that follow found-inf; none unless training in fp16."""
+    """Return the loss scalers that follow found-inf; none unless training in fp16."""
     scalers = (getattr(opt, "grad_scaler", None) for opt in inner_optimizers(optimizers))
     return [scaler for scaler in scalers if isinstance(scaler, DynamicGradScaler)]
 
 
 @contextlib.contextmanager
 def held_scales(scalers: list[DynamicGradScaler]) -> Iterator[None]:
-    """Inside, an inner optimizer's ``prepare_grads`` does not update its loss scale."""
+    """Keep loss scales, inside: an optimizer's ``prepare_grads`` does not update its own."""
     for scaler in scalers:
         vars(scaler)["update"] = lambda _found_inf: None
     try:

@@ -61,7 +61,7 @@ def check_choice(settings: str) -> None:
 
 
 def described(config: Any) -> dict[str, Any]:
-    """Fields of an ``OptimizerConfig`` as JSON values; dtypes by name, anything else left out."""
+    """Return an ``OptimizerConfig``'s fields as JSON values, dtypes by name, without others."""
     if not dataclasses.is_dataclass(config):
         return {}
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
@@ -75,14 +75,14 @@ def note_built(inner: Any) -> None:
 
 
 def record(inner: MegatronOptimizer) -> dict[str, Any]:
-    """What a saved state says of its settings."""
+    """Return what a saved state says of its settings."""
     return {"config": described(inner.config), "built": getattr(inner, "mimo_built", None)}
 
 
 def merged_groups(
     inner: MegatronOptimizer, saved: list[Group], recorded: dict[str, Any] | None, settings: str
 ) -> tuple[list[Group], int]:
-    """Settings of this run's groups after loading, and how many the saved state has too.
+    """Return the settings of this run's groups after loading, and how many the saved state has too.
 
     Args:
         inner: whose groups they are.
@@ -116,7 +116,7 @@ def merged_groups(
 
 
 def multipliers(groups: list[Group]) -> list[tuple]:
-    """What tells the groups apart, for errors: values of ``_GROUP_KEYS``."""
+    """Return what tells the groups apart, for errors: values of ``_GROUP_KEYS``."""
     return sorted(map(_key, groups), key=str)
 
 

@@ -17,7 +17,7 @@ _MAIN = "main"
 
 
 def shards_of(inner: Any) -> dict[str, Any]:
-    """Tensors that ``inner`` keeps on this rank, by parameter group and place in it.
+    """Return tensors that ``inner`` keeps on this rank, by parameter group and place in it.
 
     Main copies of half-precision weights are among them; fp32 weights are the model's.
     """

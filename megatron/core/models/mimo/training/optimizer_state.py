@@ -97,7 +97,7 @@ def sharded_inner_state(
     is_loading: bool,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """Sharded state of a module's optimizer; all ranks of the module call it together.
+    """Return the sharded state of a module's optimizer; all ranks of the module call it together.
 
     What is not a sharded tensor (parameter groups, step counts, the loss scaler) would land in
     the file that rank 0 alone writes; rank 0 does not hold every module when modules sit on

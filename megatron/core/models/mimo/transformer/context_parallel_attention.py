@@ -288,7 +288,7 @@ class _GatherSequence(torch.autograd.Function):
 
 
 def natural_pieces(num_sequences: int, cp_size: int) -> list[list[int]]:
-    """Where the chunks of each sequence are in a rank-major gather, in natural order.
+    """Return where the chunks of each sequence are in a rank-major gather, in natural order.
 
     A rank's local tokens are, for each sequence, its two chunks one after the other. The gather
     lays the ranks end to end, which makes ``cp_size * num_sequences * 2`` pieces.

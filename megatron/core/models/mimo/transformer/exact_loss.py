@@ -21,13 +21,13 @@ class ExactLossGPTModel(GPTModel):
     """``GPTModel`` whose token losses come from :func:`vocab_parallel_loss`."""
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Token losses ``(b, s)`` of labels ``(b, s)`` and logits ``(s, b, V/tp)``."""
+        """Return the token losses ``(b, s)`` of labels ``(b, s)`` and logits ``(s, b, V/tp)``."""
         losses = vocab_parallel_loss(logits, labels.transpose(0, 1), self.pg_collection.tp)
         return losses.transpose(0, 1).contiguous()
 
 
 def vocab_parallel_loss(logits: Tensor, labels: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
-    """Cross entropy of every token, in fp32 or, of fp64 logits, in fp64.
+    """Return the cross entropy of every token, in fp32 or, of fp64 logits, in fp64.
 
     Args:
         logits: ``(..., V/tp)``, this rank's part of the vocabulary.

@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 
 
 def sum_wanted_gradients_only(module: nn.Module) -> None:
-    """From now on the layers of ``module`` look at their input first, at each forward pass.
+    """Make the layers of ``module`` look at their input first, at each forward pass.
 
     Whether it needs a gradient is the same on all TP ranks: they freeze alike. Layers that scatter
     their input over TP (sequence parallelism) stay as they are.

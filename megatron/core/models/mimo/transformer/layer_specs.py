@@ -39,7 +39,7 @@ _KEPT_NORMS = (IdentityOp, L2Norm)
 
 
 def use_transformer_engine() -> bool:
-    """Whether layers are Transformer Engine's: where it is installed and a CUDA device can run it.
+    """Return whether layers are Transformer Engine's: it is installed, and a device can run it.
 
     ``MIMO_LAYERS=local`` in the environment prefers Megatron's local layers there, too.
 
@@ -55,7 +55,7 @@ def use_transformer_engine() -> bool:
 
 
 def te_attends(config: TransformerConfig) -> bool:
-    """Whether Transformer Engine has attention for this config, where it is used.
+    """Return whether Transformer Engine has attention for this config, where it is used.
 
     Over context parallel ranks it has that of 16-bit numbers only.
     """
@@ -66,7 +66,7 @@ def te_attends(config: TransformerConfig) -> bool:
 def language_layer_spec(
     config: TransformerConfig, *, pp_rank: int | None = None, vp_stage: int | None = None
 ) -> ModuleSpec:
-    """Causal decoder layers for ``GPTModel(transformer_layer_spec=…)``.
+    """Return causal decoder layers for ``GPTModel(transformer_layer_spec=…)``.
 
     Args:
         config: the language model's config.
@@ -84,7 +84,7 @@ def language_layer_spec(
 
 
 def encoder_layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """Bidirectional layers for encoders that are built on ``TransformerBlock``.
+    """Return bidirectional layers for encoders that are built on ``TransformerBlock``.
 
     Args:
         config: the encoder's config; one pipeline stage.

@@ -26,7 +26,7 @@ class PerTokenRouter(TopKRouter):
     """
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
-        """Logits (..., experts) of ``input`` (..., H), in the router's dtype.
+        """Return logits (..., experts) of ``input`` (..., H), in the router's dtype.
 
         Stock's own product looks for Transformer Engine's, and fails where that is not installed.
         """
@@ -41,7 +41,7 @@ class PerTokenRouter(TopKRouter):
     def attach_and_log_load_balancing_loss(
         self, activation: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """Stock's, told the tokens of the whole microbatch of this replica.
+        """Attach stock's loss, told the tokens of the whole microbatch of this replica.
 
         Args:
             activation: (tokens of this rank, experts), which the loss is attached to.
@@ -55,7 +55,7 @@ class PerTokenRouter(TopKRouter):
     def apply_z_loss(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Stock's, which counts this rank's tokens, and as much for each other TP x CP rank.
+        """Apply stock's, which counts this rank's tokens, and as much per other TP x CP rank.
 
         Raises:
             ValueError: a padding mask; it would have to say what the other ranks have.

@@ -102,11 +102,11 @@ class BalancePlan:
         return [np.flatnonzero(self.replica == each) for each in range(self.replicas)]
 
     def held_rows(self) -> list[Runs]:
-        """Rows of each replica's encoder output, the ``held`` of ``plan_routes``."""
+        """Return the rows of each replica's encoder output, the ``held`` of ``plan_routes``."""
         return rows_of_items(self.tokens, self.assignment)
 
     def digest(self) -> int:
-        """Equal on all ranks, or the items' exchange would not match; signed 64 bits."""
+        """Return what is equal on all ranks, or their exchange would not match; signed 64 bits."""
         table = np.stack([self.tokens, self.home, self.replica]).astype("<i8")
         state = hashlib.blake2b(table.tobytes(), digest_size=8, key=str(self.replicas).encode())
         return int.from_bytes(state.digest(), "little", signed=True)

@@ -19,7 +19,7 @@ def plan_even_batch(
     *,
     packed: bool | Sequence[int] | np.ndarray | None = None,
 ) -> RoutePlan:
-    """One rank's routes, if each side's replicas take equal runs of samples, in DP order.
+    """Return one rank's routes, if each side's replicas take equal runs of samples, in DP order.
 
     An encoder replica makes the rows of its own samples. Samples may have different numbers of
     tokens, none among them.

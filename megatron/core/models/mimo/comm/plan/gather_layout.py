@@ -50,11 +50,11 @@ class Grid(Protocol):
         ...
 
     def dim_size(self, name: str) -> int:
-        """Size of a dim, 1 if the grid has no such dim."""
+        """Return the size of a dim, 1 if the grid has no such dim."""
         ...
 
     def coords(self, rank: int) -> dict[str, int]:
-        """Coordinate of a rank along each dim."""
+        """Return the coordinate of a rank along each dim."""
         ...
 
 
@@ -184,7 +184,7 @@ class BridgeLayout:
         return range(self.rank_offset, self.rank_offset + self.size)
 
     def slot(self, rank: int) -> int:
-        """A rank's place, ``0 .. scale - 1``, among the finer blocks of its coarser block.
+        """Return a rank's place, ``0 .. scale - 1``, among the finer blocks of its coarser block.
 
         Raises:
             ValueError: the rank is not one of the bridge's.
@@ -195,7 +195,7 @@ class BridgeLayout:
         return fine[rank][0] % self.scale
 
     def slot_slice(self, rank: int, batch_size: int) -> SliceInfo:
-        """A rank's own part of its coarser block of ``batch_size``; all of it for equal DP.
+        """Return a rank's own part of its coarser block of ``batch_size``; all of it for equal DP.
 
         Raises:
             ValueError: ``scale`` does not divide ``batch_size``, or the rank is not one of ours.
@@ -222,7 +222,7 @@ class BridgeLayout:
         )
 
     def src_slice(self, rank: int, global_batch: int) -> SliceInfo:
-        """The samples of a global batch that a rank holds on the source side.
+        """Return the samples of a global batch that a rank holds on the source side.
 
         Raises:
             ValueError: source DP does not divide ``global_batch``, or the rank is not one of ours.
@@ -231,7 +231,7 @@ class BridgeLayout:
         return _block(self.rank_to_src_pos[rank][0], self.src_dp_size, global_batch, self.src_name)
 
     def dest_slice(self, rank: int, global_batch: int) -> SliceInfo:
-        """The samples of a global batch that a rank holds on the destination side.
+        """Return the samples of a global batch that a rank holds on the destination side.
 
         Raises:
             ValueError: dest DP does not divide ``global_batch``, or the rank is not one of ours.

@@ -48,7 +48,7 @@ class ItemMoves:
 def plan_item_moves(
     plan: BalancePlan, exchange: ExchangeGroup, rank: int, units_per_item: Units
 ) -> ItemMoves:
-    """One rank's part of the exchange, in integers.
+    """Return one rank's part of the exchange, in integers.
 
     Args:
         plan: of the exchange group.

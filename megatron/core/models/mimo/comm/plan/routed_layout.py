@@ -127,7 +127,7 @@ class RouteLayout:
         return range(self.rank_offset, self.rank_offset + self.size)
 
     def group_of(self, rank: int) -> ExchangeGroup:
-        """The exchange group of a global rank.
+        """Return the exchange group of a global rank.
 
         Raises:
             ValueError: the rank is outside the grids.
@@ -137,7 +137,7 @@ class RouteLayout:
         return ExchangeGroup(self, np.flatnonzero(self.component == number))
 
     def groups(self) -> Iterator[ExchangeGroup]:
-        """Every exchange group, by number."""
+        """Return every exchange group, by number."""
         order = np.argsort(self.component, kind="stable")
         ends = np.cumsum(np.bincount(self.component))
         yield from (ExchangeGroup(self, members) for members in np.split(order, ends[:-1]))
@@ -253,7 +253,7 @@ class ExchangeGroup:
         return table
 
     def signature(self) -> tuple[np.ndarray, ...]:
-        """Everything about the layout that its ranks must agree on."""
+        """Return everything about the layout that its ranks must agree on."""
         flags = [self.layout.sequence_parallel, self.layout.size, self.layout.rank_offset]
         return np.array(flags, dtype=np.int64), self.ranks, self.src_ranks, self.owner_ranks
 
@@ -294,7 +294,7 @@ def _root(root: np.ndarray, block: int) -> int:
 
 
 def brief(ranks: np.ndarray) -> str:
-    """Ranks for a message, as stretches.
+    """Return ranks for a message, as stretches.
 
     >>> brief(np.array([0, 1, 2, 5]))
     '0-2, 5'

@@ -133,7 +133,7 @@ class RoutePlan:
         return self.place.size
 
     def digest(self) -> PlanDigest:
-        """Equal on all ranks of the exchange group, or their exchange would not match."""
+        """Return what is equal on all ranks of the group, or their exchange would not match."""
         return self.identity
 
 
@@ -143,7 +143,7 @@ def plan_routes(
     tokens: Sequence[TokenRuns],
     held: Sequence[int] | Sequence[Runs],
 ) -> RoutePlan:
-    """One rank's routes for one microbatch of one modality, from integers that the host knows.
+    """Plan one rank's routes for one microbatch of one modality, from integers of the host.
 
     >>> from megatron.core.hyper_comm_grid import GridShape
     >>> src, dest = GridShape((1, 2), ("tp", "dp")), GridShape((1, 2, 1), ("tp", "cp", "dp"))
@@ -193,7 +193,7 @@ class GroupRoutes:
         )
 
     def plan(self, rank: int) -> RoutePlan:
-        """The part of one rank of the group.
+        """Return the part of one rank of the group.
 
         Raises:
             ValueError: the rank is not in the group.

@@ -17,7 +17,7 @@ Runs = np.ndarray
 
 
 def runs_of(numbers: np.ndarray) -> Runs:
-    """Integers in any order as runs, in that order: int64 ``(n,)`` -> ``(k, 2)``.
+    """Return integers in any order as runs, in that order: int64 ``(n,)`` -> ``(k, 2)``.
 
     >>> runs_of(np.array([4, 5, 6, 0, 1])).tolist()
     [[4, 3], [0, 2]]
@@ -30,7 +30,7 @@ def runs_of(numbers: np.ndarray) -> Runs:
 
 
 def expand(runs: Runs) -> np.ndarray:
-    """All integers of the runs, in order: ``(k, 2)`` -> int64 ``(n,)``.
+    """Return all integers of the runs, in order: ``(k, 2)`` -> int64 ``(n,)``.
 
     >>> expand(np.array([[4, 3], [0, 2]])).tolist()
     [4, 5, 6, 0, 1]
@@ -60,7 +60,7 @@ class TokenRuns:
 
     @classmethod
     def from_mask(cls, mask: np.ndarray, cu_seqlens: Sequence[int] | None = None) -> TokenRuns:
-        """From a bool ``(B, S)``: true where a token stands for a row.
+        """Return the runs of a bool ``(B, S)``: true where a token stands for a row.
 
         >>> found = TokenRuns.from_mask(np.array([[0, 1, 1, 1], [1, 0, 0, 1]], dtype=bool))
         >>> found.runs.tolist(), found.count
@@ -77,7 +77,7 @@ class TokenRuns:
         seq_len: int,
         cu_seqlens: Sequence[int] | None = None,
     ) -> TokenRuns:
-        """From ascending places ``b * S + s``, int64 ``(n,)``."""
+        """Return the runs of ascending places ``b * S + s``, int64 ``(n,)``."""
         packed = None if cu_seqlens is None else tuple(int(length) for length in cu_seqlens)
         return cls(batch, seq_len, runs_of(positions), packed)
 
@@ -87,12 +87,12 @@ class TokenRuns:
         return int(self.runs[:, 1].sum())
 
     def positions(self) -> np.ndarray:
-        """Every place, int64 ``(n,)``."""
+        """Return every place, int64 ``(n,)``."""
         return expand(self.runs)
 
 
 def consecutive(counts: Sequence[int]) -> list[Runs]:
-    """The rows of replicas that hold ``counts`` rows each, one after another.
+    """Return the rows of replicas that hold ``counts`` rows each, one after another.
 
     >>> [runs.tolist() for runs in consecutive([3, 0, 2])]
     [[[0, 3]], [], [[3, 2]]]
@@ -105,7 +105,7 @@ def consecutive(counts: Sequence[int]) -> list[Runs]:
 def rows_of_items(
     rows_per_item: Sequence[int] | np.ndarray, assignment: Sequence[Sequence[int] | np.ndarray]
 ) -> list[Runs]:
-    """The rows of replicas that encode the given items (images), in the order given.
+    """Return the rows of replicas that encode the given items (images), in the order given.
 
     Args:
         rows_per_item: rows of each item of the exchange group, in global order.
@@ -121,7 +121,7 @@ def rows_of_items(
 
 
 def split_items(count: int, parts: int) -> list[range]:
-    """``count`` items in ``parts`` consecutive stretches whose lengths differ by one at most.
+    """Split ``count`` items in ``parts`` stretches whose lengths differ by one at most.
 
     >>> [list(part) for part in split_items(5, 3)]
     [[0], [1, 2], [3, 4]]
@@ -131,5 +131,5 @@ def split_items(count: int, parts: int) -> list[range]:
 
 
 def count_mismatch(name: str, tokens: int, rows: int) -> str:
-    """The sentence for a modality whose rows do not match its tokens."""
+    """Return the sentence for a modality whose rows do not match its tokens."""
     return f"Number of {name} tokens ({tokens}) does not match number of {name} embeddings ({rows})"
