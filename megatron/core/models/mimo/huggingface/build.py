@@ -324,12 +324,13 @@ def _build(
 
 
 def _mark_what_is_cut(model: torch.nn.Module) -> None:
-    """Say which weights are cut over TP, as stock does where it draws them."""
+    """Say which weights are cut over TP; Megatron-Core 0.16 says it only of what it draws."""
     dims = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
     for module in model.modules():
         dim = next((at for kind, at in dims.items() if isinstance(module, kind)), None)
-        if dim is not None and module.weight is not None:
-            set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
+        weight = None if dim is None else module.weight
+        if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
 def _grid(name: str, layout: Layout, experts: bool, options: BuildOptions) -> Any:
