@@ -106,6 +106,7 @@ class ModelOptions:
     dropout: float = 0.0
     recompute: str = "none"
     memory: EncoderMemory = field(default_factory=EncoderMemory)
+    deepstack: tuple[int, ...] = ()  # layers after which a level of the images' rows is added
 
 
 def transformer_configs(
@@ -140,9 +141,10 @@ def transformer_configs(
             tensor_model_parallel_size=layout.tp,
             **common,
         )
+        levels = len(options.deepstack) if name == VISION else 0
         configs[projector_of(name)] = TransformerConfig(
             num_layers=1,
-            hidden_size=size.language_hidden,
+            hidden_size=(1 + levels) * size.language_hidden,
             num_attention_heads=size.language_heads,
             ffn_hidden_size=size.language_hidden,
             tensor_model_parallel_size=layout.tp,
@@ -279,6 +281,7 @@ def build_model(
         encoder_memory=dict.fromkeys(modalities, options.memory),
         bridge=options.bridge,
         kv_format="thd" if options.packed else "sbhd",
+        deepstack_layers={VISION: options.deepstack} if options.deepstack else {},
     )
     model = MimoModel(
         mimo_config, cp_group=collections[LANGUAGE].cp, tp_group=collections[LANGUAGE].tp

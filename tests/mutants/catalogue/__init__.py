@@ -11,6 +11,7 @@ from tests.mutants.catalogue.files import FILES
 from tests.mutants.catalogue.frozen import FROZEN
 from tests.mutants.catalogue.imported import IMPORTED
 from tests.mutants.catalogue.imported_towers import IMPORTED_TOWERS
+from tests.mutants.catalogue.levels import LEVELS
 from tests.mutants.catalogue.memory import MEMORY
 from tests.mutants.catalogue.model import MODEL
 from tests.mutants.catalogue.options import OPTIONS
@@ -51,6 +52,7 @@ MUTANTS = (
     *CHECKPOINTS,
     *FILES,
     *STAGES,
+    *LEVELS,
     *FROZEN,
     *MEMORY,
     *OVERLAP,

@@ -14,7 +14,7 @@ STAGES = (
     Mutant(
         name="rows-go-to-every-stage",
         file=MIMO + "comm/plan/routed_layout.py",
-        old="return np.where(at.dest_pp[self.members] == 0, owner, -1)",
+        old="return np.where(at.dest_pp[self.members] == at.dest_stage, owner, -1)",
         new="return owner",
         tests=(_ROUTES + "test_every_layout_of_stages_against_the_oracle",),
         why="rows go to stages that do not read them, and the first stage lacks them",

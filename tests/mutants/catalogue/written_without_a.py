@@ -96,10 +96,10 @@ WITHOUT_A = (
         name="first-stage-before-the-sum",
         file=MIMO + "comm/gather_bridge.py",
         old=(
-            "        if self.dest_pp_pg is not None:\n"
+            "        elif self.dest_pp_pg is not None:\n"
             "            output = first_gradient(output, self.dest_pp_pg)\n"
             "        on_first = self.layout.rank_to_dest_stage[self.current_rank] == 0\n"
-            "        if self.dest_cp_pg is not None and on_first:\n"
+            "        if self.dest_cp_pg is not None and (on_first or self.later_stages):\n"
             "            output = sum_gradients(output, self.dest_cp_pg)\n"
         ),
         new=(
@@ -306,8 +306,8 @@ WITHOUT_A = (
     Mutant(
         name="later-stages-own-rows",
         file=MIMO + "comm/plan/routed_layout.py",
-        old="return np.where(at.dest_pp[self.members] == 0, owner, -1)",
-        new="return np.where(at.dest_pp[self.members] >= 0, owner, -1)",
+        old="return np.where(at.dest_pp[self.members] == at.dest_stage, owner, -1)",
+        new="return np.where(at.dest_pp[self.members] >= at.dest_stage, owner, -1)",
         tests=(UNIT + "test_stage_routes.py::test_every_layout_of_stages_against_the_oracle",),
         why="the last pipeline stage gets the rows",
     ),

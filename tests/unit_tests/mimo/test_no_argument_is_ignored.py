@@ -22,6 +22,9 @@ NOT_READ = {
         f"megatron/core/models/mimo/model/gathered_path.py::{name}": "other ways have use for it"
         for name in ("make_bridge(config)", "make_bridge(options)", "build(options)")
     },
+    "megatron/core/models/mimo/model/routed_path.py::levels(batch)": (
+        "its rows know their places; the gathered way looks for them"
+    ),
     "megatron/core/models/mimo/model/gathered_path.py::plan(route_plan)": (
         "MimoModel has refused one before"
     ),

@@ -127,14 +127,20 @@ class Case:
         params = {"config": language_config(**{**sizes, **self.config}), **flags}
         torch.manual_seed(3)
         config = mimo_config(
-            modalities={name: modality_spec() for name in grids if name != "language"},
+            modalities={name: self.modality(name) for name in grids if name != "language"},
             module_to_grid_map=grids,
-            language_model_spec=ModuleSpec(module=StubStage, params=params),
+            **self.stages(stage, params),
             **{"bridge": "routed", **self.options},
         )
         model = MimoModel(config)
         model.modality_submodules["images"].requires_grad_(not self.frozen)
         return model, grids
+
+    def modality(self, name: str) -> ModuleSpec:
+        return modality_spec()
+
+    def stages(self, stage: int, params: dict[str, Any]) -> dict[str, Any]:
+        return {"language_model_spec": ModuleSpec(module=StubStage, params=params)}
 
     def inputs(self, rank: int, microbatch: int) -> dict[str, Any]:
         """The rank's language samples, and its encoder replica's run of all images."""

@@ -65,6 +65,8 @@ class ColocatedBridgeCommunicator:
         check_shapes: compare shapes over the groups before each ``communicate``. Costs a small
             all-gather per group and a wait for it, and turns a hang into an error on every rank;
             off by default, may be switched at any time (on all ranks together).
+        later_stages: pipeline stages after the first that use a part of each row; the stages'
+            gradients are summed.
 
     Attributes:
         layout: the ``BridgeLayout`` that is executed; the other public attributes repeat it.
@@ -86,6 +88,7 @@ class ColocatedBridgeCommunicator:
         dim_mapping: dict[str, int] | None = None,
         *,
         check_shapes: bool = False,
+        later_stages: tuple[int, ...] = (),
     ) -> None:
         self.src_grid, self.dest_grid = src_grid, dest_grid
         self.src_module_name, self.dest_module_name = src_module_name, dest_module_name
@@ -93,7 +96,7 @@ class ColocatedBridgeCommunicator:
         self.dim_mapping = dict(dim_mapping or _BATCH_FIRST)
         _check_dim_mapping(self.dim_mapping)
         backend = common_backend(src_grid, dest_grid)
-        self.check_shapes = check_shapes
+        self.check_shapes, self.later_stages = check_shapes, later_stages
         self._extract_parallelism_info()
         self._build_rank_mappings()
         self.current_rank = dist.get_rank()
@@ -146,10 +149,12 @@ class ColocatedBridgeCommunicator:
             output = take_block(tensor, self.gather_pg, batch_dim)
         else:
             output = tensor.contiguous()
-        if self.dest_pp_pg is not None:
+        if self.dest_pp_pg is not None and self.later_stages:
+            output = sum_gradients(output, self.dest_pp_pg)
+        elif self.dest_pp_pg is not None:
             output = first_gradient(output, self.dest_pp_pg)
         on_first = self.layout.rank_to_dest_stage[self.current_rank] == 0
-        if self.dest_cp_pg is not None and on_first:
+        if self.dest_cp_pg is not None and (on_first or self.later_stages):
             output = sum_gradients(output, self.dest_cp_pg)
         return output
 

@@ -53,6 +53,7 @@ class RoutedBridge:
             all-gather of 512 bytes per rank on the host. A plan that the bridge makes itself is
             compared always, since its ranks talk anyway.
         one_group: all ranks of the grids in one exchange group, see ``RouteLayout``.
+        later_stages: pipeline stages after the first that need a part of each row.
 
     Attributes:
         layout: the ``RouteLayout``.
@@ -74,6 +75,7 @@ class RoutedBridge:
         sequence_parallel: bool = False,
         guard: str = "always",
         one_group: bool = False,
+        later_stages: tuple[int, ...] = (),
     ) -> None:
         if guard not in GUARDS:
             raise ValueError(f"guard must be one of {GUARDS}, got {guard!r}")
@@ -84,6 +86,7 @@ class RoutedBridge:
             dest_module_name,
             sequence_parallel=sequence_parallel,
             one_group=one_group,
+            later_stages=later_stages,
         )
         backend = common_backend(src_grid, dest_grid)
         self.guard, self.name = guard, f"{src_module_name} -> {dest_module_name}"

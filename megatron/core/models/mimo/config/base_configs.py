@@ -46,6 +46,10 @@ class MimoModelConfig:
             planned ahead is left alone: there the loader does it, with ``plan_balance``.
         encoder_memory: modality -> what becomes of its activations between its forward and its
             backward pass; those of other modalities stay on the device.
+        deepstack_layers: modality -> the language model's layers (counted from 0 over all stages)
+            after which one more level of its rows is added, as in DeepStack (Qwen3-VL:
+            ``{"images": (0, 1, 2)}``). With ``L`` of them its encoders bring rows of width
+            ``(1 + L) * hidden_size``: what stands among the text, then the levels.
 
     Raises:
         ValueError: the grid map's keys are not the modality names plus ``"language"``, a modality
@@ -64,6 +68,7 @@ class MimoModelConfig:
     encoder_balance: dict[str, EncoderBalance] = field(default_factory=dict)
     encoder_memory: dict[str, EncoderMemory] = field(default_factory=dict)
     virtual_stage_specs: list[ModuleSpec] = field(default_factory=list)
+    deepstack_layers: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._check_names()

@@ -18,7 +18,8 @@ def check_model_config(config: MimoModelConfig) -> None:
 
     Raises:
         TypeError: a spec that is none.
-        ValueError: special tokens that are no ids, shared, or misnamed; multi-token prediction.
+        ValueError: special tokens that are no ids, shared, or misnamed; multi-token prediction;
+            levels of rows for layers that do not exist, or not in ascending order.
 
     Warns:
         UserWarning: an id without a modality, or outside the vocabulary. Stock takes both and
@@ -37,6 +38,7 @@ def check_model_config(config: MimoModelConfig) -> None:
     _warn_outside(token_ids, _params(config.language_model_spec).get("vocab_size"))
     for spec in (config.language_model_spec, *option_of(config, "virtual_stage_specs")):
         _refuse_token_prediction(spec)
+    _check_levels(option_of(config, "deepstack_layers"), modalities, config.language_model_spec)
 
 
 def _check_ids(token_ids: Mapping[str, Any]) -> None:
@@ -86,6 +88,36 @@ def _warn_outside(token_ids: Mapping[str, Any], vocabulary: Any) -> None:
             "where the loss mask counts",
             stacklevel=4,
         )
+
+
+def _check_levels(
+    levels: Mapping[str, Any], modalities: Mapping[str, Any], language: ModuleSpec
+) -> None:
+    unknown = sorted(set(levels) - set(modalities))
+    if unknown:
+        raise ValueError(
+            f"deepstack_layers names {unknown}, but the model's modalities are "
+            f"{sorted(modalities)}; leave out what the model does not have"
+        )
+    found = getattr(_params(language).get("config"), "num_layers", None)
+    count = found if type(found) is int else None  # A stand-in does not say.
+    for name, layers in levels.items():
+        numbers = list(layers) if isinstance(layers, (list, tuple)) else None
+        if not numbers or any(type(each) is not int for each in numbers):
+            raise ValueError(
+                f"deepstack_layers['{name}'] must be layer numbers, one per level, got {layers!r}; "
+                "leave the modality out if its rows have no levels"
+            )
+        if numbers != sorted(set(numbers)):
+            raise ValueError(
+                f"deepstack_layers['{name}'] must be ascending and name each layer once, got "
+                f"{layers!r}; sort the levels of the encoder's rows alike"
+            )
+        if count is not None and not 0 <= numbers[0] <= numbers[-1] < count:
+            raise ValueError(
+                f"deepstack_layers['{name}'] is {layers!r}, but the language model has {count} "
+                f"layers, 0 to {count - 1}; name layers that exist"
+            )
 
 
 def _refuse_token_prediction(spec: ModuleSpec) -> None:

@@ -24,6 +24,7 @@ from megatron.core.models.mimo.config.role import (
     RankRole,
 )
 from megatron.core.models.mimo.model.ddp_methods import DDPMethods
+from megatron.core.models.mimo.model.deepstack import LevelRows, check_levels_move
 from megatron.core.models.mimo.model.encoded import EncodedMicrobatch, EncodedMicrobatches
 from megatron.core.models.mimo.model.encoder_rank import encode_for_others
 from megatron.core.models.mimo.model.encoder_runner import EncoderRunner
@@ -133,7 +134,7 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
         self._initialize_language_model()
         hide_in_states(self)
         # Now, by the bridges that were made.
-        _ = self._row_path
+        check_levels_move(self._rank_modules.deepstack, self.role.mode, self._row_path)
 
     # -- construction ----------------------------------------------------------------------
 
@@ -186,6 +187,7 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
             self._language.check_embedding_does_not_scatter()
             check_stages(self.role, getattr(self, "config", None), self._rank_modules.stages)
             self._language.drop_text_alike_over_tp()
+            self._language.seat_levels()
 
     @model_method
     def destroy(self) -> None:
@@ -394,8 +396,15 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
         )
         path = self._row_path
         planned = path.plan(batch, modality_inputs, route_plan)
-        fused = path.fuse(planned.batch, path.move(planned))
-        return self._language.call(batch, fused)
+        moved = path.move(planned)
+        fused = path.fuse(planned.batch, moved)
+        levels = self._levels(self.language_model, planned.batch, moved)
+        return self._language.call(batch, fused, levels=levels)
+
+    def _levels(self, stage: Any, batch: LanguageBatch, moved: Any) -> LevelRows | None:
+        """What the layers of a stage add; ``None`` for nothing."""
+        layers = self._language.level_layers(stage)
+        return self._row_path.levels(batch, moved, layers) if layers else None
 
     @model_method
     def _forward_encoders(
@@ -519,7 +528,8 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
             sharded = self._row_path.fuse(batch, encoded.rows)
         else:
             sharded = self._language.cut(batch, None)
-        output, loss_mask = self._language.call(batch, sharded, language_model)
+        levels = self._levels(language_model, batch, encoded.rows)
+        output, loss_mask = self._language.call(batch, sharded, language_model, levels)
         if encoded.stands_for is not None:
             loss_mask = cut_back(loss_mask, encoded.stands_for)
             if getattr(stage, "post_process", True):

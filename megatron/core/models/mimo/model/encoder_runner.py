@@ -149,6 +149,8 @@ class EncoderRunner:
 def empty_output(modules: RankModules, name: str) -> torch.Tensor:
     """Return no rows, ``(0, H)``, on the encoder's device and in the language model's dtype.
 
+    With levels they are as much wider as rows are.
+
     Raises:
         ValueError: the language config has no ``hidden_size``.
     """
@@ -159,7 +161,7 @@ def empty_output(modules: RankModules, name: str) -> torch.Tensor:
     submodule = modules.encoder(name)
     parameter = next(submodule.parameters(), None) if isinstance(submodule, nn.Module) else None
     return torch.empty(
-        (0, hidden_size),
+        (0, modules.deepstack.row_width(name)),
         # A module without parameters has no device; Megatron's current one is then right.
         device=torch.cuda.current_device() if parameter is None else parameter.device,
         dtype=getattr(config, "params_dtype", None) or torch.float32,

@@ -11,7 +11,7 @@ that too is a comparison of own rows with own tokens, so it costs no communicati
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from megatron.core.models.mimo.comm.gather_bridge import ColocatedBridgeCommunic
 from megatron.core.models.mimo.comm.plan.routes import RoutePlan
 from megatron.core.models.mimo.comm.plan.token_runs import count_mismatch
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
+from megatron.core.models.mimo.model.deepstack import DeepStack, LevelRows
 from megatron.core.models.mimo.model.language_batch import LanguageBatch
 from megatron.core.models.mimo.model.leaves import Leaves
 from megatron.core.models.mimo.model.row_path import Runners
@@ -67,8 +68,12 @@ class GatheredPath:
         """
         from megatron.core.models.mimo.model import base
 
+        later = DeepStack.of(options).later_stages(ends["src_module_name"])
+        further: dict[str, Any] = {"later_stages": later} if later else {}
         # Looked up where stock has the name, so that it can be replaced there.
-        return base.ColocatedBridgeCommunicator(**ends, dim_mapping={"b": 0, "h": 1})
+        return base.ColocatedBridgeCommunicator(
+            **ends, dim_mapping={"b": 0, "h": 1}, **further
+        )
 
     @classmethod
     def build(
@@ -77,6 +82,10 @@ class GatheredPath:
         """Make the way for some modalities; for all of the rank's if there are no others."""
         alone = len(runners.modules.bridges) == len(names)
         return cls(None if alone else names, runners)
+
+    @property
+    def _deepstack(self) -> DeepStack:
+        return self._runners.modules.deepstack
 
     @property
     def _names(self) -> list[str]:
@@ -101,6 +110,9 @@ class GatheredPath:
         rows = self._runners.encoders.run_present(self._names, modality_inputs, tokens)
         bridges = self._runners.modules.bridges
         for name, encoded in rows.items():
+            problem = self._deepstack.width_problem(name, encoded)
+            if problem is not None:
+                raise ValueError(problem)
             bridge = bridges.get((name, MIMO_LANGUAGE_MODULE_KEY))
             # Without one nobody waits; where the rows are placed it is said, too.
             if bridge is not None:
@@ -128,7 +140,28 @@ class GatheredPath:
         """Fuse the whole sequence of the replica, then cut it."""
         language = self._runners.language
         elsewhere = [name for name in self._runners.modules.encoders if name not in self._names]
-        return language.cut(batch, language.fuse(batch, moved, elsewhere))
+        main = {name: self._deepstack.main(name, rows) for name, rows in moved.items()}
+        return language.cut(batch, language.fuse(batch, main, elsewhere))
+
+    def levels(
+        self, batch: LanguageBatch, moved: dict[str, torch.Tensor], layers: tuple[int, ...]
+    ) -> LevelRows | None:
+        """Spread levels over the whole sequence of the replica, then cut it like the text."""
+        deepstack = self._deepstack
+        rows = {
+            name: deepstack.levels(name, row, range(row.size(1) // deepstack.width), layers)
+            for name, row in moved.items()
+            if row.size(0) and set(layers) & set(deepstack.layers.get(name, ()))
+        }
+        if not rows:
+            return None
+        language, ids = self._runners.language, self._runners.modules.special_token_ids
+        spread = language.token_positions.find(batch.input_ids, ids).place(rows)
+        # Labels and loss mask are cut with the text.
+        bare = replace(batch, labels=None, loss_mask=None)
+        cut, *_ = language.cut(bare, spread)
+        assert cut is not None
+        return LevelRows(cut.reshape(-1, cut.size(-1)), None)
 
     def exchange_problems(self, problems: Mapping[int, str], count: int) -> dict[int, str]:
         """Tell and hear, in the gather group of one modality after the other."""

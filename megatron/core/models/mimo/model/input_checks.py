@@ -161,6 +161,13 @@ def plan_problem(
             f"the route plan of {name} is for a batch {(planned.batch, planned.seq_len)}, "
             f"input_ids is {shape}; {advice}"
         )
+    later = bridge.layout.later_stages
+    if len(planned_for := plan.later) != len(later):
+        return (
+            f"the route plan of {name} has routes to {len(planned_for)} later pipeline stages, "
+            f"levels of its rows are added on {len(later)} ({later}); plan with the layout of the "
+            "model's bridge (colocated_comms)"
+        )
     packed = None if batch.lengths is None else tuple(batch.lengths)
     if bridge.layout.dest_cp_size > 1 and planned.cu_seqlens != packed:
         return (

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron.core.models.mimo.config.role import ModuleLayout, RankRole
 from megatron.core.models.mimo.memory.layer_recompute import recomputable
 from megatron.core.models.mimo.model import encoder_rank
 from megatron.core.models.mimo.model.attention_masks import check_mask
+from megatron.core.models.mimo.model.deepstack import LevelRows, LevelSeats, check_stage
 from megatron.core.models.mimo.model.encoder_runner import empty_output, over_bridges
 from megatron.core.models.mimo.model.input_checks import (
     check_modalities,
@@ -50,6 +52,7 @@ class LanguageRunner:
     def __init__(self, modules: RankModules, steps: ReplaceableSteps) -> None:
         self._modules, self._steps = modules, steps
         self.token_positions = LatestTokenPositions()
+        self._seats: dict[nn.Module, LevelSeats] = {}
 
     # -- text ------------------------------------------------------------------------------
 
@@ -237,7 +240,11 @@ class LanguageRunner:
     # -- the model -------------------------------------------------------------------------
 
     def call(
-        self, batch: LanguageBatch, sharded: Sharded, stage: Any = None
+        self,
+        batch: LanguageBatch,
+        sharded: Sharded,
+        stage: Any = None,
+        levels: LevelRows | None = None,
     ) -> tuple[Any, torch.Tensor | None]:
         """Run the language model, or one stage of it.
 
@@ -245,6 +252,7 @@ class LanguageRunner:
             batch: position ids and attention mask are read, which are not cut.
             sharded: what :meth:`cut` returned.
             stage: bare or wrapped; ``None`` for the first one of the rank.
+            levels: that the stage's layers add.
 
         Returns:
             (output, loss mask as it was cut).
@@ -256,7 +264,7 @@ class LanguageRunner:
             embeddings = recomputable(embeddings, stage)
         use_cp = self.partitioning("use_cp")
         cp_group = self.partitioning("cp_group") if use_cp else None
-        with rotary_positions_of(stage, packed, cp_group):
+        with rotary_positions_of(stage, packed, cp_group), self._adding(stage, levels) as further:
             output = stage(
                 input_ids=None,
                 # Not cut: multimodal rotary embeddings read them whole and cut by themselves.
@@ -265,8 +273,43 @@ class LanguageRunner:
                 labels=labels,
                 attention_mask=batch.attention_mask,
                 packed_seq_params=packed,
+                **further,
             )
         return phases.when_gradient_arrives(output, phases.LANGUAGE_BACKWARD), loss_mask
+
+    # -- levels ----------------------------------------------------------------------------
+
+    def seat_levels(self) -> None:
+        """Let the layers that have a level add it; once, before anything wraps the model.
+
+        Raises:
+            ValueError: see :class:`.LevelSeats` and :func:`.check_stage`.
+        """
+        deepstack = self._modules.deepstack
+        if deepstack.layers:
+            layers = deepstack.all_layers
+            self._seats = {
+                unwrap_model(part): LevelSeats(part, layers) for part in self._modules.stages
+            }
+            check_stage(deepstack, self._modules.language_stage, self._seats.values())
+
+    def level_layers(self, stage: nn.Module) -> tuple[int, ...]:
+        """Return the layers of a stage after which levels are added, ascending."""
+        seats = self._seats.get(unwrap_model(stage)) if self._seats else None
+        return () if seats is None else seats.layers
+
+    @contextmanager
+    def _adding(
+        self, stage: nn.Module, levels: LevelRows | None
+    ) -> Iterator[dict[str, Any]]:
+        """Arguments that have a stage add levels; afterwards it must have added them all."""
+        if levels is None:
+            yield {}
+            return
+        seats = self._seats[unwrap_model(stage)]
+        seats.begin()
+        yield levels.arguments()
+        seats.check()
 
     def check_embedding_does_not_scatter(self) -> None:
         """Refuse an embedding that scatters: modality rows come between the text.

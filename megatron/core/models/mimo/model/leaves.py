@@ -7,6 +7,7 @@ gradients, :meth:`Leaves.backward` takes these back to where the rows came from.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,11 +33,25 @@ class Leaves:
             indices: of each piece, int64 places among the rows; no place twice.
             offloaded: activations on the host that the rows' backward pass reads, if there are any.
         """
-        pieces = _Pieces(indices, rows.requires_grad)
-        end = _HandOver.apply(rows, pieces)
+        (pieces,) = self.cut_together([(rows, indices)], offloaded)
+        return pieces
+
+    def cut_together(
+        self, parts: Sequence[tuple[torch.Tensor, list[torch.Tensor]]], offloaded: Any
+    ) -> list[list[torch.Tensor]]:
+        """Return the leaves of several tensors that were made of the same rows.
+
+        Their gradients go on in one backward pass, so what made the rows runs backward once.
+
+        Args:
+            parts: of each tensor, ``rows`` and ``indices`` of :meth:`cut`.
+            offloaded: as for :meth:`cut`.
+        """
+        pieces = [_Pieces(indices, rows.requires_grad) for rows, indices in parts]
+        end = _HandOver.apply(pieces, *(rows for rows, _ in parts))
         if end.requires_grad:
             self._ends.append(reload_when_needed(end, offloaded))
-        return pieces.leaves
+        return [each.leaves for each in pieces]
 
     def backward(self) -> None:
         """Send the leaves' gradients on, once. Without rows that need a gradient do nothing.
@@ -82,12 +97,13 @@ class _HandOver(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, pieces: _Pieces) -> torch.Tensor:
+    def forward(ctx: Any, pieces: Sequence[_Pieces], *rows: torch.Tensor) -> torch.Tensor:
         ctx.pieces = pieces
-        pieces.cut(rows)
-        return rows.new_zeros(())
+        for each, row in zip(pieces, rows, strict=True):
+            each.cut(row)
+        return rows[0].new_zeros(())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.pieces.take_gradients(), None
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, *(each.take_gradients() for each in ctx.pieces)

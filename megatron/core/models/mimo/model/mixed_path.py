@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron.core.models.mimo.comm.plan.routes import RoutePlan
 from megatron.core.models.mimo.comm.plan_guard import problem_of
+from megatron.core.models.mimo.model.deepstack import LevelRows
 from megatron.core.models.mimo.model.gathered_path import GatheredPath, GatheredRows
 from megatron.core.models.mimo.model.language_batch import LanguageBatch
 from megatron.core.models.mimo.model.leaves import Leaves
@@ -84,6 +85,16 @@ class MixedPath:
     def fuse(self, batch: LanguageBatch, moved: tuple[Any, Any]) -> Sharded:
         """Fuse and cut with the gathered rows, then put the routed ones in."""
         return self._routed.put_into(self._gathered.fuse(batch, moved[0]), moved[1])
+
+    def levels(
+        self, batch: LanguageBatch, moved: tuple[Any, Any], layers: tuple[int, ...]
+    ) -> LevelRows | None:
+        """Return the levels of both ways as one."""
+        found = [
+            path.levels(batch, rows, layers)
+            for path, rows in zip((self._gathered, self._routed), moved, strict=True)
+        ]
+        return LevelRows.joined([each for each in found if each is not None])
 
     def exchange_problems(self, problems: Mapping[int, str], count: int) -> dict[int, str]:
         """Tell and hear over both kinds of bridges."""

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import nn
 
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
+from megatron.core.models.mimo.model.deepstack import DeepStack
 
 if TYPE_CHECKING:
     pass
@@ -66,10 +69,23 @@ class RankModules:
         """The language model's transformer config."""
         return self._model.mimo_config.language_model_spec.params["config"]
 
+    @cached_property
+    def deepstack(self) -> DeepStack:
+        """Which levels the rows of modalities have, and who adds them."""
+        return DeepStack.of(self._model.mimo_config)
+
     @property
     def language_grid(self) -> Any:
         """The language model's grid."""
         return self._model.mimo_config.module_to_grid_map[MIMO_LANGUAGE_MODULE_KEY]
+
+    @property
+    def language_stage(self) -> int:
+        """The language model's pipeline rank here."""
+        grid = (self._model.mimo_config.module_to_grid_map or {}).get(MIMO_LANGUAGE_MODULE_KEY)
+        if grid is None or "pp" not in grid.dim_names:
+            return 0
+        return grid.coords(dist.get_rank())["pp"]
 
     def encoder(self, name: str) -> Any:
         """Return the module of a modality; ``None`` where there is none."""

@@ -9,7 +9,7 @@ meanwhile, and the rows are put among them as they arrive.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
 from megatron.core.models.mimo.config.base_configs import option_of
 from megatron.core.models.mimo.memory.activations import latest_offloaded
 from megatron.core.models.mimo.memory.offload import reload_when_needed
+from megatron.core.models.mimo.model.deepstack import DeepStack, LevelRows
 from megatron.core.models.mimo.model.input_checks import (
     check_adapter_cuts_by_routes,
     inputs_problem,
@@ -85,10 +86,12 @@ class RowsForPlaces:
     Attributes:
         tokens: modality -> where its tokens stand in the rank's language batch.
         rows: modality -> its rows, for modalities that brought any.
+        arrived: those whose levels are yet to be taken.
     """
 
     tokens: dict[str, TokenRuns]
     rows: Mapping[str, Flight] | Mapping[str, LandedRows]
+    arrived: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class RoutedPath:
@@ -134,6 +137,7 @@ class RoutedPath:
             **ends,
             sequence_parallel=config.sequence_parallel,
             guard=option_of(options, "bridge_guard"),
+            later_stages=DeepStack.of(options).later_stages(ends["src_module_name"]),
         )
 
     @classmethod
@@ -170,6 +174,7 @@ class RoutedPath:
             ids = self._runners.modules.special_token_ids
             own_problem = (
                 problem
+                or self._deepstack.width_problem(name, rows[name])
                 or inputs_problem(name, modality_inputs, ids)
                 or plan_problem(name, plans.get(name), batch, self._bridges[name], ids)
             )
@@ -306,14 +311,25 @@ class RoutedPath:
         self, name: str, planned: Sequence[PlannedRows], leaves: Leaves, offloaded: Any
     ) -> list[LandedRows]:
         """One modality's rows of all microbatches, exchanged as one."""
-        bridge, plans = self._bridges[name], [each.plans[name] for each in planned]
-        merged = bridge.merge(plans)
+        bridge = self._bridges[name]
         rows = torch.cat([each.rows.pop(name) for each in planned])
-        own = bridge.move(rows, merged)
-        indices = bridge.tensors(merged, own.device).place.split([i.size for i in merged.own_index])
-        cut = leaves.cut(own, list(indices), offloaded)
-        places = [bridge.tensors(plan, own.device).place for plan in plans]
-        return [LandedRows(*pair) for pair in zip(cut, places, strict=True)]
+        first = [each.plans[name] for each in planned]
+        stages = [0, *bridge.layout.later_stages]
+        plans = [first, *zip(*(plan.later for plan in first), strict=True)]
+        merged = [bridge.merge(each) for each in plans]
+        flights = [
+            bridge.issue(self._deepstack.columns(name, stage, rows), routes)
+            for stage, routes in zip(stages, merged, strict=True)
+        ]
+        parts = [
+            (flight.arrive(), list(flight.place.split([i.size for i in routes.own_index])))
+            for flight, routes in zip(flights, merged, strict=True)
+        ]
+        cut = leaves.cut_together(parts, offloaded)
+        # On the ranks of other stages, which get nothing, it is the first stage's.
+        at = stages.index(self._stage) if self._stage in stages else 0
+        places = [bridge.tensors(plan, rows.device).place for plan in plans[at]]
+        return [LandedRows(*pair) for pair in zip(cut[at], places, strict=True)]
 
     # -- fusing ----------------------------------------------------------------------------
 
@@ -350,9 +366,27 @@ class RoutedPath:
         rows, places = {}, {}
         for name, flight in moved.rows.items():
             offloaded = latest_offloaded(self._runners.modules.encoders[name])
-            rows[name] = reload_when_needed(flight.arrive(), offloaded)
-            places[name] = flight.place
+            whole = reload_when_needed(flight.arrive(), offloaded)
+            rows[name], places[name] = self._deepstack.main(name, whole), flight.place
+            if name in self._deepstack.layers:
+                moved.arrived[name] = whole
         return rows, places
+
+    def levels(
+        self, batch: LanguageBatch, moved: RowsForPlaces, layers: tuple[int, ...]
+    ) -> LevelRows | None:
+        """Return the levels of the rows that this rank owns."""
+        deepstack, found = self._deepstack, []
+        for name, flight in moved.rows.items():
+            whole = moved.arrived.pop(name, None)
+            if set(layers) & set(deepstack.layers.get(name, ())):
+                # On later stages, and in their first one's later parts, the rows have landed.
+                whole = flight.arrive() if whole is None else whole
+                blocks = deepstack.blocks(name, self._stage)
+                levels = deepstack.levels(name, whole, blocks, layers)
+                found.append(LevelRows(levels, flight.place))
+        found = [each for each in found if each.rows.size(0)]
+        return LevelRows.joined(found)
 
     def put_into(self, sharded: Sharded, moved: RowsForPlaces) -> Sharded:
         """Put rows into a cut sequence that another way has built, zeros in their places."""
@@ -378,6 +412,14 @@ class RoutedPath:
                 fused, tensor_parallel_output_grad=False, group=language.tp_group()
             )
         return language.cut(batch, fused)
+
+    @property
+    def _deepstack(self) -> DeepStack:
+        return self._runners.modules.deepstack
+
+    @property
+    def _stage(self) -> int:
+        return self._runners.modules.language_stage
 
     @property
     def _layout(self) -> Any:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megatron.core.models.mimo.comm.plan.routes import RoutePlan
+from megatron.core.models.mimo.model.deepstack import LevelRows
 from megatron.core.models.mimo.model.encoder_runner import EncoderRunner
 from megatron.core.models.mimo.model.language_batch import LanguageBatch
 from megatron.core.models.mimo.model.language_runner import LanguageRunner
@@ -86,6 +87,22 @@ class RowPath(Protocol):
     def fuse(self, batch: LanguageBatch, moved: Any) -> Sharded:
         """Put moved rows among the text and cut: embeddings, labels, loss mask, packing."""
         ...
+
+    def levels(
+        self, batch: LanguageBatch, moved: Any, layers: tuple[int, ...]
+    ) -> LevelRows | None:
+        """Levels that a part of the language model adds to this rank's positions; after ``fuse``.
+
+        A kind of way without this method takes no modality with levels.
+
+        Args:
+            batch: the language replica's.
+            moved: rows that moved.
+            layers: of the part, with levels of any modality.
+
+        Returns:
+            ``None`` if the batch has no such rows.
+        """
 
     def exchange_problems(self, problems: Mapping[int, str], count: int) -> dict[int, str]:
         """Tell why ranks cannot go on, and hear of others, before encoders run.

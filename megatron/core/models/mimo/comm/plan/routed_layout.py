@@ -11,7 +11,9 @@ beside DP 2 on 6 ranks is one group, DP 6 beside DP 4 on 12 ranks makes two::
     ranks                 0   1   |   2   |   3   |   4   5
 
 With pipeline stages on the destination side, the first stage's ranks own the rows. Those of other
-stages encode like all others, so they send rows and get gradients, and own nothing.
+stages encode like all others, so they send rows and get gradients, and own nothing. Where later
+stages need a part of each row too (levels that are added after their layers), the same rows have
+owners there as well: see :meth:`RouteLayout.at_stage`.
 
 Everything is linear in the number of ranks and vectorised over them.
 """
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -49,6 +51,8 @@ class RouteLayout:
             ``(size,)``.
         component: number of each rank's exchange group, ``(size,)``.
         group_count: how many there are.
+        later_stages: destination stages after the first that need a part of each row, ascending.
+        dest_stage: the destination stage whose ranks own rows by this layout.
     """
 
     src_name: str
@@ -69,6 +73,8 @@ class RouteLayout:
     dest_pp: np.ndarray
     component: np.ndarray
     group_count: int
+    later_stages: tuple[int, ...] = ()
+    dest_stage: int = 0
 
     @classmethod
     def from_grids(
@@ -80,6 +86,7 @@ class RouteLayout:
         *,
         sequence_parallel: bool = False,
         one_group: bool = False,
+        later_stages: tuple[int, ...] = (),
     ) -> RouteLayout:
         """Lay out the exchange between two grids.
 
@@ -90,6 +97,7 @@ class RouteLayout:
             sequence_parallel: the language model cuts its sequence over TP too.
             one_group: let every rank exchange with every other, for batches that are not cut
                 where the DP replicas' shares meet (assignments across the whole world).
+            later_stages: pipeline stages after the first that need a part of each row.
 
         Raises:
             ValueError: the grids do not cover the same ranks, one lacks ``tp`` or ``dp``, a size
@@ -119,7 +127,12 @@ class RouteLayout:
             dest_pp=_coordinates(dest_grid, "pp"),
             component=component,
             group_count=int(component.max()) + 1,
+            later_stages=tuple(later_stages),
         )
+
+    def at_stage(self, stage: int) -> RouteLayout:
+        """The same exchange with owners on another pipeline stage."""
+        return replace(self, dest_stage=stage, later_stages=())
 
     @property
     def ranks(self) -> range:
@@ -149,7 +162,7 @@ class ExchangeGroup:
 
     An *owner* is a destination coordinate that owns sequence positions: (dp, cp), with sequence
     parallelism (dp, cp, tp). It is one rank with sequence parallelism, else ``copies`` TP ranks,
-    all on the first pipeline stage.
+    all on one pipeline stage, the first one unless the layout says another.
 
     Attributes:
         layout: of the whole bridge.
@@ -169,6 +182,10 @@ class ExchangeGroup:
     def size(self) -> int:
         """Number of ranks."""
         return self.members.size
+
+    def at_stage(self, stage: int) -> ExchangeGroup:
+        """The same ranks, with owners on another pipeline stage."""
+        return ExchangeGroup(self.layout.at_stage(stage), self.members)
 
     def index(self, rank: int) -> int:
         """Place of a global rank in the group.
@@ -211,7 +228,7 @@ class ExchangeGroup:
         """The owner that each rank is (a copy of), numbered as :meth:`owner`; -1 for none."""
         at = self.layout
         owner = self.owner(self.dest_of, at.dest_cp[self.members], at.dest_tp[self.members])
-        return np.where(at.dest_pp[self.members] == 0, owner, -1)
+        return np.where(at.dest_pp[self.members] == at.dest_stage, owner, -1)
 
     @cached_property
     def owner_copy(self) -> np.ndarray:
@@ -254,7 +271,8 @@ class ExchangeGroup:
 
     def signature(self) -> tuple[np.ndarray, ...]:
         """Return everything about the layout that its ranks must agree on."""
-        flags = [self.layout.sequence_parallel, self.layout.size, self.layout.rank_offset]
+        at = self.layout
+        flags = [at.sequence_parallel, at.size, at.rank_offset, *at.later_stages]
         return np.array(flags, dtype=np.int64), self.ranks, self.src_ranks, self.owner_ranks
 
 

@@ -112,6 +112,8 @@ class RoutePlan:
         backward: gradients of own rows out, of held rows in.
         backward_index: int64: held rows that the received gradients belong to.
         identity: digest of all that the group must agree on.
+        later: the same rows' plans for each of the layout's later stages; each moves a part of
+            every row.
     """
 
     rank: int
@@ -126,6 +128,7 @@ class RoutePlan:
     backward: Leg
     backward_index: np.ndarray
     identity: PlanDigest
+    later: tuple[RoutePlan, ...] = ()
 
     @property
     def own(self) -> int:
@@ -191,6 +194,10 @@ class GroupRoutes:
             tokens=_digest(_token_arrays(self.tokens)),
             held=_digest(self.held),
         )
+        self._later = [
+            GroupRoutes(group.at_stage(stage), self.tokens, self.held)
+            for stage in group.layout.later_stages
+        ]
 
     def plan(self, rank: int) -> RoutePlan:
         """Return the part of one rank of the group.
@@ -232,6 +239,7 @@ class GroupRoutes:
             backward=backward,
             backward_index=self._at[lent[np.argsort(incoming, kind="stable")]],
             identity=self.digest,
+            later=tuple(routes.plan(rank) for routes in self._later),
         )
 
     # -- who sends, seen from the receiver and from the sender: the same rule ------------------
