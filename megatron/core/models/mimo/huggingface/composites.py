@@ -51,6 +51,8 @@ class EncoderPart:
         spellings: that folders have of its names.
         sequence_parallel: its tower can cut its sequence over TP.
         drawn: prefixes of our names of parameters that no folder has yet.
+        level_layers: layers of the language model, counted from 0, after which the levels in its
+            rows are added (DeepStack); none for plain rows.
     """
 
     modality: str
@@ -63,6 +65,7 @@ class EncoderPart:
     spellings: tuple[Spelling, ...] = ({},)
     sequence_parallel: bool = False
     drawn: tuple[str, ...] = ()
+    level_layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ _MISTRAL = Family(
     refuses={"sliding_window": _sliding},
 )
 _QWEN2 = Family(
-    model_types=("qwen2",),
+    model_types=("qwen2", "qwen2_5_vl_text"),
     settings=_qwen2_settings,
     params=_rope_params,
     table=_llama_table,
@@ -228,7 +228,7 @@ _QWEN2 = Family(
     refuses={"sliding_window": _sliding},
 )
 _QWEN3 = Family(
-    model_types=("qwen3",),
+    model_types=("qwen3", "qwen3_vl_text"),
     settings=_qwen3_settings,
     params=_rope_params,
     table=_llama_table,

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen2.5-VL and Qwen3-VL on 8 ranks, against transformers in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron.core.dist_checkpointing import ShardedTensor
+from mimo_colocated.launch.layouts import Layout
+from tests.unit_tests.mimo.huggingface import harness
+from tests.unit_tests.mimo.huggingface import qwen_vl_models as qwen
+
+pytestmark = pytest.mark.ranks(8)
+
+SP = {"sequence_parallel": True}
+FAN_IN = {"images": Layout(tp=2, dp=4)}, Layout(tp=2, cp=2, dp=2)
+LAYOUTS = {
+    "fan-in-sp": harness.Case(FAN_IN[1], FAN_IN[0], SP),
+    "fan-out": harness.Case(Layout(cp=2, dp=4), {"images": Layout(tp=4, dp=2)}),
+    "equal-pp2-cp2": harness.Case(Layout(pp=2, cp=2, dp=2), {"images": Layout(tp=4, dp=2)}, SP),
+    "packed": harness.Case(FAN_IN[1], FAN_IN[0], {**SP, "packed": True}),
+}
+ROWS = [("qwen2_5_vl", layout) for layout in LAYOUTS]
+
+
+@pytest.mark.parametrize(("name", "layout"), ROWS)
+def test_logits_and_gradients_are_those_of_transformers(
+    name: str, layout: str, shared_tmp_path: Path
+) -> None:
+    task, expected = qwen.task(qwen.MODELS[name]()), None
+    if dist.get_rank() == 0:
+        task.model.save_pretrained(shared_tmp_path / "model")
+        expected = harness.oracle(task, shared_tmp_path / "gradients")
+    dist.barrier()
+    built = harness.built_case(shared_tmp_path / "model", LAYOUTS[layout])
+    trainer = harness.trainer_of(built, task)
+    logits = harness.logits_of(trainer, task)
+    trainer.model.train()
+    trainer.gradients(task, 0)
+    gradients, found = harness.gradients_of(built), None
+    if expected is not None:
+        errors = harness.gradient_errors(gradients, expected.gradients)
+        found = harness.logits_error(logits, expected, task), harness.worst(errors)
+    logits_error, (tensor, gradient_error) = harness.agreed(found)
+    saved = _saved_shapes(built)
+    built.destroy()
+    assert logits_error <= harness.LOGITS
+    assert gradient_error <= harness.GRADIENTS, tensor
+    # Cut weights are saved as parts of whole ones, also those in lists of modules.
+    assert saved["runs.0.layers.self_attention.linear_qkv.weight"][-2:] == (96, 32)
+    assert saved["merger.mlp.encoder.linear_fc1.weight"] == (128, 128)
+
+
+def _saved_shapes(built: Any) -> dict[str, tuple[int, ...]]:
+    """Names of the tower's tensors in a checkpoint -> their whole shapes."""
+    (images,) = built.parts[1].modules
+    state = images.sharded_state_dict()
+    found = [each for each in state.values() if isinstance(each, ShardedTensor)]
+    return {each.key.split(f"{qwen.TOWER}.")[1]: tuple(each.global_shape) for each in found}
