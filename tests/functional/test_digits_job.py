@@ -31,7 +31,8 @@ from tests.functional.digits_job import (
 ONE_RANK = "--vision tp=1,dp=1 --language tp=1,dp=1"
 TWO_RANKS = "--vision tp=1,dp=2 --language tp=2,dp=1"
 FOUR_RANKS = "--vision tp=2,dp=2 --language tp=1,cp=2,dp=2"
-PARITY_STEPS = 20
+PARITY_STEPS = 12
+LAST_STEP = f"step_{PARITY_STEPS:08}"
 
 
 @pytest.fixture(scope="module")
@@ -552,7 +553,7 @@ def test_a_full_disk_ends_the_run_and_leaves_no_checkpoint(
 
 
 def _of_another_model(out: Path) -> None:
-    path = out / "checkpoints" / f"step_{PARITY_STEPS:08d}" / "mimo.json"
+    path = out / "checkpoints" / LAST_STEP / "mimo.json"
     manifest = json.loads(path.read_text())
     name = next(name for name in manifest["shapes"] if "word_embeddings" in name)
     manifest["shapes"][name] = [64, 256]
@@ -561,12 +562,12 @@ def _of_another_model(out: Path) -> None:
 
 
 def _with_a_corrupt_manifest(out: Path) -> None:
-    path = out / "checkpoints" / f"step_{PARITY_STEPS:08d}" / "mimo.json"
+    path = out / "checkpoints" / LAST_STEP / "mimo.json"
     path.write_text(path.read_text()[:100])
 
 
 def _with_a_truncated_file(out: Path) -> None:
-    path = out / "checkpoints" / f"step_{PARITY_STEPS:08d}" / "__0_0.distcp"
+    path = out / "checkpoints" / LAST_STEP / "__0_0.distcp"
     path.write_bytes(path.read_bytes()[:1000])
 
 
@@ -584,13 +585,13 @@ REFUSED = {
     "corrupt manifest": (
         _with_a_corrupt_manifest,
         "",
-        r"checkpoint .*step_00000020 cannot be read \(.*\); remove that folder to use an earlier "
+        rf"checkpoint .*{LAST_STEP} cannot be read \(.*\); remove that folder to use an earlier "
         r"one",
     ),
     "truncated file": (
         _with_a_truncated_file,
         "",
-        r"rank 0 could not read checkpoint .*step_00000020: .*step_00000020/__0_0\.distcp has 1000 "
+        rf"rank 0 could not read checkpoint .*{LAST_STEP}: .*{LAST_STEP}/__0_0\.distcp has 1000 "
         r"bytes, \d+ were saved; remove that folder to use an earlier one",
     ),
     "other options": (

@@ -55,6 +55,7 @@ LIBRARIES = (
 )
 OURS = ("megatron.core.models.mimo", "megatron.core.models.mimo.job")
 """Of this project: what a server may import whose starts all run this checkout's code."""
+_ALL = (*LIBRARIES, "matplotlib.pyplot", "transformers.modeling_utils", *OURS)
 CAN_FORK = sys.platform == "linux"
 _OURS = ("tests", "mimo_colocated", "megatron.core.hyper_comm_grid", "megatron.core.models.mimo")
 _FINDERS = ("MimoFinder", "MissingFinder")
@@ -191,7 +192,7 @@ def shared_server() -> str | None:
         # The log level as the package's launcher has it: PyTorch reads it when it is imported.
         once = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
         environment = {**os.environ, **once, "TORCH_CPP_LOG_LEVEL": "FATAL"}
-        server = ForkServer(Path(folder.name), environment, (*LIBRARIES, *OURS))
+        server = ForkServer(Path(folder.name), environment, _ALL)
         os.environ[ADDRESS_VARIABLE] = server.address
         atexit.register(folder.cleanup)
         atexit.register(server.close)

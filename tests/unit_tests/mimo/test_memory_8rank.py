@@ -23,7 +23,7 @@ from tests.parity.tasks import MixedBatches
 from tests.parity.tensors import local_gradients
 from tests.unit_tests.mimo.digits_runs import BATCH, FAN_IN, SIZE, run, train_options
 
-pytestmark = pytest.mark.ranks(8, timeout=120)
+pytestmark = pytest.mark.ranks(8)
 
 POLICIES = [("keep", "keep"), ("recompute", "recompute"), ("offload", "offload"),
             ("recompute", "offload"), ("offload", "recompute")]  # fmt: skip
