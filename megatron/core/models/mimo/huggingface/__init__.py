@@ -3,6 +3,7 @@
 
 build.py           ``from_folder``: a folder and a layout per module -> a model with its weights
 composites.py      what a whole model is made of
+own_encoders.py    any tower of transformers beside a language model's folder
 families/          one file per kind of model: its configuration, the table of its weights
 tables.py          name patterns <-> name patterns, and the kind of cut
 cuts.py            which elements of which tensors a rank holds: pure integers

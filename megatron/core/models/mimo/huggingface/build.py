@@ -8,7 +8,7 @@ to_folder(built, "my-llava")
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,7 @@ def from_folder(
     layouts: Mapping[str, Layout],
     options: BuildOptions | None = None,
     *,
+    encoders: Sequence[EncoderPart] = (),
     load_weights: bool = True,
     tick: Callable[[int], None] = lambda _size: None,
 ) -> ImportedModel:
@@ -112,6 +113,7 @@ def from_folder(
         folder: with ``config.json`` and safetensors; every rank must see it.
         layouts: module -> layout: ``"language"`` and every modality of the model.
         options: how it is built.
+        encoders: further ones that the folder knows nothing of; see :mod:`.own_encoders`.
         load_weights: False leaves them as drawn, for a training checkpoint that is loaded next.
         tick: told the bytes of every parameter that was loaded.
 
@@ -122,7 +124,8 @@ def from_folder(
     """
     options = options or BuildOptions()
     with ModelFolder(folder) as opened:
-        composite = describe(changed(read_config(opened.path), options.config_fields))
+        own = describe(changed(read_config(opened.path), options.config_fields))
+        composite = replace(own, encoders=(*own.encoders, *encoders))
         return import_from(
             opened, composite, layouts, options, load_weights=load_weights, tick=tick
         )

@@ -47,17 +47,19 @@ class WhisperEncoder(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         width, dtype = config.hidden_size, config.params_dtype
-        self.pooled = pooled
+        self.pooled, self.head_width = pooled, width // config.num_attention_heads
         self.conv1 = nn.Conv1d(mel_bins, width, 3, padding=1, dtype=dtype)
         self.conv2 = nn.Conv1d(width, width, 3, stride=2, padding=1, dtype=dtype)
         table = sinusoids(positions, width).to(dtype)
         self.position_embedding = nn.Parameter(table, requires_grad=False)
-        self.position_embedding._is_hf_initialized = True  # initial weights leave it alone
+        # Initial weights leave it alone.
+        vars(self.position_embedding)["_is_hf_initialized"] = True
         # Qwen2-Audio normalises after the mean.
         last = Features((config.num_layers,))
         self.transformer = FeatureTransformer(config, pg_collection, last)
         self.layer_norm = nn.LayerNorm(width, eps=config.layernorm_epsilon, dtype=dtype)
-        for layer in self.transformer.blocks[0].layers:
+        layers: Any = self.transformer.blocks[0].get_submodule("layers")
+        for layer in layers:
             layer.self_attention.linear_qkv.bias.register_hook(self._without_keys)
 
     def forward(
@@ -99,7 +101,7 @@ class WhisperEncoder(MegatronModule):
 
     def _without_keys(self, gradient: Tensor) -> Tensor:
         """The gradient of a joined bias, ``[query, key, value]`` per head, with keys' set to 0."""
-        heads = gradient.unflatten(0, (-1, 3, self.config.kv_channels)).clone()
+        heads = gradient.clone().view(-1, 3, self.head_width)
         heads[:, 1] = 0
         return heads.flatten()
 

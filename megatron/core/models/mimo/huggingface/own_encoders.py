@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoders beside what a folder holds: any tower of transformers, and a projector that is drawn.
+
+dino = tower_part("images", source="dinov2-base", token_id=151655, rows=Rows(first=1))
+layouts = {"images": Layout(dp=8), "language": Layout(tp=2, dp=4)}
+built = from_folder("Qwen3-0.6B", layouts, encoders=[dino])
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.core.models.mimo import VisionModalitySubmodules
+from megatron.core.models.mimo.huggingface.composites import EncoderPart
+from megatron.core.models.mimo.huggingface.family import Family
+from megatron.core.models.mimo.huggingface.fits import LayoutError
+from megatron.core.models.mimo.huggingface.tables import Table
+from megatron.core.models.mimo.towers.hugging_face import HuggingFaceEncoder, Rows
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+TOWER = "tower"
+"""Name of the encoder among the modality's."""
+ProjectorSpec = Callable[[int, int, torch.dtype], ModuleSpec]
+"""From (width of rows, hidden size of the language model, dtype) to the spec of a projector."""
+
+
+def linear(width: int, hidden: int, dtype: torch.dtype) -> ModuleSpec:
+    """Return the spec of a linear layer."""
+    sizes = {"in_features": width, "out_features": hidden, "dtype": dtype}
+    return ModuleSpec(module=torch.nn.Linear, params=sizes)
+
+
+def tower_part(
+    modality: str,
+    source: str | Path | Any,
+    *,
+    token_id: int,
+    rows: Rows | None = None,
+    width: int | None = None,
+    projector: ProjectorSpec = linear,
+    **encoder: Any,
+) -> EncoderPart:
+    """Describe a tower of transformers for :func:`.build.from_folder`; it runs at TP 1.
+
+    Its weights are those of its folder, or drawn for a configuration; the projector's are drawn.
+
+    Args:
+        modality: name of the new modality.
+        source: the tower's folder or configuration.
+        token_id: stands for one of its rows in ``input_ids``.
+        rows: what of the tower's output are rows.
+        width: of a row; None for the configuration's ``hidden_size``, once per hidden state.
+        projector: makes the spec of what leads to the language model's width.
+        **encoder: further arguments of :class:`.HuggingFaceEncoder`.
+    """
+    config, rows = _config_of(source), rows or Rows()
+    given = {"source": source, "rows": rows, **encoder}
+    width = width or config.hidden_size * max(len(rows.depths), 1)
+    family = Family(
+        model_types=(config.model_type,),
+        settings=_settings,
+        params=lambda _config: {},
+        table=lambda _config: Table(()),
+        reads=frozenset(config.to_dict()),  # transformers' own code reads them all
+    )
+    return EncoderPart(
+        modality=modality,
+        name=TOWER,
+        token_id=token_id,
+        inputs=(),
+        spec=functools.partial(
+            _spec, modality=modality, given=given, projector=projector, width=width
+        ),
+        family=family,
+        config=config,
+        drawn=("encoders.", "input_projections."),
+    )
+
+
+def _config_of(source: Any) -> Any:
+    if not isinstance(source, (str, Path)):
+        return source
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(str(source))
+
+
+def _settings(_config: Any) -> dict[str, Any]:
+    """What a ``TransformerConfig`` must have; no layer of Megatron's reads it."""
+    return {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 64}
+
+
+def _spec(
+    config: TransformerConfig,
+    groups: ProcessGroupCollection,
+    language_hidden: int,
+    *,
+    modality: str,
+    given: Mapping[str, Any],
+    projector: ProjectorSpec,
+    width: int,
+) -> ModuleSpec:
+    """The modality: the tower and its projector, whole on every rank."""
+    if groups.tp.size() > 1:
+        raise LayoutError(
+            f"{modality} tp={groups.tp.size()}: a tower of transformers is not cut over TP, and "
+            f"every TP rank would encode the same; give {modality} tp=1 and dp="
+            f"{groups.tp.size() * groups.dp.size()}"
+        )
+    dtype = config.params_dtype
+    return ModuleSpec(
+        module=VisionModalitySubmodules,
+        params={"pg_collection": groups},
+        submodules={
+            "encoders": {
+                TOWER: ModuleSpec(module=HuggingFaceEncoder, params={**given, "dtype": dtype})
+            },
+            "input_projections": [projector(width, language_hidden, dtype)],
+        },
+    )
