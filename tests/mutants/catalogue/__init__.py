@@ -6,6 +6,7 @@ from tests.mutants.catalogue.boundaries import BOUNDARIES
 from tests.mutants.catalogue.bridge import BRIDGE, GRIDS
 from tests.mutants.catalogue.checkpoints import CHECKPOINTS
 from tests.mutants.catalogue.exchange import EXCHANGE
+from tests.mutants.catalogue.exported import EXPORTED
 from tests.mutants.catalogue.faults import FAULTS
 from tests.mutants.catalogue.files import FILES
 from tests.mutants.catalogue.frozen import FROZEN
@@ -63,6 +64,7 @@ MUTANTS = (
     *OPTIONS,
     *IMPORTED,
     *IMPORTED_TOWERS,
+    *EXPORTED,
     *WITHOUT_A,
     *WITHOUT_A_MODEL,
     *WITHOUT_A_PARTS,

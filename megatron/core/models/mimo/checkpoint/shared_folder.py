@@ -49,15 +49,19 @@ class Answer:
     problem: str = ""
 
 
-def check_shared(root: Path) -> None:
+def check_shared(root: Path, what: str = "a checkpoint") -> None:
     """Make sure that all ranks see ``root`` as one folder; all ranks call it.
 
     Nothing is left behind, neither files nor folders.
 
+    Args:
+        root: the folder.
+        what: all ranks write into it.
+
     Raises:
         CheckpointError: they do not; the same sentence on all ranks.
     """
-    probe, rank = _Probe(root, dist.get_rank()), dist.get_rank()
+    probe, rank = _Probe(root, dist.get_rank(), what), dist.get_rank()
     try:
         question = of_all_ranks(probe.ask() if rank == 0 else None)[0]
         answers = of_all_ranks(probe.answer(question))
@@ -69,8 +73,9 @@ def check_shared(root: Path) -> None:
 
 
 class _Probe:
-    def __init__(self, root: Path, rank: int) -> None:
+    def __init__(self, root: Path, rank: int, what: str) -> None:
         self._root, self._rank, self._history = root, rank, History(root, 1)
+        self._what = what
         self._written: list[Path] = []
         self._made: list[Path] = []
 
@@ -114,7 +119,7 @@ class _Probe:
         same = [rank for rank, answer in found.items() if answer.problem == found[first].problem]
         return (
             f"{ranks_in_words(same)} cannot {found[first].problem} the folder {self._root} of rank "
-            f"0 (rank {first} looked at {found[first].where}); all ranks write a checkpoint into "
+            f"0 (rank {first} looked at {found[first].where}); all ranks write {self._what} into "
             "one folder: give one on a file system that all nodes share and may write"
         )
 

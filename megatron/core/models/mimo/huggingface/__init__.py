@@ -9,6 +9,11 @@ tables.py          name patterns <-> name patterns, and the kind of cut
 cuts.py            which elements of which tensors a rank holds: pure integers
 weights.py         a rank's parameters: checked against the folder, then read
 folder.py          a folder: configuration, tensors by name, whatever else lies in it
+export.py          ``to_folder``: the model back into a folder, tensor by tensor
+pieces.py          which rank has which part of a folder's tensors
+target.py          where a folder is written until it is whole
+safetensors_file.py  writes a file tensor by tensor
+logits_check.py    logits against transformers', on samples that examples.py makes
 family.py          what a family says; what it refuses
 language_model.py  stock's GPT with their rotary frequencies and a padded vocabulary
 rotary.py          rotary frequencies of a configuration

@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -35,11 +35,24 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Described:
-    """A tensor of a folder, as its file's header has it."""
+    """A tensor of a folder, as its file's header has it.
+
+    Attributes:
+        file: its name.
+        dtype: of the elements.
+        shape: of the tensor.
+        begin: byte of the file where it begins.
+    """
 
     file: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    begin: int = 0
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class FolderError(ValueError):
@@ -57,6 +70,7 @@ class ModelFolder:
         path: of the folder.
         config: what ``config.json`` holds.
         tensors: name -> description, in the files' order.
+        metadata: file -> what its header says beside the tensors.
 
     Raises:
         FolderError: no such folder, no ``config.json``, weights in another format, a file that is
@@ -67,10 +81,12 @@ class ModelFolder:
         self.path = Path(path)
         self.config: dict[str, Any] = self._json("config.json")
         self.tensors: dict[str, Described] = {}
+        self.metadata: dict[str, dict[str, str]] = {}
         for file in self._weight_files():
-            self.tensors.update(_read_header(self.path / file))
+            self.metadata[file], tensors = _read_header(self.path / file)
+            self.tensors.update(tensors)
         self._open = ExitStack()
-        self._handles: dict[str, Any] = {}
+        self._handles: dict[str, BinaryIO] = {}
 
     def __enter__(self) -> ModelFolder:
         return self
@@ -91,16 +107,41 @@ class ModelFolder:
     def read(self, name: str, where: tuple[slice, ...] = ()) -> torch.Tensor:
         """Read a tensor, or a part of it.
 
+        The bytes go straight into the result: a file that is mapped instead stays in the process's
+        memory, page by page, until it is closed.
+
         Args:
             name: of the tensor.
-            where: a slice for each of its first dims; all of it without.
+            where: slices of its first dims, all but the last of them whole; all of it without.
+
+        Raises:
+            FolderError: the file has become shorter.
         """
-        file = self.tensors[name].file
+        described = self.tensors[name]
+        dim = max(len(where) - 1, 0)
+        shape = list(described.shape)
+        length = shape[dim] if shape else 1
+        start, stop, _ = where[dim].indices(length) if where and shape else (0, length, 1)
+        inner = math.prod(shape[dim + 1 :]) * described.dtype.itemsize
+        if shape:
+            shape[dim] = stop - start
+        found = torch.empty(shape, dtype=described.dtype)
+        if not found.numel():
+            return found
+        into = memoryview(found.reshape(-1).view(torch.uint8).numpy())
+        rows = math.prod(shape[:dim]) if stop - start < length else 1
+        each, step = len(into) // rows, length * inner
+        file = self._handle(described.file)
+        for row in range(rows):
+            file.seek(described.begin + row * step + start * inner)
+            if file.readinto(into[row * each : (row + 1) * each]) != each:
+                raise FolderError(f"{self.path / described.file} was cut short while it was read")
+        return found
+
+    def _handle(self, file: str) -> BinaryIO:
         if file not in self._handles:
-            self._handles[file] = self._open.enter_context(safe_open(self.path / file, "pt"))
-        if not where or not self.tensors[name].shape:
-            return self._handles[file].get_tensor(name)
-        return self._handles[file].get_slice(name)[where]
+            self._handles[file] = self._open.enter_context((self.path / file).open("rb"))
+        return self._handles[file]
 
     @property
     def source(self) -> Path:
@@ -114,6 +155,10 @@ class ModelFolder:
         for name, described in self.tensors.items():
             found.setdefault(described.file, []).append(name)
         return found
+
+    def index_metadata(self) -> dict[str, Any]:
+        """Return what the index says beside the files of the tensors; nothing without an index."""
+        return self._json(INDEX).get("metadata", {}) if (self.path / INDEX).is_file() else {}
 
     def others(self) -> Iterator[Path]:
         """Yield the files that hold no weights: configurations, tokenizer, processor, template."""
@@ -152,8 +197,8 @@ class ModelFolder:
             raise FolderError(f"{self.path / file} is not JSON: {error}") from None
 
 
-def _read_header(path: Path) -> dict[str, Described]:
-    """Describe the tensors of a file, in the order of their bytes.
+def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Described]]:
+    """Return what a file says of itself, and its tensors in the order of their bytes.
 
     Raises:
         FolderError: the file is cut short or no safetensors file.
@@ -167,7 +212,7 @@ def _read_header(path: Path) -> dict[str, Described]:
             header = json.loads(file.read(length))
         except ValueError:
             raise FolderError(f"{path} is no safetensors file; download it again") from None
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
     last = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if 8 + length + last != size:
         raise FolderError(
@@ -181,7 +226,13 @@ def _read_header(path: Path) -> dict[str, Described]:
             "float16 or float32 first"
         )
     in_order = sorted(header.items(), key=lambda item: item[1]["data_offsets"][0])
-    return {
-        name: Described(path.name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    tensors = {
+        name: Described(
+            path.name,
+            DTYPES[entry["dtype"]],
+            tuple(entry["shape"]),
+            8 + length + entry["data_offsets"][0],
+        )
         for name, entry in in_order
     }
+    return metadata, tensors

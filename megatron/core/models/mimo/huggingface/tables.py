@@ -76,10 +76,13 @@ class Table:
         lines: in any order; the first that fits a name counts.
         unused: patterns of tensors that a folder may have and the module does not: buffers that are
             computed, layers that are not used. ``*`` stands for anything. An export copies them.
+        repeated: (name, other name): a folder may store the second tensor once more under the
+            first; an export writes it anew, so that the two never differ.
     """
 
     lines: tuple[Line, ...]
     unused: tuple[str, ...] = ()
+    repeated: tuple[tuple[str, str], ...] = ()
 
     def find(self, name: str) -> Source | None:
         """Return what the parameter with this global name is made of; None if no line has it."""
@@ -109,20 +112,27 @@ class Table:
             return name
 
         lines = tuple(replace(each, theirs=tuple(map(spell, each.theirs))) for each in self.lines)
-        return Table(lines, tuple(map(spell, self.unused)))
+        repeated = tuple((spell(name), spell(other)) for name, other in self.repeated)
+        return Table(lines, tuple(map(spell, self.unused)), repeated)
 
     def __add__(self, other: Table) -> Table:
-        return Table(self.lines + other.lines, self.unused + other.unused)
+        return Table(
+            self.lines + other.lines, self.unused + other.unused, self.repeated + other.repeated
+        )
 
     def left_alone(self, names: Iterable[str]) -> set[str]:
-        """Return those names that ``unused`` covers."""
-        expressions = [_expression(pattern) for pattern in self.unused]
+        """Return those names that ``unused`` or ``repeated`` covers."""
+        expressions = [_expression(pattern) for pattern in self._aside]
         return {name for name in names if any(e.fullmatch(name) for e in expressions)}
+
+    @property
+    def _aside(self) -> tuple[str, ...]:
+        return (*self.unused, *(name for name, _ in self.repeated))
 
     def names_in(self, names: Iterable[str]) -> int:
         """Count the names that a line or ``unused`` covers."""
         patterns = {pattern for each in self.lines for pattern in each.theirs}
-        expressions = [_expression(pattern) for pattern in (*patterns, *self.unused)]
+        expressions = [_expression(pattern) for pattern in (*patterns, *self._aside)]
         return sum(any(e.fullmatch(name) for e in expressions) for name in names)
 
 

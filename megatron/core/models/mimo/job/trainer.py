@@ -93,7 +93,117 @@ class TrainOptions:
         )
 
 
-class Trainer:
+class Runner:
+    """Runs a :class:`BuiltModel` over microbatches, whatever its layouts; nothing is trained.
+
+    Args:
+        built: the model.
+        options: of the schedule.
+
+    Attributes:
+        device: of the model.
+        packed: the language model takes packed sequences.
+        groups: the language model's.
+        multiple: what the length of a packed sample is padded to.
+    """
+
+    def __init__(self, built: BuiltModel, options: TrainOptions) -> None:
+        self.built, self.options = built, options
+        self.model, self.groups = built.model, built.collections[LANGUAGE]
+        self.device, self.packed = next(self.model.parameters()).device, built.packed
+        config = built.configs[LANGUAGE]
+        self.multiple = shard_factor(
+            self.groups.cp.size(), self.groups.tp.size() if config.sequence_parallel else 1
+        )
+
+    def schedule(
+        self, microbatches: Iterator[Mapping[str, Any]], count: int, *, forward_only: bool = False
+    ) -> list[torch.Tensor]:
+        """Run one step of Megatron-Core's schedule.
+
+        Args:
+            microbatches: what the model is called with.
+            count: how many; virtual stages want a multiple of the stages.
+            forward_only: without gradients.
+
+        Returns:
+            On the last stage what it reports of each microbatch, the sum of its losses and its
+            counted tokens, float64 ``(2,)``; its output with ``forward_only``. Nothing on others.
+        """
+        keywords: dict[str, Any] = {
+            "forward_step_func": self.forward_step,
+            "data_iterator": microbatches,
+            "model": [self.model],
+            "num_microbatches": count,
+            "pg_collection": self.groups,
+            "forward_only": forward_only,
+            "collect_non_loss_data": forward_only,
+        }
+        if self.groups.pp.size() > 1:
+            ahead = self.options.encode_ahead
+            return forward_backward_pipelined(**keywords, encode_ahead=ahead)
+        return forward_backward_no_pipelining(**keywords, seq_length=0, micro_batch_size=0)
+
+    def from_last_stage(self, value: torch.Tensor) -> torch.Tensor:
+        """Return on all stages what the last one has; ``value`` has one shape everywhere."""
+        pp = self.groups.pp
+        if pp.size() > 1:
+            dist.broadcast(value, dist.get_global_rank(pp, pp.size() - 1), group=pp)
+        return value
+
+    def forward_step(
+        self, data_iterator: Iterator[Mapping[str, Any]], model: torch.nn.Module
+    ) -> tuple[torch.Tensor, LossFunction]:
+        """Call the model with the next microbatch, as schedules want it.
+
+        Returns:
+            The output and the function that makes of it the loss, the tokens and what is reported.
+        """
+        output, loss_mask = model(**next(data_iterator))
+
+        def loss_func(token_losses: torch.Tensor, non_loss_data: bool = False) -> Any:
+            """(sum of token losses, counted tokens, what is reported), all of this rank."""
+            if non_loss_data:
+                return token_losses
+            mask = loss_mask.to(token_losses.dtype)
+            loss, tokens = (token_losses * mask).sum(), mask.sum()
+            report = torch.stack([loss.detach(), tokens]).double()
+            return loss, tokens.to(torch.int), report
+
+        return output, loss_func
+
+    @torch.no_grad()
+    def whole_logits(
+        self, inputs: Mapping[str, Any], lengths: Sequence[int], shape: tuple[int, int, int]
+    ) -> torch.Tensor:
+        """Return the whole logits of one microbatch's samples, on every stage.
+
+        Args:
+            inputs: what the model is called with, without labels and loss mask.
+            lengths: tokens of this rank's samples; where a packed one is cut, logits are zero.
+            shape: ``(b, S, V)`` of what is returned.
+        """
+        # Virtual stages work on as many microbatches as there are stages; one answer is enough.
+        virtual = self.model.config.virtual_pipeline_model_parallel_size
+        count = self.groups.pp.size() if virtual else 1
+        outputs = self.schedule(iter([inputs] * count), count, forward_only=True)
+        if not outputs:
+            dtype = self.model.config.params_dtype
+            return self.from_last_stage(torch.empty(shape, dtype=dtype, device=self.device))
+        if self.packed:
+            packing = (lengths, self.multiple, shape[1])
+            whole = whole_packed_logits(outputs[0], self.groups, *packing)
+        else:
+            whole = whole_logits(outputs[0], self.groups)
+        return self.from_last_stage(whole.contiguous())
+
+    def parts(self) -> dict[str, tuple[int, int]]:
+        """Return by module which part of the samples this rank has: (DP rank, DP size)."""
+        groups = self.built.collections
+        return {name: (each.dp.rank(), each.dp.size()) for name, each in groups.items()}
+
+
+class Trainer(Runner):
     """Steps a :class:`BuiltModel` over data; a subclass says what a microbatch is.
 
     Args:
@@ -102,23 +212,13 @@ class Trainer:
         distributed_optimizer: shard the optimizer state over DP.
 
     Attributes:
-        device: of the model.
-        packed: the language model takes packed sequences.
-        groups: the language model's.
-        multiple: what the length of a packed sample is padded to.
         plans: of the routed bridges.
     """
 
     def __init__(
         self, built: BuiltModel, options: TrainOptions, distributed_optimizer: bool
     ) -> None:
-        self.built, self.options = built, options
-        self.model, self.groups = built.model, built.collections[LANGUAGE]
-        self.device, self.packed = next(self.model.parameters()).device, built.packed
-        config = built.configs[LANGUAGE]
-        self.multiple = shard_factor(
-            self.groups.cp.size(), self.groups.tp.size() if config.sequence_parallel else 1
-        )
+        super().__init__(built, options)
         self.plans = RoutePlans(self.model, self.multiple)
         self.optimizer = get_mimo_optimizer(
             self.model,
@@ -195,41 +295,6 @@ class Trainer:
         loss_sum, tokens = self.from_last_stage(sums).tolist()
         return loss_sum / max(tokens, 1.0), int(tokens)
 
-    def schedule(
-        self, microbatches: Iterator[Mapping[str, Any]], count: int, *, forward_only: bool = False
-    ) -> list[torch.Tensor]:
-        """Run one step of Megatron-Core's schedule.
-
-        Args:
-            microbatches: what the model is called with.
-            count: how many; virtual stages want a multiple of the stages.
-            forward_only: without gradients.
-
-        Returns:
-            On the last stage what it reports of each microbatch, the sum of its losses and its
-            counted tokens, float64 ``(2,)``; its output with ``forward_only``. Nothing on others.
-        """
-        keywords: dict[str, Any] = {
-            "forward_step_func": self.forward_step,
-            "data_iterator": microbatches,
-            "model": [self.model],
-            "num_microbatches": count,
-            "pg_collection": self.groups,
-            "forward_only": forward_only,
-            "collect_non_loss_data": forward_only,
-        }
-        if self.groups.pp.size() > 1:
-            ahead = self.options.encode_ahead
-            return forward_backward_pipelined(**keywords, encode_ahead=ahead)
-        return forward_backward_no_pipelining(**keywords, seq_length=0, micro_batch_size=0)
-
-    def from_last_stage(self, value: torch.Tensor) -> torch.Tensor:
-        """Return on all stages what the last one has; ``value`` has one shape everywhere."""
-        pp = self.groups.pp
-        if pp.size() > 1:
-            dist.broadcast(value, dist.get_global_rank(pp, pp.size() - 1), group=pp)
-        return value
-
     def step(self, data: Any, step: int) -> StepResult:
         """Make one training step.
 
@@ -281,54 +346,3 @@ class Trainer:
         return find_nonfinite_outputs(
             iter_modules(self.model), lambda: self.schedule(inputs, count, forward_only=True)
         )
-
-    def forward_step(
-        self, data_iterator: Iterator[Mapping[str, Any]], model: torch.nn.Module
-    ) -> tuple[torch.Tensor, LossFunction]:
-        """Call the model with the next microbatch, as schedules want it.
-
-        Returns:
-            The output and the function that makes of it the loss, the tokens and what is reported.
-        """
-        output, loss_mask = model(**next(data_iterator))
-
-        def loss_func(token_losses: torch.Tensor, non_loss_data: bool = False) -> Any:
-            """(sum of token losses, counted tokens, what is reported), all of this rank."""
-            if non_loss_data:
-                return token_losses
-            mask = loss_mask.to(token_losses.dtype)
-            loss, tokens = (token_losses * mask).sum(), mask.sum()
-            report = torch.stack([loss.detach(), tokens]).double()
-            return loss, tokens.to(torch.int), report
-
-        return output, loss_func
-
-    @torch.no_grad()
-    def whole_logits(
-        self, inputs: Mapping[str, Any], lengths: Sequence[int], shape: tuple[int, int, int]
-    ) -> torch.Tensor:
-        """Return the whole logits of one microbatch's samples, on every stage.
-
-        Args:
-            inputs: what the model is called with, without labels and loss mask.
-            lengths: tokens of this rank's samples; where a packed one is cut, logits are zero.
-            shape: ``(b, S, V)`` of what is returned.
-        """
-        # Virtual stages work on as many microbatches as there are stages; one answer is enough.
-        virtual = self.model.config.virtual_pipeline_model_parallel_size
-        count = self.groups.pp.size() if virtual else 1
-        outputs = self.schedule(iter([inputs] * count), count, forward_only=True)
-        if not outputs:
-            dtype = self.model.config.params_dtype
-            return self.from_last_stage(torch.empty(shape, dtype=dtype, device=self.device))
-        if self.packed:
-            packing = (lengths, self.multiple, shape[1])
-            whole = whole_packed_logits(outputs[0], self.groups, *packing)
-        else:
-            whole = whole_logits(outputs[0], self.groups)
-        return self.from_last_stage(whole.contiguous())
-
-    def parts(self) -> dict[str, tuple[int, int]]:
-        """Return by module which part of the samples this rank has: (DP rank, DP size)."""
-        groups = self.built.collections
-        return {name: (each.dp.rank(), each.dp.size()) for name, each in groups.items()}

@@ -88,7 +88,7 @@ def _ends(config: Any) -> Table:
             line("output_layer.weight", output, Vocabulary()),
         ),
         # Some folders store a tied output layer once more.
-        ("lm_head.weight",) if config.tie_word_embeddings else (),
+        repeated=(("lm_head.weight", embedding),) if config.tie_word_embeddings else (),
     )
 
 
@@ -310,8 +310,8 @@ def _gpt2_table(config: Any) -> Table:
     )
     # Causal masks that older folders store as buffers.
     unused = ("transformer.h.{}.attn.bias", "transformer.h.{}.attn.masked_bias")
-    tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
-    return _layers("transformer.h.{}.", layers) + Table(ends, unused + tied)
+    tied = (("lm_head.weight", output),) if config.tie_word_embeddings else ()
+    return _layers("transformer.h.{}.", layers) + Table(ends, unused, tied)
 
 
 _GPT2 = Family(
