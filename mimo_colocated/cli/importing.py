@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mimo import``: a Hugging Face folder becomes a checkpoint to train from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from mimo_colocated.cli import models
+from mimo_colocated.cli.options import CommandOptions
+from mimo_colocated.launch.errors import JobError
+
+RECORD = "huggingface"
+"""What a checkpoint's manifest says of its source, among ``extra``."""
+
+
+class NoOptimizer:
+    """Nothing trains yet: a run that loads the checkpoint begins its optimizer's state anew."""
+
+    config = SimpleNamespace(use_distributed_optimizer=None)
+
+    def sharded_state_dict(self, *_state: Any, **_how: Any) -> dict[str, Any]:
+        """Return no state."""
+        return {}
+
+
+def check_first(options: CommandOptions) -> None:
+    """Refuse what can be refused before ranks start.
+
+    Raises:
+        JobError: the folder, the layouts or the target.
+    """
+    models.check_source(options.folder, options)
+    target = options.target
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise JobError(f"{target} exists and is not empty; give another folder")
+
+
+def work(options: CommandOptions) -> None:
+    """Read the folder and write step 0, on one rank of all."""
+    from megatron.core.models.mimo.checkpoint.store import CheckpointStore
+
+    with models.one_sentence():
+        built = models.build(options.folder, options, dtype=options.dtype)
+        store = CheckpointStore(options.target, built.layouts(), built.randomness)
+        extra = {RECORD: source_of(options.folder, built)}
+        path = store.save(0, built.model, NoOptimizer(), extra)
+    models.say(
+        f"wrote {path}; a run loads it with CheckpointStore({str(options.target)!r}, ...)"
+        ".load(0, model, optimizer)"
+    )
+
+
+def source_of(folder: Path, built: Any) -> dict[str, Any]:
+    """Return what a checkpoint records of the folder that its model came from.
+
+    Args:
+        folder: the Hugging Face folder.
+        built: the model.
+    """
+    return {
+        "source": str(folder.resolve()),
+        "model_type": built.composite.language.config.model_type,
+    }

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mimo COMMAND ...``: which command, on which ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from mimo_colocated.cli.options import COMMANDS, CommandOptions, read
+from mimo_colocated.launch import Job, JobError, Packages, hush, init_distributed, run
+from mimo_colocated.launch.launcher import complain
+
+PACKAGES = Packages(
+    {
+        "torch": "torch",
+        "megatron.core": "megatron-core",
+        "transformers": "transformers",
+        "safetensors": "safetensors",
+        "jsonargparse": "jsonargparse",
+        "tqdm": "tqdm",
+    },
+    "install what `mimo` needs with: pip install 'megatron-mimo-colocated[cli]'",
+)
+_USAGE = """usage: mimo COMMAND ...
+
+  import   a Hugging Face folder -> a checkpoint to train from, in any layout
+  export   a checkpoint of any layout -> a Hugging Face folder
+  check    logits of a folder's model here, in any layout, against transformers'
+  doctor   what this machine has, and what to do about what it lacks
+
+`mimo COMMAND --help` lists the options."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a command; ranks that it starts come through here, too.
+
+    Args:
+        argv: command line after ``mimo``.
+
+    Returns:
+        The exit code: 0, 1 if it failed or a check did, 2 for a wrong command line.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0 if argv else 2
+    if argv[0] == "doctor":
+        return _doctor(argv[1:])
+    if argv[0] not in COMMANDS:
+        known = ", ".join([*COMMANDS, "doctor"])
+        return complain(f"{argv[0]!r} is no command; the commands are {known}", 2, None)
+    script = os.path.join(os.path.dirname(__file__), "__main__.py")
+    job = Job(script, _parse, _work, _check_first, packages=PACKAGES, prepare=_prepare)
+    return run(job, argv)
+
+
+def console() -> int:
+    """Run the command line of this process: the console script."""
+    return main(sys.argv[1:])
+
+
+def _doctor(argv: Sequence[str]) -> int:
+    from mimo_colocated.cli import doctor
+
+    try:
+        return doctor.run(argv)
+    except JobError as error:
+        return complain(str(error), 2, None)
+
+
+def _parse(argv: Sequence[str], world: int | None) -> CommandOptions:
+    if world is None:
+        PACKAGES.check()  # the library that reads the options is one of them
+    options = read(argv[0], argv[1:])
+    if world not in (None, options.world_size):
+        raise JobError(
+            f"--language {options.language} spans {options.world_size} ranks, but the job has "
+            f"{world}"
+        )
+    return options
+
+
+def _check_first(options: CommandOptions, backend: str) -> bool:
+    """What is wrong with the folder or the layouts is said before a rank starts."""
+    if backend == "gloo":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as for the ranks, before Megatron looks
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    hush()
+    _command(options).check_first(options)
+    return False
+
+
+def _prepare() -> None:
+    hush()
+    import megatron.core.models.mimo.huggingface.export  # noqa: F401
+
+
+def _work(options: CommandOptions, backend: str) -> None:
+    _prepare()
+    from mimo_colocated.launch import connection_notes
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(connection_notes.held_back())
+        init_distributed(backend, options.timeout)
+    _command(options).work(options)
+
+
+def _command(options: CommandOptions) -> Any:
+    """The module of a command: ``check_first`` before ranks start, ``work`` on each."""
+    return importlib.import_module(f"mimo_colocated.cli.{COMMANDS[options.command]}")

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of the commands, read by jsonargparse: from the command line, or a YAML file.
+
+``mimo doctor`` has to say that jsonargparse is missing, so its one option is read by argparse
+there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from mimo_colocated.launch import options as parsers
+from mimo_colocated.launch.errors import JobError
+from mimo_colocated.launch.layouts import Layout
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
+else:
+    try:
+        from jsonargparse import ArgumentParser
+    except ImportError:  # only `mimo doctor` goes on
+        from argparse import ArgumentParser
+
+COMMANDS = {"import": "importing", "export": "exporting", "check": "checking"}
+"""Command -> module."""
+ENCODERS = ("vision", "audio")
+"""Options that give an encoder its layout."""
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class CommandOptions:
+    """Options of a command that runs on ranks.
+
+    Attributes:
+        command: its name.
+        source: the Hugging Face folder; None where the checkpoint says which.
+        target: what is written, if anything is.
+        checkpoint: what is exported, if anything is.
+        encoders: option -> layout, of those that were given.
+        language: layout of the language model.
+        dtype: of the weights; None for the folder's.
+        backend, timeout: of the process groups.
+        more: what only this command has.
+    """
+
+    command: str
+    source: Path | None
+    target: Path
+    checkpoint: Path
+    encoders: Mapping[str, Layout]
+    language: Layout
+    dtype: str | None
+    backend: str
+    timeout: int
+    more: Mapping[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """The Hugging Face folder of a command that is always given one."""
+        assert self.source is not None
+        return self.source
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that the language model spans."""
+        return self.language.size
+
+    @property
+    def out(self) -> Path:
+        """Where ranks leave tracebacks: never in what is written."""
+        return Path(tempfile.gettempdir()) / "mimo" / self.command
+
+
+class Parser(ArgumentParser):
+    """A parser whose error is one sentence."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise instead of printing the usage.
+
+        Raises:
+            JobError: always.
+        """
+        cause = _cause(ex)
+        said = message if cause is None or cause in message else cause
+        text = " ".join(said.split()).removeprefix("Parser ").removeprefix("argument ")
+        raise JobError(f"{text}; --help lists all options")
+
+
+def _cause(error: BaseException | None) -> str | None:
+    """Words of ours below an error of the library."""
+    while error is not None:
+        if isinstance(error, (JobError, argparse.ArgumentTypeError)):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def read(command: str, argv: Sequence[str]) -> CommandOptions:
+    """Read the options of a command.
+
+    Args:
+        command: one of :data:`COMMANDS`.
+        argv: what comes after it.
+
+    Raises:
+        JobError: an option is wrong.
+        SystemExit: after ``--help``.
+    """
+    parser = Parser(prog=f"mimo {command}", description=_DESCRIPTIONS[command])
+    parser.add_argument("--config", action=_from_file(), help="YAML file with options")
+    _common(parser, command)
+    _OWN[command](parser)
+    found = vars(parser.parse_args(list(argv)))
+    found.pop("config", None)
+    layouts = {
+        name: Layout.parse(text, name)
+        for name in (*ENCODERS, "language")
+        if (text := found.pop(name)) is not None
+    }
+    language = layouts.pop("language", Layout())
+    paths = {name: _path(found.pop(name, None)) for name in ("source", "target", "checkpoint")}
+    own = {name: found.pop(name) for name in ("dtype", "backend", "timeout")}
+    return CommandOptions(command, encoders=layouts, language=language, more=found, **paths, **own)
+
+
+def _from_file() -> type[argparse.Action]:
+    from jsonargparse import ActionConfigFile
+
+    return ActionConfigFile
+
+
+def _number(read_text: Callable[[str], Any]) -> Callable[[Any], Any]:
+    """A parser of text that takes numbers, too: jsonargparse checks defaults, and YAML has them."""
+    return lambda value: read_text(str(value))
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text).expanduser()
+
+
+def _common(parser: argparse.ArgumentParser, command: str) -> None:
+    for name in (*ENCODERS, "language"):
+        axes = "tp=2,cp=2,dp=2" if name == "language" else "tp=2,dp=4"
+        alone = "one rank" if name == "language" else "all of it on every rank"
+        parser.add_argument(
+            f"--{name}",
+            metavar="LAYOUT",
+            default=None,
+            help=f"layout of the {name} part, as in {axes}; without: {alone}",
+        )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32" if command == "check" else None,
+        help="of the weights; without: the folder's",
+    )
+    parser.add_argument(
+        "--backend", choices=("auto", "nccl", "gloo"), default="auto", help="of process groups"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=_number(parsers.whole(1)),
+        default=1800,
+        help="seconds after which a rank that does not answer is lost",
+    )
+
+
+def _import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="HF_FOLDER", help="config.json and safetensors")
+    parser.add_argument("target", metavar="OUT", help="folder for the checkpoint")
+
+
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run: its last checkpoint"
+    )
+    parser.add_argument("target", metavar="OUT", help="folder to write")
+    parser.add_argument(
+        "--source",
+        metavar="HF_FOLDER",
+        default=None,
+        help="the folder that the model came from; without: the one that the checkpoint names",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a model that is in OUT, when the new one is whole",
+    )
+
+
+def _check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="HF_FOLDER", help="config.json and safetensors")
+    parser.add_argument(
+        "--bound",
+        type=_number(parsers.real(0.0, low_included=False)),
+        default=None,
+        help="largest difference over the largest logit; without: 1e-5, 2e-2 in half precision",
+    )
+    parser.add_argument(
+        "--control",
+        action="store_true",
+        help="change one weight by 1e-3: the check must fail",
+    )
+
+
+_OWN: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "import": _import,
+    "export": _export,
+    "check": _check,
+}
+_DESCRIPTIONS = {
+    "import": "Write a checkpoint to train from, in any layout, from a Hugging Face folder.",
+    "export": "Write a Hugging Face folder from a checkpoint of any layout.",
+    "check": "Compare a model's logits here, in any layout, with transformers'.",
+}

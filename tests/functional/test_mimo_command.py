@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mimo``: import, export, check and doctor, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+
+from mimo_colocated.cli import doctor
+from mimo_colocated.cli.main import main
+from mimo_colocated.cli.options import read
+from mimo_colocated.launch.errors import JobError
+from mimo_colocated.launch.layouts import Layout
+from tests.faults.starts import LAUNCH_VARIABLES
+from tests.harness import programs
+from tests.unit_tests.mimo.huggingface import harness, models
+
+TIMEOUT_S = 500
+# Kills the only rank when the first file of weights is closed.
+KILLED = """
+import os, signal, sys
+import megatron.core.models.mimo.huggingface.export
+from megatron.core.models.mimo.huggingface.safetensors_file import SafetensorsFile
+from mimo_colocated.cli.main import main
+whole = SafetensorsFile.close
+def close(self):
+    whole(self)
+    os.kill(os.getpid(), signal.SIGKILL)
+SafetensorsFile.close = close
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def mimo(
+    *arguments: object, program: tuple[str, ...] = ("-m", "mimo_colocated")
+) -> SimpleNamespace:
+    """Run the command; what it printed, its error, its exit code."""
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES}
+    given = [*program, *map(str, arguments)]
+    done: subprocess.CompletedProcess[str] = programs.run(
+        given, Path.cwd(), environment, timeout=TIMEOUT_S
+    )
+    return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
+
+
+def save(model: torch.nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    harness.randomise(model, seed=4).to(dtype).save_pretrained(folder, max_shard_size=20_000)
+    (folder / "tokenizer_config.json").write_text("{}")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama in bfloat16, in several files."""
+    where = tmp_path_factory.mktemp("llama") / "model"
+    return save(models.DENSE["llama"](), where, torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def imported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with the checkpoint of two ranks."""
+    run = tmp_path_factory.mktemp("run")
+    done = mimo("import", folder, run / "checkpoints", "--language", "tp=2")
+    assert done.code == 0, done.err
+    assert "step_00000000; a run loads it with CheckpointStore(" in done.out
+    return run
+
+
+def test_a_folder_goes_through_a_checkpoint_and_comes_back(
+    folder: Path, imported: Path, tmp_path: Path
+) -> None:
+    manifest = json.loads((imported / "checkpoints" / "step_00000000" / "mimo.json").read_text())
+    assert manifest["extra"]["huggingface"]["source"] == str(folder)
+    assert manifest["layouts"] == {"language": {"tp": 2, "cp": 1, "pp": 1, "dp": 1}}
+    killed = mimo("export", imported, tmp_path / "out", program=("-c", KILLED))
+    assert (killed.code, "was killed by SIGKILL" in killed.err) == (1, True)
+    # Nothing that anybody takes for a model, and no obstacle.
+    assert [path.name for path in tmp_path.iterdir()] == [".out.exporting"]
+    assert not (tmp_path / ".out.exporting" / "config.json").exists()
+    done = mimo("export", imported, tmp_path / "out")
+    assert done.code == 0, done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert len(contents(folder)) > 5
+    assert contents(folder) == contents(tmp_path / "out")
+
+
+def test_logits_are_checked_with_images_in_any_layout(tmp_path: Path) -> None:
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=12,
+        patch_size=4,
+    )
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=transformers.LlamaConfig(**models.SIZES),
+        image_token_index=98,
+        vision_feature_layer=-2,
+    )
+    made = save(transformers.LlavaForConditionalGeneration(config), tmp_path / "llava")
+    layouts = ("--vision", "tp=1,dp=2", "--language", "tp=2")
+    done = mimo("check", made, *layouts)
+    assert done.code == 0, done.err
+    found = re.findall(
+        r"^(text|one each|several each|some without) +(\S+) +worst: ", done.out, re.M
+    )
+    assert [case for case, _ in found] == ["text", "one each", "several each", "some without"]
+    assert all(0 < float(error) < 1e-5 for _, error in found)
+    assert "weights        all as read" in done.out
+    control = mimo("check", made, *layouts, "--control")
+    assert control.code == 1
+    assert control.out.count("ABOVE THE BOUND") == 4
+    assert re.search(
+        r"error: the logits of '.+' differ from transformers' by \S+ of the largest logit, more "
+        r"than 1e-05; weight language_model.model.norm.weight is not the folder's",
+        control.err,
+    )
+
+
+def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    """The error of a command line that starts no rank."""
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def with_config(folder: Path, target: Path, **values: object) -> Path:
+    """A folder with other values in its configuration."""
+    target.mkdir()
+    for path in folder.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | values))
+    return target
+
+
+def test_what_cannot_be_is_said_before_a_rank_starts(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*_anything: object) -> None:
+        raise AssertionError("ranks were started")
+
+    monkeypatch.setattr("mimo_colocated.launch.launcher._start_and_wait", start)
+    out = tmp_path / "out"
+    words = refused(capsys, "import", tmp_path / "nothing", out)
+    assert "nothing is not a Hugging Face model folder: it has no config.json" in words
+    words = refused(capsys, "import", folder, out, "--language", "tp=8")
+    assert "language tp=8 does not divide its 4 attention heads; try --language tp=4" in words
+    words = refused(capsys, "check", folder, "--vision", "tp=1")
+    assert "--vision is given, but the model in" in words
+    other = with_config(folder, tmp_path / "other", model_type="gemma2")
+    assert "model_type 'gemma2' is not known; known are" in refused(capsys, "import", other, out)
+    unknown = with_config(folder, tmp_path / "unknown", model_type="frob")
+    words = refused(capsys, "import", unknown, out)
+    assert "transformers cannot read its config.json (model_type 'frob')" in words
+    words = refused(capsys, "import", folder, folder)
+    assert "model exists and is not empty; give another folder" in words
+    words = refused(capsys, "export", tmp_path / "nothing", out)
+    assert "nothing is no checkpoint and no run" in words
+    words = refused(capsys, "check", folder, "--control", "--dtype", "bfloat16")
+    assert "a change of 1e-3 is within its rounding; use --dtype float32" in words
+    (other / sorted(p.name for p in other.glob("*.safetensors"))[0]).unlink()
+    assert "which are not there; download the folder again" in refused(capsys, "check", other)
+
+
+def test_an_export_is_refused_before_a_rank_starts(
+    folder: Path, imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = refused(capsys, "export", imported, folder)
+    assert "model exists and is not empty; give another folder, or overwrite=True" in words
+    step = imported / "checkpoints" / "step_00000000"
+    run = tmp_path / "run"
+    (run / step.name).mkdir(parents=True)
+    entries = json.loads((step / "mimo.json").read_text())
+    for extra, said in (
+        ({}, "does not say which Hugging Face folder its model came from; name it with --source"),
+        ({"huggingface": {"source": "/gone"}}, "the model came from /gone, which is not there"),
+    ):
+        changed = {**entries, "extra": extra, "digest": None}
+        (run / step.name / "mimo.json").write_text(json.dumps(changed))
+        assert said in refused(capsys, "export", run / step.name, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("import a", "the following arguments are required: target"),
+        ("import a b --language tp=x", "tp must be a whole number from 1"),
+        ("import a b --timeout 0", "--timeout: must be a whole number from 1 to 2147483647"),
+        ("import a b --frob", "unrecognized arguments: --frob"),
+        ("check a --bound -1", "must be a number above 0, got '-1'"),
+        ("frob", "'frob' is no command; the commands are import, export, check, doctor"),
+        ("doctor --frob", "unrecognized arguments: --frob"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(
+    line: str, said: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert said in refused(capsys, *line.split())
+
+
+def test_options_come_from_a_file_too(tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text("language: tp=2,dp=2\ntimeout: 7\noverwrite: true\n")
+    options = read("export", ["run", "out", "--config", str(file), "--timeout", "9"])
+    assert (options.language, options.world_size) == (Layout(tp=2, dp=2), 4)
+    assert (options.timeout, options.more) == (9, {"overwrite": True})
+    assert (options.checkpoint, options.target, options.source) == (Path("run"), Path("out"), None)
+
+
+def test_the_doctor_needs_no_extras_and_tells_each_cure(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["doctor", "--folder", str(tmp_path)]) == 0
+    found = capsys.readouterr().out
+    assert f"ok    torch               {version('torch')}\n" in found
+    assert re.search(r"^ok    mimo modules +\S+/mimo$", found, re.M)
+    assert re.search(rf"^ok    folder +{tmp_path}: .* free; writes, locks, renames$", found, re.M)
+    assert list(tmp_path.iterdir()) == []
+    there = doctor._version
+    missing = {"jsonargparse": None, "megatron-core": "0.17.0"}
+    monkeypatch.setattr(doctor, "_version", lambda name: missing.get(name, there(name)))
+    assert main(["doctor", "--folder", str(tmp_path / "no")]) == 1
+    found = capsys.readouterr().out
+    assert re.search(r"note  jsonargparse .*\n +-> pip install '.*\[cli\]'", found)
+    assert re.search(r"BAD   megatron-core +0.17.0\n +-> install a supported one: 0.16.1", found)
+    assert re.search(r"BAD   folder .*/no is not there\n +-> make it: mkdir -p", found)
+
+
+def test_without_the_library_for_options_the_doctor_works_and_others_say_what_to_install() -> None:
+    program = """
+import sys
+sys.modules["jsonargparse"] = None  # as if it were not installed
+from mimo_colocated.cli.main import main
+assert main(["doctor"]) == 0
+sys.exit(main(["check", "folder"]))
+"""
+    done = mimo(program=("-c", program))
+    assert "ok    torch" in done.out
+    assert done.code == 2
+    assert "the package is missing: jsonargparse; install what `mimo` needs with" in done.err
+
+
+def test_an_import_error_of_the_parser_is_not_a_traceback() -> None:
+    with pytest.raises(JobError, match="File does not exist"):
+        read("check", ["a", "--config", "/nowhere/x.yaml"])
