@@ -24,7 +24,7 @@ from tests.unit_tests.mimo.huggingface import harness
 from tests.unit_tests.mimo.huggingface import qwen_vl_models as qwen
 
 ONE = harness.Case(Layout(), {"images": Layout()})
-WHOLE = ["qwen2_5_vl"]
+WHOLE = ["qwen2_5_vl", "qwen3_vl"]
 GRIDS = [(1, 4, 6), (2, 2, 4), (1, 8, 8), (3, 6, 10), (1, 2, 2)]
 CONTROLS = [
     ("qwen2_5_vl", "runs.1.layers.0.self_attention.linear_qkv.weight", (5, 3)),
@@ -32,6 +32,9 @@ CONTROLS = [
     ("qwen2_5_vl", "runs.0.layers.1.mlp.linear_fc2.weight", (5, 3)),
     ("qwen2_5_vl", "patch_embedding.weight", (5, 2, 1, 3, 0)),
     ("qwen2_5_vl", "merger.mlp.encoder.linear_fc2.weight", (5, 3)),
+    ("qwen3_vl", "merger.mlp.encoder.linear_fc2.weight", (5, 3)),
+    ("qwen3_vl", "level_mergers.2.mlp.encoder.linear_fc2.weight", (5, 3)),
+    ("qwen3_vl", "position_embedding.weight", (5, 3)),
 ]
 
 

@@ -24,7 +24,13 @@ LAYOUTS = {
     "equal-pp2-cp2": harness.Case(Layout(pp=2, cp=2, dp=2), {"images": Layout(tp=4, dp=2)}, SP),
     "packed": harness.Case(FAN_IN[1], FAN_IN[0], {**SP, "packed": True}),
 }
+# Over two stages the third level is added on the second one, of layers that are recomputed too.
+RECOMPUTED = harness.Case(
+    Layout(tp=2, pp=2, cp=2), {"images": Layout(tp=4, dp=2)}, {**SP, "recompute": "full"}
+)
 ROWS = [("qwen2_5_vl", layout) for layout in LAYOUTS]
+LAYOUTS["pp2-cp2-sp-recomputed"] = RECOMPUTED
+ROWS += [("qwen3_vl", layout) for layout in LAYOUTS]
 
 
 @pytest.mark.parametrize(("name", "layout"), ROWS)

@@ -298,6 +298,9 @@ def _build(
         module_to_grid_map=grids,
         bridge=options.bridge,
         kv_format="thd" if options.packed else "sbhd",
+        deepstack_layers={
+            part.modality: part.level_layers for part in composite.encoders if part.level_layers
+        },
     )
     model = MimoModel(
         mimo_config, cp_group=collections[LANGUAGE].cp, tp_group=collections[LANGUAGE].tp
