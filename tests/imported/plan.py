@@ -44,6 +44,9 @@ LLAVA = {
     "stages: images TP2 DP4, language PP2 CP2 DP2": Case(
         Layout(pp=2, cp=2, dp=2), {"images": Layout(tp=2, dp=4)}
     ),
+    "fan-in: images TP2 DP4, language TP2 CP2 DP2, SP, bf16": Case(
+        Layout(tp=2, cp=2, dp=2), {"images": Layout(tp=2, dp=4)}, {**SP, **BF16}
+    ),
 }
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron.core.models.mimo.huggingface.build import from_folder
 from megatron.core.models.mimo.huggingface.family import UnsupportedModelError
+from megatron.core.models.mimo.memory.policy import EncoderMemory
 from mimo_colocated.launch.layouts import Layout
 from tests.unit_tests.mimo.huggingface import harness
 from tests.unit_tests.mimo.huggingface.llava_models import MODELS, llava, llava_task
@@ -114,6 +115,22 @@ def test_frozen_embeddings_do_not_stop_gradients_of_recomputed_layers(tmp_path: 
     layers = {name: error for name, error in errors.items() if ".encoder.layers." in name}
     assert len(layers) == 4 * 16
     assert harness.worst(layers)[1] <= harness.GRADIENTS
+
+
+@pytest.mark.parametrize(
+    "policy", [EncoderMemory("recompute", "recompute"), EncoderMemory("offload", offload_from=0)]
+)
+@pytest.mark.parametrize("name", ["clip-qwen3", "siglip2-llama"])
+def test_activations_of_a_tower_may_go_until_backward(
+    name: str, policy: EncoderMemory, tmp_path: Path
+) -> None:
+    task = _saved(tmp_path, name)
+
+    def use(model: Any) -> None:
+        model.modality_submodules["images"].use_memory(policy)
+
+    _, errors, _ = _errors(task, tmp_path, _case(freeze=use))
+    assert harness.worst(errors)[1] <= harness.GRADIENTS
 
 
 def test_layers_above_the_feature_layer_are_not_built(tmp_path: Path) -> None:
