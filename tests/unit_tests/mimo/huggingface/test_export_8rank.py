@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,13 @@ from megatron.core.models.mimo.huggingface.export import ExportError, to_folder
 from megatron.core.models.mimo.huggingface.safetensors_file import SafetensorsFile
 from mimo_colocated.cli.importing import NoOptimizer
 from mimo_colocated.launch.layouts import Layout
-from tests.unit_tests.mimo.huggingface import harness, models
+from tests.unit_tests.mimo.huggingface import (
+    harness,
+    llava_models,
+    models,
+    qwen_vl_models,
+    sounds,
+)
 from tests.unit_tests.mimo.tiny_modules import on_all_ranks
 
 pytestmark = pytest.mark.ranks(8)
@@ -70,6 +77,40 @@ def test_a_folder_comes_back_byte_for_byte(family: str, layout: str, shared_tmp_
     assert json.loads(before.pop(index)) == json.loads(after.pop(index))
     assert sum(done) == sum(t.numel() * 2 for t in harness.whole_folder(source).values())
     assert before.keys() == after.keys()
+    assert [name for name in before if before[name] != after[name]] == []
+
+
+FAN_IN = {"encoder": Layout(tp=2, dp=4), "language": Layout(tp=2, cp=2, dp=2)}
+STAGES = {"encoder": Layout(tp=4, dp=2), "language": Layout(tp=2, pp=2, dp=2)}
+
+
+@pytest.mark.parametrize(
+    ("make", "modality", "layouts"),
+    [
+        (lambda: llava_models.llava("clip-llama"), "images", FAN_IN),
+        (lambda: llava_models.llava("siglip-qwen2"), "images", STAGES),
+        (sounds.qwen2_audio, "audio", STAGES),
+        (qwen_vl_models.qwen2_5_vl, "images", FAN_IN),
+    ],
+    ids=["clip", "tied siglip", "qwen2_audio", "qwen2_5_vl"],
+)
+def test_a_whole_model_comes_back_byte_for_byte(
+    make: Callable[[], torch.nn.Module],
+    modality: str,
+    layouts: dict[str, Layout],
+    shared_tmp_path: Path,
+) -> None:
+    source = shared_tmp_path / "source"
+    if dist.get_rank() == 0:
+        make().save_pretrained(source, max_shard_size=50_000)
+    dist.barrier()
+    chosen = {modality: layouts["encoder"], "language": layouts["language"]}
+    built = from_folder(source, chosen)
+    to_folder(built, shared_tmp_path / "out")
+    built.destroy()
+    before, after = everything(source), everything(shared_tmp_path / "out")
+    index = "model.safetensors.index.json"
+    assert json.loads(before.pop(index)) == json.loads(after.pop(index))
     assert [name for name in before if before[name] != after[name]] == []
 
 

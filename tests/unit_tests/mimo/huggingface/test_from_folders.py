@@ -16,6 +16,7 @@ from torch import nn
 
 from megatron.core.models.mimo.huggingface.build import BuildOptions, ImportedModel
 from megatron.core.models.mimo.huggingface.compose import from_folders
+from megatron.core.models.mimo.huggingface.export import to_folder
 from megatron.core.models.mimo.huggingface.family import UnsupportedModelError
 from megatron.core.models.mimo.huggingface.folder import FolderError
 from megatron.core.models.mimo.huggingface.weights import held_by
@@ -162,3 +163,19 @@ def test_parts_that_do_not_make_a_model_are_refused(tmp_path: Path) -> None:
         arguments = {"images": tower, "language": language, "token_id": IMAGE_TOKEN, **given}
         with pytest.raises(error, match=message):
             from_folders(ONE, **arguments)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_it_is_exported_as_a_model_that_transformers_reads(name: str, tmp_path: Path) -> None:
+    parts = _save(tmp_path, name)
+    (tmp_path / "language" / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "tower" / "preprocessor_config.json").write_text("{}")
+    built = _built(tmp_path)
+    expected = _theirs(built, *parts).state_dict()
+    to_folder(built, tmp_path / "out")
+    found = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
+    weights = found.state_dict()
+    assert weights.keys() == expected.keys()
+    assert [key for key in weights if not torch.equal(weights[key], expected[key])] == []
+    there = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "tokenizer_config.json", "preprocessor_config.json"} <= there

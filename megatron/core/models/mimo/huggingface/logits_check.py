@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -139,6 +140,12 @@ class LogitsCheck:
     def _their_logits(self, input_ids: Tensor, samples: list[Sample]) -> Tensor:
         own = {name: _as(value, self._theirs.dtype) for name, value in _joined(samples).items()}
         inputs = {**own, "attention_mask": torch.ones_like(input_ids)}
+        if "mm_token_type_ids" in inspect.signature(self._theirs.forward).parameters:
+            # Without it transformers counts images as text; processors return it.
+            images = torch.zeros_like(input_ids, dtype=torch.int)
+            for part in self._built.composite.encoders:
+                images[input_ids == part.token_id] = 1
+            inputs["mm_token_type_ids"] = images
         return self._theirs(input_ids=input_ids, **inputs, use_cache=False).logits.float()
 
     def _logits(self, input_ids: Tensor, samples: list[Sample]) -> Tensor:
