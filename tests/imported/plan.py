@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from mimo_colocated.launch.layouts import Layout
-from tests.unit_tests.mimo.huggingface import llava_models, models
+from tests.unit_tests.mimo.huggingface import llava_models, models, qwen_vl_models
 from tests.unit_tests.mimo.huggingface.harness import Case, Task, randomise, text_task
 
 BF16 = {"dtype": torch.bfloat16}
@@ -46,6 +46,21 @@ LLAVA = {
     ),
     "fan-in: images TP2 DP4, language TP2 CP2 DP2, SP, bf16": Case(
         Layout(tp=2, cp=2, dp=2), {"images": Layout(tp=2, dp=4)}, {**SP, **BF16}
+    ),
+}
+QWEN_VL = {
+    "one process": Case(Layout(), {"images": Layout()}),
+    "fan-in: images TP2 DP4, language TP2 CP2 DP2, SP": Case(
+        Layout(tp=2, cp=2, dp=2), {"images": Layout(tp=2, dp=4)}, SP
+    ),
+    "fan-in: images TP2 DP4, language TP2 CP2 DP2, SP, packed": Case(
+        Layout(tp=2, cp=2, dp=2), {"images": Layout(tp=2, dp=4)}, {**SP, "packed": True}
+    ),
+    "fan-out: images TP4 DP2, language CP2 DP4": Case(
+        Layout(cp=2, dp=4), {"images": Layout(tp=4, dp=2)}
+    ),
+    "stages: images TP4 DP2, SP, language PP2 CP2 DP2": Case(
+        Layout(pp=2, cp=2, dp=2), {"images": Layout(tp=4, dp=2)}, SP
     ),
 }
 
@@ -86,6 +101,13 @@ def rows() -> Iterator[Row]:
     for name in llava_models.MODELS:
         for layout, case in LLAVA.items():
             yield Row(f"llava {name}", layout, case, _llava(name))
+    for name, make in qwen_vl_models.MODELS.items():
+        for layout, case in QWEN_VL.items():
+            yield Row(name, layout, case, _qwen_vl(make))
+
+
+def _qwen_vl(make: Callable[[], object]) -> Callable[[], Task]:
+    return lambda: qwen_vl_models.task(make())
 
 
 def _llava(name: str) -> Callable[[], Task]:

@@ -15,6 +15,10 @@ _PADDING = _ALONE + "test_patches_of_padding_have_no_rows"
 _REFUSED = _ALONE + "test_patches_that_do_not_fit_together_are_refused"
 _RANKS = _TESTS + "test_llava_8rank.py::test_logits_and_gradients_are_those_of_transformers"
 _PARTS = _TESTS + "test_from_folders.py::"
+_GRIDS, _QWEN = _TOWERS + "image_grids.py", _TOWERS + "qwen_vision.py"
+_QWEN_VL = _TESTS + "test_qwen_vl.py::"
+_QWEN_ROWS = _QWEN_VL + "test_a_tower_returns_their_rows_and_levels"
+_QWEN_RANKS = _TESTS + "test_qwen_vl_8rank.py::test_logits_and_gradients_are_those_of_transformers"
 
 IMPORTED_TOWERS = (
     Mutant(
@@ -112,5 +116,62 @@ IMPORTED_TOWERS = (
         new="    changed(read_config(Path(language)), {})",
         tests=(_PARTS + "test_fields_of_the_configuration_may_have_other_values",),
         why="config_fields is accepted and ignored",
+    ),
+    Mutant(
+        name="windows-of-the-first-image-only",
+        file=_GRIDS,
+        old="        first += units.numel()",
+        new="        first += 0",
+        tests=(_QWEN_VL + "test_windows_are_those_of_transformers",),
+        why="patches of later images are replaced by those of the first",
+    ),
+    Mutant(
+        name="frames-see-each-other",
+        file=_GRIDS,
+        old="return [h * w for t, h, w in grids for _ in range(t)]",
+        new="return [t * h * w for t, h, w in grids]",
+        tests=(_QWEN_VL + "test_places_of_patches_are_those_of_transformers",),
+        why="full layers attend over all frames of an image",
+    ),
+    Mutant(
+        name="full-layers-attend-within-windows",
+        file=_QWEN,
+        old="return self.window is not None and layer not in self.full_layers",
+        new="return self.window is not None",
+        tests=(_QWEN_ROWS,),
+        why="no layer of Qwen2.5-VL sees a whole image",
+    ),
+    Mutant(
+        name="merged-rows-stay-in-window-order",
+        file=_QWEN,
+        old="rows[places.order.argsort()]",
+        new="rows[places.order]",
+        tests=(_QWEN_ROWS,),
+        why="rows stand at the tokens of other squares of their image",
+    ),
+    Mutant(
+        name="towers-lists-are-saved-whole",
+        file=_QWEN,
+        old="if isinstance(child, nn.ModuleList):",
+        new="if False:",
+        tests=(_QWEN_RANKS,),
+        ranks=8,
+        why="a checkpoint has the first TP rank's part of the layers, called the whole",
+    ),
+    Mutant(
+        name="packs-count-on",
+        file=MIMO + "huggingface/positions.py",
+        old="    bounds = _bounds(input_ids, attention_mask, cu_seqlens)",
+        new="    bounds = _bounds(input_ids, None, None)",
+        tests=(_QWEN_VL + "test_positions_are_those_of_transformers",),
+        why="packed sequences go on counting positions from the one before",
+    ),
+    Mutant(
+        name="qwen3-vl-levels-one-layer-late",
+        file=MIMO + "huggingface/families/qwen_vl.py",
+        old="level_layers=tuple(range(len(shape.levels))),",
+        new="level_layers=tuple(range(1, 1 + len(shape.levels))),",
+        tests=(_QWEN_VL + "test_logits_and_gradients_are_those_of_transformers",),
+        why="Qwen3-VL's levels are added after other layers than they were trained for",
     ),
 )
