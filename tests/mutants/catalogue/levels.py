@@ -8,7 +8,7 @@ _LEVELS = MIMO + "model/deepstack.py"
 _COMM = MIMO + "comm/gather_bridge.py"
 _TESTS = UNIT + "test_deepstack.py::"
 _IN_STAGES = _TESTS + "test_levels_and_gradients_in_stages_against_one_rank"
-_WHOLE = _TESTS + "test_levels_and_gradients_against_one_rank"
+_BY_HAND = _TESTS + "test_one_rank_adds_each_level_after_its_layer_and_nowhere_else"
 
 LEVELS = (
     Mutant(
@@ -16,7 +16,7 @@ LEVELS = (
         file=_LEVELS,
         old="level = levels.narrow(1, slot * width, width)",
         new="level = levels.narrow(1, 0, width)",
-        tests=(_WHOLE,),
+        tests=(_BY_HAND,),
         why="deeper layers get the features of a shallower one",
     ),
     Mutant(
@@ -24,7 +24,7 @@ LEVELS = (
         file=_LEVELS,
         old="found = {each.layer_number - 1: each for each in _layers(stage)}",
         new="found = {each.layer_number - 2: each for each in _layers(stage)}",
-        tests=(_TESTS + "test_one_rank_adds_each_level_after_its_layer_and_nowhere_else",),
+        tests=(_BY_HAND,),
         why="the model is another one than it was trained as",
     ),
     Mutant(
