@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors.torch import load_file, save_file
 
-from megatron.core.models.mimo.huggingface.build import from_folder
+from megatron.core.models.mimo.huggingface.build import BuildOptions, from_folder
+from megatron.core.models.mimo.huggingface.export import to_folder
 from megatron.core.models.mimo.huggingface.family import UnsupportedModelError
 from megatron.core.models.mimo.memory.policy import EncoderMemory
 from mimo_colocated.launch.layouts import Layout
@@ -72,6 +74,33 @@ def test_logits_and_gradients_are_those_of_transformers(name: str, tmp_path: Pat
     assert error <= harness.LOGITS
     tensor, error = harness.worst(errors)
     assert error <= harness.GRADIENTS, tensor
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_tensor_comes_back_byte_by_byte(name: str, tmp_path: Path) -> None:
+    _saved(tmp_path, name)
+    built = from_folder(tmp_path / "model", {"images": ONE, "language": ONE})
+    to_folder(built, tmp_path / "out")
+    before, after = (tmp_path / each / "model.safetensors" for each in ("model", "out"))
+    assert load_file(after).keys() == load_file(before).keys()
+    assert harness.change_one(built, "layers.0.self_attention.linear_qkv.bias", (1,), 1e-3)
+    to_folder(built, tmp_path / "out changed")
+    changed = load_file(tmp_path / "out changed" / "model.safetensors")
+    theirs = load_file(before)
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in load_file(after).items())
+    assert not all(torch.equal(tensor, theirs[key]) for key, tensor in changed.items())
+    built.destroy()
+
+
+def test_an_export_says_which_hidden_states_were_used(tmp_path: Path) -> None:
+    _saved(tmp_path, "clip-llama")
+    options = BuildOptions(config_fields={"vision_feature_layer": -1})
+    built = from_folder(tmp_path / "model", {"images": ONE, "language": ONE}, options)
+    to_folder(built, tmp_path / "out")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.vision_feature_layer == -1
+    assert config.vision_config.num_hidden_layers == 4
+    built.destroy()
 
 
 @pytest.mark.parametrize("weight", CONTROLS)

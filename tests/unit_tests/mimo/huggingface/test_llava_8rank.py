@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.core.models.mimo.huggingface.export import to_folder
 from tests.imported.plan import LLAVA
 from tests.unit_tests.mimo.huggingface import harness
 from tests.unit_tests.mimo.huggingface.llava_models import llava, llava_task
@@ -40,6 +41,14 @@ def test_logits_and_gradients_are_those_of_transformers(
         errors = harness.gradient_errors(gradients, expected.gradients)
         found = harness.logits_error(logits, expected, task), harness.worst(errors)
     logits_error, (tensor, gradient_error) = harness.agreed(found)
+    to_folder(built, shared_tmp_path / "out")
+    differing = None
+    if expected is not None:
+        before, after = (harness.whole_folder(shared_tmp_path / name) for name in ("model", "out"))
+        assert before.keys() == after.keys()
+        differing = [name for name in before if not torch.equal(before[name], after[name])]
+    differing = harness.agreed(differing)
     built.destroy()
+    assert differing == []
     assert logits_error <= harness.LOGITS
     assert gradient_error <= harness.GRADIENTS, tensor
