@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from mimo_colocated.launch.layouts import Layout
-from tests.unit_tests.mimo.huggingface import llava_models, models, qwen_vl_models
+from tests.unit_tests.mimo.huggingface import llava_models, models, qwen_vl_models, sounds
 from tests.unit_tests.mimo.huggingface.harness import Case, Task, randomise, text_task
 
 BF16 = {"dtype": torch.bfloat16}
@@ -104,6 +104,8 @@ def rows() -> Iterator[Row]:
     for name, make in qwen_vl_models.MODELS.items():
         for layout, case in QWEN_VL.items():
             yield Row(name, layout, case, _qwen_vl(make))
+    for layout, case in sounds.CASES.items():
+        yield Row("qwen2_audio", layout, case, sounds.task)
 
 
 def _qwen_vl(make: Callable[[], object]) -> Callable[[], Task]:

@@ -11,6 +11,7 @@ from tests.mutants.catalogue.faults import FAULTS
 from tests.mutants.catalogue.files import FILES
 from tests.mutants.catalogue.frozen import FROZEN
 from tests.mutants.catalogue.imported import IMPORTED
+from tests.mutants.catalogue.imported_sounds import IMPORTED_SOUNDS
 from tests.mutants.catalogue.imported_towers import IMPORTED_TOWERS
 from tests.mutants.catalogue.levels import LEVELS
 from tests.mutants.catalogue.memory import MEMORY
@@ -63,6 +64,7 @@ MUTANTS = (
     *BOUNDARIES,
     *OPTIONS,
     *IMPORTED,
+    *IMPORTED_SOUNDS,
     *IMPORTED_TOWERS,
     *EXPORTED,
     *WITHOUT_A,

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from mimo_colocated.launch.layouts import Layout
 from tests.unit_tests.mimo.huggingface import harness, models
 
 TOKEN = 98
@@ -26,6 +27,28 @@ ENCODER = {
     "num_mel_bins": BINS,
     "max_source_positions": POSITIONS,
 }
+
+
+def _case(encoder: Layout, language: Layout, **settings: object) -> harness.Case:
+    return harness.Case(language, {"audio": encoder}, settings)
+
+
+CASES = {
+    "one process": _case(Layout(), Layout()),
+    "fan-in: DP8, TP2 CP2 DP2": _case(Layout(dp=8), Layout(tp=2, cp=2, dp=2)),
+    "fan-in: TP2 DP4, TP2 CP2 DP2, SP": _case(
+        Layout(tp=2, dp=4), Layout(tp=2, cp=2, dp=2), sequence_parallel=True
+    ),
+    "fan-out: TP4 DP2, TP2 DP4": _case(Layout(tp=4, dp=2), Layout(tp=2, dp=4)),
+    "equal: TP2 DP4, gather": _case(Layout(tp=2, dp=4), Layout(tp=2, dp=4), bridge="gather"),
+    "stages: TP4 DP2, PP2 CP2 DP2, recompute": _case(
+        Layout(tp=4, dp=2), Layout(pp=2, cp=2, dp=2), recompute="full"
+    ),
+    "fan-in: TP2 DP4, TP2 CP2 DP2, packed": _case(
+        Layout(tp=2, dp=4), Layout(tp=2, cp=2, dp=2), packed=True
+    ),
+}
+"""Layouts in words -> what is compared."""
 
 
 def qwen2_audio(**text: Any) -> nn.Module:

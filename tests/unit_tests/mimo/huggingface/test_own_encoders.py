@@ -18,7 +18,7 @@ from megatron.core.models.mimo.huggingface.build import BuildOptions, from_folde
 from megatron.core.models.mimo.huggingface.own_encoders import TOWER, tower_part
 from megatron.core.models.mimo.towers.hugging_face import HuggingFaceEncoder, Rows
 from mimo_colocated.launch.layouts import Layout
-from tests.unit_tests.mimo.huggingface import harness, models
+from tests.unit_tests.mimo.huggingface import harness, models, sounds
 
 SIZES = {
     "hidden_size": 16,
@@ -179,6 +179,20 @@ def test_the_tower_of_a_larger_folder_and_back(tmp_path: Path) -> None:
     again = transformers.CLIPVisionModel.from_pretrained(tmp_path / "vision")
     for name, parameter in again.named_parameters():
         assert torch.equal(parameter, encoder.tower.get_parameter(name)), name
+
+
+def test_inputs_are_cast_to_the_tower_s_dtype() -> None:
+    """Whisper's encoder, which does not cast them itself, out of a whole Whisper."""
+    ends = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+    config = transformers.WhisperConfig(
+        **sounds.ENCODER, decoder_layers=1, vocab_size=9, **dict.fromkeys(ends, 1)
+    )
+    encoder = HuggingFaceEncoder(config, part="encoder", dtype=torch.bfloat16)
+    features, _ = sounds.spectra()
+    found = encoder(input_features=features)
+    assert found.dtype == torch.bfloat16
+    assert found.shape == (8, 20, 24)
+    assert (encoder.width, encoder.unused) == (24, [])
 
 
 def test_a_folder_without_the_weights_is_refused(tmp_path: Path) -> None:
