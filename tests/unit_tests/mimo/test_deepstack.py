@@ -19,6 +19,7 @@ from torch import nn
 
 from megatron.core.hyper_comm_grid import box_of
 from megatron.core.models.mimo import MimoModel
+from megatron.core.models.mimo.comm.plan.balance import EncoderBalance
 from megatron.core.models.mimo.comm.plan.routed_layout import RouteLayout
 from megatron.core.models.mimo.comm.plan.routes import plan_routes
 from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns
@@ -136,6 +137,10 @@ class Result:
 def step(case: Levels, rank: int, model: MimoModel) -> Result:
     """Encode all microbatches, give every layer's output a gradient, take these back."""
     batches = [case.inputs(rank, number) for number in range(len(case.images))]
+    return step_of(case, rank, model, batches)
+
+
+def step_of(case: Levels, rank: int, model: MimoModel, batches: list[dict[str, Any]]) -> Result:
     encoded = model.encode_microbatches(batches)
     found: list[dict[int, torch.Tensor]] = []
     for number, (batch, each) in enumerate(zip(batches, encoded.microbatches, strict=True)):
@@ -173,6 +178,26 @@ def result_of(model: MimoModel, found: list[dict[int, torch.Tensor]]) -> Result:
     return Result(found, {name: p.grad for name, p in encoders.named_parameters()})
 
 
+BALANCE = {
+    "images": EncoderBalance(
+        threshold=1,
+        cost=lambda tokens: tokens,
+        tokens_per_item=lambda inputs: [2] * len(inputs["linear"]["x"]),
+    )
+}
+
+
+@dataclass
+class Lopsided(Levels):
+    """All images are read by one replica; the others are given some by cost."""
+
+    def share(
+        self, rank: int, layout: tuple[int, int], count: int, top: float
+    ) -> torch.Tensor:
+        whole = super().share(0, (1, 1), count, top)
+        return whole if layout[1] == 1 or rank < layout[0] else whole[:0]
+
+
 DP_LAST = {"dims": ("tp", "cp", "pp", "dp"), "options": {"bridge": "gather"}}
 EVEN = {"images": EVEN_IMAGES, "sounds": EVEN_SOUNDS}
 MIXED = {**DP_LAST, "options": {"bridge": {"images": "gather", "sounds": "routed"}}}
@@ -184,6 +209,7 @@ STAGES = {
     "fan_out": Levels((4, 2), (1, 1, 2, 4)),
     "virtual": Levels((1, 8), (1, 2, 2, 2), hears=(2, 4), virtual=2),
     "one_modality_without": Levels((1, 8), (1, 2, 2, 2), hears=(2, 4), levels={"images": (6,)}),
+    "balanced": Lopsided((2, 4), (2, 2, 2, 1), options={"encoder_balance": BALANCE}),
     "frozen": Levels((1, 8), (1, 2, 2, 2), frozen=True),
     "gather_fan_in": Levels((1, 4), (1, 2, 2, 1), **DP_LAST, **EVEN),
     "gather_fan_out": Levels((8, 1), (1, 2, 2, 2), **DP_LAST, **EVEN),
@@ -238,6 +264,42 @@ def test_levels_and_gradients_against_one_rank(name: str) -> None:
     case = WHOLE[name]
     (whole,) = alone(case).run(step)
     check(case, case.run(whole_step), whole)
+
+
+def test_a_language_replica_without_samples_takes_part() -> None:
+    """Padding runs there; the images of the other replica's samples are encoded by all ranks."""
+    case = Levels((1, 4), (1, 2, 1, 2), images=([2, 2, 0, 0],), options={"bridge": "routed"})
+
+    def one_empty(case: Levels, rank: int, model: MimoModel) -> dict[str, torch.Tensor | None]:
+        batch = case.inputs(rank, 0)
+        if (empty := case.coordinate(rank, "dp") == 1):
+            names = ("input_ids", "position_ids", "labels", "loss_mask")
+            batch |= {name: batch[name][:0] for name in names}
+            batch["modality_inputs"] = None
+        elif rank == 0:
+            batch["modality_inputs"] = {"images": {"linear": {"x": case.share(0, (1, 1), 4, 1)}}}
+        else:
+            batch["modality_inputs"] = None
+        output, _ = model(**batch)
+        after = model.language_model.after
+        if empty:
+            assert output.numel() == 0
+            assert not any(after[layer].any() for layer in case.levels["images"])
+            sum(hidden.sum() for hidden in after.values()).backward()
+            return result_of(model, []).gradients
+        return backward(case, rank, 0, model.language_model), result_of(model, []).gradients
+
+    def whole(case: Levels, rank: int, model: MimoModel) -> Any:
+        model(**case.inputs(rank, 0))
+        return backward(case, rank, 0, model.language_model), result_of(model, []).gradients
+
+    ((expected, gradients),) = alone(case).run(whole)
+    found = case.run(one_empty)
+    for rank in (0, 1):
+        for layer, hidden in found[rank][0].items():
+            assert torch.equal(hidden, case.part(rank, expected[layer]))
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(found[0][1][key], gradient, rtol=1e-5, atol=1e-5)
 
 
 def test_one_rank_adds_each_level_after_its_layer_and_nowhere_else() -> None:

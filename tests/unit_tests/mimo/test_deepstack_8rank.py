@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.core.models.mimo.memory.policy import EncoderMemory
 from megatron.core.models.mimo.model import deepstack
 from mimo_colocated.launch.layouts import Layout
 from tests.models import model
@@ -74,7 +75,7 @@ CASES = [
     Case("gather", **FAN_IN, images="all",
          options={"sequence_parallel": True, "bridge": "gather", "recompute": "full"}),
     Case("hears", **FAN_IN, images="all", audio="tp=1,dp=8"),
-    Case("pp2", **PP2, micro_batches=4),
+    Case("pp2", **PP2, micro_batches=4, options={"memory": EncoderMemory("offload", "recompute")}),
     Case("pp2_sp_full", **PP2_SP, micro_batches=4,
          options={"sequence_parallel": True, "recompute": "full"}),
     Case("pp2_packed", **PP2, micro_batches=2, step=3, options={"packed": True}),
