@@ -151,9 +151,9 @@ IMPORTED_TOWERS = (
     ),
     Mutant(
         name="towers-lists-are-saved-whole",
-        file=_QWEN,
-        old="if isinstance(child, nn.ModuleList):",
-        new="if False:",
+        file=_TOWERS + "sharded_list.py",
+        old="    def sharded_state_dict(",
+        new="    def unsharded_state_dict(",
         tests=(_QWEN_RANKS,),
         ranks=8,
         why="a checkpoint has the first TP rank's part of the layers, called the whole",

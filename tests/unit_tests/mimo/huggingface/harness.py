@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.mimo.huggingface.build import BuildOptions, ImportedModel, from_folder
 from megatron.core.models.mimo.huggingface.cuts import Run
@@ -360,3 +361,16 @@ def change_one(built: ImportedModel, ours: str, at: tuple[int, ...], by: float) 
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, found)
     return any(everywhere)
+
+
+def saved_as_copies(built: ImportedModel) -> list[str]:
+    """Weights of encoders that are cut over TP and that a checkpoint would take for whole ones."""
+    wrong = []
+    for part in built.parts[1:]:
+        for module in part.modules if part.groups.tp.size() > 1 else ():
+            for each in module.sharded_state_dict().values():
+                weight = each.data if isinstance(each, ShardedTensor) else None
+                cut = getattr(weight, "tensor_model_parallel", False)
+                if cut and tuple(each.global_shape[-weight.ndim :]) == tuple(weight.shape):
+                    wrong.append(each.key)
+    return wrong

@@ -48,7 +48,9 @@ def test_logits_and_gradients_are_those_of_transformers(
         assert before.keys() == after.keys()
         differing = [name for name in before if not torch.equal(before[name], after[name])]
     differing = harness.agreed(differing)
+    copies = harness.saved_as_copies(built)
     built.destroy()
     assert differing == []
+    assert copies == []
     assert logits_error <= harness.LOGITS
     assert gradient_error <= harness.GRADIENTS, tensor

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.models.mimo.huggingface.export import to_folder
 from mimo_colocated.launch.layouts import Layout
 from tests.unit_tests.mimo.huggingface import harness
 from tests.unit_tests.mimo.huggingface import qwen_vl_models as qwen
@@ -52,18 +52,15 @@ def test_logits_and_gradients_are_those_of_transformers(
         errors = harness.gradient_errors(gradients, expected.gradients)
         found = harness.logits_error(logits, expected, task), harness.worst(errors)
     logits_error, (tensor, gradient_error) = harness.agreed(found)
-    saved = _saved_shapes(built)
+    to_folder(built, shared_tmp_path / "out")
+    differing, copies = None, harness.saved_as_copies(built)
+    if expected is not None:
+        before, after = (harness.whole_folder(shared_tmp_path / name) for name in ("model", "out"))
+        assert before.keys() == after.keys()
+        differing = [name for name in before if not torch.equal(before[name], after[name])]
+    differing = harness.agreed(differing)
     built.destroy()
+    assert differing == []
+    assert copies == []
     assert logits_error <= harness.LOGITS
     assert gradient_error <= harness.GRADIENTS, tensor
-    # Cut weights are saved as parts of whole ones, also those in lists of modules.
-    assert saved["runs.0.layers.self_attention.linear_qkv.weight"][-2:] == (96, 32)
-    assert saved["merger.mlp.encoder.linear_fc1.weight"] == (128, 128)
-
-
-def _saved_shapes(built: Any) -> dict[str, tuple[int, ...]]:
-    """Names of the tower's tensors in a checkpoint -> their whole shapes."""
-    (images,) = built.parts[1].modules
-    state = images.sharded_state_dict()
-    found = [each for each in state.values() if isinstance(each, ShardedTensor)]
-    return {each.key.split(f"{qwen.TOWER}.")[1]: tuple(each.global_shape) for each in found}

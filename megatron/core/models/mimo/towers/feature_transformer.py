@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron.core.models.mimo.compat import packed_seq_params
 from megatron.core.models.mimo.memory.layer_recompute import recomputable
+from megatron.core.models.mimo.towers.sharded_list import ShardedModuleList
 from megatron.core.models.mimo.transformer.layer_specs import encoder_layer_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -120,7 +121,7 @@ class FeatureTransformer(MegatronModule):
                     pg_collection=pg_collection,
                 )
             )
-        self.blocks = torch.nn.ModuleList(blocks)
+        self.blocks = ShardedModuleList(blocks, pg_collection)
 
     def forward(self, hidden: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """Embeddings -> features of the same rows.

@@ -29,6 +29,7 @@ from megatron.core.models.mimo.towers.image_grids import (
     patches_of,
     windows_of,
 )
+from megatron.core.models.mimo.towers.sharded_list import ShardedModuleList
 from megatron.core.models.mimo.transformer.layer_specs import (
     encoder_layer_spec,
     use_transformer_engine,
@@ -219,11 +220,11 @@ class QwenVisionTower(MegatronModule):
             table = nn.Embedding(shape.table_side**2, config.hidden_size)
             self.position_embedding = table.to(config.params_dtype)
         self.plan = runs_of(config.num_layers, shape)
-        self.runs = nn.ModuleList(_block(config, run, pg_collection) for run in self.plan)
+        blocks = [_block(config, run, pg_collection) for run in self.plan]
+        self.runs = ShardedModuleList(blocks, pg_collection)
         self.merger = PatchMerger(config, pg_collection, shape)
-        self.level_mergers = nn.ModuleList(
-            PatchMerger(config, pg_collection, shape, norm_merged=True) for _ in shape.levels
-        )
+        levels = [PatchMerger(config, pg_collection, shape, norm_merged=True) for _ in shape.levels]
+        self.level_mergers = ShardedModuleList(levels, pg_collection)
 
     def forward(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
         """Encode images.
@@ -320,23 +321,6 @@ class QwenVisionTower(MegatronModule):
         if order is None:
             return patches
         return patches.unflatten(0, (-1, self.shape.merge**2))[order].flatten(0, 1)
-
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
-        metadata: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """Return the distributed-checkpoint view: lists are opened, stock would save them whole."""
-        children: list[tuple[str, nn.Module]] = []
-        for name, child in self.named_children():
-            if isinstance(child, nn.ModuleList):
-                children += [(f"{prefix}{name}.{n}.", each) for n, each in enumerate(child)]
-            else:
-                children.append((f"{prefix}{name}.", child))
-        return compat.sharded_state_dict_of_children(
-            children, sharded_offsets, metadata, self.pg_collection, type(self).__name__
-        )
 
 
 def _block(config: TransformerConfig, run: Run, groups: ProcessGroupCollection) -> TransformerBlock:
