@@ -15,7 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from megatron.core.models.mimo.huggingface.build import BuildOptions, from_folder
-from megatron.core.models.mimo.huggingface.own_encoders import TOWER, tower_part
+from megatron.core.models.mimo.huggingface.export import to_folder
+from megatron.core.models.mimo.huggingface.family import UnsupportedModelError
+from megatron.core.models.mimo.huggingface.own_encoders import (
+    TOWER,
+    tower_part,
+    without_own_encoders,
+)
 from megatron.core.models.mimo.towers.hugging_face import HuggingFaceEncoder, Rows
 from mimo_colocated.launch.layouts import Layout
 from tests.unit_tests.mimo.huggingface import harness, models, sounds
@@ -248,6 +254,22 @@ def test_a_tower_beside_a_language_model_is_transformers_own_sum(tmp_path: Path)
         expected = language(inputs_embeds=embedded).logits
     difference = (found[..., :99] - expected).abs().max()
     assert difference <= harness.LOGITS * expected.abs().max()
+    built.destroy()
+
+
+@pytest.mark.usefixtures("_one_rank")
+def test_an_export_does_not_lose_the_tower(tmp_path: Path) -> None:
+    models.DENSE["qwen3"]().save_pretrained(tmp_path / "language")
+    part = tower_part("images", DINO, token_id=98)
+    layouts = {"images": Layout(), "language": Layout()}
+    built = from_folder(tmp_path / "language", layouts, encoders=[part])
+    with pytest.raises(UnsupportedModelError, match="would be lost: .*without_own_encoders"):
+        to_folder(built, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    to_folder(without_own_encoders(built), tmp_path / "out")
+    before, after = (harness.whole_folder(tmp_path / name) for name in ("language", "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
     built.destroy()
 
 

@@ -8,6 +8,7 @@ built = from_folder("Qwen3-0.6B", layouts, encoders=[dino])
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import Any
 import torch
 
 from megatron.core.models.mimo import VisionModalitySubmodules
+from megatron.core.models.mimo.huggingface.build import ImportedModel
 from megatron.core.models.mimo.huggingface.composites import EncoderPart
-from megatron.core.models.mimo.huggingface.family import Family
+from megatron.core.models.mimo.huggingface.family import Family, UnsupportedModelError
 from megatron.core.models.mimo.huggingface.fits import LayoutError
-from megatron.core.models.mimo.huggingface.tables import Table
+from megatron.core.models.mimo.huggingface.tables import Source, Table
 from megatron.core.models.mimo.towers.hugging_face import HuggingFaceEncoder, Rows
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -67,7 +69,7 @@ def tower_part(
         model_types=(config.model_type,),
         settings=_settings,
         params=lambda _config: {},
-        table=lambda _config: Table(()),
+        table=lambda _config: _OwnTable(()),
         reads=frozenset(config.to_dict()),  # transformers' own code reads them all
     )
     return EncoderPart(
@@ -82,6 +84,36 @@ def tower_part(
         config=config,
         drawn=("encoders.", "input_projections."),
     )
+
+
+def without_own_encoders(built: ImportedModel) -> ImportedModel:
+    """Return what the folder of a model knows, to be exported; towers are saved by themselves.
+
+    Args:
+        built: the model.
+    """
+    known = tuple(part for part in built.parts if not isinstance(part.table, _OwnTable))
+    return dataclasses.replace(built, parts=known)
+
+
+class _OwnTable(Table):
+    """No name of it is in the folder of the whole model."""
+
+    def find(self, name: str) -> Source | None:
+        """Refuse to look a parameter up.
+
+        Raises:
+            UnsupportedModelError: always.
+        """
+        raise UnsupportedModelError(
+            f"{name} is of an encoder that the model's folder knows nothing of, so it would be "
+            "lost: save the tower with its save_pretrained and the projector's state_dict, then "
+            "export without_own_encoders(built)"
+        )
+
+    def spelled(self, spelling: Mapping[str, str]) -> Table:
+        """Return itself: there are no names to spell."""
+        return self
 
 
 def _config_of(source: Any) -> Any:
