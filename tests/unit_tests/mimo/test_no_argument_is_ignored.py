@@ -47,6 +47,17 @@ NOT_READ = {
     "megatron/core/models/mimo/transformer/norms.py::__new__(unused)": (
         "Megatron-Core versions pass kernels' options"
     ),
+    **{
+        f"megatron/core/models/mimo/huggingface/cuts.py::{name}": "other kinds of cut read it"
+        for name in ("length(heads)", "runs(heads)", "runs(lengths)", "runs(shard)")
+    },
+    **{
+        f"megatron/core/models/mimo/huggingface/{file}.py::__exit__({name})": (
+            "a context manager is told how its block ended"
+        )
+        for file in ("folder", "joined_folder")
+        for name in ("kind", "error", "trace")
+    },
     "mimo_colocated/_startup.py::find_spec(path)": "a finder of the import system is called so",
     "mimo_colocated/_startup.py::find_spec(target)": "a finder of the import system is called so",
 }

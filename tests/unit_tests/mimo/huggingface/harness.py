@@ -35,8 +35,9 @@ LOGITS = 1e-5
 """Bound of |difference| over the largest |logit|; fp32 rounding of a few layers is 1e-6."""
 GRADIENTS = 1e-5
 """Bound of the norm of a difference over the norm of the gradient."""
-BF16_TIMES = 2.0
-"""Bound in bf16: so many times transformers' own error in bf16. Both round in other places."""
+BF16_TIMES = 4.0
+"""Bound in bf16: so many times transformers' own error in bf16. Both round in other places, and
+sums over TP round once more. The worst row is at 2.3; a wrong layer is at 20 and more."""
 CHANGE = 1e-3
 """What a control adds to one weight."""
 
