@@ -45,7 +45,6 @@ EXCEPTIONS = {
             "TokenRuns(cu_seqlens)",
             "HostUse(now)",
             "HostUse(moved)",
-            "EncodedMicrobatch(number)",
             "EncodedMicrobatch(stands_for)",
             "Manifest(optimizer)",
             "EncoderOutput(sequence_first)",
@@ -72,10 +71,6 @@ EXCEPTIONS = {
     "peel(wrappers)": "the callers' constant",
     "sharded_state_dict_of_children(wrappers)": "the callers' constant",
     "settle(patience_s)": "a deadline, which correctness does not depend on",
-    **dict.fromkeys(
-        ("ColocatedBridgeCommunicator(later_stages)", "RoutedBridge(later_stages)"),
-        "handed on by MimoModel; test_deepstack compares levels on later stages with one rank",
-    ),
     **dict.fromkeys(
         ("check_place(same_shapes)", "load_inner_state(settings)"),
         "handed on by MimoOptimizer.load_state_dict; test_optimizer_table sets it there",

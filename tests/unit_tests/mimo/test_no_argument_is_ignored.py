@@ -20,7 +20,7 @@ NOT_READ = {
     ),
     **{
         f"megatron/core/models/mimo/model/gathered_path.py::{name}": "other ways have use for it"
-        for name in ("make_bridge(config)", "make_bridge(options)", "build(options)")
+        for name in ("make_bridge(config)", "build(options)")
     },
     "megatron/core/models/mimo/model/routed_path.py::levels(batch)": (
         "its rows know their places; the gathered way looks for them"
