@@ -78,12 +78,17 @@ def check_first(options: CommandOptions) -> None:
     Raises:
         JobError: the checkpoint, its source, the layouts or the target.
     """
+    from megatron.core.models.mimo.huggingface.folder import ModelFolder
     from megatron.core.models.mimo.huggingface.target import Target, TargetError
 
     with models.one_sentence():
-        models.check_source(source_of(options, find(options.checkpoint)), options)
+        source = source_of(options, find(options.checkpoint))
+        models.check_source(source, options)
+        with ModelFolder(source) as opened:
+            copied = {path.relative_to(source).as_posix() for path in opened.others()}
+        overwrite, files = options.more["overwrite"], {"config.json", *copied}
         try:
-            Target(options.target, overwrite=options.more["overwrite"]).check()
+            Target(options.target, overwrite=overwrite, sources=[source], files=files).check()
         except TargetError as error:
             raise JobError(str(error)) from error
 

@@ -51,6 +51,7 @@ def check_source(folder: Path, options: CommandOptions) -> None:
             text = str(error)
             for modality, flag in flags.items():
                 text = text.replace(f"--{modality} ", f"--{flag} ")
+                text = text.replace(f"{modality} tp=", f"{flag} tp=")
             raise LayoutError(text) from error
 
 
@@ -58,22 +59,15 @@ def described(folder: Path) -> Any:
     """Return what the model in a folder is made of; its files are there and whole.
 
     Raises:
-        JobError: transformers does not know its kind.
+        UnsupportedModelError: its kind is not known.
+        FolderError: it is no whole model.
     """
     from megatron.core.models.mimo.huggingface.build import read_config
     from megatron.core.models.mimo.huggingface.composites import describe
     from megatron.core.models.mimo.huggingface.folder import ModelFolder
 
     with ModelFolder(folder) as opened:
-        try:
-            config = read_config(opened.path)
-        except (ValueError, KeyError, OSError) as error:
-            kind = opened.config.get("model_type")
-            raise JobError(
-                f"{folder}: transformers cannot read its config.json (model_type {kind!r}): "
-                f"{str(error).split('. ')[0]}"
-            ) from error
-    return describe(config)
+        return describe(read_config(opened.path))
 
 
 def sequence_parallel(options: CommandOptions) -> bool:
@@ -145,17 +139,15 @@ def torch_dtype(name: str) -> Any:
 
 
 def folder_dtype(folder: Path) -> str:
-    """Return the name of the dtype that most of a folder's weights have."""
+    """Return the name of a dtype that holds all of a folder's weights as they are."""
     from megatron.core.models.mimo.huggingface.folder import ModelFolder
 
-    sizes: dict[str, int] = {}
     with ModelFolder(folder) as opened:
-        for described_tensor in opened.tensors.values():
-            if described_tensor.dtype.is_floating_point:
-                name = str(described_tensor.dtype).removeprefix("torch.")
-                sizes[name] = sizes.get(name, 0) + described_tensor.size
-    most = max(sizes, key=lambda name: sizes[name], default="float32")
-    return most if most in ("bfloat16", "float16") else "float32"
+        found = {str(each.dtype).removeprefix("torch.") for each in opened.tensors.values()}
+    for half in ("bfloat16", "float16"):
+        if {name for name in found if "float" in name} == {half}:
+            return half
+    return "float32"
 
 
 def say(line: str) -> None:

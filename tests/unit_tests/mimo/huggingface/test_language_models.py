@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from megatron.core.models.mimo.huggingface.folder import ModelFolder
 from megatron.core.models.mimo.huggingface.weights import held_by, load
@@ -94,4 +95,21 @@ def test_padding_of_the_vocabulary_neither_wins_nor_counts(tmp_path: Path) -> No
     for weight in (language.output_layer.weight, language.embedding.word_embeddings.weight):
         assert not weight.main_grad[models.VOCABULARY :].any()
         assert not weight.detach()[models.VOCABULARY :].any()
+    built.destroy()
+
+
+@pytest.mark.parametrize(("family", "first"), [("gpt2", "transformer."), ("qwen2-tied", "model.")])
+def test_folders_whose_names_lack_their_first_part(family: str, first: str, tmp_path: Path) -> None:
+    """As GPT-2's on the hub, and those of models saved without their output layer."""
+    task = harness.text_task(harness.randomise(EVERY[family](), seed=1), models.VOCABULARY)
+    task.model.save_pretrained(tmp_path / "model")
+    expected = harness.oracle(task, tmp_path / "gradients")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = {name.removeprefix(first): each for name, each in load_file(file).items()}
+    if family == "gpt2":  # causal masks, as the hub's files have
+        tensors |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 64, 64) for layer in range(2)}
+    save_file(tensors, file)
+    built = harness.built_case(tmp_path / "model", ONE)
+    logits = harness.logits_of(harness.trainer_of(built, task), task)
+    assert harness.logits_error(logits, expected, task) <= harness.LOGITS
     built.destroy()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,13 @@ import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
 
-from megatron.core.models.mimo.huggingface import build, weights
+from megatron.core.models.mimo.huggingface import build, fits, weights
 from megatron.core.models.mimo.huggingface.composites import describe
 from megatron.core.models.mimo.huggingface.family import UnsupportedModelError
 from megatron.core.models.mimo.huggingface.fits import LayoutError, check_fits
 from megatron.core.models.mimo.huggingface.folder import FolderError, ModelFolder
+from megatron.core.models.mimo.huggingface.target import Target, TargetError
+from mimo_colocated.cli.models import folder_dtype
 from mimo_colocated.launch.layouts import Layout
 from tests.unit_tests.mimo.huggingface import models
 
@@ -77,7 +80,10 @@ def test_what_every_configuration_has_is_not_refused() -> None:
 @pytest.mark.parametrize(
     ("layouts", "sentence"),
     [
-        ({"language": Layout(tp=8)}, "tp=8 does not divide its 4 attention heads; try --language"),
+        (
+            {"language": Layout(tp=8)},
+            r"tp=8 does not divide its 4 key/value heads; tp can be \[1, 2, 4\]",
+        ),
         ({"language": Layout(pp=4)}, "pp=4 does not divide its 2 layers.*try --language"),
         ({"language": Layout(tp=64)}, "tp=64 does not divide its MLP width of 48"),
         ({}, r"given for \[\], but the model's modules are \['language'\]"),
@@ -181,3 +187,103 @@ def test_every_rank_says_what_one_rank_found(monkeypatch: pytest.MonkeyPatch, fo
     monkeypatch.setattr(weights, "gathered", lambda own: [own, (["x: is missing"], [])])
     with ModelFolder(folder) as opened, pytest.raises(FolderError, match="x: is missing"):
         weights.check([], [], opened)
+
+
+def test_a_tied_output_layer_that_is_stored_and_differs_is_refused(
+    tmp_path: Path, one_rank: None
+) -> None:
+    """Transformers would keep both; alike, the second one is the first."""
+    models.DENSE["qwen2-tied"]().save_pretrained(tmp_path)
+    embedding = "model.embed_tokens.weight"
+    _with(tmp_path, lambda t: t.update({"lm_head.weight": t[embedding].clone()}))
+    build.from_folder(tmp_path, {"language": Layout()}).destroy()
+    _with(tmp_path, lambda t: t["lm_head.weight"][7].add_(1e-3))
+    with pytest.raises(FolderError, match="'lm_head.weight' is not 'model.embed_tokens.weight'"):
+        build.from_folder(tmp_path, {"language": Layout()})
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('{"model_type": "frob"}', r"cannot read .*config\.json: .*frob"),
+        (
+            '{"model_type": "frob", "auto_map": {"AutoConfig": "frob.FrobConfig"}}',
+            r"cannot read .*config\.json: .*(custom code|trust_remote_code)",
+        ),
+        (
+            '{"model_type": "llama", "hidden_size": 32, "num_attention_heads": 3}',
+            r"cannot read .*config\.json: .*multiple of the number of attention heads",
+        ),
+    ],
+)
+def test_a_configuration_that_transformers_refuses_is_one_sentence(
+    text: str, sentence: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "frob.py").write_text("raise AssertionError('code of the folder was run')")
+    with pytest.raises(UnsupportedModelError, match=sentence) as error:
+        build.read_config(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_configuration_that_is_a_list(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(FolderError, match=r"config\.json is no JSON object"):
+        ModelFolder(tmp_path)
+
+
+def test_a_token_outside_the_vocabulary_stands_for_nothing() -> None:
+    composite = describe(_llama())
+    part = SimpleNamespace(modality="images", token_id=models.VOCABULARY)
+    beside = SimpleNamespace(language=composite.language, encoders=(part,))
+    with pytest.raises(UnsupportedModelError, match="images, 99, is not one of the .* 99; enlarge"):
+        fits._check_tokens(beside)
+    part.token_id -= 1
+    fits._check_tokens(beside)
+
+
+def test_what_travels_with_a_model_and_what_does_not(folder: Path) -> None:
+    """Weights of other programs would be stale beside new ones, a model within without its own."""
+    there = ["tokenizer.json", "sub/chat_template.jinja"]
+    away = ["onnx/model.onnx", "rust_model.ot", "pytorch_model.bin.index.json", "m.gguf"]
+    away += ["inner/config.json", "inner/tokenizer.json"]
+    for name in [*there, *away]:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    with ModelFolder(folder) as opened:
+        found = {path.relative_to(folder).as_posix() for path in opened.others()}
+    assert found == {"config.json", "generation_config.json", *there}
+
+
+def test_nothing_but_the_model_is_replaced(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "old"
+    target.mkdir()
+    for name in ("config.json", "model-00001-of-00002.safetensors", "tokenizer.json"):
+        (target / name).touch()
+    files = {"config.json", "tokenizer.json"}
+    with pytest.raises(TargetError, match="exists and is not empty"):
+        Target(target, files=files).check()
+    Target(target, overwrite=True, files=files).check()
+    (target / "checkpoints").mkdir()
+    (target / "checkpoints" / "step.pt").touch()
+    with pytest.raises(TargetError, match=r"does not replace: \['checkpoints/step.pt'\]; move it"):
+        Target(target, overwrite=True, files=files).check()
+
+
+@pytest.mark.parametrize("place", [".", "sub", ".."])
+def test_a_model_is_not_written_into_the_folder_it_comes_from(place: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    with pytest.raises(TargetError, match="are the same or within one another"):
+        Target(source / place, overwrite=True, sources=[source]).check()
+    Target(tmp_path / "beside", sources=[source]).check()
+
+
+def test_all_weights_of_a_folder_fit_the_dtype_that_is_chosen(folder: Path) -> None:
+    def halve(tensors: Any) -> None:
+        tensors.update({name: each.bfloat16() for name, each in tensors.items()})
+
+    _with(folder, halve)
+    assert folder_dtype(folder) == "bfloat16"
+    _with(folder, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].float()}))
+    assert folder_dtype(folder) == "float32"

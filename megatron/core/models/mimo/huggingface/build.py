@@ -193,14 +193,21 @@ def changed(config: Any, given: Mapping[str, Any]) -> Any:
 
 
 def read_config(folder: Path) -> Any:
-    """Return transformers' configuration of a folder.
+    """Return transformers' configuration of a folder; no code of the folder is run.
 
     Raises:
-        ValueError: transformers does not know its kind.
+        UnsupportedModelError: transformers does not know its kind, or refuses what it says.
     """
-    from transformers import AutoConfig
+    import transformers
 
-    return AutoConfig.from_pretrained(folder)
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of many kinds: its own, and those of its checks of fields
+        reason = " ".join(str(error).split())
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} cannot read {folder}/config.json: "
+            f"{reason[:300]}"
+        ) from error
 
 
 def module_config(

@@ -96,7 +96,9 @@ def describe(config: Any) -> Composite:
     _import_families()
     if config.model_type in COMPOSITES:
         return COMPOSITES[config.model_type](config)
-    return Composite(LanguagePart(config, decoder_family(config)))
+    # A model without its output layer, and GPT-2 on the hub, leave out the first part of names.
+    spellings: tuple[Spelling, ...] = ({}, {"model.": ""}, {"transformer.": ""})
+    return Composite(LanguagePart(config, decoder_family(config), spellings))
 
 
 @functools.cache

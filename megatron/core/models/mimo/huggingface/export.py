@@ -77,9 +77,10 @@ def to_folder(
             left behind.
         FolderError: the model does not have all of a tensor.
     """
-    target, rank = Target(folder, overwrite=overwrite), dist.get_rank()
-    writing = f"write {target.folder}"
     with _opened(built.source) as source, _as_export_errors():
+        copied = {"config.json", *(_place(source, path) for path in source.others())}
+        target = Target(folder, overwrite=overwrite, sources=source.paths, files=copied)
+        rank, writing = dist.get_rank(), f"write {target.folder}"
         _refuse(of_all_ranks(_taken(target) if rank == 0 else None)[0])
         check_shared(target.folder.parent, "a model's files")
         built.model.start_param_sync(force_sync=True)  # of the last step, still on their way
@@ -264,6 +265,12 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
+def _place(source: ModelFolder | JoinedFolder, path: Path) -> str:
+    """Where a file of the source is in the new folder."""
+    inside = path.is_relative_to(source.path)
+    return (path.relative_to(source.path) if inside else Path(path.name)).as_posix()
+
+
 def _complete(
     source: ModelFolder | JoinedFolder,
     target: Target,
@@ -272,8 +279,7 @@ def _complete(
 ) -> None:
     """What one rank adds when all tensors are on the disk."""
     for path in source.others():
-        inside = path.is_relative_to(source.path)
-        copy = target.partial / (path.relative_to(source.path) if inside else path.name)
+        copy = target.partial / _place(source, path)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
         fsync(copy)

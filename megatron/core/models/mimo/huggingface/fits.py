@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron.core.models.mimo.huggingface.composites import Composite
+from megatron.core.models.mimo.huggingface.family import UnsupportedModelError
 from mimo_colocated.launch.layouts import LANGUAGE, Layout, Layouts, Limits, misfits, suggest
 
 _ALONE = "encoder"
@@ -32,6 +33,7 @@ def check_fits(
         virtual_stages: stages per rank of the language model.
 
     Raises:
+        UnsupportedModelError: a modality's token is not in the vocabulary.
         LayoutError: modules without a layout, or the first misfit with its numbers and layouts
             that would fit.
     """
@@ -48,6 +50,14 @@ def check_fits(
                     f"{name} tp={layout.tp} does not divide its {what} of {width}; tp can be "
                     f"{[n for n in range(1, layout.tp) if width % n == 0]}"
                 )
+    _check_tokens(composite)
+    for name, settings in modules.items():
+        groups, tp = settings.get("num_query_groups") or 0, layouts[name].tp
+        if groups % tp:
+            raise LayoutError(
+                f"{name} tp={tp} does not divide its {groups} key/value heads; tp can be "
+                f"{[n for n in range(1, groups + 1) if groups % n == 0]}"
+            )
     language = modules[LANGUAGE]
     limits = Limits(
         global_batch_size=0,
@@ -66,6 +76,17 @@ def check_fits(
         better, _ = suggest(pair, limits)
         shown = str(better) if encoders else f"--{LANGUAGE} {better.language}"
         raise LayoutError(f"{wrong[0]}; try {shown}")
+
+
+def _check_tokens(composite: Composite) -> None:
+    vocabulary = composite.language.config.vocab_size
+    for part in composite.encoders:
+        if not 0 <= part.token_id < vocabulary:
+            raise UnsupportedModelError(
+                f"the token that stands for {part.modality}, {part.token_id}, is not one of the "
+                f"vocabulary's {vocabulary}; enlarge the embedding with transformers' "
+                "resize_token_embeddings first"
+            )
 
 
 def _modules(composite: Composite) -> dict[str, dict[str, Any]]:

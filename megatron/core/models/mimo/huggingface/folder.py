@@ -17,6 +17,12 @@ import torch
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# What other programs keep weights in, and what lists such files: stale beside new weights.
+_WEIGHTS = frozenset(
+    [".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".tflite", ".onnx"]
+    + [".onnx_data", ".gguf", ".ggml", ".npz", ".mlmodel"]
+)
+_INDICES = (".index.json", ".index.fp32.json")
 
 DTYPES = {
     "F64": torch.float64,
@@ -149,6 +155,11 @@ class ModelFolder:
         return self.path
 
     @property
+    def paths(self) -> list[Path]:
+        """The folder's own, alone."""
+        return [self.path]
+
+    @property
     def files(self) -> dict[str, list[str]]:
         """File of weights -> names of its tensors, in its order."""
         found: dict[str, list[str]] = {}
@@ -164,8 +175,14 @@ class ModelFolder:
         """Yield the files that hold no weights: configurations, tokenizer, processor, template."""
         for path in sorted(self.path.rglob("*")):
             hidden = any(part.startswith(".") for part in path.relative_to(self.path).parts)
-            weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack")
-            if path.is_file() and not hidden and not weights and path.name != INDEX:
+            weights = path.suffix in _WEIGHTS or path.name.endswith(_INDICES)
+            # A model within the folder would come along without its weights.
+            nested = any(
+                (p / "config.json").is_file()
+                for p in path.parents
+                if p != self.path and p.is_relative_to(self.path)
+            )
+            if path.is_file() and not hidden and not weights and not nested:
                 yield path
 
     def _weight_files(self) -> Iterable[str]:
@@ -188,13 +205,16 @@ class ModelFolder:
 
     def _json(self, file: str) -> dict[str, Any]:
         try:
-            return json.loads((self.path / file).read_text())
+            found = json.loads((self.path / file).read_text())
         except FileNotFoundError:
             raise FolderError(
                 f"{self.path} is not a Hugging Face model folder: it has no {file}"
             ) from None
         except ValueError as error:
             raise FolderError(f"{self.path / file} is not JSON: {error}") from None
+        if not isinstance(found, dict):
+            raise FolderError(f"{self.path / file} is no JSON object")
+        return found
 
 
 def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Described]]:

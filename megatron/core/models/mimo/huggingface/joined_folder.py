@@ -109,6 +109,11 @@ class JoinedFolder:
         return folder.read(own, where)
 
     @property
+    def paths(self) -> list[Path]:
+        """The folders' own."""
+        return [folder.path for folder in self._folders]
+
+    @property
     def files(self) -> dict[str, list[str]]:
         """File of weights -> names of its tensors, in its order."""
         found: dict[str, list[str]] = {}

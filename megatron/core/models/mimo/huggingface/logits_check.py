@@ -88,6 +88,7 @@ class LogitsCheck:
                     saved = folder.read(name, held.where(run, folder.tensors[name]))
                     own = held.view(run).cpu().float()
                     off = (own - saved.to(held.parameter.dtype).float()).abs().max()
+                    off = torch.nan_to_num(off, nan=math.inf)
                     error = (off / saved.float().abs().max().clamp(min=1e-30)).item()
                     worst = max(worst, (name, error), key=lambda found: found[1])
         return max(gathered(worst), key=lambda found: found[1])
@@ -106,7 +107,11 @@ class LogitsCheck:
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
-        kind = getattr(transformers, (self._config.architectures or ["AutoModelForCausalLM"])[0])
+        usual = "AutoModelForImageTextToText"
+        if not self._built.composite.encoders:
+            usual = "AutoModelForCausalLM"
+        named = (self._config.architectures or [usual])[0]
+        kind = getattr(transformers, named, None) or getattr(transformers, usual)
         dtype = self._built.configs[LANGUAGE].params_dtype
         return kind.from_pretrained(self._built.source, dtype=dtype).eval()
 

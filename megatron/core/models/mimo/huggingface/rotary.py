@@ -44,16 +44,15 @@ def rotary_of(config: Any, head_width: int) -> Rotary:
         head_width: channels of a head.
 
     Raises:
-        UnsupportedModelError: a scaling whose frequencies depend on the length, or that scales
-            attention, too.
+        UnsupportedModelError: a scaling whose frequencies depend on the length (dynamic,
+            longrope), or that scales attention, too (yarn).
     """
     found = dict(config.rope_parameters or {})
     kind = found.get("rope_type", "default")
     if kind not in _SUPPORTED:
         raise UnsupportedModelError(
             f"{config.model_type}: rope_type={kind!r} is not supported; {', '.join(_SUPPORTED)} "
-            "are. Without scaling (rope_type='default') the model is the same up to its original "
-            "length"
+            "are" + ("; up to its original length 'default' is the same" * (kind == "dynamic"))
         )
     if found.get("partial_rotary_factor", 1.0) != 1.0:
         raise UnsupportedModelError(

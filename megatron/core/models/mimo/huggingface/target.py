@@ -14,10 +14,12 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from megatron.core.models.mimo.checkpoint.history import fsync
+from megatron.core.models.mimo.huggingface.folder import INDEX
 
 _LOCK = ".lock"
 
@@ -32,18 +34,28 @@ class Target:
     Args:
         folder: its path.
         overwrite: whether it may be in the place of a model that is there.
+        sources: folders that are read meanwhile.
+        files: paths below it that the model is going to have.
 
     Attributes:
         folder: its path.
         partial: where it is until it is whole.
     """
 
-    def __init__(self, folder: str | Path, *, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        overwrite: bool = False,
+        sources: Iterable[Path] = (),
+        files: Collection[str] = (),
+    ) -> None:
         # The path as it is given may end in "..", or be a link to the folder.
         self.folder = Path(os.path.realpath(folder))
         self.partial = self.folder.with_name(f".{self.folder.name}.exporting")
         self._old = self.folder.with_name(f".{self.folder.name}.replaced")
-        self._overwrite = overwrite
+        self._overwrite, self._files = overwrite, frozenset(files)
+        self._sources = [Path(os.path.realpath(source)) for source in sources]
         self._lock: BinaryIO | None = None
 
     def check(self) -> None:
@@ -57,6 +69,12 @@ class Target:
                 f"{self._old} is what an interrupted export was to replace {self.folder} by; move "
                 f"it back to {self.folder}, or remove it"
             )
+        for source in self._sources:
+            if self.folder.is_relative_to(source) or source.is_relative_to(self.folder):
+                raise TargetError(
+                    f"{self.folder} and the folder that the model came from, {source}, are the "
+                    "same or within one another; give a folder beside it"
+                )
         if not self.folder.exists():
             return
         if not self.folder.is_dir():
@@ -73,6 +91,21 @@ class Target:
                 f"{self.folder} holds no model (it has no config.json), so it is not replaced; "
                 "give another folder"
             )
+        foreign = sorted(set(self._there()) - self._files)
+        if foreign:
+            more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+            raise TargetError(
+                f"{self.folder} holds what the new model does not replace: {foreign[:3]}{more}; "
+                "move it elsewhere, or give another folder"
+            )
+
+    def _there(self) -> Iterator[str]:
+        """Files of the folder that would be gone with it, but for weights in its top folder."""
+        for path in self.folder.rglob("*"):
+            weights = path.parent == self.folder and path.suffix == ".safetensors"
+            index = path.parent == self.folder and path.name == INDEX
+            if not path.is_dir() and not weights and not index:
+                yield path.relative_to(self.folder).as_posix()
 
     def begin(self, size: int) -> None:
         """Make the hidden folder, empty, with room for what is to come.

@@ -183,6 +183,7 @@ def check(held: Sequence[Held], parts: Sequence[Part], folder: ModelFolder) -> N
         FolderError: the same on all ranks: tensors are missing, left over or of another shape.
     """
     problems = [text for each in held if (text := each.problem(folder.tensors)) is not None]
+    problems = problems or list(_untied(held, parts, folder))
     used = sorted({name for each in held for name in each.source.names})
     told = gathered((problems[:1], used))
     wrong = [texts[0] for texts, _ in told if texts]
@@ -197,6 +198,28 @@ def check(held: Sequence[Held], parts: Sequence[Part], folder: ModelFolder) -> N
             f"{folder.path} has tensors that the model has no place for: {surplus[:3]}{more}; "
             "config.json describes another model, or a part that is not supported"
         )
+
+
+def _untied(held: Sequence[Held], parts: Sequence[Part], folder: ModelFolder) -> Iterator[str]:
+    """What a folder stores twice and not alike, of the part that this rank reads."""
+    again = {other: name for part in parts for name, other in part.table.repeated}
+    for each in held:
+        (name, *more) = each.source.names
+        second = again.get(name)
+        if more or second not in folder.tensors:
+            continue
+        for run in each.runs(folder.tensors):
+            where = each.where(run, folder.tensors[name])
+            same = folder.tensors[name].shape == folder.tensors[second].shape and torch.equal(
+                folder.read(name, where), folder.read(second, where)
+            )
+            if not same:
+                yield (
+                    f"config.json ties the output layer to the embedding, but '{second}' is not "
+                    f"'{name}'; set \"tie_word_embeddings\": false in config.json to keep both, or "
+                    f"take '{second}' out of the folder"
+                )
+                return
 
 
 def load(held: Iterable[Held], folder: ModelFolder, tick: Callable[[int], None]) -> None:

@@ -183,7 +183,7 @@ def _biases(config: Any) -> str | None:
     """Megatron's linear layers have biases all together; the query, key and value ones aside."""
     if bool(config.attention_bias) == bool(getattr(config, "mlp_bias", False)):
         return None
-    return "biases of the attention's or of the MLP's linear layers alone; both or none can be had"
+    return "biases of the attention's or of the MLP's linear layers alone"
 
 
 _LLAMA = Family(
