@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
+import warnings
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +41,17 @@ def close(self):
 SafetensorsFile.close = close
 sys.exit(main(sys.argv[1:]))
 """
+
+
+@pytest.fixture(autouse=True)
+def _as_loud_as_before() -> Iterator[None]:
+    """A command silences the libraries' notes in its process, which is this one."""
+    loggers = [logging.getLogger(name) for name in ("megatron", "torch.utils.cpp_extension")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 def mimo(
@@ -186,7 +200,12 @@ def test_an_export_is_refused_before_a_rank_starts(
     folder: Path, imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     words = refused(capsys, "export", imported, folder)
-    assert "model exists and is not empty; give another folder, or overwrite=True" in words
+    assert "are the same or within one another; give a folder beside it" in words
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "config.json").touch()
+    words = refused(capsys, "export", imported, taken)
+    assert "taken exists and is not empty; give another folder, or overwrite=True" in words
     step = imported / "checkpoints" / "step_00000000"
     run = tmp_path / "run"
     (run / step.name).mkdir(parents=True)
