@@ -55,7 +55,7 @@ def toy(name: str, old: str, new: str, test: str, ranks: int = 1) -> Mutant:
     return Mutant(name, "toy/code.py", old, new, (node,), "it would be wrong", ranks)
 
 
-SEEN = toy("seen", "2 * x", "3 * x", "test_double")
+SEEN = toy("seen", "2 * x", "5 * x", "test_double")
 HANGS = toy("hangs", "while False", "while True", "test_wait", ranks=2)
 UNSEEN = toy("unseen", "return 1", "return 2", "test_unseen")
 TYPO = toy("typo", "2 * x", "2 * xx", "test_double")

@@ -129,7 +129,7 @@ def add_tensors(folder: Path) -> None:
     """A tied output layer and rotary frequencies, as older folders store them."""
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     embedding = harness.whole_folder(folder)["model.embed_tokens.weight"]
-    frequencies = torch.tensor([0.5, 0.25])
+    frequencies = torch.tensor([0.5, 0.25], device="cpu")
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     added = {"lm_head.weight": embedding.clone(), name: frequencies}
     save_file(added, folder / "more.safetensors", {"format": "pt"})
