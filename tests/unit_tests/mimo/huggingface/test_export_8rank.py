@@ -205,14 +205,22 @@ def test_a_model_is_replaced_when_the_new_one_is_whole(
     if dist.get_rank() == 0:
         out.mkdir()
         (out / "config.json").write_text("{}")
-        (out / "old.txt").write_text("old")
+        (out / "model-00009-of-00009.safetensors").write_text("old")
+        (out / "diary.txt").write_text("dear diary")
+    dist.barrier()
+    with pytest.raises(ExportError, match=r"does not replace: \['diary.txt'\]; move it elsewhere"):
+        to_folder(built, out, overwrite=True)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (out / "diary.txt").unlink()
     dist.barrier()
     with monkeypatch.context() as patch:
         break_files(patch, rank=1)
         with pytest.raises(ExportError):
             to_folder(built, out, overwrite=True)
     dist.barrier()
-    assert everything(shared_tmp_path).keys() == {"out/config.json", "out/old.txt"}
+    old = {"out/config.json", "out/model-00009-of-00009.safetensors"}
+    assert everything(shared_tmp_path).keys() == old
     dist.barrier()
     to_folder(built, out, overwrite=True)
     assert everything(shared_tmp_path).keys() == {f"out/{name}" for name in everything(source)}
