@@ -76,7 +76,7 @@ EXCEPTIONS = {
         "handed on by MimoOptimizer.load_state_dict; test_optimizer_table sets it there",
     ),
     **dict.fromkeys(
-        ("check_shared(what)", "plan(dtype)", "Target(overwrite)"),
+        ("check_shared(what)", "plan(dtype)"),
         "handed on by to_folder; test_export_8rank sets it there, or reads it in the error",
     ),
     **dict.fromkeys(
