@@ -85,12 +85,11 @@ def check_first(options: CommandOptions) -> None:
         source = source_of(options, find(options.checkpoint))
         models.check_source(source, options)
         with ModelFolder(source) as opened:
-            copied = {path.relative_to(source).as_posix() for path in opened.others()}
-        overwrite, files = options.more["overwrite"], {"config.json", *copied}
-        try:
-            Target(options.target, overwrite=overwrite, sources=[source], files=files).check()
-        except TargetError as error:
-            raise JobError(str(error)) from error
+            target = Target(options.target, overwrite=options.more["overwrite"], source=opened)
+            try:
+                target.check()
+            except TargetError as error:
+                raise JobError(str(error)) from error
 
 
 def work(options: CommandOptions) -> None:

@@ -71,7 +71,7 @@ class Imported(Campaign):
         if "logits" not in result:
             reason = str(result.get("reason", "")).split("\n")[0]
             return row.model, row.layout, verdict(result or None), "", "", reason
-        figures = f"{result['logits']:.1e}", f"{result['gradient']:.1e}", result["in"]
+        figures = f"{result['logits']:.1e}", f"{result['gradient']:.1e}", result["tensor"]
         return row.model, row.layout, verdict(result), *figures
 
     def close(self, given: argparse.Namespace, record: Record) -> Sequence[str]:

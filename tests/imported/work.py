@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,29 +35,10 @@ def work(tell: Tell, keys: list[str], _plan: Any) -> None:
 def _compare(row: Row) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as own:
         folder = Path(harness.agreed(own))
-        task, expected = row.task(), None
-        if dist.get_rank() == 0:
-            task.model.save_pretrained(folder / "model")
-            expected = harness.oracle(task, folder / "gradients")
-        dist.barrier()
-        built = harness.built_case(folder / "model", row.case)
-        trainer = harness.trainer_of(built, task)
-        logits = harness.logits_of(trainer, task)
-        trainer.model.train()
-        trainer.gradients(task, 0)
-        gradients = harness.gradients_of(built)
-        halved, found = row.case.settings.get("dtype") is torch.bfloat16, None
-        if expected is not None:
-            errors = harness.gradient_errors(gradients, expected.gradients)
-            bound = harness.LOGITS
-            if halved:
-                bound = harness.BF16_TIMES * harness.bf16_error(task, expected)
-            error = harness.logits_error(logits, expected, task)
-            found = error, bound, harness.worst(errors)
-        logits_error, bound, (tensor, gradient_error) = harness.agreed(found)
+        built, found = harness.compared(row.task(), row.case, folder)
         built.destroy()
         dist.barrier()
     # Of bf16 the logits are compared; its gradients are those of another rounding at every token.
-    passed = logits_error <= bound and (halved or gradient_error <= harness.GRADIENTS)
-    found = {"logits": logits_error, "bound": bound, "gradient": gradient_error, "in": tensor}
-    return {"passed": passed, **found}
+    halved = row.case.settings.get("dtype") is torch.bfloat16
+    passed = found.logits <= found.bound and (halved or found.gradient <= harness.GRADIENTS)
+    return {"passed": passed, **asdict(found)}

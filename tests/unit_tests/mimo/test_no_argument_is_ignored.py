@@ -51,13 +51,9 @@ NOT_READ = {
         f"megatron/core/models/mimo/huggingface/cuts.py::{name}": "other kinds of cut read it"
         for name in ("length(heads)", "runs(heads)", "runs(lengths)", "runs(shard)")
     },
-    **{
-        f"megatron/core/models/mimo/huggingface/{file}.py::__exit__({name})": (
-            "a context manager is told how its block ended"
-        )
-        for file in ("folder", "joined_folder")
-        for name in ("kind", "error", "trace")
-    },
+    "megatron/core/models/mimo/huggingface/folder.py::__exit__(ended)": (
+        "a context manager is told how its block ended"
+    ),
     "mimo_colocated/_startup.py::find_spec(path)": "a finder of the import system is called so",
     "mimo_colocated/_startup.py::find_spec(target)": "a finder of the import system is called so",
 }

@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.mimo.huggingface.build import BuildOptions, ImportedModel, from_folder
 from megatron.core.models.mimo.huggingface.cuts import Run
+from megatron.core.models.mimo.huggingface.export import to_folder
 from megatron.core.models.mimo.huggingface.folder import ModelFolder
 from megatron.core.models.mimo.huggingface.weights import Held, held_by
 from megatron.core.models.mimo.job.built_model import LANGUAGE
@@ -281,6 +282,70 @@ def gradients_of(built: ImportedModel) -> dict[str, Tensor] | None:
 
 def _gradient(held: Held, run: Run) -> Tensor:
     return held.view(run, held.parameter.main_grad)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Errors of a model in a layout, the same on all ranks.
+
+    Attributes:
+        logits: of :func:`logits_error`.
+        bound: that holds for them, by the dtype.
+        gradient: the worst of :func:`gradient_errors`.
+        tensor: whose it is.
+    """
+
+    logits: float
+    bound: float
+    gradient: float
+    tensor: str
+
+
+def compared(task: Task, case: Case, folder: Path) -> tuple[ImportedModel, Found]:
+    """Save a task's model, build it in a case's layouts, and compare; all ranks call it together.
+
+    Args:
+        task: what to compare.
+        case: the layouts.
+        folder: that all ranks see; the model is saved below it as ``model``.
+
+    Returns:
+        The model, for the caller to destroy, and its errors.
+    """
+    expected, found = None, None
+    if dist.get_rank() == 0:
+        task.model.save_pretrained(folder / "model")
+        expected = oracle(task, folder / "gradients")
+    dist.barrier()
+    built = built_case(folder / "model", case)
+    trainer = trainer_of(built, task)
+    logits = logits_of(trainer, task)
+    trainer.model.train()
+    trainer.gradients(task, 0)
+    gradients = gradients_of(built)
+    if expected is not None:
+        bound = LOGITS
+        if case.settings.get("dtype") is torch.bfloat16:
+            bound = BF16_TIMES * bf16_error(task, expected)
+        tensor, gradient = worst(gradient_errors(gradients, expected.gradients))
+        found = Found(logits_error(logits, expected, task), bound, gradient, tensor)
+    return built, agreed(found)
+
+
+def changed_by_a_round_trip(built: ImportedModel, folder: Path) -> list[str]:
+    """Tensors that come back otherwise than they were; all ranks call it together.
+
+    Args:
+        built: of :func:`compared`.
+        folder: as given there; the export goes below it.
+    """
+    to_folder(built, folder / "out")
+    differing = None
+    if dist.get_rank() == 0:
+        before, after = whole_folder(folder / "model"), whole_folder(folder / "out")
+        assert before.keys() == after.keys()
+        differing = [name for name in before if not torch.equal(before[name], after[name])]
+    return agreed(differing)
 
 
 def assembled(

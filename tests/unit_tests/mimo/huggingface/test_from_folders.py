@@ -130,7 +130,7 @@ def test_the_folder_to_be_has_what_transformers_would_save(name: str, tmp_path: 
         assert list(joined.files) == ["model.safetensors"]
         loaded = [n for n in expected if not n.startswith("multi_modal_projector.")]
         assert all(torch.equal(joined.read(n), expected[n]) for n in loaded)
-        assert not {"config.json"} & {path.name for path in joined.others()}
+        assert not {"config.json"} & {path.name for path in joined.others().values()}
         kept = {"model_type", "image_token_index", "vision_feature_select_strategy"}
         own = theirs.config.to_dict()
         assert {key: joined.config[key] for key in kept} == {key: own[key] for key in kept}

@@ -6,7 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from mimo_colocated.launch.layouts import Layout
 from tests.unit_tests.mimo.huggingface import harness, models
@@ -49,22 +48,7 @@ def test_logits_and_gradients_are_those_of_transformers(
     case = {**LAYOUTS, **EXPERT_LAYOUTS}[layout]
     made = {**models.DENSE, **models.SPARSE}[family]()
     task = harness.text_task(harness.randomise(made, seed=1), models.VOCABULARY)
-    expected = None
-    if torch.distributed.get_rank() == 0:
-        task.model.save_pretrained(shared_tmp_path / "model")
-        expected = harness.oracle(task, shared_tmp_path / "gradients")
-    torch.distributed.barrier()
-    built = harness.built_case(shared_tmp_path / "model", case)
-    trainer = harness.trainer_of(built, task)
-    logits = harness.logits_of(trainer, task)
-    trainer.model.train()
-    trainer.gradients(task, 0)
-    gradients = harness.gradients_of(built)
-    found = None
-    if expected is not None:
-        errors = harness.gradient_errors(gradients, expected.gradients)
-        found = harness.logits_error(logits, expected, task), harness.worst(errors)
-    logits_error, (name, gradient_error) = harness.agreed(found)
+    built, found = harness.compared(task, case, shared_tmp_path)
     built.destroy()
-    assert logits_error <= harness.LOGITS
-    assert gradient_error <= harness.GRADIENTS, name
+    assert found.logits <= harness.LOGITS
+    assert found.gradient <= harness.GRADIENTS, found.tensor

@@ -6,10 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
 
-from megatron.core.models.mimo.huggingface.export import to_folder
 from mimo_colocated.launch.layouts import Layout
 from tests.unit_tests.mimo.huggingface import harness
 from tests.unit_tests.mimo.huggingface import qwen_vl_models as qwen
@@ -37,30 +34,13 @@ ROWS += [("qwen3_vl", layout) for layout in LAYOUTS]
 def test_logits_and_gradients_are_those_of_transformers(
     name: str, layout: str, shared_tmp_path: Path
 ) -> None:
-    task, expected = qwen.task(qwen.MODELS[name]()), None
-    if dist.get_rank() == 0:
-        task.model.save_pretrained(shared_tmp_path / "model")
-        expected = harness.oracle(task, shared_tmp_path / "gradients")
-    dist.barrier()
-    built = harness.built_case(shared_tmp_path / "model", LAYOUTS[layout])
-    trainer = harness.trainer_of(built, task)
-    logits = harness.logits_of(trainer, task)
-    trainer.model.train()
-    trainer.gradients(task, 0)
-    gradients, found = harness.gradients_of(built), None
-    if expected is not None:
-        errors = harness.gradient_errors(gradients, expected.gradients)
-        found = harness.logits_error(logits, expected, task), harness.worst(errors)
-    logits_error, (tensor, gradient_error) = harness.agreed(found)
-    to_folder(built, shared_tmp_path / "out")
-    differing, copies = None, harness.saved_as_copies(built)
-    if expected is not None:
-        before, after = (harness.whole_folder(shared_tmp_path / name) for name in ("model", "out"))
-        assert before.keys() == after.keys()
-        differing = [name for name in before if not torch.equal(before[name], after[name])]
-    differing = harness.agreed(differing)
+    built, found = harness.compared(
+        qwen.task(qwen.MODELS[name]()), LAYOUTS[layout], shared_tmp_path
+    )
+    differing = harness.changed_by_a_round_trip(built, shared_tmp_path)
+    copies = harness.saved_as_copies(built)
     built.destroy()
     assert differing == []
     assert copies == []
-    assert logits_error <= harness.LOGITS
-    assert gradient_error <= harness.GRADIENTS, tensor
+    assert found.logits <= harness.LOGITS
+    assert found.gradient <= harness.GRADIENTS, found.tensor

@@ -251,32 +251,34 @@ def test_what_travels_with_a_model_and_what_does_not(folder: Path) -> None:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
     with ModelFolder(folder) as opened:
-        found = {path.relative_to(folder).as_posix() for path in opened.others()}
+        found = set(opened.others())
     assert found == {"config.json", "generation_config.json", *there}
 
 
-def test_nothing_but_the_model_is_replaced(folder: Path, tmp_path: Path) -> None:
-    target = tmp_path / "old"
+def test_nothing_but_the_model_is_replaced(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    target = tmp_path_factory.mktemp("beside") / "old"
     target.mkdir()
     for name in ("config.json", "model-00001-of-00002.safetensors", "tokenizer.json"):
         (target / name).touch()
-    files = {"config.json", "tokenizer.json"}
+    (folder / "tokenizer.json").touch()
+    source = ModelFolder(folder)
     with pytest.raises(TargetError, match="exists and is not empty"):
-        Target(target, files=files).check()
-    Target(target, overwrite=True, files=files).check()
+        Target(target, source=source).check()
+    Target(target, overwrite=True, source=source).check()
     (target / "checkpoints").mkdir()
     (target / "checkpoints" / "step.pt").touch()
     with pytest.raises(TargetError, match=r"does not replace: \['checkpoints/step.pt'\]; move it"):
-        Target(target, overwrite=True, files=files).check()
+        Target(target, overwrite=True, source=source).check()
 
 
 @pytest.mark.parametrize("place", [".", "sub", ".."])
-def test_a_model_is_not_written_into_the_folder_it_comes_from(place: str, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
+def test_a_model_is_not_written_into_the_folder_it_comes_from(place: str, folder: Path) -> None:
+    source = ModelFolder(folder)
     with pytest.raises(TargetError, match="are the same or within one another"):
-        Target(source / place, overwrite=True, sources=[source]).check()
-    Target(tmp_path / "beside", sources=[source]).check()
+        Target(folder / place, overwrite=True, source=source).check()
+    Target(folder.with_name("not there"), source=source).check()
 
 
 def test_all_weights_of_a_folder_fit_the_dtype_that_is_chosen(folder: Path) -> None:

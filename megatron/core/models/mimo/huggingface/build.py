@@ -22,16 +22,21 @@ from megatron.core.models.mimo.huggingface.composites import Composite, EncoderP
 from megatron.core.models.mimo.huggingface.cuts import Heads
 from megatron.core.models.mimo.huggingface.family import Family, UnsupportedModelError
 from megatron.core.models.mimo.huggingface.fits import check_fits
-from megatron.core.models.mimo.huggingface.folder import ModelFolder
-from megatron.core.models.mimo.huggingface.joined_folder import Folders, JoinedFolder
+from megatron.core.models.mimo.huggingface.folder import ModelFolder, OpenFolder
+from megatron.core.models.mimo.huggingface.joined_folder import Folders
 from megatron.core.models.mimo.huggingface.language_model import ImportedGPTModel
-from megatron.core.models.mimo.huggingface.tables import Table, best_spelled
+from megatron.core.models.mimo.huggingface.tables import best_spelled
 from megatron.core.models.mimo.huggingface.weights import Part, bare, check, held_by, load
 from megatron.core.models.mimo.job.built_model import LANGUAGE, BuiltModel, finish_model
-from megatron.core.models.mimo.job.settings import RECOMPUTE, language_specs
+from megatron.core.models.mimo.job.settings import (
+    any_module_settings,
+    language_specs,
+    module_grid,
+    stage_settings,
+)
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.models.mimo.randomness import seed_everything
-from megatron.core.models.mimo.training.groups import create_process_groups, make_grid
+from megatron.core.models.mimo.training.groups import create_process_groups
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -132,7 +137,7 @@ def from_folder(
 
 
 def import_from(
-    opened: ModelFolder | JoinedFolder,
+    opened: OpenFolder,
     composite: Composite,
     layouts: Mapping[str, Layout],
     options: BuildOptions,
@@ -225,20 +230,9 @@ def module_config(
     family.check(config)
     return TransformerConfig(
         **{
-            "tensor_model_parallel_size": layout.tp,
-            "params_dtype": options.dtype,
-            "bf16": options.dtype is torch.bfloat16,
-            "fp16": options.dtype is torch.float16,
-            "pipeline_dtype": options.dtype,
-            # DDP sums; one token count divides every module's gradients.
-            "calculate_per_token_loss": True,
+            **any_module_settings(layout, options.dtype, options.recompute),
             # Weights come from the folder, and others from their names and the seed.
             "perform_initialization": False,
-            "bias_dropout_fusion": False,
-            "bias_activation_fusion": False,
-            "masked_softmax_fusion": False,
-            "gradient_accumulation_fusion": False,
-            **RECOMPUTE[options.recompute],
             **family.settings(config),
             **more,
         }
@@ -248,15 +242,8 @@ def module_config(
 def _language_config(
     composite: Composite, layout: Layout, options: BuildOptions
 ) -> TransformerConfig:
-    part, virtual = composite.language, options.virtual_stages
-    more: dict[str, Any] = {
-        "context_parallel_size": layout.cp,
-        "pipeline_model_parallel_size": layout.pp,
-        "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else None,
-        "overlap_p2p_comm": virtual > 1,
-        "batch_p2p_comm": virtual == 1,
-        "sequence_parallel": options.sequence_parallel and layout.tp > 1,
-    }
+    part = composite.language
+    more = stage_settings(layout, options.virtual_stages, options.sequence_parallel)
     if part.family.settings(part.config).get("num_moe_experts"):
         more |= {
             "expert_model_parallel_size": layout.ep,
@@ -280,7 +267,12 @@ def _build(
             part.family, part.config, at, options, sequence_parallel=cut
         )
     experts = configs[LANGUAGE].num_moe_experts
-    grids = {name: _grid(name, at, bool(experts), options) for name, at in layouts.items()}
+    grids = {
+        name: module_grid(
+            name, at, bridge=options.bridge, experts=bool(experts), backend=options.backend
+        )
+        for name, at in layouts.items()
+    }
     collections = {name: create_process_groups(grid) for name, grid in grids.items()}
     seed_everything(options.seed)
     language = composite.language
@@ -346,15 +338,6 @@ def _mark_what_is_cut(model: torch.nn.Module) -> None:
             set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
-def _grid(name: str, layout: Layout, experts: bool, options: BuildOptions) -> Any:
-    axes = {"tp": layout.tp, "cp": layout.cp, "dp": layout.dp, "pp": layout.pp}
-    if name == LANGUAGE and experts:
-        axes |= {"ep": layout.ep, "expt_tp": layout.expert_tp}
-    # The gather bridge joins the ranks of a replica, all its stages, and no others.
-    dp_last = name == LANGUAGE and options.bridge == "gather" and layout.pp > 1
-    return make_grid(**axes, backend=options.backend, dp_last=dp_last)
-
-
 def _heads(config: TransformerConfig) -> Heads:
     groups = config.num_query_groups or config.num_attention_heads
     return Heads(config.num_attention_heads, groups, config.kv_channels)
@@ -383,7 +366,7 @@ def _encoder_part(
     return Part(part.modality, modules, table, groups, _heads(config), part.drawn)
 
 
-def _spelled(part: Part, composite: Composite, folder: ModelFolder | JoinedFolder) -> Part:
+def _spelled(part: Part, composite: Composite, folder: OpenFolder) -> Part:
     own = next((e for e in composite.encoders if e.modality == part.name), composite.language)
-    table: Table = best_spelled(part.table, own.spellings, folder.tensors)
-    return Part(part.name, part.modules, table, part.groups, part.heads, part.drawn)
+    table = best_spelled(part.table, own.spellings, folder.tensors)
+    return replace(part, table=table)

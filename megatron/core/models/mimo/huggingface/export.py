@@ -36,8 +36,9 @@ from megatron.core.models.mimo.huggingface.folder import (
     Described,
     FolderError,
     ModelFolder,
+    OpenFolder,
 )
-from megatron.core.models.mimo.huggingface.joined_folder import Folders, JoinedFolder
+from megatron.core.models.mimo.huggingface.joined_folder import Folders
 from megatron.core.models.mimo.huggingface.pieces import Piece, Planned, plan
 from megatron.core.models.mimo.huggingface.safetensors_file import SafetensorsFile
 from megatron.core.models.mimo.huggingface.target import Target, TargetError
@@ -78,8 +79,7 @@ def to_folder(
         FolderError: the model does not have all of a tensor.
     """
     with _opened(built.source) as source, _as_export_errors():
-        copied = {"config.json", *(_place(source, path) for path in source.others())}
-        target = Target(folder, overwrite=overwrite, sources=source.paths, files=copied)
+        target = Target(folder, overwrite=overwrite, source=source)
         rank, writing = dist.get_rank(), f"write {target.folder}"
         _refuse(of_all_ranks(_taken(target) if rank == 0 else None)[0])
         check_shared(target.folder.parent, "a model's files")
@@ -107,9 +107,9 @@ def _as_export_errors() -> Iterator[None]:
 
 
 @contextmanager
-def _opened(source: Path | Folders) -> Iterator[ModelFolder | JoinedFolder]:
+def _opened(source: Path | Folders) -> Iterator[OpenFolder]:
     """The source folder, or folders, if every rank can open it."""
-    found: list[ModelFolder | JoinedFolder] = []
+    found: list[OpenFolder] = []
 
     def opening() -> None:
         found.append(source.open() if isinstance(source, Folders) else ModelFolder(source))
@@ -133,7 +133,7 @@ def _refuse(problem: str | None) -> None:
         raise ExportError(problem)
 
 
-def _outline(source: ModelFolder | JoinedFolder, limit: int | None) -> dict[str, Described]:
+def _outline(source: OpenFolder, limit: int | None) -> dict[str, Described]:
     """The tensors to be, with the files that they go to."""
     if limit is None:
         return source.tensors
@@ -175,7 +175,7 @@ class _Transfer:
 
     def __init__(
         self,
-        source: ModelFolder | JoinedFolder,
+        source: OpenFolder,
         folder: Path,
         held: list[Held],
         built: ImportedModel,
@@ -206,7 +206,7 @@ class _Transfer:
 
         Raises:
             OSError: one could not be written.
-        FolderError: what was to be copied could not be read.
+            FolderError: what was to be copied could not be read.
         """
         for path in self._written:
             self._try(lambda path=path: fsync(path))
@@ -265,21 +265,15 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def _place(source: ModelFolder | JoinedFolder, path: Path) -> str:
-    """Where a file of the source is in the new folder."""
-    inside = path.is_relative_to(source.path)
-    return (path.relative_to(source.path) if inside else Path(path.name)).as_posix()
-
-
 def _complete(
-    source: ModelFolder | JoinedFolder,
+    source: OpenFolder,
     target: Target,
     planned: Sequence[Planned],
     config: Mapping[str, Any],
 ) -> None:
     """What one rank adds when all tensors are on the disk."""
-    for path in source.others():
-        copy = target.partial / _place(source, path)
+    for place, path in source.others().items():
+        copy = target.partial / place
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
         fsync(copy)
@@ -292,9 +286,7 @@ def _complete(
     target.publish()
 
 
-def _index(
-    source: ModelFolder | JoinedFolder, files: Mapping[str, Sequence[Planned]]
-) -> dict[str, Any]:
+def _index(source: OpenFolder, files: Mapping[str, Sequence[Planned]]) -> dict[str, Any]:
     weight_map = {tensor.name: file for file, tensors in files.items() for tensor in tensors}
     sizes = (tensor.described.size for tensors in files.values() for tensor in tensors)
     metadata = {**source.index_metadata(), "total_size": sum(sizes)}

@@ -44,20 +44,13 @@ def check_fits(
             f"{sorted(modules)}; give each of them one"
         )
     for name, layout in layouts.items():
-        for what, width in _widths(modules[name]):
-            if width % layout.tp:
+        for what, count in _cut_evenly(modules[name]):
+            if count % layout.tp:
                 raise LayoutError(
-                    f"{name} tp={layout.tp} does not divide its {what} of {width}; tp can be "
-                    f"{[n for n in range(1, layout.tp) if width % n == 0]}"
+                    f"{name} tp={layout.tp} does not divide its {what}; tp can be "
+                    f"{[n for n in range(1, layout.tp) if count % n == 0]}"
                 )
     _check_tokens(composite)
-    for name, settings in modules.items():
-        groups, tp = settings.get("num_query_groups") or 0, layouts[name].tp
-        if groups % tp:
-            raise LayoutError(
-                f"{name} tp={tp} does not divide its {groups} key/value heads; tp can be "
-                f"{[n for n in range(1, groups + 1) if groups % n == 0]}"
-            )
     language = modules[LANGUAGE]
     limits = Limits(
         global_batch_size=0,
@@ -103,7 +96,12 @@ def _heads(settings: Mapping[str, Any]) -> int:
     return settings.get("num_query_groups") or settings.get("num_attention_heads") or 0
 
 
-def _widths(settings: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    for what, name in (("MLP width", "ffn_hidden_size"), ("experts' width", "moe_ffn_hidden_size")):
+def _cut_evenly(settings: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """What TP ranks have equal parts of, in words, and how much of it there is."""
+    for words, name in (
+        ("MLP width of {}", "ffn_hidden_size"),
+        ("experts' width of {}", "moe_ffn_hidden_size"),
+        ("{} key/value heads", "num_query_groups"),
+    ):
         if settings.get(name):
-            yield what, settings[name]
+            yield words.format(settings[name]), settings[name]

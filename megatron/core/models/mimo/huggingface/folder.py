@@ -6,11 +6,11 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import torch
@@ -65,18 +65,65 @@ class FolderError(ValueError):
     """A folder that is not a whole model; the message says what to do."""
 
 
-class ModelFolder:
+class OpenFolder(AbstractContextManager["OpenFolder"], ABC):
+    """Where a model's weights are read, one folder or several as one; use it in ``with``.
+
+    Attributes:
+        path: of the folder, or of the language model's, for messages.
+        config: what ``config.json`` holds, or will hold.
+        tensors: name -> description, in the files' order.
+        metadata: file -> what its header says beside the tensors.
+        source: what opens it again.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Described]
+    metadata: dict[str, dict[str, str]]
+    source: Any
+
+    def __exit__(self, *ended: object) -> None:
+        self.close()
+
+    @property
+    def files(self) -> dict[str, list[str]]:
+        """File of weights -> names of its tensors, in its order."""
+        found: dict[str, list[str]] = {}
+        for name, described in self.tensors.items():
+            found.setdefault(described.file, []).append(name)
+        return found
+
+    @property
+    @abstractmethod
+    def paths(self) -> list[Path]:
+        """The folders' own."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the files."""
+
+    @abstractmethod
+    def read(self, name: str, where: tuple[slice, ...] = ()) -> torch.Tensor:
+        """Read a tensor, or a part of it; see :meth:`ModelFolder.read`."""
+
+    @abstractmethod
+    def index_metadata(self) -> dict[str, Any]:
+        """Return what the index says beside the files of the tensors; nothing without an index."""
+
+    @abstractmethod
+    def others(self) -> dict[str, Path]:
+        """Return what holds no weights: place in the folder -> file.
+
+        Configurations, tokenizer, processor, chat template, and whatever else lies there.
+        """
+
+
+class ModelFolder(OpenFolder):
     """Reads one folder; parts of tensors, never whole files. Use it in ``with``.
 
     Args:
         path: of the folder: ``config.json`` beside ``model.safetensors``, or beside several files
             and their index.
-
-    Attributes:
-        path: of the folder.
-        config: what ``config.json`` holds.
-        tensors: name -> description, in the files' order.
-        metadata: file -> what its header says beside the tensors.
 
     Raises:
         FolderError: no such folder, no ``config.json``, weights in another format, a file that is
@@ -84,7 +131,7 @@ class ModelFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = self.source = Path(path)
         self.config: dict[str, Any] = self._json("config.json")
         self.tensors: dict[str, Described] = {}
         self.metadata: dict[str, dict[str, str]] = {}
@@ -96,14 +143,6 @@ class ModelFolder:
 
     def __enter__(self) -> ModelFolder:
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the files."""
@@ -150,40 +189,27 @@ class ModelFolder:
         return self._handles[file]
 
     @property
-    def source(self) -> Path:
-        """What opens it again: its path."""
-        return self.path
-
-    @property
     def paths(self) -> list[Path]:
         """The folder's own, alone."""
         return [self.path]
-
-    @property
-    def files(self) -> dict[str, list[str]]:
-        """File of weights -> names of its tensors, in its order."""
-        found: dict[str, list[str]] = {}
-        for name, described in self.tensors.items():
-            found.setdefault(described.file, []).append(name)
-        return found
 
     def index_metadata(self) -> dict[str, Any]:
         """Return what the index says beside the files of the tensors; nothing without an index."""
         return self._json(INDEX).get("metadata", {}) if (self.path / INDEX).is_file() else {}
 
-    def others(self) -> Iterator[Path]:
-        """Yield the files that hold no weights: configurations, tokenizer, processor, template."""
+    def others(self) -> dict[str, Path]:
+        """Return what holds no weights; see :meth:`OpenFolder.others`."""
+        found = {}
         for path in sorted(self.path.rglob("*")):
-            hidden = any(part.startswith(".") for part in path.relative_to(self.path).parts)
+            inside = path.relative_to(self.path)
+            hidden = any(part.startswith(".") for part in inside.parts)
             weights = path.suffix in _WEIGHTS or path.name.endswith(_INDICES)
             # A model within the folder would come along without its weights.
-            nested = any(
-                (p / "config.json").is_file()
-                for p in path.parents
-                if p != self.path and p.is_relative_to(self.path)
-            )
+            within = [self.path / each for each in inside.parents[:-1]]
+            nested = any((each / "config.json").is_file() for each in within)
             if path.is_file() and not hidden and not weights and not nested:
-                yield path
+                found[inside.as_posix()] = path
+        return found
 
     def _weight_files(self) -> Iterable[str]:
         if (self.path / INDEX).is_file():

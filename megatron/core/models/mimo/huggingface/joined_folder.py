@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
-from megatron.core.models.mimo.huggingface.folder import Described, ModelFolder
+from megatron.core.models.mimo.huggingface.folder import Described, ModelFolder, OpenFolder
 
 _OWN = ("config.json", "README.md", "LICENSE", ".gitattributes")
 
@@ -50,19 +49,15 @@ class Folders:
         return JoinedFolder(self)
 
 
-class JoinedFolder:
+class JoinedFolder(OpenFolder):
     """As :class:`.ModelFolder`, of several; use it in ``with``.
 
     Args:
         source: the folders.
 
     Attributes:
-        source: the folders.
-        path: of the language model's, for messages.
-        config: of the whole model.
         tensors: name in the whole model -> description; what was drawn is among them, and cannot
             be read.
-        metadata: file -> what its header says beside the tensors.
 
     Raises:
         FolderError: a folder is no whole model.
@@ -73,8 +68,8 @@ class JoinedFolder:
         self._stack = ExitStack()
         self._folders = [self._stack.enter_context(ModelFolder(part.path)) for part in source.parts]
         self.path = self._folders[0].path
-        self.metadata: dict[str, dict[str, str]] = getattr(self._folders[0], "metadata", {})
-        self.tensors: dict[str, Described] = {}
+        self.metadata = self._folders[0].metadata
+        self.tensors = {}
         self._places: dict[str, tuple[ModelFolder, str]] = {}
         last = list(self._folders[0].files)[-1]
         for part, folder in zip(source.parts, self._folders, strict=True):
@@ -91,14 +86,6 @@ class JoinedFolder:
     def __enter__(self) -> JoinedFolder:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
         """Close the files."""
         self._stack.close()
@@ -113,27 +100,18 @@ class JoinedFolder:
         """The folders' own."""
         return [folder.path for folder in self._folders]
 
-    @property
-    def files(self) -> dict[str, list[str]]:
-        """File of weights -> names of its tensors, in its order."""
-        found: dict[str, list[str]] = {}
-        for name, described in self.tensors.items():
-            found.setdefault(described.file, []).append(name)
-        return found
-
     def index_metadata(self) -> dict[str, Any]:
         """Return what the index says beside the files of the tensors; a new one says nothing."""
         return {}
 
-    def others(self) -> Iterator[Path]:
-        """Yield the files of all folders that are neither weights nor about one folder alone.
+    def others(self) -> dict[str, Path]:
+        """Return the files of all folders that are neither weights nor about one folder alone.
 
-        Of files of one name, the language model's.
+        Of files of one place, the language model's.
         """
-        seen = set(_OWN)
+        found: dict[str, Path] = {}
         for folder in self._folders:
-            for path in folder.others():
-                name = str(path.relative_to(folder.path))
-                if name not in seen:
-                    seen.add(name)
-                    yield path
+            for place, path in folder.others().items():
+                if place not in _OWN:
+                    found.setdefault(place, path)
+        return found

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from megatron.core.models.mimo import VisionModalitySubmodules
-from megatron.core.models.mimo.huggingface.build import ImportedModel
+from megatron.core.models.mimo.huggingface.build import ImportedModel, read_config
 from megatron.core.models.mimo.huggingface.composites import EncoderPart
 from megatron.core.models.mimo.huggingface.family import Family, UnsupportedModelError
 from megatron.core.models.mimo.huggingface.fits import LayoutError
@@ -119,9 +119,7 @@ class _OwnTable(Table):
 def _config_of(source: Any) -> Any:
     if not isinstance(source, (str, Path)):
         return source
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(str(source))
+    return read_config(Path(source))
 
 
 def _settings(_config: Any) -> dict[str, Any]:

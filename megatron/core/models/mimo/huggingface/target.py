@@ -14,12 +14,12 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from megatron.core.models.mimo.checkpoint.history import fsync
-from megatron.core.models.mimo.huggingface.folder import INDEX
+from megatron.core.models.mimo.huggingface.folder import INDEX, OpenFolder
 
 _LOCK = ".lock"
 
@@ -34,8 +34,8 @@ class Target:
     Args:
         folder: its path.
         overwrite: whether it may be in the place of a model that is there.
-        sources: folders that are read meanwhile.
-        files: paths below it that the model is going to have.
+        source: where the model came from: not to be written into, and what of it travels along is
+            all that may be replaced beside weights.
 
     Attributes:
         folder: its path.
@@ -47,15 +47,13 @@ class Target:
         folder: str | Path,
         *,
         overwrite: bool = False,
-        sources: Iterable[Path] = (),
-        files: Collection[str] = (),
+        source: OpenFolder | None = None,
     ) -> None:
         # The path as it is given may end in "..", or be a link to the folder.
-        self.folder = Path(os.path.realpath(folder))
+        self.folder = _real(folder)
         self.partial = self.folder.with_name(f".{self.folder.name}.exporting")
         self._old = self.folder.with_name(f".{self.folder.name}.replaced")
-        self._overwrite, self._files = overwrite, frozenset(files)
-        self._sources = [Path(os.path.realpath(source)) for source in sources]
+        self._overwrite, self._source = overwrite, source
         self._lock: BinaryIO | None = None
 
     def check(self) -> None:
@@ -69,7 +67,7 @@ class Target:
                 f"{self._old} is what an interrupted export was to replace {self.folder} by; move "
                 f"it back to {self.folder}, or remove it"
             )
-        for source in self._sources:
+        for source in map(_real, self._source.paths if self._source else ()):
             if self.folder.is_relative_to(source) or source.is_relative_to(self.folder):
                 raise TargetError(
                     f"{self.folder} and the folder that the model came from, {source}, are the "
@@ -91,7 +89,8 @@ class Target:
                 f"{self.folder} holds no model (it has no config.json), so it is not replaced; "
                 "give another folder"
             )
-        foreign = sorted(set(self._there()) - self._files)
+        replaced = set(self._source.others()) if self._source else set()
+        foreign = sorted(set(self._there()) - replaced - {"config.json"})
         if foreign:
             more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
             raise TargetError(
@@ -165,3 +164,7 @@ class Target:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def _real(path: str | Path) -> Path:
+    return Path(os.path.realpath(path))

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.nn import Module, Parameter
 
-from megatron.core.models.mimo.huggingface.cuts import Heads, Run, Shard
-from megatron.core.models.mimo.huggingface.folder import Described, FolderError, ModelFolder
+from megatron.core.models.mimo.huggingface.cuts import Heads, Run, Shard, Whole
+from megatron.core.models.mimo.huggingface.folder import Described, FolderError, OpenFolder
 from megatron.core.models.mimo.huggingface.tables import Source, Table
 from megatron.core.models.mimo.training.global_names import global_modules, join
 from megatron.core.models.mimo.wrappers import unwrapped
@@ -164,14 +164,14 @@ def _held(part: Part, name: str, parameter: Parameter) -> Held:
     tp = groups.expt_tp if expert else groups.tp
     copies = (groups.expt_dp,) if expert else (groups.dp, groups.cp)
     first = all(group is None or group.rank() == 0 for group in copies)
-    if type(source.cut).__name__ == "Whole":
+    if isinstance(source.cut, Whole):
         # An expert's bias after its row-parallel layer, or a norm: the first TP rank's counts.
         first = first and (tp is None or tp.rank() == 0)
     shard = Shard() if tp is None else Shard(tp.rank(), tp.size())
     return Held(join(part.name, name), parameter, source, shard, part.heads, first)
 
 
-def check(held: Sequence[Held], parts: Sequence[Part], folder: ModelFolder) -> None:
+def check(held: Sequence[Held], parts: Sequence[Part], folder: OpenFolder) -> None:
     """Compare a model with a folder before any weight is read; all ranks call it together.
 
     Args:
@@ -200,7 +200,7 @@ def check(held: Sequence[Held], parts: Sequence[Part], folder: ModelFolder) -> N
         )
 
 
-def _untied(held: Sequence[Held], parts: Sequence[Part], folder: ModelFolder) -> Iterator[str]:
+def _untied(held: Sequence[Held], parts: Sequence[Part], folder: OpenFolder) -> Iterator[str]:
     """What a folder stores twice and not alike, of the part that this rank reads."""
     again = {other: name for part in parts for name, other in part.table.repeated}
     for each in held:
@@ -222,7 +222,7 @@ def _untied(held: Sequence[Held], parts: Sequence[Part], folder: ModelFolder) ->
                 return
 
 
-def load(held: Iterable[Held], folder: ModelFolder, tick: Callable[[int], None]) -> None:
+def load(held: Iterable[Held], folder: OpenFolder, tick: Callable[[int], None]) -> None:
     """Read the weights of this rank; what the folder has in another dtype is cast.
 
     Args:

@@ -44,15 +44,32 @@ def make_grids(
         options: of the job.
         backend: of the process groups, PyTorch's default one if None.
     """
-    grids = {}
-    for name, at in layouts.items():
-        axes = {"tp": at.tp, "cp": at.cp, "dp": at.dp, "pp": at.pp}
-        if name == LANGUAGE and options.experts:
-            axes |= {"ep": at.ep, "expt_tp": at.expert_tp}
-        # The gather bridge joins the ranks of a replica, all its stages, and no others.
-        dp_last = name == LANGUAGE and options.bridge == "gather" and at.pp > 1
-        grids[name] = make_grid(**axes, backend=backend, dp_last=dp_last)
-    return grids
+    return {
+        name: module_grid(
+            name, at, bridge=options.bridge, experts=bool(options.experts), backend=backend
+        )
+        for name, at in layouts.items()
+    }
+
+
+def module_grid(
+    name: str, layout: Layout, *, bridge: str, experts: bool, backend: str | None
+) -> HyperCommGrid:
+    """Make the grid of one module; every rank calls it together.
+
+    Args:
+        name: of the module.
+        layout: its own.
+        bridge: of the model.
+        experts: the language model has some.
+        backend: of the process groups, PyTorch's default one if None.
+    """
+    axes = {"tp": layout.tp, "cp": layout.cp, "dp": layout.dp, "pp": layout.pp}
+    if name == LANGUAGE and experts:
+        axes |= {"ep": layout.ep, "expt_tp": layout.expert_tp}
+    # The gather bridge joins the ranks of a replica, all its stages, and no others.
+    dp_last = name == LANGUAGE and bridge == "gather" and layout.pp > 1
+    return make_grid(**axes, backend=backend, dp_last=dp_last)
 
 
 def transformer_settings(layout: Layout, options: TrainingOptions) -> dict[str, Any]:
@@ -62,11 +79,23 @@ def transformer_settings(layout: Layout, options: TrainingOptions) -> dict[str, 
         layout: of the module.
         options: of the job.
     """
-    dtype = getattr(torch, options.dtype)
     return {
-        "tensor_model_parallel_size": layout.tp,
         "attention_dropout": options.dropout,
         "hidden_dropout": options.dropout,
+        **any_module_settings(layout, getattr(torch, options.dtype), options.recompute),
+    }
+
+
+def any_module_settings(layout: Layout, dtype: torch.dtype, recompute: str) -> dict[str, Any]:
+    """Return arguments of any module's ``TransformerConfig`` that its layout and dtype decide.
+
+    Args:
+        layout: of the module.
+        dtype: of weights and activations.
+        recompute: a key of :data:`RECOMPUTE`.
+    """
+    return {
+        "tensor_model_parallel_size": layout.tp,
         "params_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
         "fp16": dtype is torch.float16,
@@ -77,7 +106,26 @@ def transformer_settings(layout: Layout, options: TrainingOptions) -> dict[str, 
         "bias_activation_fusion": False,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
-        **RECOMPUTE[options.recompute],
+        **RECOMPUTE[recompute],
+    }
+
+
+def stage_settings(layout: Layout, virtual_stages: int, sequence_parallel: bool) -> dict[str, Any]:
+    """Return how a language model's ``TransformerConfig`` cuts sequence and layers.
+
+    Args:
+        layout: of the language model.
+        virtual_stages: stages per rank.
+        sequence_parallel: cut the sequence over TP, too.
+    """
+    return {
+        "context_parallel_size": layout.cp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": virtual_stages if virtual_stages > 1 else None,
+        # Two stages that interleave exchange in both directions at once.
+        "overlap_p2p_comm": virtual_stages > 1,
+        "batch_p2p_comm": virtual_stages == 1,
+        "sequence_parallel": sequence_parallel and layout.tp > 1,
     }
 
 
@@ -88,16 +136,10 @@ def language_settings(options: TrainingOptions, *, lengths_differ: bool = False)
         options: of the job.
         lengths_differ: packed batches need not be equally long.
     """
-    layout, virtual = options.language, options.virtual_stages
+    layout = options.language
     settings: dict[str, Any] = {
         "num_layers": options.language_layers,
-        "context_parallel_size": layout.cp,
-        "pipeline_model_parallel_size": layout.pp,
-        "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else None,
-        # Two stages that interleave exchange in both directions at once.
-        "overlap_p2p_comm": virtual > 1,
-        "batch_p2p_comm": virtual == 1,
-        "sequence_parallel": options.sequence_parallel and layout.tp > 1,
+        **stage_settings(layout, options.virtual_stages, options.sequence_parallel),
     }
     if options.packed and lengths_differ and layout.pp > 1:
         settings["variable_seq_lengths"] = True

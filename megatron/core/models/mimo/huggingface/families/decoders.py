@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from megatron.core.models.mimo.huggingface.cuts import (
@@ -210,51 +211,32 @@ def _sliding(config: Any) -> str | None:
 
 # A window that is set and not used; layer types follow from both.
 _WINDOWS = frozenset({"use_sliding_window", "layer_types"})
-_MISTRAL = Family(
-    model_types=("mistral",),
-    settings=_llama_settings,
-    params=_rope_params,
-    table=_llama_table,
-    reads=_READ,
-    refuses={"sliding_window": _sliding},
+_MISTRAL = replace(_LLAMA, model_types=("mistral",), refuses={"sliding_window": _sliding})
+_QWEN2 = replace(
+    _MISTRAL, model_types=("qwen2", "qwen2_5_vl_text"), settings=_qwen2_settings, ignores=_WINDOWS
 )
-_QWEN2 = Family(
-    model_types=("qwen2", "qwen2_5_vl_text"),
-    settings=_qwen2_settings,
-    params=_rope_params,
-    table=_llama_table,
-    reads=_READ,
-    ignores=_WINDOWS,
-    refuses={"sliding_window": _sliding},
-)
-_QWEN3 = Family(
+_QWEN3 = replace(
+    _QWEN2,
     model_types=("qwen3", "qwen3_vl_text"),
     settings=_qwen3_settings,
-    params=_rope_params,
-    table=_llama_table,
-    reads=_READ,
-    ignores=_WINDOWS,
-    refuses={"sliding_window": _sliding, "attention_bias": _biases},
+    refuses={**_QWEN2.refuses, "attention_bias": _biases},
 )
 _EXPERT_FIELDS = frozenset({"num_local_experts", "num_experts_per_tok", "router_aux_loss_coef"})
-_QWEN3_MOE = Family(
+_QWEN3_MOE = replace(
+    _QWEN3,
     model_types=("qwen3_moe",),
     settings=_qwen3_moe_settings,
-    params=_rope_params,
     table=_qwen_expert_table,
     reads=_READ
     | _EXPERT_FIELDS
     | {"moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"},
-    ignores=_WINDOWS,
-    refuses={"sliding_window": _sliding, "attention_bias": _biases},
 )
-_MIXTRAL = Family(
+_MIXTRAL = replace(
+    _MISTRAL,
     model_types=("mixtral",),
     settings=_mixtral_settings,
-    params=_rope_params,
     table=_mixtral_table,
     reads=_READ | _EXPERT_FIELDS,
-    refuses={"sliding_window": _sliding},
 )
 
 _GPT2_COMMON = {
