@@ -70,6 +70,8 @@ class DeepStack:
     def width_problem(self, name: str, rows: torch.Tensor) -> str | None:
         """Return why rows cannot be what their encoder was said to bring."""
         levels, found = self.layers.get(name, ()), rows.size(-1)
+        if not self.width:  # What stands in for a model does not say how wide it is.
+            return None
         if found == self.row_width(name) or (not levels and found % self.width):
             return None  # Where rows are no levels, those who place them say so.
         return (

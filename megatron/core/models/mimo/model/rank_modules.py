@@ -72,7 +72,9 @@ class RankModules:
     @cached_property
     def deepstack(self) -> DeepStack:
         """Which levels the rows of modalities have, and who adds them."""
-        return DeepStack.of(self._model.mimo_config)
+        # What stands in for a model may have no configuration; stock reads none in a forward.
+        options = getattr(self._model, "mimo_config", None)
+        return DeepStack(0, {}, ()) if options is None else DeepStack.of(options)
 
     @property
     def language_grid(self) -> Any:
