@@ -112,11 +112,7 @@ def read(command: str, argv: Sequence[str]) -> CommandOptions:
         JobError: an option is wrong.
         SystemExit: after ``--help``.
     """
-    parser = Parser(prog=f"mimo {command}", description=_DESCRIPTIONS[command])
-    parser.add_argument("--config", action=_from_file(), help="YAML file with options")
-    _common(parser, command)
-    _OWN[command](parser)
-    found = vars(parser.parse_args(list(argv)))
+    found = vars(parser_of(command).parse_args(list(argv)))
     found.pop("config", None)
     layouts = {
         name: Layout.parse(text, name)
@@ -127,6 +123,15 @@ def read(command: str, argv: Sequence[str]) -> CommandOptions:
     paths = {name: _path(found.pop(name, None)) for name in ("source", "target", "checkpoint")}
     own = {name: found.pop(name) for name in ("dtype", "backend", "timeout")}
     return CommandOptions(command, encoders=layouts, language=language, more=found, **paths, **own)
+
+
+def parser_of(command: str) -> ArgumentParser:
+    """Return the parser of one of :data:`COMMANDS`."""
+    parser = Parser(prog=f"mimo {command}", description=DESCRIPTIONS[command])
+    parser.add_argument("--config", action=_from_file(), help="YAML file with options")
+    _common(parser, command)
+    _OWN[command](parser)
+    return parser
 
 
 def _from_file() -> type[argparse.Action]:
@@ -214,7 +219,7 @@ _OWN: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "export": _export,
     "check": _check,
 }
-_DESCRIPTIONS = {
+DESCRIPTIONS = {
     "import": "Write a checkpoint to train from, in any layout, from a Hugging Face folder.",
     "export": "Write a Hugging Face folder from a checkpoint of any layout.",
     "check": "Compare a model's logits here, in any layout, with transformers'.",
