@@ -24,7 +24,16 @@ DOC_START = "<!-- the table below is written by: python -m tests.mutants --write
 DOC_END = "<!-- end of the table -->"
 TREE = Tree(
     root=ROOT,
-    parts=("megatron", "mimo_colocated", "examples", "campaigns", "tests", "pyproject.toml"),
+    parts=(
+        "megatron",
+        "mimo_colocated",
+        "examples",
+        "campaigns",
+        "tests",
+        "tools",
+        "pyproject.toml",
+        "pins.env",
+    ),
     # A rank that waits in vain: a minute is many times what any of these tests takes.
     options=("-o", "ranks_timeout=60"),
     libraries=LIBRARIES,
@@ -129,12 +138,15 @@ class Mutants(Campaign):
             )
         seconds = round(finished.seconds, 1)
         console.note(f"baseline: {finished.passed} tests passed in {seconds} s")
-        yield BASELINE, {
-            "passed": None,
-            "tests": sorted({*known, *tests}),
-            "count": finished.passed,
-            "seconds": seconds,
-        }
+        yield (
+            BASELINE,
+            {
+                "passed": None,
+                "tests": sorted({*known, *tests}),
+                "count": finished.passed,
+                "seconds": seconds,
+            },
+        )
 
     def row(self, name: str, result: Result | None) -> tuple[str, ...]:
         """(mutant, file, status, seconds, noticed by)."""
