@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A ``DeviceMesh`` over the ranks and process groups that a grid has already."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from megatron.core.hyper_comm_grid import GridShape, HyperCommGrid, box_of
+
+FSDP, TP = "fsdp", "tp"
+_KEPT = "torch_native_mesh"
+
+
+def mesh_of(grid: HyperCommGrid, device_type: str | None = None) -> DeviceMesh:
+    """Return the mesh ("fsdp", "tp") of a grid's ``dp`` and ``tp``: the same ranks and groups.
+
+    A group that the grid lacks is made and kept in it, by all ranks of the world; none is made
+    twice.
+
+    Args:
+        grid: with dims ``tp`` and ``dp``; any other has size 1.
+        device_type: of the tensors; None is what the groups' backend moves, an accelerator
+            first.
+
+    Raises:
+        ValueError: a dim is missing or is one that torch-native modules cannot split by.
+    """
+    problem = grid_problem(grid)
+    if problem:
+        raise ValueError(problem)
+    groups = [grid.get_or_create_pg("dp"), grid.get_or_create_pg("tp")]
+    return DeviceMesh.from_group(
+        groups,
+        device_type or _device_type(groups[1]),
+        rank_table(box_of(grid)),
+        mesh_dim_names=(FSDP, TP),
+    )
+
+
+def mesh_in(model: nn.Module) -> DeviceMesh:
+    """Return the mesh that a model was sharded over.
+
+    Raises:
+        ValueError: it is not sharded.
+    """
+    mesh = getattr(model, _KEPT, None)
+    if mesh is None:
+        raise ValueError(
+            f"this {type(model).__name__} is not sharded; give the model that parallelize "
+            "returned, not a part of it"
+        )
+    return mesh
+
+
+def keep_mesh(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Remember the mesh for :func:`mesh_in`."""
+    setattr(model, _KEPT, mesh)
+
+
+def rank_table(box: GridShape) -> torch.Tensor:
+    """Return the ranks as a table ``(dp, tp)``."""
+    by_place = {(c["dp"], c["tp"]): rank for rank in box.ranks for c in [box.coords(rank)]}
+    size = (box.dim_size("dp"), box.dim_size("tp"))
+    return torch.tensor([by_place[place] for place in sorted(by_place)]).view(size)
+
+
+def grid_problem(grid: HyperCommGrid) -> str:
+    """Return why a torch-native module cannot lie on a grid; empty if it can."""
+    missing = [name for name in ("tp", "dp") if name not in grid.dim_names]
+    if missing:
+        return (
+            f"a torch-native module needs a grid with dims 'tp' and 'dp', got {grid.dim_names} "
+            f"without {missing}; name them, of size 1 if need be"
+        )
+    sizes = dict(zip(grid.dim_names, grid.shape, strict=True))
+    if sizes.get("pp", 1) > 1:
+        return (
+            f"a torch-native module has no pipeline stages, got pp={sizes['pp']}; give those ranks "
+            "to dp (FSDP shards the weights over them) or take Megatron's layers"
+        )
+    others = {name: n for name, n in sizes.items() if name not in ("tp", "dp") and n > 1}
+    if others:
+        return (
+            f"a torch-native module is split by tp and dp only, got {others}; give those ranks to "
+            "tp or dp, or take Megatron's layers"
+        )
+    return ""
+
+
+def _device_type(group: dist.ProcessGroup) -> str:
+    types = [device.type for device in group._device_types]
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator.type if accelerator is not None and accelerator.type in types else types[0]
