@@ -31,8 +31,14 @@ def check_first(options: CommandOptions) -> None:
     Raises:
         JobError: the folder, the layouts or the target.
     """
+    from megatron.core.models.mimo.huggingface.target import TargetError, check_place
+
     models.check_source(options.folder, options)
     target = options.target
+    try:
+        check_place(target)
+    except TargetError as error:
+        raise JobError(str(error)) from error
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise JobError(f"{target} exists and is not empty; give another folder")
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 from mimo_colocated.cli.options import CommandOptions
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.launch.layouts import LANGUAGE, Layout
+from mimo_colocated.launch.ranks import hush
+from mimo_colocated.launch.starts import CAN_FORK
 
 
 @contextlib.contextmanager
@@ -34,7 +38,7 @@ def one_sentence() -> Iterator[None]:
 
 
 def check_source(folder: Path, options: CommandOptions) -> None:
-    """Refuse a folder or layouts that a model cannot be built from.
+    """Refuse a folder or layouts that a model cannot be built from; no weight is read.
 
     Raises:
         JobError: the first reason.
@@ -53,6 +57,45 @@ def check_source(folder: Path, options: CommandOptions) -> None:
                 text = text.replace(f"--{modality} ", f"--{flag} ")
                 text = text.replace(f"{modality} tp=", f"{flag} tp=")
             raise LayoutError(text) from error
+    _check_headers(folder)
+
+
+def _check_headers(folder: Path) -> None:
+    """Compare a folder's tensors with its model, in a process that leaves nothing behind here.
+
+    Raises:
+        JobError: tensors are missing, left over or of another shape.
+    """
+    # CUDA, which the launcher may have asked for devices, does not survive a fork.
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    context: Any = multiprocessing.get_context("fork" if hidden and CAN_FORK else "spawn")
+    answer, told = context.Pipe(duplex=False)
+    process = context.Process(target=_compare_headers, args=(folder, told))
+    process.start()
+    told.close()
+    # Without an answer the ranks will say what is wrong.
+    with contextlib.suppress(EOFError):
+        if words := answer.recv():
+            raise JobError(words)
+    process.join()
+
+
+def _compare_headers(folder: Path, told: Any) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import torch.distributed as dist
+
+    hush()
+    from megatron.core.models.mimo.huggingface.build import check_headers
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    words = ""
+    try:
+        with one_sentence():
+            check_headers(folder)
+    except JobError as error:
+        words = str(error)
+    told.send(words)
+    dist.destroy_process_group()
 
 
 def described(folder: Path) -> Any:
@@ -62,8 +105,8 @@ def described(folder: Path) -> Any:
         UnsupportedModelError: its kind is not known.
         FolderError: it is no whole model.
     """
-    from megatron.core.models.mimo.huggingface.build import read_config
     from megatron.core.models.mimo.huggingface.composites import describe
+    from megatron.core.models.mimo.huggingface.configuration import read_config
     from megatron.core.models.mimo.huggingface.folder import ModelFolder
 
     with ModelFolder(folder) as opened:

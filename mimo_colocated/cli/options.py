@@ -8,6 +8,7 @@ there.
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from mimo_colocated.launch import options as parsers
 from mimo_colocated.launch.errors import JobError
+from mimo_colocated.launch.launcher import REPORTS_VARIABLE
 from mimo_colocated.launch.layouts import Layout
 
 if TYPE_CHECKING:
@@ -73,8 +75,10 @@ class CommandOptions:
 
     @property
     def out(self) -> Path:
-        """Where ranks leave tracebacks: never in what is written."""
-        return Path(tempfile.gettempdir()) / "mimo" / self.command
+        """Where ranks leave tracebacks, a folder of each start: never in what is written."""
+        # The launcher's random name is the same on all ranks; under torchrun each has a folder.
+        start = Path(os.environ.get(REPORTS_VARIABLE, str(os.getpid()))).name
+        return Path(tempfile.gettempdir()) / f"mimo-{self.command}-{start}"
 
 
 class Parser(ArgumentParser):

@@ -175,7 +175,7 @@ def test_what_cannot_be_is_said_before_a_rank_starts(
     monkeypatch.setattr("mimo_colocated.launch.launcher._start_and_wait", start)
     out = tmp_path / "out"
     words = refused(capsys, "import", tmp_path / "nothing", out)
-    assert "nothing is not a Hugging Face model folder: it has no config.json" in words
+    assert "nothing does not exist; give a folder of this machine, as `hf download` makes" in words
     words = refused(capsys, "import", folder, out, "--language", "tp=8")
     assert "language tp=8 does not divide its 4 key/value heads; tp can be [1, 2, 4]" in words
     words = refused(capsys, "check", folder, "--vision", "tp=1")
@@ -188,12 +188,39 @@ def test_what_cannot_be_is_said_before_a_rank_starts(
     assert "`frob`" in words
     words = refused(capsys, "import", folder, folder)
     assert "model exists and is not empty; give another folder" in words
+    words = refused(capsys, "import", folder, folder / "config.json" / "out")
+    assert "config.json/out cannot be made: " in words
+    assert "config.json is not a folder; give another place" in words
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda path, _mode: Path(path) != tmp_path)
+        words = refused(capsys, "import", folder, out / "deeper")
+    assert f"out/deeper cannot be made: you may not write in {tmp_path}; give another" in words
     words = refused(capsys, "export", tmp_path / "nothing", out)
     assert "nothing is no checkpoint and no run" in words
     words = refused(capsys, "check", folder, "--control", "--dtype", "bfloat16")
     assert "a change of 1e-3 is within its rounding; use --dtype float32" in words
+    for name, sentence in (
+        ("num_hidden_layers", "made of ['model.layers.2.input_layernorm.weight']"),
+        ("intermediate_size", "'model.layers.0.mlp.gate_proj.weight' has shape [48, 32]"),
+    ):
+        more = with_config(folder, tmp_path / name, **{name: 3 if name[0] == "n" else 40})
+        for command in ("import", "check"):
+            given = (more, tmp_path / "out") if command == "import" else (more,)
+            assert sentence in refused(capsys, command, *given)
+    fewer = with_config(folder, tmp_path / "fewer", num_hidden_layers=1)
+    assert "has tensors that the model has no place for" in refused(capsys, "check", fewer)
     (other / sorted(p.name for p in other.glob("*.safetensors"))[0]).unlink()
     assert "which are not there; download the folder again" in refused(capsys, "check", other)
+
+
+def test_tracebacks_of_every_start_have_a_folder_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = []
+    for start in ("launch-a", "launch-b"):
+        monkeypatch.setenv("MIMO_LAUNCH_REPORTS", f"/somewhere/{start}")
+        found.append(read("check", ["folder"]).out.name)
+    assert found == ["mimo-check-launch-a", "mimo-check-launch-b"]
 
 
 def test_an_export_is_refused_before_a_rank_starts(

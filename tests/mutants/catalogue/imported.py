@@ -88,7 +88,7 @@ IMPORTED = (
         file=_MODEL,
         old="        real = self.real_vocab_size - self.pg_collection.tp.rank() * width",
         new="        real = self.real_vocab_size - 1 - self.pg_collection.tp.rank() * width",
-        tests=_EQUAL,
+        tests=(_TESTS + "test_language_models.py::test_padding_begins_after_the_last_token",),
         why="one token can never be answered",
     ),
     Mutant(
@@ -170,5 +170,27 @@ IMPORTED = (
         new="    if 8 + length + last < size:",
         tests=(_TESTS + "test_refusals.py::test_a_folder_that_is_cut_short",),
         why="an interrupted download fails in the middle of loading, on one rank",
+    ),
+    Mutant(
+        name="a-rank-that-cannot-read-goes",
+        file=_ROOM + "all_ranks.py",
+        old="        failed = error",
+        new="        raise",
+        tests=(
+            _TESTS + "test_reading_8rank.py::"
+            "test_what_one_rank_cannot_read_is_one_sentence_on_all",
+        ),
+        why="the other ranks wait in their next collective",
+    ),
+    Mutant(
+        name="a-tied-output-layer-is-not-copied-for-sounds",
+        file=_ROOM + "compose.py",
+        old="    if _OUTPUT not in of_text:  # tied",
+        new="    if _OUTPUT in of_text:",
+        tests=(
+            _TESTS + "test_from_folders.py::"
+            "test_whisper_and_a_language_model_are_a_qwen2_audio",
+        ),
+        why="tied language models cannot hear",
     ),
 )

@@ -112,8 +112,8 @@ IMPORTED_TOWERS = (
     Mutant(
         name="other-values-of-the-configuration-are-forgotten",
         file=MIMO + "huggingface/compose.py",
-        old="    config = changed(config, options.config_fields)",
-        new="    changed(read_config(Path(language)), {})",
+        old="        config = changed(config, options.config_fields)",
+        new="        changed(read_config(Path(language)), {})",
         tests=(_PARTS + "test_fields_of_the_configuration_may_have_other_values",),
         why="config_fields is accepted and ignored",
     ),

@@ -56,6 +56,14 @@ def test_without_a_mark_all_are_drawn_and_nothing_is_said(caplog):
     assert not caplog.records
 
 
+def test_where_nothing_is_drawn_nothing_is_said(caplog):
+    model = modality()
+    keep_weights(model)
+    with caplog.at_level(logging.WARNING):
+        assert changed(model) == set()
+    assert not caplog.records
+
+
 def test_only_rank_0_says_it(monkeypatch, caplog):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda group=None: 1)

@@ -340,12 +340,28 @@ def changed_by_a_round_trip(built: ImportedModel, folder: Path) -> list[str]:
         folder: as given there; the export goes below it.
     """
     to_folder(built, folder / "out")
-    differing = None
+    changed = None
     if dist.get_rank() == 0:
-        before, after = whole_folder(folder / "model"), whole_folder(folder / "out")
-        assert before.keys() == after.keys()
-        differing = [name for name in before if not torch.equal(before[name], after[name])]
-    return agreed(differing)
+        changed = differing(whole_folder(folder / "model"), whole_folder(folder / "out"))
+    return agreed(changed)
+
+
+def differing(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], bound: float = 0.0
+) -> list[str]:
+    """Return the names of tensors whose difference is above the bound.
+
+    Args:
+        before, after: the tensors of two folders.
+        bound: of the difference's norm over the norm; with 0 every byte counts.
+    """
+    assert before.keys() == after.keys()
+    return [
+        name
+        for name, one in before.items()
+        if not torch.equal(one, after[name])
+        and not (bound and (one - after[name]).norm() <= bound * one.norm())
+    ]
 
 
 def assembled(

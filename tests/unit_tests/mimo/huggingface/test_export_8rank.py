@@ -80,6 +80,63 @@ def test_a_folder_comes_back_byte_for_byte(family: str, layout: str, shared_tmp_
     assert [name for name in before if before[name] != after[name]] == []
 
 
+_LAYER, _THEIRS, _H = "decoder.layers.0.", "model.layers.0.", "transformer.h.0."
+_LLAMA = {
+    "decoder.final_layernorm.weight": "model.norm.weight",
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "output_layer.weight": "lm_head.weight",
+    _LAYER + "self_attention.linear_qkv.weight": _THEIRS + "self_attn.q_proj.weight",
+    _LAYER + "self_attention.linear_proj.weight": _THEIRS + "self_attn.o_proj.weight",
+}
+CHANGES = {
+    "llama": {
+        **_LLAMA,
+        _LAYER + "mlp.linear_fc1.weight": _THEIRS + "mlp.gate_proj.weight",
+        _LAYER + "mlp.linear_fc2.weight": _THEIRS + "mlp.down_proj.weight",
+    },
+    "qwen3_moe": {
+        **_LLAMA,
+        _LAYER + "mlp.router.weight": _THEIRS + "mlp.gate.weight",
+        _LAYER + "mlp.experts.local_experts.3.linear_fc1.weight": _THEIRS
+        + "mlp.experts.3.gate_proj.weight",
+        _LAYER + "mlp.experts.local_experts.1.linear_fc2.weight": _THEIRS
+        + "mlp.experts.1.down_proj.weight",
+    },
+    "gpt2": {
+        "decoder.final_layernorm.bias": "transformer.ln_f.bias",
+        "embedding.word_embeddings.weight": "transformer.wte.weight",
+        _LAYER + "self_attention.linear_qkv.weight": _H + "attn.c_attn.weight",
+        _LAYER + "self_attention.linear_proj.weight": _H + "attn.c_proj.weight",
+        _LAYER + "mlp.linear_fc1.weight": _H + "mlp.c_fc.weight",
+        _LAYER + "mlp.linear_fc1.bias": _H + "mlp.c_fc.bias",
+    },
+}
+"""Our weights of every kind of cut -> what a change of their first element changes."""
+
+
+def changed(built, family: str) -> set[str]:
+    """Names of the tensors of which this has changed one element by 1e-3."""
+    for ours in CHANGES[family]:
+        flat = "norm" in ours or ours.endswith("bias")
+        assert harness.change_one(built, ours, (0,) if flat else (0, 0), 1e-3)
+    return set(CHANGES[family].values())
+
+
+@pytest.mark.parametrize(("family", "layout"), [("gpt2", "pp2-tp2-cp2"), ("qwen3_moe", "tp2-ep2")])
+def test_a_weight_that_is_off_by_a_thousandth_does_not_come_back(
+    family: str, layout: str, shared_tmp_path: Path
+) -> None:
+    """The control of the test above, for each kind of cut."""
+    source = save(family, shared_tmp_path / "source", torch.float32)
+    options = BuildOptions(sequence_parallel=layout == "tp2-ep2")
+    built = from_folder(source, {"language": LAYOUTS[layout]}, options)
+    expected = changed(built, family)
+    to_folder(built, shared_tmp_path / "out")
+    built.destroy()
+    before, after = (harness.whole_folder(shared_tmp_path / name) for name in ("source", "out"))
+    assert set(harness.differing(before, after)) == expected
+
+
 FAN_IN = {"encoder": Layout(tp=2, dp=4), "language": Layout(tp=2, cp=2, dp=2)}
 STAGES = {"encoder": Layout(tp=4, dp=2), "language": Layout(tp=2, pp=2, dp=2)}
 
@@ -292,12 +349,16 @@ def test_two_layouts_export_the_same_weights_after_three_steps(shared_tmp_path: 
         to_folder(built, shared_tmp_path / str(layout))
         store = CheckpointStore(shared_tmp_path / f"{layout}-run", built.layouts())
         store.save(3, built.model, trainer.optimizer)
+        off = changed(built, "llama")
+        to_folder(built, shared_tmp_path / f"{layout}-off")
         built.destroy()
         found.append(harness.whole_folder(shared_tmp_path / str(layout)))
     before = harness.whole_folder(source)
-    for name, one in found[0].items():
-        assert (one - found[1][name]).norm() <= 1e-5 * one.norm(), name
-        assert not torch.equal(one, before[name]), name
+    assert harness.differing(found[0], found[1], 1e-5) == []
+    assert len(harness.differing(before, found[0])) == len(before)
+    # The control: one element of a weight of each kind, changed by 1e-3 in one of the layouts.
+    control = harness.whole_folder(shared_tmp_path / f"{layout}-off")
+    assert set(harness.differing(found[0], control, 1e-5)) == off
     # Straight from the checkpoint, in a third layout: every byte.
     other = from_folder(source, {"language": Layout(pp=2, dp=4)}, load_weights=False)
     CheckpointStore(store.root, other.layouts()).load(3, other.model)

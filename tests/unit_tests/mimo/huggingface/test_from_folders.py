@@ -21,7 +21,7 @@ from megatron.core.models.mimo.huggingface.family import UnsupportedModelError
 from megatron.core.models.mimo.huggingface.folder import FolderError
 from megatron.core.models.mimo.huggingface.weights import held_by
 from mimo_colocated.launch.layouts import Layout
-from tests.unit_tests.mimo.huggingface import harness
+from tests.unit_tests.mimo.huggingface import harness, sounds
 from tests.unit_tests.mimo.huggingface.llava_models import IMAGE_TOKEN, SIDE, TOWER, llava_task
 from tests.unit_tests.mimo.huggingface.models import SIZES
 
@@ -179,3 +179,56 @@ def test_it_is_exported_as_a_model_that_transformers_reads(name: str, tmp_path: 
     assert [key for key in weights if not torch.equal(weights[key], expected[key])] == []
     there = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "tokenizer_config.json", "preprocessor_config.json"} <= there
+
+
+SOUNDS = {"audio": Layout(), "language": Layout()}
+
+
+def whisper(kind: Any) -> nn.Module:
+    ends = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+    config = transformers.WhisperConfig(
+        **sounds.ENCODER, decoder_layers=1, vocab_size=9, **dict.fromkeys(ends, 1)
+    )
+    return harness.randomise(kind(config), seed=1)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_whisper_and_a_language_model_are_a_qwen2_audio(tied: bool, tmp_path: Path) -> None:
+    """Against transformers' model of the exported folder, whose parts are those of the folders."""
+    kind = "Qwen2" if tied else "Llama"
+    made = "WhisperModel" if tied else "WhisperForConditionalGeneration"
+    heard = whisper(getattr(transformers, made))
+    config = getattr(transformers, f"{kind}Config")(**SIZES, tie_word_embeddings=tied)
+    said = harness.randomise(getattr(transformers, f"{kind}ForCausalLM")(config), seed=2)
+    heard.save_pretrained(tmp_path / "whisper")
+    said.save_pretrained(tmp_path / "language")
+    built = from_folders(
+        SOUNDS,
+        audio=tmp_path / "whisper",
+        language=tmp_path / "language",
+        token_id=sounds.TOKEN,
+    )
+    to_folder(built, tmp_path / "out")
+    task = sounds.task()
+    task.model = transformers.Qwen2AudioForConditionalGeneration.from_pretrained(tmp_path / "out")
+    theirs = task.model.eval().state_dict()
+    for module in (heard.get_encoder(), said):
+        for name, tensor in module.state_dict().items():
+            named = [own for own in theirs if own.endswith(name)]
+            assert any(torch.equal(theirs[own], tensor) for own in named), name
+    expected = harness.oracle(task, tmp_path / "gradients")
+    logits = harness.logits_of(harness.trainer_of(built, task), task)
+    assert harness.logits_error(logits, expected, task) <= harness.LOGITS
+    built.destroy()
+
+
+def test_towers_that_no_format_joins_are_refused(tmp_path: Path) -> None:
+    _save(tmp_path, "whole CLIP, Llama")
+    given = {"language": tmp_path / "language", "token_id": IMAGE_TOKEN}
+    tower = tmp_path / "tower"
+    with pytest.raises(ValueError, match="LLaVA and Qwen2-Audio have one tower; give one of"):
+        from_folders(ONE, **given)
+    with pytest.raises(ValueError, match="LLaVA and Qwen2-Audio have one tower; give one of"):
+        from_folders(ONE, **given, images=tower, audio=tower)
+    with pytest.raises(UnsupportedModelError, match="tower is a clip, not a Whisper; another tow"):
+        from_folders(SOUNDS, **given, audio=tower)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from megatron.core.models.mimo.huggingface.folder import ModelFolder
+from megatron.core.models.mimo.huggingface.language_model import ImportedGPTModel
 from megatron.core.models.mimo.huggingface.weights import held_by, load
 from mimo_colocated.launch.layouts import Layout
 from tests.unit_tests.mimo.huggingface import harness, models
@@ -96,6 +98,17 @@ def test_padding_of_the_vocabulary_neither_wins_nor_counts(tmp_path: Path) -> No
         assert not weight.main_grad[models.VOCABULARY :].any()
         assert not weight.detach()[models.VOCABULARY :].any()
     built.destroy()
+
+
+@pytest.mark.parametrize(("rank", "width", "real"), [(0, 64, 64), (1, 64, 35), (0, 128, 99)])
+def test_padding_begins_after_the_last_token(rank: int, width: int, real: int) -> None:
+    """On either rank of TP 2, and where logits are gathered."""
+    tp = SimpleNamespace(rank=lambda: rank)
+    model = SimpleNamespace(real_vocab_size=99, vocab_size=128)
+    model.pg_collection = SimpleNamespace(tp=tp)
+    logits = torch.zeros(1, width)
+    ImportedGPTModel._mask_padding(model, None, (logits, None))
+    assert (logits == 0).nonzero()[:, 1].tolist() == list(range(real))
 
 
 @pytest.mark.parametrize(("family", "first"), [("gpt2", "transformer."), ("qwen2-tied", "model.")])

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from megatron.core.models.mimo.huggingface.build import from_folder, read_config
+from megatron.core.models.mimo.huggingface.build import from_folder
 from megatron.core.models.mimo.huggingface.composites import describe
+from megatron.core.models.mimo.huggingface.configuration import read_config
 from megatron.core.models.mimo.huggingface.examples import Examples
 from megatron.core.models.mimo.huggingface.logits_check import LogitsCheck
 from mimo_colocated.launch.layouts import Layout

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
 
-from megatron.core.models.mimo.huggingface import build, fits, weights
+from megatron.core.models.mimo.huggingface import build, configuration, fits, weights
 from megatron.core.models.mimo.huggingface.composites import describe
 from megatron.core.models.mimo.huggingface.family import UnsupportedModelError
 from megatron.core.models.mimo.huggingface.fits import LayoutError, check_fits
@@ -222,7 +222,7 @@ def test_a_configuration_that_transformers_refuses_is_one_sentence(
     (tmp_path / "config.json").write_text(text)
     (tmp_path / "frob.py").write_text("raise AssertionError('code of the folder was run')")
     with pytest.raises(UnsupportedModelError, match=sentence) as error:
-        build.read_config(tmp_path)
+        configuration.read_config(tmp_path)
     assert "\n" not in str(error.value)
 
 

@@ -9,18 +9,22 @@ to_folder(built, "my-llava")
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.mimo.config.base_configs import MimoModelConfig
 from megatron.core.models.mimo.gradients.finalize import iter_modules
+from megatron.core.models.mimo.huggingface.all_ranks import on_all_ranks
 from megatron.core.models.mimo.huggingface.composites import Composite, EncoderPart, describe
+from megatron.core.models.mimo.huggingface.configuration import changed, read_config
 from megatron.core.models.mimo.huggingface.cuts import Heads
-from megatron.core.models.mimo.huggingface.family import Family, UnsupportedModelError
+from megatron.core.models.mimo.huggingface.family import Family
 from megatron.core.models.mimo.huggingface.fits import check_fits
 from megatron.core.models.mimo.huggingface.folder import ModelFolder, OpenFolder
 from megatron.core.models.mimo.huggingface.joined_folder import Folders
@@ -44,6 +48,7 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from mimo_colocated.launch.layouts import Layout
 
@@ -128,12 +133,17 @@ def from_folder(
         ValueError: layouts that do not fit the model.
     """
     options = options or BuildOptions()
-    with ModelFolder(folder) as opened:
-        own = describe(changed(read_config(opened.path), options.config_fields))
+    opened, own = on_all_ranks(lambda: _opened(folder, options), f"open {folder}")
+    with opened:
         composite = replace(own, encoders=(*own.encoders, *encoders))
         return import_from(
             opened, composite, layouts, options, load_weights=load_weights, tick=tick
         )
+
+
+def _opened(folder: str | Path, options: BuildOptions) -> tuple[ModelFolder, Composite]:
+    opened = ModelFolder(folder)
+    return opened, describe(changed(read_config(opened.path), options.config_fields))
 
 
 def import_from(
@@ -162,7 +172,7 @@ def import_from(
     spelled = tuple(_spelled(part, composite, opened) for part in parts)
 
     def fill(_model: MimoModel) -> None:
-        held = list(held_by(spelled))
+        held = on_all_ranks(lambda: list(held_by(spelled)), "name its parameters")
         if load_weights:
             check(held, spelled, opened)
             load(held, opened, tick)
@@ -180,39 +190,27 @@ def import_from(
     )
 
 
-def changed(config: Any, given: Mapping[str, Any]) -> Any:
-    """Return transformers' configuration with other values of some of its fields.
+def check_headers(folder: str | Path, options: BuildOptions | None = None) -> None:
+    """Compare the tensors that a folder's files name with the model; no weight is read or made.
+
+    One process calls it, as its default process group's only rank.
+
+    Args:
+        folder: a Hugging Face model folder.
+        options: how the model will be built.
 
     Raises:
-        UnsupportedModelError: it has no such field.
+        FolderError: tensors are missing, left over or of another shape.
+        UnsupportedModelError: a kind of model or a setting that is not supported.
     """
-    unknown = sorted(set(given) - set(config.to_dict()))
-    if unknown:
-        raise UnsupportedModelError(
-            f"{config.model_type}: config_fields names {unknown}, which its configuration does not "
-            f"have; it has {sorted(config.to_dict())}"
-        )
-    for name, value in given.items():
-        setattr(config, name, value)
-    return config
-
-
-def read_config(folder: Path) -> Any:
-    """Return transformers' configuration of a folder; no code of the folder is run.
-
-    Raises:
-        UnsupportedModelError: transformers does not know its kind, or refuses what it says.
-    """
-    import transformers
-
-    try:
-        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # of many kinds: its own, and those of its checks of fields
-        reason = " ".join(str(error).split())
-        raise UnsupportedModelError(
-            f"transformers {transformers.__version__} cannot read {folder}/config.json: "
-            f"{reason[:300]}"
-        ) from error
+    options = replace(options or BuildOptions(), dtype=torch.get_default_dtype())
+    opened, composite = _opened(folder, options)
+    modules = (LANGUAGE, *(part.modality for part in composite.encoders))
+    layouts = dict.fromkeys(modules, Layout())
+    with opened:
+        _finish, parts = _build(composite, layouts, options, FakeTensorMode())
+        spelled = [_spelled(part, composite, opened) for part in parts]
+        check(list(held_by(spelled)), spelled, opened, headers_only=True)
 
 
 def module_config(
@@ -256,9 +254,15 @@ def _language_config(
 
 
 def _build(
-    composite: Composite, layouts: Mapping[str, Layout], options: BuildOptions
+    composite: Composite,
+    layouts: Mapping[str, Layout],
+    options: BuildOptions,
+    making: AbstractContextManager | None = None,
 ) -> tuple[Callable[[Callable[[MimoModel], None]], BuiltModel], list[Part]]:
-    """The model, bare, as a function that fills, freezes and wraps it; and its parts."""
+    """The model, bare, as a function that fills, freezes and wraps it; and its parts.
+
+    Its modules are made within ``making``, if it is given.
+    """
     configs = {LANGUAGE: _language_config(composite, layouts[LANGUAGE], options)}
     for part in composite.encoders:
         at = layouts[part.modality]
@@ -276,6 +280,17 @@ def _build(
     collections = {name: create_process_groups(grid) for name, grid in grids.items()}
     seed_everything(options.seed)
     language = composite.language
+
+    def encoders() -> dict[str, ModuleSpec]:
+        return {
+            part.modality: part.spec(
+                configs[part.modality],
+                collections[part.modality],
+                configs[LANGUAGE].hidden_size,
+            )
+            for part in composite.encoders
+        }
+
     first, *others = language_specs(
         ImportedGPTModel,
         configs[LANGUAGE],
@@ -285,14 +300,7 @@ def _build(
     mimo_config = MimoModelConfig(
         language_model_spec=first,
         virtual_stage_specs=others,
-        modality_submodules_spec={
-            part.modality: part.spec(
-                configs[part.modality],
-                collections[part.modality],
-                configs[LANGUAGE].hidden_size,
-            )
-            for part in composite.encoders
-        },
+        modality_submodules_spec=on_all_ranks(encoders, "make the encoders"),
         special_token_ids={part.modality: part.token_id for part in composite.encoders},
         module_to_grid_map=grids,
         bridge=options.bridge,
@@ -301,9 +309,10 @@ def _build(
             part.modality: part.level_layers for part in composite.encoders if part.level_layers
         },
     )
-    model = MimoModel(
-        mimo_config, cp_group=collections[LANGUAGE].cp, tp_group=collections[LANGUAGE].tp
-    )
+    with making or nullcontext():
+        model = MimoModel(
+            mimo_config, cp_group=collections[LANGUAGE].cp, tp_group=collections[LANGUAGE].tp
+        )
     _mark_what_is_cut(model)
     parts = [_language_part(composite, model, collections[LANGUAGE], configs[LANGUAGE])]
     parts += [

@@ -29,6 +29,7 @@ from megatron.core.models.mimo.checkpoint.errors import (
 )
 from megatron.core.models.mimo.checkpoint.history import fsync
 from megatron.core.models.mimo.checkpoint.shared_folder import check_shared
+from megatron.core.models.mimo.huggingface.all_ranks import on_all_ranks
 from megatron.core.models.mimo.huggingface.build import ImportedModel
 from megatron.core.models.mimo.huggingface.folder import (
     INDEX,
@@ -84,7 +85,7 @@ def to_folder(
         _refuse(of_all_ranks(_taken(target) if rank == 0 else None)[0])
         check_shared(target.folder.parent, "a model's files")
         built.model.start_param_sync(force_sync=True)  # of the last step, still on their way
-        held = list(held_by(built.parts))
+        held = on_all_ranks(lambda: list(held_by(built.parts)), "name its parameters")
         planned = plan(held, built.parts, _outline(source, max_file_bytes), dtype)
         size = sum(tensor.described.size for tensor in planned)
         try:

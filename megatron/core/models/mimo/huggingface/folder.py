@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -160,7 +161,7 @@ class ModelFolder(OpenFolder):
             where: slices of its first dims, all but the last of them whole; all of it without.
 
         Raises:
-            FolderError: the file has become shorter.
+            FolderError: the file has become shorter, is gone or cannot be read.
         """
         described = self.tensors[name]
         dim = max(len(where) - 1, 0)
@@ -179,13 +180,16 @@ class ModelFolder(OpenFolder):
         file = self._handle(described.file)
         for row in range(rows):
             file.seek(described.begin + row * step + start * inner)
-            if file.readinto(into[row * each : (row + 1) * each]) != each:
+            with _readable(self.path / described.file):
+                got = file.readinto(into[row * each : (row + 1) * each])
+            if got != each:
                 raise FolderError(f"{self.path / described.file} was cut short while it was read")
         return found
 
     def _handle(self, file: str) -> BinaryIO:
         if file not in self._handles:
-            self._handles[file] = self._open.enter_context((self.path / file).open("rb"))
+            with _readable(self.path / file):
+                self._handles[file] = self._open.enter_context((self.path / file).open("rb"))
         return self._handles[file]
 
     @property
@@ -213,7 +217,10 @@ class ModelFolder(OpenFolder):
 
     def _weight_files(self) -> Iterable[str]:
         if (self.path / INDEX).is_file():
-            named = sorted(set(self._json(INDEX)["weight_map"].values()))
+            weight_map = self._json(INDEX).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise FolderError(f"{self.path / INDEX} has no weight_map; download it again")
+            named = sorted(set(weight_map.values()))
             missing = [file for file in named if not (self.path / file).is_file()]
             if missing:
                 raise FolderError(
@@ -230,17 +237,35 @@ class ModelFolder(OpenFolder):
         )
 
     def _json(self, file: str) -> dict[str, Any]:
-        try:
-            found = json.loads((self.path / file).read_text())
-        except FileNotFoundError:
+        if not self.path.exists():
+            raise FolderError(
+                f"{self.path} does not exist; give a folder of this machine, as `hf download` makes"
+            )
+        if not (self.path / file).is_file():
             raise FolderError(
                 f"{self.path} is not a Hugging Face model folder: it has no {file}"
-            ) from None
+            )
+        try:
+            with _readable(self.path / file):
+                found = json.loads((self.path / file).read_text())
         except ValueError as error:
             raise FolderError(f"{self.path / file} is not JSON: {error}") from None
         if not isinstance(found, dict):
             raise FolderError(f"{self.path / file} is no JSON object")
         return found
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Name the file in the errors of the disk.
+
+    Raises:
+        FolderError: in their place.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise FolderError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Described]]:
@@ -249,17 +274,18 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Described]]:
     Raises:
         FolderError: the file is cut short or no safetensors file.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with _readable(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else 0
         if not 2 <= length <= size - 8:
             raise FolderError(f"{path} is no whole safetensors file; download it again")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            raise FolderError(f"{path} is no safetensors file; download it again") from None
-    metadata = header.pop("__metadata__", {})
-    last = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        metadata = header.pop("__metadata__", {})
+        last = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise FolderError(f"{path} is no safetensors file; download it again") from None
     if 8 + length + last != size:
         raise FolderError(
             f"{path} has {size} bytes, its header tells of {8 + length + last}: it was cut short; "

@@ -28,7 +28,8 @@ class ImportedGPTModel(ExactLossGPTModel):
         self.real_vocab_size = real_vocab_size
         if self.pre_process and self.embedding.add_position_embedding:
             # Stock makes this one table in torch's default dtype.
-            self.embedding.position_embeddings.to(self.config.params_dtype)
+            table = self.embedding.position_embeddings.weight
+            table.data = table.data.to(self.config.params_dtype)
         if rotary is not None:
             self._set_rotary(rotary)
         if self.post_process and real_vocab_size < self.vocab_size:

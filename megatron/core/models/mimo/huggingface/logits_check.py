@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.core.models.mimo.huggingface.build import ImportedModel, read_config
+from megatron.core.models.mimo.huggingface.all_ranks import gathered, on_all_ranks
+from megatron.core.models.mimo.huggingface.build import ImportedModel
+from megatron.core.models.mimo.huggingface.configuration import read_config
 from megatron.core.models.mimo.huggingface.examples import Examples, Sample
 from megatron.core.models.mimo.huggingface.folder import ModelFolder
-from megatron.core.models.mimo.huggingface.weights import gathered, held_by
+from megatron.core.models.mimo.huggingface.weights import held_by
 from megatron.core.models.mimo.job.built_model import LANGUAGE
 from megatron.core.models.mimo.job.logits import gather
 from megatron.core.models.mimo.job.trainer import Runner, TrainOptions
@@ -57,11 +59,13 @@ class LogitsCheck:
 
     def __init__(self, built: ImportedModel) -> None:
         self._built, self._config = built, read_config(built.source)
-        self._examples = Examples(built.source, self._config, built.composite)
+        self._examples = on_all_ranks(
+            lambda: Examples(built.source, self._config, built.composite), "make inputs"
+        )
         parts = {name: groups.dp.size() for name, groups in built.collections.items()}
         self._batch = math.lcm(*parts.values())
         self._runner = Runner(built, TrainOptions(steps=1, global_batch_size=self._batch))
-        self._theirs = self._transformers() if dist.get_rank() == 0 else None
+        self._theirs = on_all_ranks(self._transformers, "open the folder with transformers")
         built.model.eval()
 
     @property
@@ -80,6 +84,10 @@ class LogitsCheck:
 
         Read again from the folder, relative to the tensor's largest element.
         """
+        own = on_all_ranks(self._worst_of_this_rank, "read the folder again")
+        return max(gathered(own), key=lambda found: found[1])
+
+    def _worst_of_this_rank(self) -> tuple[str, float]:
         worst = ("", 0.0)
         with ModelFolder(self._built.source) as folder:
             for held in held_by(self._built.parts):
@@ -91,7 +99,7 @@ class LogitsCheck:
                     off = torch.nan_to_num(off, nan=math.inf)
                     error = (off / saved.float().abs().max().clamp(min=1e-30)).item()
                     worst = max(worst, (name, error), key=lambda found: found[1])
-        return max(gathered(worst), key=lambda found: found[1])
+        return worst
 
     def change_a_weight(self) -> str:
         """Add :data:`CHANGE` to the last norm's weight, and return its name: a control's error."""
@@ -104,6 +112,9 @@ class LogitsCheck:
         return max(gathered(changed))
 
     def _transformers(self) -> Any:
+        """Transformers' model, on the first rank."""
+        if dist.get_rank() != 0:
+            return None
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
@@ -118,17 +129,19 @@ class LogitsCheck:
     def _compare(self, case: str, samples: list[Sample]) -> Verdict:
         input_ids = self._padded(samples)
         ours = self._logits(input_ids, samples)
-        told: list[Any] = [None]
-        if self._theirs is not None:
+
+        def verdict() -> Verdict | None:
+            if self._theirs is None:
+                return None
             theirs = self._their_logits(input_ids, samples)
             difference = (ours[..., : theirs.shape[-1]].float().cpu() - theirs).abs()
             # A number that is none is the largest difference.
             difference = torch.nan_to_num(difference, nan=math.inf)
             where = torch.unravel_index(difference.argmax(), difference.shape)
             error = (difference.max() / theirs.abs().max()).item()
-            told = [Verdict(case, error, tuple(int(n) for n in where))]
-        dist.broadcast_object_list(told, src=0)
-        return told[0]
+            return Verdict(case, error, tuple(int(n) for n in where))
+
+        return gathered(on_all_ranks(verdict, "run transformers"))[0]
 
     def _padded(self, samples: list[Sample]) -> Tensor:
         """``(B, S)``; what follows a sample is compared as well: it sees the same on both sides."""

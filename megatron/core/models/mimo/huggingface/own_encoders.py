@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from megatron.core.models.mimo import VisionModalitySubmodules
-from megatron.core.models.mimo.huggingface.build import ImportedModel, read_config
+from megatron.core.models.mimo.huggingface.build import ImportedModel
 from megatron.core.models.mimo.huggingface.composites import EncoderPart
+from megatron.core.models.mimo.huggingface.configuration import read_config
 from megatron.core.models.mimo.huggingface.family import Family, UnsupportedModelError
 from megatron.core.models.mimo.huggingface.fits import LayoutError
 from megatron.core.models.mimo.huggingface.tables import Source, Table
-from megatron.core.models.mimo.towers.hugging_face import HuggingFaceEncoder, Rows
+from megatron.core.models.mimo.towers.hugging_face import HuggingFaceEncoder, Rows, read_tower
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -145,12 +146,15 @@ def _spec(
             f"{groups.tp.size() * groups.dp.size()}"
         )
     dtype = config.params_dtype
+    # Read here, where a rank that cannot is heard by the others.
+    own = {**given, "dtype": dtype}
+    own["source"] = read_tower(own["source"], own.pop("tower_class", None), dtype)
     return ModuleSpec(
         module=VisionModalitySubmodules,
         params={"pg_collection": groups},
         submodules={
             "encoders": {
-                TOWER: ModuleSpec(module=HuggingFaceEncoder, params={**given, "dtype": dtype})
+                TOWER: ModuleSpec(module=HuggingFaceEncoder, params=own)
             },
             "input_projections": [projector(width, language_hidden, dtype)],
         },

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron.core.models.mimo.huggingface.all_ranks import gathered, on_all_ranks
 from megatron.core.models.mimo.huggingface.cuts import Run
 from megatron.core.models.mimo.huggingface.folder import Described, FolderError
-from megatron.core.models.mimo.huggingface.weights import Held, Part, gathered
+from megatron.core.models.mimo.huggingface.weights import Held, Part
 
 
 @dataclass(frozen=True, order=True)
@@ -86,7 +87,8 @@ def plan(
     Raises:
         FolderError: the same on all ranks: a tensor that no rank has a part of, or has too much of.
     """
-    pieces = _of_all_ranks(held, outline)
+    own = on_all_ranks(lambda: _of_this_rank(held, outline), "name its part of the tensors")
+    pieces = _of_all_ranks(own)
     for name, other in _repeated(parts):
         if name in outline and other in pieces:
             pieces[name] = pieces[other]
@@ -101,7 +103,7 @@ def plan(
     return planned
 
 
-def _of_all_ranks(held: Sequence[Held], outline: Mapping[str, Described]) -> dict[str, list[Piece]]:
+def _of_this_rank(held: Sequence[Held], outline: Mapping[str, Described]) -> list[tuple]:
     own = []
     for number, each in enumerate(held):
         if not each.first_copy:
@@ -110,6 +112,10 @@ def _of_all_ranks(held: Sequence[Held], outline: Mapping[str, Described]) -> dic
             name = each.source.names[run.source]
             dim = len(each.where(run, outline[name])) - 1
             own.append((name, run.start, run.size, number, run.at, run.source, dim))
+    return own
+
+
+def _of_all_ranks(own: list[tuple]) -> dict[str, list[Piece]]:
     found: dict[str, list[Piece]] = {}
     for rank, said in enumerate(gathered(own)):
         for name, start, size, *rest in said:

@@ -60,7 +60,7 @@ class Target:
         """Refuse a place that is taken.
 
         Raises:
-            TargetError: something is there that would be lost.
+            TargetError: something is there that would be lost, or nothing can be made there.
         """
         if self._old.exists():
             raise TargetError(
@@ -73,6 +73,7 @@ class Target:
                     f"{self.folder} and the folder that the model came from, {source}, are the "
                     "same or within one another; give a folder beside it"
                 )
+        check_place(self.folder)
         if not self.folder.exists():
             return
         if not self.folder.is_dir():
@@ -164,6 +165,21 @@ class Target:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a folder below a place where nothing can be made.
+
+    Raises:
+        TargetError: it is a file, or may not be written by this user.
+    """
+    above = next(path for path in folder.absolute().parents if os.path.lexists(path))
+    if not above.is_dir():
+        raise TargetError(f"{folder} cannot be made: {above} is not a folder; give another place")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise TargetError(
+            f"{folder} cannot be made: you may not write in {above}; give another place"
+        )
 
 
 def _real(path: str | Path) -> Path:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch.nn import Module, Parameter
 
+from megatron.core.models.mimo.huggingface.all_ranks import gathered, on_all_ranks
 from megatron.core.models.mimo.huggingface.cuts import Heads, Run, Shard, Whole
 from megatron.core.models.mimo.huggingface.folder import Described, FolderError, OpenFolder
 from megatron.core.models.mimo.huggingface.tables import Source, Table
@@ -171,19 +171,27 @@ def _held(part: Part, name: str, parameter: Parameter) -> Held:
     return Held(join(part.name, name), parameter, source, shard, part.heads, first)
 
 
-def check(held: Sequence[Held], parts: Sequence[Part], folder: OpenFolder) -> None:
+def check(
+    held: Sequence[Held], parts: Sequence[Part], folder: OpenFolder, *, headers_only: bool = False
+) -> None:
     """Compare a model with a folder before any weight is read; all ranks call it together.
 
     Args:
         held: of this rank.
         parts: of the model, on every rank the same.
         folder: to read.
+        headers_only: leave out whether tensors that are stored twice are alike.
 
     Raises:
-        FolderError: the same on all ranks: tensors are missing, left over or of another shape.
+        FolderError: the same on all ranks: tensors are missing, left over or of another shape, or
+            cannot be read.
     """
     problems = [text for each in held if (text := each.problem(folder.tensors)) is not None]
-    problems = problems or list(_untied(held, parts, folder))
+    if not headers_only:
+        # On all ranks, whatever this one has found.
+        problems += on_all_ranks(
+            lambda: [] if problems else list(_untied(held, parts, folder)), f"read {folder.path}"
+        )
     used = sorted({name for each in held for name in each.source.names})
     told = gathered((problems[:1], used))
     wrong = [texts[0] for texts, _ in told if texts]
@@ -225,11 +233,21 @@ def _untied(held: Sequence[Held], parts: Sequence[Part], folder: OpenFolder) -> 
 def load(held: Iterable[Held], folder: OpenFolder, tick: Callable[[int], None]) -> None:
     """Read the weights of this rank; what the folder has in another dtype is cast.
 
+    All ranks call it together: one that cannot read would leave the others in their next
+    collective.
+
     Args:
         held: of this rank, checked.
         folder: to read.
         tick: told the bytes of each parameter.
+
+    Raises:
+        FolderError: the same on all ranks: one could not read a file, or has no room.
     """
+    on_all_ranks(lambda: _read(held, folder, tick), f"load the weights of {folder.path}")
+
+
+def _read(held: Iterable[Held], folder: OpenFolder, tick: Callable[[int], None]) -> None:
     with torch.no_grad():
         for each in held:
             runs = each.runs(folder.tensors)
@@ -245,15 +263,6 @@ def load(held: Iterable[Held], folder: OpenFolder, tick: Callable[[int], None]) 
 
 def _length(held: Held) -> int:
     return held.parameter.shape[held.source.cut.dim] if held.parameter.dim() else 1
-
-
-def gathered(own: object) -> list:
-    """Return what every rank has to say, in rank order; without ranks, only this one's."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [own]
-    everywhere: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, own)
-    return everywhere
 
 
 def bare(modules: Iterable[Module]) -> tuple[Module, ...]:

@@ -132,6 +132,19 @@ class Rows:
         return _ORDERS[self.order](output)
 
 
+@dataclass(frozen=True)
+class ReadTower:
+    """What was read of a source.
+
+    Attributes:
+        model: of transformers, with its weights.
+        missing: names of weights that the folder lacks.
+    """
+
+    model: nn.Module
+    missing: tuple[str, ...] = ()
+
+
 class HuggingFaceEncoder(nn.Module):
     """A tower of transformers as an encoder of a modality; each rank has all of it.
 
@@ -140,7 +153,8 @@ class HuggingFaceEncoder(nn.Module):
     runs in eval mode, whatever mode the model is in.
 
     Args:
-        source: a model folder, a configuration (weights are drawn), or a tower.
+        source: a model folder, a configuration (weights are drawn), a tower, or what
+            :func:`read_tower` made of one of them.
         rows: what of its output are the rows.
         tower_class: of transformers, such as ``CLIPVisionModel`` for the folder of a whole CLIP;
             ``AutoModel`` if None.
@@ -161,7 +175,7 @@ class HuggingFaceEncoder(nn.Module):
 
     def __init__(
         self,
-        source: str | Path | nn.Module | Any,
+        source: str | Path | nn.Module | ReadTower | Any,
         rows: Rows | None = None,
         *,
         tower_class: Any = None,
@@ -172,11 +186,11 @@ class HuggingFaceEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.rows = rows or Rows()
-        whole, missing = _built(source, tower_class, dtype)
-        self.tower: Any = whole.get_submodule(part)
+        read = source if isinstance(source, ReadTower) else read_tower(source, tower_class, dtype)
+        self.tower: Any = read.model.get_submodule(part)
         if gradient_checkpointing:
             self.tower.gradient_checkpointing_enable({"use_reentrant": False})
-        own = {name.removeprefix(part and f"{part}.") for name in missing}
+        own = {name.removeprefix(part and f"{part}.") for name in read.missing}
         self.width, self.unused = self._look(sample, own)
         self.eval()
 
@@ -236,17 +250,23 @@ class HuggingFaceEncoder(nn.Module):
         return each[0].shape[-1], unused
 
 
-def _built(source: Any, kind: Any, dtype: torch.dtype | None) -> tuple[nn.Module, list[str]]:
-    """The model of a source, and the names of weights that its folder lacks."""
+def read_tower(source: Any, kind: Any = None, dtype: torch.dtype | None = None) -> ReadTower:
+    """Return the model of a source, before anything is built around it.
+
+    Args:
+        source: as of :class:`HuggingFaceEncoder`.
+        kind: its ``tower_class``.
+        dtype: of the weights.
+    """
     if isinstance(source, nn.Module):
-        return (source if dtype is None else source.to(dtype)), []
+        return ReadTower(source if dtype is None else source.to(dtype))
     if kind is None:
         from transformers import AutoModel as kind
     if isinstance(source, (str, Path)):
         made, told = kind.from_pretrained(str(source), dtype=dtype, output_loading_info=True)
-        return made, list(told["missing_keys"])
+        return ReadTower(made, tuple(told["missing_keys"]))
     make = getattr(kind, "from_config", None) or kind._from_config
-    return make(source, dtype=dtype), []
+    return ReadTower(make(source, dtype=dtype))
 
 
 def _made_up(tower: nn.Module) -> dict[str, Tensor]:

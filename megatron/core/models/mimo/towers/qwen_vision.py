@@ -213,12 +213,12 @@ class QwenVisionTower(MegatronModule):
         channels, frames, height, width = shape.patch
         kernel = (frames, height, width)
         # Patches come cut, so the convolution is a product; its weight keeps its five dims.
+        width, dtype = config.hidden_size, config.params_dtype
         self.patch_embedding = nn.Conv3d(
-            channels, config.hidden_size, kernel, kernel, bias=shape.patch_bias
-        ).to(config.params_dtype)
+            channels, width, kernel, kernel, bias=shape.patch_bias, dtype=dtype
+        )
         if shape.table_side is not None:
-            table = nn.Embedding(shape.table_side**2, config.hidden_size)
-            self.position_embedding = table.to(config.params_dtype)
+            self.position_embedding = nn.Embedding(shape.table_side**2, width, dtype=dtype)
         self.plan = runs_of(config.num_layers, shape)
         blocks = [_block(config, run, pg_collection) for run in self.plan]
         self.runs = ShardedModuleList(blocks, pg_collection)

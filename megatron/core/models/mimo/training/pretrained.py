@@ -55,10 +55,10 @@ def kept_parameters(root: Module) -> dict[int, Parameter]:
 
 
 def say_what_is_kept(root: Module, name: str, kept: Mapping[int, Parameter]) -> None:
-    """Log on rank 0 how many weights ``initialize_weights`` leaves as they are, if any."""
+    """Log on rank 0 how many weights ``initialize_weights`` leaves as they are, if only some."""
     rank = dist.get_rank() if dist.is_initialized() else 0
-    if kept and rank == 0:
-        others = len(list(root.parameters())) - len(kept)
+    others = len(list(root.parameters())) - len(kept)
+    if kept and others and rank == 0:
         logger.warning(
             "initialize_weights kept %d pretrained parameters of %s and draws the other %d",
             len(kept),

@@ -27,7 +27,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 MODALITY, ENCODER = "audio", "whisper"
-_TOWER, _PROJECTOR = "audio_tower.", "multi_modal_projector."
+TOWER, _PROJECTOR = "audio_tower.", "multi_modal_projector."
 _MODEL, _OUTPUT = "model.", "lm_head."
 
 
@@ -36,7 +36,13 @@ def _table(_config: Any) -> Table:
         line(f"input_projections.0.{kind}", f"{_PROJECTOR}linear.{kind}", Along(0))
         for kind in ("weight", "bias")
     )
-    return whisper.table(f"encoders.{ENCODER}.", _TOWER) + Table(projector)
+    return whisper.table(f"encoders.{ENCODER}.", TOWER) + Table(projector)
+
+
+def projector_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Return the projector's tensors in a folder, and their shapes."""
+    hidden, width = config.text_config.hidden_size, config.audio_config.d_model
+    return {f"{_PROJECTOR}linear.weight": (hidden, width), f"{_PROJECTOR}linear.bias": (hidden,)}
 
 
 _FAMILY = Family(
@@ -110,7 +116,7 @@ def qwen2_audio(config: Any) -> Composite:
         spec=functools.partial(_spec, config.audio_config),
         family=_FAMILY,
         config=config.audio_config,
-        spellings=({}, {_TOWER: _MODEL + _TOWER, _PROJECTOR: _MODEL + _PROJECTOR}),
+        spellings=({}, {TOWER: _MODEL + TOWER, _PROJECTOR: _MODEL + _PROJECTOR}),
         sequence_parallel=True,
     )
     return Composite(language, (sounds,))
