@@ -230,5 +230,11 @@ def test_towers_that_no_format_joins_are_refused(tmp_path: Path) -> None:
         from_folders(ONE, **given)
     with pytest.raises(ValueError, match="LLaVA and Qwen2-Audio have one tower; give one of"):
         from_folders(ONE, **given, images=tower, audio=tower)
-    with pytest.raises(UnsupportedModelError, match="tower is a clip, not a Whisper; another tow"):
+    with pytest.raises(FolderError, match="tower has no tensors of Whisper's encoder; give a"):
         from_folders(SOUNDS, **given, audio=tower)
+    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 9}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    other = transformers.BartModel(transformers.BartConfig(**sizes, **heads))
+    other.save_pretrained(tmp_path / "bart")
+    with pytest.raises(UnsupportedModelError, match="bart is a bart, not a Whisper; another tower"):
+        from_folders(SOUNDS, **given, audio=tmp_path / "bart")

@@ -107,7 +107,7 @@ def test_padding_begins_after_the_last_token(rank: int, width: int, real: int) -
     model = SimpleNamespace(real_vocab_size=99, vocab_size=128)
     model.pg_collection = SimpleNamespace(tp=tp)
     logits = torch.zeros(1, width)
-    ImportedGPTModel._mask_padding(model, None, (logits, None))
+    ImportedGPTModel._mask_padding(model, None, None, (logits, None))
     assert (logits == 0).nonzero()[:, 1].tolist() == list(range(real))
 
 
