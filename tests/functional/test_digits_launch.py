@@ -64,6 +64,15 @@ def _all(kind: str, ranks: range = range(8)) -> dict[int, Report]:
             "ranks 3 and 5 were killed by SIGKILL; the other 6 ranks were ended",
             "",
         ),
+        # So it is where the report is all that is known of that moment, up to ten seconds.
+        *(
+            ({5: Exit(-9, at)}, _report(2, "error", "ValueError: no"), sentence + _OTHERS, log)
+            for at, sentence, log in (
+                (110.0, "rank 5 was killed by SIGKILL", ""),
+                (110.5, "rank 2 failed: ValueError: no", "rank_2.log"),
+                (131.0, "rank 2 failed: ValueError: no", "rank_2.log"),
+            )
+        ),
         # A peer that hangs is killed by the launcher much later: a consequence.
         (
             {2: Exit(1, 100.0), 5: Exit(-9, 131.0)},

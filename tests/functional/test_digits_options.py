@@ -15,6 +15,7 @@ from examples.mimo.digits.options import HEADS, SEQUENCE_LENGTH, Options, parse_
 from megatron.core.models.mimo.partition.sequence_order import shard_factor
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.launch.layouts import (
+    MAX_RANKS,
     Layout,
     Layouts,
     Limits,
@@ -47,6 +48,12 @@ def test_the_defaults_are_the_job_of_make_train() -> None:
 
 def _parse(arguments: str, world_size: int | None = None) -> Options:
     return parse_options(arguments.split(), world_size)
+
+
+def test_the_largest_job_is_checked_and_none_beyond() -> None:
+    for ranks, wrong in ((MAX_RANKS, []), (MAX_RANKS + 8, ["more than 16384"])):
+        found = misfits(pair(Layout(tp=8, dp=ranks // 8), Layout(dp=ranks)), limits_of(ranks))
+        assert [text[-len(end) :] for text, end in zip(found, wrong, strict=True)] == wrong
 
 
 def test_every_option_is_read() -> None:

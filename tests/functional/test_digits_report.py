@@ -97,6 +97,20 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
     assert [line["step"] for line in read_metrics(path)] == [0, 1]
 
 
+@pytest.mark.parametrize("most", [1, 7, 20])
+def test_a_file_that_takes_a_few_bytes_at_a_time_has_every_byte_once(
+    most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real_write = tmp_path / "metrics.jsonl", os.write
+    with MetricsWriter(path) as metrics:
+        monkeypatch.setattr(report.os, "write", lambda file, text: real_write(file, text[:most]))
+        for step in range(3):
+            metrics.write(step, loss=1.0 / (step + 1))
+        monkeypatch.undo()
+    assert [line["step"] for line in read_metrics(path)] == [0, 1, 2]
+    assert path.read_text().splitlines()[1] == '{"step": 1, "loss": 0.5}'
+
+
 # --------------------------------------------------------------------------------------- files
 
 

@@ -8,6 +8,7 @@ of what one key more or less changes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.mimo import MimoModel
+from megatron.core.models.mimo.model import attention_masks
 from megatron.core.models.mimo.model.attention_masks import MaskError, check_mask
 from megatron.core.models.mimo.model.language_batch import LanguageBatch
 from megatron.core.models.mimo.training.initial_weights import initialize_weights
@@ -441,6 +443,21 @@ def test_layers_that_would_ignore_a_mask_are_refused(kind: str, stock: None) -> 
     message = rf"{name} of 'decoder.layers.1.self_attention' does not read it; build the layers"
     with pytest.raises(MaskError, match=message):
         model(attention_mask=causal()[None, None], **batch())
+
+
+@pytest.mark.parametrize("fusion", [False, True], ids=["no_fusion", "fusion"])
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "half"])
+def test_fused_kernels_of_half_precision_only_have_a_mask_of_their_own(
+    half: bool, fusion: bool, stock: None
+) -> None:
+    """In fp32 stock's softmax reads the mask, whatever the configuration says of fusion."""
+    model = gpt_model(own_layers=False).language_model
+    core = model.decoder.layers[0].self_attention.core_attention
+    softmax = core.scale_mask_softmax
+    softmax.scaled_masked_softmax_fusion, softmax.input_in_float16 = fusion, half
+    refused = pytest.raises(MaskError, match="'x' does not read it")
+    with refused if fusion and half else contextlib.nullcontext():
+        attention_masks._check_reader("x", core)
 
 
 def test_layers_of_later_virtual_stages_are_looked_at_too(stock: None) -> None:

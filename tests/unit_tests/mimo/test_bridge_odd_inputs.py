@@ -23,6 +23,7 @@ CASES = [
     pytest.param(BridgeCase((("tp", 2), ("dp", 6)), (("tp", 2), ("cp", 3), ("dp", 2))), id="in"),
     pytest.param(BridgeCase((("tp", 8), ("dp", 1)), (("cp", 2), ("tp", 1), ("dp", 4))), id="out"),
     pytest.param(BridgeCase((("tp", 4), ("dp", 2)), (("tp", 1), ("cp", 4), ("dp", 2))), id="equal"),
+    pytest.param(BridgeCase((("tp", 4), ("dp", 2)), (("tp", 2), ("pp", 2), ("dp", 2))), id="pp"),
 ]
 Use = Callable[[ColocatedBridgeCommunicator, torch.Tensor, torch.Tensor], int]
 
@@ -151,3 +152,20 @@ def test_a_block_is_a_copy() -> None:
         assert dx.untyped_storage().data_ptr() != dy.untyped_storage().data_ptr()
 
     InProcessWorld(2).run(body)
+
+
+def test_ranks_of_a_replica_hear_why_another_one_cannot_go_on() -> None:
+    """All of its stages, and nobody else; numbers of microbatches that differ are a reason, too."""
+    case = BridgeCase((("tp", 4), ("dp", 2)), (("tp", 2), ("pp", 2), ("dp", 2)))
+
+    def heard(problems: dict[int, str], counts: dict[int, int]) -> list[dict[int, str]]:
+        def body(rank: int) -> dict[int, str]:
+            own = {r: text for r, text in problems.items() if r == rank}
+            return case.bridge().hear(own, counts.get(rank, 4))
+
+        return InProcessWorld(case.world_size).run(body)
+
+    assert heard({}, {}) == [{}] * 8
+    assert heard({2: "no disk"}, {}) == [{2: "no disk"}] * 4 + [{}] * 4
+    fewer = {6: "it encodes 3 microbatches, others 4; give all ranks as many"}
+    assert heard({}, {6: 3}) == [{}] * 4 + [fewer] * 4

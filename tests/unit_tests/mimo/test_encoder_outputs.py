@@ -96,6 +96,16 @@ def test_items_of_different_sizes(how):
     assert torch.equal(rows({"e": outputs[how]}, encoder_outputs=where), torch.cat(RAGGED))
 
 
+@pytest.mark.parametrize("first", [False, True], ids=["batch_first", "sequence_first"])
+def test_items_with_a_batch_of_one_each(first):
+    """(1, s, h), or (s, 1, h) of an encoder that is sequence first; not the other one."""
+    settings = {"sequence_first_encoders": ["e"] if first else []}
+    ours, others = ([x.unsqueeze(dim) for x in RAGGED] for dim in ((1, 0) if first else (0, 1)))
+    assert torch.equal(rows({"e": ours}, **settings), torch.cat(RAGGED))
+    with pytest.raises(ValueError, match=r"expected one \(n, h\) tensor per item"):
+        rows({"e": others}, **settings)
+
+
 @pytest.mark.parametrize(
     ("output", "where", "message"),
     [

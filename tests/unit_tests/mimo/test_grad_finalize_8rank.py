@@ -198,6 +198,16 @@ def test_sums_below_one_divide_exactly(layouts: dict, unit: float) -> None:
             assert float(count) == n_global(sizes) * unit
 
 
+def test_counts_beyond_the_whole_numbers_of_fp32_are_exact() -> None:
+    with tiny_model(COLOCATED) as model:
+        finalizer = MimoGradFinalizer(model.collections, model.grids)
+        sizes, unit = COLOCATED["language"], 2**24 + 1
+        for dtype in (torch.int64, torch.float64):
+            mine = tokens_of(dist.get_rank(), sizes) * unit
+            count = torch.tensor(mine, dtype=dtype, device=own_device())
+            assert int(finalizer.reduce_token_count(count)) == n_global(sizes) * unit
+
+
 @pytest.mark.parametrize("wrong", [-1.0, float("nan"), float("inf")])
 def test_sums_that_nothing_can_be_divided_by(wrong: float) -> None:
     """An error on every rank in the first step, gradients that are not finite in later ones."""

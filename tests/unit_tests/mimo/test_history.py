@@ -168,7 +168,7 @@ def changes_of_the_disk(before: Callable[[str, Path], None]) -> Iterator[None]:
         patch.setattr(history.os, "rename", lambda a, b: noted("rename", real["rename"], a, b))
         patch.setattr(history.shutil, "rmtree", lambda p, **k: noted("remove", rmtree, p, **k))
         patch.setattr(Path, "mkdir", lambda p, *a, **k: noted("mkdir", mkdir, p, *a, **k))
-        patch.setattr(Path, "write_text", lambda p, t: noted("write", write, p, t))
+        patch.setattr(Path, "write_text", lambda p, *a, **k: noted("write", write, p, *a, **k))
         yield
 
 

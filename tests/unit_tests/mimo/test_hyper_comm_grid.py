@@ -287,6 +287,18 @@ class TestGroups:
         assert len(created) == 2
 
 
+    @pytest.mark.parametrize("small_first", [True, False])
+    def test_groups_of_some_ranks_are_no_twins_of_those_of_all(
+        self, created: list[Any], small_first: bool
+    ) -> None:
+        """Or ranks outside them would have no group."""
+        grid = HyperCommGrid([2, 4], ["tp", "dp"])
+        some, every = [[0], [2]], [[rank] for rank in range(8)]
+        for number, ranks in enumerate([some, every] if small_first else [every, some]):
+            grid.keep_pg(("own", (str(number),)), ranks)
+        assert [ranks for ranks, _ in created] == ([some, every] if small_first else [every, some])
+
+
 class TestViews:
     @staticmethod
     def grid() -> HyperCommGrid:

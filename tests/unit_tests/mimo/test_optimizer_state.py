@@ -90,6 +90,23 @@ def test_a_loss_scale_is_saved_from_the_host() -> None:
     assert kept["groups"][0].device.type == "cpu"
 
 
+def test_what_starts_anew_has_no_moments_and_no_count() -> None:
+    """In mid-run, too, when the optimizer has stepped before the checkpoint is loaded."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    stepping = torch.optim.Adam([weight], lr=0.1)
+    weight.grad = torch.ones(2)
+    stepping.step()
+    stepping.param_groups[0]["step"] = 1  # where fused Adams count
+    reloaded: list[bool] = []
+    inner = SimpleNamespace(
+        optimizer=stepping, reload_model_params=lambda: reloaded.append(True)
+    )
+    optimizer_state.start_anew(inner)
+    assert not stepping.state
+    assert "step" not in stepping.param_groups[0]
+    assert reloaded == [True]
+
+
 def test_a_loss_scale_moves_again_after_a_step_that_raised() -> None:
     class Scaler:
         def __init__(self) -> None:

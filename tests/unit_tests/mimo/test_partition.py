@@ -397,6 +397,15 @@ class TestErrors:
         embeddings, *_ = batch_of(32)
         with pytest.raises(AssertionError, match="TP Comm overlap requires .* got 32 and 64"):
             adapter(tp=2, tp_comm_overlap=True).shard(embeddings, None, None)
+        assert adapter(tp=2, tp_comm_overlap=True).check(BATCH, 64) is None
+
+    def test_overlapped_communication_takes_packed_batches_of_any_length(self):
+        """Stock turns it off for them; and a stage without embeddings scatters nothing."""
+        cut = adapter(cp=2, tp=2, tp_comm_overlap=True)
+        assert cut.check(1, 16, packed([0, 4, 16])) == [0, 4, 16]
+        assert cut.check(2, 16, with_embeddings=False) is None
+        with pytest.raises(SequenceShardError, match="TP Comm overlap requires"):
+            cut.check(2, 16)
 
 
 class TestFromMpConfig:

@@ -149,6 +149,19 @@ def test_another_file_on_one_rank_is_one_error_on_all(monkeypatch, how):
     assert "pretrained weights of module 'images' differ between ranks [0, 1, 3] and [2]" in said[0]
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn],
+    ids=str,
+)
+def test_weights_of_every_dtype_are_compared(monkeypatch, dtype):
+    models = [keep_weights(modality().to(dtype)) for _ in range(WORLD)]
+    assert compare(monkeypatch, models) == []
+    weight = models[2]["projection"].weight.data
+    weight.copy_((weight.float() + 1).to(dtype))
+    assert "ranks [0, 1, 3] and [2]" in compare(monkeypatch, models)[0]
+
+
 def test_weights_that_are_not_pretrained_are_not_compared(monkeypatch):
     models = [modality() for _ in range(WORLD)]
     models[2]["projection"].weight.data += 1

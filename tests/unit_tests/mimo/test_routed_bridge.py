@@ -405,6 +405,19 @@ def test_scattered_tokens_take_a_second_message(stretches, messages):
             picture.check(made, plan)
 
 
+@pytest.mark.parametrize("scattered", [0, 1], ids=["first", "last"])
+def test_ranks_with_few_places_take_the_second_message_too(scattered):
+    """Of an exchange group's two language replicas one has more stretches than the first holds."""
+    masks = np.zeros((4, 320), dtype=bool)
+    masks[:, 7:10] = True
+    masks[scattered::2, :60:2] = True
+
+    @on_ranks(8)
+    def _(rank: int) -> None:
+        with bridge(*FAN_OUT) as made:
+            Picture(made, masks.reshape(4, 2, 160)).check(made)
+
+
 def test_places_that_just_fit_the_message_and_one_more():
     """A packed batch: 24 stretches and 2 or 3 cumulative lengths are 50 or 51 integers."""
     mask = np.zeros((1, 96), dtype=bool)

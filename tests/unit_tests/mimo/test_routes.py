@@ -461,12 +461,27 @@ def test_the_digest_names_what_differs():
         "held": [
             plan_routes(layout, 0, [TOKENS], [5, 3]),
             plan_routes(layout, 0, [TOKENS], [[(4, 4)], [(0, 4)]]),
+            plan_routes(layout, 0, [TOKENS], [8, 0]),
+            plan_routes(layout, 0, [TOKENS], [0, 8]),
         ],
     }
     for field, plans in others.items():
         for plan in plans:
             differing = {f for f in vars(base) if getattr(base, f) != getattr(plan.digest(), f)}
             assert differing == {field}
+    # Nor are plans alike that have the same runs, cut over the replicas at another place.
+    assert len({plan.digest().held for plan in others["held"]}) == len(others["held"])
+    # Each thing that makes another layout, of the same rows and tokens.
+    staged = GridShape((4, 1), ("tp", "dp")), GridShape((1, 1, 4), ("tp", "dp", "pp"))
+    layouts = [
+        *(RouteLayout.from_grids(*staged, later_stages=each) for each in ((), (1,), (2,), (1, 2))),
+        RouteLayout.from_grids(*grids((4, 1), (2, 2, 1))),
+        RouteLayout.from_grids(*grids((4, 1), (2, 2, 1)), sequence_parallel=True),
+        RouteLayout.from_grids(*grids((4, 1), (2, 2, 1), offset=4)),
+        RouteLayout.from_grids(*grids((2, 1), (2, 1, 1))),
+    ]
+    told = [plan_routes(at, at.rank_offset, [TOKENS], [8]).digest().layout for at in layouts]
+    assert len(set(told)) == len(layouts)
     # The same places and as many sequences, but CP cuts them at other places.
     two_packings = {
         plan_routes(layout, 0, [TokenRuns.from_positions(np.arange(8), 1, 16, cu)], [4, 4])

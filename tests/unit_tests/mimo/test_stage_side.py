@@ -293,6 +293,28 @@ def test_a_plan_made_ahead_for_one_of_two_modalities():
     case.run(check)
 
 
+def test_what_nobody_reads_is_refused_in_stages_as_in_a_forward():
+    """A plan where rows are gathered, before one is encoded; a mask where the sequence is cut."""
+
+    def plan(case: Case, rank: int, model: MimoModel) -> None:
+        batch = case.inputs(rank, 1) | {"route_plan": {"images": object()}}
+        with pytest.raises(ValueError, match="route_plan was given, but this model has no routed"):
+            model.encode_microbatches([batch])
+
+    def mask(case: Case, rank: int, model: MimoModel) -> None:
+        batch = case.inputs(rank, 1)
+        (encoded,) = model.encode_microbatches([batch]).microbatches
+        del batch["modality_inputs"]
+        batch["attention_mask"] = torch.zeros(1, 1, LENGTH, LENGTH, dtype=torch.bool)
+        with pytest.raises(ValueError, match="context parallelism requires attention_mask=None"):
+            model.forward_stage(model.language_model, encoded, **batch)
+
+    gathered = Case((1, 4), (1, 2, 2, 1), **DP_LAST, **EVEN)
+    gathered.run(plan)
+    for case in (Case((1, 4), (1, 2, 2, 1)), gathered):
+        case.run(mask)
+
+
 def test_every_rank_knows_its_stage():
     def roles(_case: Case, _rank: int, model: MimoModel) -> tuple[ModuleStageInfo, bool]:
         return model.role.modules["language"], model.is_pipelined

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mimo import (
     MimoModel,
@@ -36,6 +36,7 @@ from megatron.core.models.mimo.training.initial_weights import initialize_weight
 from megatron.core.models.mimo.transformer.layer_specs import language_layer_spec
 from megatron.core.models.mimo.wrappers import clean_name, loaded_name, name_as_saved, unwrapped
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -101,6 +102,22 @@ def all_of_them(encoder: Patches) -> nn.Module:
     encoder.layers[0] = compiled(checkpoint_wrapper(encoder.layers[0]))
     encoder.layers[1] = checkpoint_wrapper(compiled(encoder.layers[1]))
     return compiled(encoder)
+
+
+@pytest.mark.parametrize(
+    "kind", [DistributedDataParallel, Float16Module, nn.parallel.DistributedDataParallel]
+)
+def test_wrappers_that_hold_a_module_are_looked_through(kind: type) -> None:
+    """Megatron's and torch's: they take groups to build, and are told by their class."""
+    inner, wrapper = Patches(), object.__new__(kind)
+    nn.Module.__init__(wrapper)
+    wrapper.module = inner
+    assert unwrapped(wrapper) is inner
+    for name in ("layers.0.weight", "module.bias"):
+        assert clean_name(wrapper, f"module.{name}") == name
+        assert clean_name(inner, name) == name
+    names = [name for name, _ in global_modules(inner)]
+    assert [name for name, _ in global_modules(wrapper)][-len(names) :] == names
 
 
 WRAPPINGS = [nothing, compiled, checkpoint_wrapper, layer_compiled, layer_recomputed, all_of_them]

@@ -165,11 +165,27 @@ def test_parts_that_do_not_make_a_model_are_refused(tmp_path: Path) -> None:
             from_folders(ONE, **arguments)
 
 
+def test_the_projector_is_drawn_from_the_seed_that_is_given(tmp_path: Path) -> None:
+    _save(tmp_path, "SigLIP alone, tied Qwen2")
+    drawn = []
+    for seed in (5, 6, 5):
+        built = _built(tmp_path, BuildOptions(seed=seed))
+        module = built.model.modality_submodules["images"].module
+        drawn.append([p.detach().clone() for p in module.input_projections.parameters()])
+        built.destroy()
+    assert all(torch.equal(*pair) for pair in zip(drawn[0], drawn[2], strict=True))
+    weights = [pair for pair in zip(drawn[0], drawn[1], strict=True) if pair[0].dim() == 2]
+    assert weights
+    assert not any(torch.equal(*pair) for pair in weights)
+
+
 @pytest.mark.parametrize("name", PARTS)
 def test_it_is_exported_as_a_model_that_transformers_reads(name: str, tmp_path: Path) -> None:
     parts = _save(tmp_path, name)
     (tmp_path / "language" / "tokenizer_config.json").write_text("{}")
     (tmp_path / "tower" / "preprocessor_config.json").write_text("{}")
+    # Whole CLIP has a tokenizer of its own, for its text model.
+    (tmp_path / "tower" / "tokenizer_config.json").write_text('{"of": "CLIP"}')
     built = _built(tmp_path)
     expected = _theirs(built, *parts).state_dict()
     to_folder(built, tmp_path / "out")
@@ -179,6 +195,7 @@ def test_it_is_exported_as_a_model_that_transformers_reads(name: str, tmp_path: 
     assert [key for key in weights if not torch.equal(weights[key], expected[key])] == []
     there = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "tokenizer_config.json", "preprocessor_config.json"} <= there
+    assert (tmp_path / "out" / "tokenizer_config.json").read_text() == "{}"
 
 
 SOUNDS = {"audio": Layout(), "language": Layout()}

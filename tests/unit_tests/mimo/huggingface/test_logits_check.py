@@ -132,4 +132,6 @@ def test_what_differs_is_found(tmp_path: Path) -> None:
         built.parts[0].modules[0].decoder.final_layernorm.weight.fill_(float("nan"))
     (verdict,) = check.cases()
     assert verdict.error == float("inf")
+    # Whatever else is off, before it or after it.
+    assert check.worst_weight() == ("model.norm.weight", float("inf"))
     built.destroy()

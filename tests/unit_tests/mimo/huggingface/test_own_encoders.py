@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from megatron.core.models.mimo.huggingface.own_encoders import (
 from megatron.core.models.mimo.towers.hugging_face import HuggingFaceEncoder, Rows
 from mimo_colocated.launch.layouts import Layout
 from tests.unit_tests.mimo.huggingface import harness, models, sounds
+from tests.unit_tests.mimo.model_stubs import StubGroup
 
 SIZES = {
     "hidden_size": 16,
@@ -49,6 +51,8 @@ def test_hidden_states_and_rows_are_chosen() -> None:
     for rows, expected in (
         (Rows(), tower(PIXELS).last_hidden_state),
         (Rows(layers=-2, first=1), states[-2][:, 1:]),
+        (Rows(layers=0, first=1), states[0][:, 1:]),
+        (Rows(layers=(0,)), states[0]),
         (Rows(layers=(1, -2)), torch.cat([states[1], states[2]], dim=-1)),
     ):
         encoder = HuggingFaceEncoder(tower, rows)
@@ -271,6 +275,28 @@ def test_an_export_does_not_lose_the_tower(tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     built.destroy()
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "width"),
+    [
+        (None, None, 16),
+        (Rows(layers=-2), None, 16),
+        (Rows(layers=(1, 2)), None, 32),
+        (Rows(layers=(0, 1, 3), first=1), None, 48),
+        (Rows(layers=(1, 2)), 5, 5),
+    ],
+    ids=str,
+)
+def test_a_projector_is_as_wide_as_the_rows_of_all_layers(
+    rows: Rows | None, given: int | None, width: int
+) -> None:
+    part = tower_part("images", DINO, token_id=98, rows=rows, width=given)
+    groups = SimpleNamespace(tp=StubGroup(1), dp=StubGroup(1))
+    spec = part.spec(SimpleNamespace(params_dtype=torch.float32), groups, 24)
+    (projector,) = spec.submodules["input_projections"]
+    assert projector.params["in_features"] == width
+    assert projector.params["out_features"] == 24
 
 
 def test_tp_is_refused() -> None:

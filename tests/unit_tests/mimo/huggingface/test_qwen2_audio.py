@@ -196,6 +196,15 @@ def test_rows_are_of_real_steps_and_do_not_depend_on_the_others(tmp_path: Path) 
         torch.testing.assert_close(alone, own, rtol=1e-5, atol=1e-5)
 
 
+def test_frames_are_dropped_in_training_only(tmp_path: Path) -> None:
+    ours, _ = whisper_tower(tmp_path)
+    features, _ = sounds.spectra()
+    expected = ours.eval()(features)
+    ours.config.hidden_dropout = 0.5
+    assert torch.equal(ours(features), expected)
+    assert not torch.allclose(ours.train()(features), expected)
+
+
 def test_positions_that_no_folder_has_are_whisper_s() -> None:
     config = transformers.WhisperConfig(
         **sounds.ENCODER, decoder_layers=1, vocab_size=9, pad_token_id=1

@@ -209,6 +209,24 @@ def test_resampled_positions_are_those_of_transformers(side: int) -> None:
     assert image_grids.interpolation([], 2, side)[0].shape == (0, 4)
 
 
+def test_an_image_of_one_row_or_column_stands_at_the_first_one() -> None:
+    """Along that axis; the corners of the other one are those of the table."""
+    side, grids = 5, [(1, 1, 3), (1, 3, 1), (2, 1, 1)]
+    indices, weights = image_grids.interpolation(grids, 1, side)
+    found = [
+        {int(i): float(w) for i, w in zip(*each, strict=True) if w}
+        for each in zip(indices, weights, strict=True)
+    ]
+    columns, rows = [{0: 1.0}, {2: 1.0}, {4: 1.0}], [{0: 1.0}, {10: 1.0}, {20: 1.0}]
+    assert found == [*columns, *rows, {0: 1.0}, {0: 1.0}]
+
+
+@pytest.mark.parametrize("grid", [(0, 2, 4), (1, 0, 4), (1, 2, 0), (-1, 2, 4), (1, -2, -4)])
+def test_images_of_nothing_are_refused(grid: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match=r"frames, rows and columns must be positive"):
+        image_grids.checked_grids(torch.tensor([(1, 2, 2), grid]), 2, 4)
+
+
 def test_runs_end_where_layers_differ_and_levels_are_taken() -> None:
     shape = QwenVisionShape((3, 2, 4, 4), 2, 8, window=2, full_layers=(2,), levels=(0, 3))
     runs = [(run.start, run.size, run.windowed, run.level) for run in runs_of(5, shape)]

@@ -75,6 +75,11 @@ def test_images_of_another_size_have_interpolated_positions(name: str, tmp_path:
     expected.hidden_states[-1].square().sum().backward()
     found.square().sum().backward()
     assert _error(ours.position_embedding.grad, weight.grad) <= GRADIENTS
+    # The smallest image is one patch.
+    for height, width in ((4, 8), (4, 4)):
+        small = {"pixel_values": pixels[..., :height, :width], "interpolate_pos_encoding": True}
+        wanted = theirs(**small, output_hidden_states=True).hidden_states[-1]
+        assert _error(ours(**small), wanted) <= LOGITS
     with pytest.raises(ValueError, match=r"images have 20 x 8 pixels, .* was made for 12 x 12"):
         ours(pixels)
     with pytest.raises(ValueError, match=r"images have 20 x 3 pixels"):
@@ -133,6 +138,18 @@ def test_towers_that_are_not_known_and_images_that_are_no_squares_are_refused() 
     config = transformers.CLIPVisionConfig(**TOWER, image_size=(12, 16))
     with pytest.raises(UnsupportedModelError, match=r"image_size=.*must be squares"):
         tower_kind(config).family(Features((4,))).check(config)
+
+
+@pytest.mark.parametrize("final_norm", [False, True])
+def test_hidden_states_in_the_middle_are_before_any_norm(final_norm: bool, tmp_path: Path) -> None:
+    """As transformers returns them, whether the last one is normalised or not."""
+    theirs = _theirs("Siglip", image_size=SIDE)
+    ours = _ours(theirs, Features((4, 1), final_norm=final_norm), tmp_path)
+    pixels = torch.randn(2, 3, SIDE, SIDE)
+    output = theirs(pixels, output_hidden_states=True)
+    last = output.last_hidden_state if final_norm else output.hidden_states[4]
+    expected = torch.cat([last, output.hidden_states[1]], dim=-1)
+    assert _error(ours(pixels), expected) <= LOGITS
 
 
 def test_hidden_states_are_counted_as_transformers_does() -> None:

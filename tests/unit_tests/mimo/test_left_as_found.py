@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is changed for a while is as before afterwards, when what ran inside has failed too."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.mimo.compat import lend_tp_group, tied_heads_as_copies
+from megatron.core.models.mimo.gradients.nonfinite import _watched
+from megatron.core.models.mimo.model.multimodal_rotary import rotary_positions_of
+from megatron.core.models.mimo.training.agreement import _overheard
+from megatron.core.models.mimo.training.initial_weights import seeded
+from megatron.core.models.mimo.training.inner_optimizers import held_scales
+from megatron.core.models.mimo.training.optimizer_state import _mended
+from megatron.core.optimizer.optimizer import FP32Optimizer
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from mimo_colocated.launch.launcher import _environment
+
+Case = tuple[Callable[[], Any], Callable[[], Any]]
+
+
+def bare(kind: type) -> Any:
+    """An object of a class that was not set up: what is changed on it shows."""
+    made = object.__new__(kind)
+    if issubclass(kind, nn.Module):
+        nn.Module.__init__(made)
+    return made
+
+
+def attributes(*objects: Any) -> Callable[[], Any]:
+    return lambda: [dict(vars(each)) for each in objects]
+
+
+def lent() -> Case:
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    without, own = MegatronModule(config=config), MegatronModule(config=config)
+    own.tp_group = "its own"
+    both = nn.ModuleList([without, own])
+    return lambda: lend_tp_group(both, "lent"), attributes(without, own)
+
+
+def tied() -> Case:
+    model = bare(GPTModel)
+    return lambda: tied_heads_as_copies(model), attributes(model)
+
+
+def watched() -> Case:
+    module = nn.Linear(2, 2)
+    return lambda: _watched([("a", module)]), lambda: len(module._forward_hooks)
+
+
+def rotary() -> Case:
+    model, inner = nn.Module(), bare(MultimodalRotaryEmbedding)
+    model.rotary_pos_emb, inner.cp_group = inner, "of its own"
+    return lambda: rotary_positions_of(model, None, "another"), lambda: inner.cp_group
+
+
+def drawn() -> Case:
+    return (
+        lambda: seeded(torch.device("cpu"), 5),
+        lambda: torch.get_rng_state().tolist(),
+    )
+
+
+def scales() -> Case:
+    scaler: Any = SimpleNamespace()
+    return lambda: held_scales([scaler]), attributes(scaler)
+
+
+def mended() -> Case:
+    inner = bare(FP32Optimizer)
+    return lambda: _mended(inner), attributes(inner)
+
+
+def overheard() -> Case:
+    logger = logging.getLogger("megatron.core.dist_checkpointing")
+    return _overheard, lambda: (logger.propagate, list(logger.handlers))
+
+
+def environment() -> Case:
+    return _environment, lambda: dict(os.environ)
+
+
+CASES = [lent, tied, watched, rotary, drawn, scales, mended, overheard, environment]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("fails", [False, True], ids=["done", "failed"])
+def test_it_is_as_before(case: Callable[[], Case], fails: bool) -> None:
+    change, state = case()
+    before = state()
+    inside = None
+    with contextlib.suppress(OSError), change():
+        if case is drawn:
+            torch.rand(3)
+        if case is environment:
+            os.environ["MIMO_OF_A_JOB"] = "1"
+        inside = state()
+        if fails:
+            raise OSError("no")
+    assert inside != before, "nothing is changed, so nothing is proven"
+    assert state() == before
