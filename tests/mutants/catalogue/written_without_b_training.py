@@ -78,8 +78,8 @@ WITHOUT_B_TRAINING = (
     Mutant(
         name="one-ddp-config-for-all-modules",
         file="megatron/core/models/mimo/gradients/finalize.py",
-        old="            copy(ddp_config),\n",
-        new="            ddp_config,\n",
+        old="DistributedDataParallel(config, copy(ddp_config), module, pg_collection=groups)",
+        new="DistributedDataParallel(config, ddp_config, module, pg_collection=groups)",
         tests=(
             "tests/unit_tests/mimo/test_grad_finalize_8rank.py::test_every_module_gets_a_ddp_config_of_its_own",
         ),

@@ -27,10 +27,12 @@ from megatron.core.models.mimo.model.ddp_methods import finish_param_gather
 from megatron.core.models.mimo.training.inner_optimizers import (
     attend_construction,
     build_inner_optimizer,
+    count_over_fsdp,
     count_zeros_of,
     dynamic_scalers,
     held_scales,
     inner_optimizers,
+    own_config,
 )
 from megatron.core.models.mimo.training.optimizer_checks import (
     check_fields_are_used,
@@ -51,6 +53,7 @@ from megatron.core.models.mimo.training.optimizer_state import (
     sharded_inner_state,
     start_anew,
 )
+from megatron.core.models.mimo.wrappers import stepped
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
@@ -109,7 +112,7 @@ class MimoOptimizer(MegatronOptimizer):
         self.optimizer = None  # the base class and stock helpers look for it
         for info in module_infos.values():
             if info.is_active and info.optimizer is not None:
-                note_names(info.optimizer, info.modules)
+                note_names(info.optimizer, tuple(map(stepped, info.modules)))
         for inner in inner_optimizers(self._active_optimizers):
             note_built(inner)
         self.nonfinite_modules: tuple[str, ...] = ()
@@ -466,7 +469,9 @@ def _module_info(
     dist.all_gather_object(trained_on, trained)
     optimizer = None
     if trained:
-        optimizer = build_inner_optimizer(name, modules, config, collection)
+        plain = [stepped(module) for module in modules]
+        optimizer = build_inner_optimizer(name, plain, own_config(config, modules), collection)
+        count_over_fsdp(optimizer, modules, collection)
     elif any(trained_on):
         attend_construction(config)
     groups = collection if present else None

@@ -22,14 +22,22 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    TorchFullyShardedDataParallel,
+)
 from megatron.core.transformer.module import Float16Module
 
 # What nothing but a wrapper calls what it holds. The second one takes names without it.
 _COMPILED, _CHECKPOINTED = "_orig_mod", "_checkpoint_wrapped_module"
 _KEYS = (_COMPILED, _CHECKPOINTED)
 # Wrappers that hold a "module", as others do, too.
-_CLASSES = (DistributedDataParallel, Float16Module, torch.nn.parallel.DistributedDataParallel)
+_CLASSES = (
+    DistributedDataParallel,
+    TorchFullyShardedDataParallel,
+    Float16Module,
+    torch.nn.parallel.DistributedDataParallel,
+)
 _HIDDEN = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(_KEYS)})\.")
 
 # A module of the model, and the wrappers around it as a whole.
@@ -48,6 +56,23 @@ def unwrapped(module: Any) -> Any:
     while isinstance(module, nn.Module) and (key := wrapped_key(module)) is not None:
         module = module._modules[key]
     return module
+
+
+def stepped(module: Any) -> Any:
+    """Return the module whose parameters an optimizer steps: plain ones, under the same names.
+
+    A torch-native module's are ``DTensor``; their plain parts are in its ``local_shards``.
+
+    Args:
+        module: bare or wrapped.
+    """
+    shards = getattr(module, "local_shards", None)
+    return shards if isinstance(shards, nn.Module) else module
+
+
+def is_torch_native(module: Any) -> bool:
+    """Return whether a wrapped module is one that PyTorch's own tools shard."""
+    return stepped(module) is not module
 
 
 def clean_name(module: nn.Module, name: str) -> str:

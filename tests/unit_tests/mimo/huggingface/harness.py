@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.models.mimo.gradients.finalize import iter_modules
 from megatron.core.models.mimo.huggingface.build import BuildOptions, ImportedModel, from_folder
 from megatron.core.models.mimo.huggingface.cuts import Run
 from megatron.core.models.mimo.huggingface.export import to_folder
@@ -30,6 +31,7 @@ from megatron.core.models.mimo.job.built_model import LANGUAGE
 from megatron.core.models.mimo.job.logits import gather
 from megatron.core.models.mimo.job.packing import packed_inputs
 from megatron.core.models.mimo.job.trainer import Trainer, TrainOptions
+from megatron.core.models.mimo.wrappers import is_torch_native
 from mimo_colocated.launch.layouts import Layout
 
 LOGITS = 1e-5
@@ -270,14 +272,28 @@ def gradients_of(built: ImportedModel) -> dict[str, Tensor] | None:
     """Every gradient under its name in the folder, on rank 0; None on the others."""
     with ModelFolder(built.source) as folder:
         described = folder.tensors
-        pieces = []
+        pieces = list(_native_pieces(built))
         for held in held_by(built.parts):
+            if not hasattr(held.parameter, "main_grad"):  # whole, of a torch-native module
+                continue
             if held.first_copy and held.parameter.requires_grad:
                 for run in held.runs(described):
                     name = held.source.names[run.source]
                     where = held.where(run, described[name])
                     pieces.append((name, where, _gradient(held, run).clone()))
         return assembled(pieces, {name: d.shape for name, d in described.items()})
+
+
+def _native_pieces(built: ImportedModel) -> Iterator[tuple[str, tuple[slice, ...], Tensor]]:
+    """(name, place, gradient) of this rank's parts of torch-native modules."""
+    tables = {part.name: part.table for part in built.parts}
+    for name, module in iter_modules(built.model):
+        if not is_torch_native(module):
+            continue
+        for ours, plain in module.local_shards.named_parameters():
+            if plain.requires_grad:
+                source = tables[name].find(ours)
+                yield source.names[0], module.local_shards.places[ours].slices(), plain.main_grad
 
 
 def _gradient(held: Held, run: Run) -> Tensor:

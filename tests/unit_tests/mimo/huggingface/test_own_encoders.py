@@ -307,5 +307,6 @@ def test_tp_is_refused() -> None:
             self.size = lambda: size
 
     groups = type("Groups", (), {"tp": Group(2), "dp": Group(4)})()
-    with pytest.raises(ValueError, match="images tp=2: .*not cut over TP.* tp=1 and dp=8"):
+    advice = r"tp=1 and dp=8, or .*torch_native=\['images'\]"
+    with pytest.raises(ValueError, match=f"images tp=2: .*not cut over TP.* {advice}"):
         part.spec(None, groups, 32)

@@ -24,9 +24,11 @@ from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.models.mimo.gradients.bucket_order import reduce_in_one_order
 from megatron.core.models.mimo.gradients.nonfinite import ranks_text
 from megatron.core.models.mimo.model.rank_modules import stages_of
+from megatron.core.models.mimo.torch_native.data_parallel import TorchNativeParallel
+from megatron.core.models.mimo.torch_native.part import native_parts
 from megatron.core.models.mimo.training.experts import check_expert_sizes, mark_expert_parameters
 from megatron.core.models.mimo.training.pretrained import refuse_different_weights
-from megatron.core.models.mimo.wrappers import clean_name
+from megatron.core.models.mimo.wrappers import clean_name, is_torch_native, stepped
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from mimo_colocated import phases
@@ -82,14 +84,7 @@ def wrap_modules_with_ddp(
         check_expert_sizes(name, configs[name], collections[name])
     stages = []
     for name, module in modules:
-        mark_expert_parameters(module)
-        wrapped = DistributedDataParallel(
-            configs[name],
-            copy(ddp_config),
-            module,
-            pg_collection=collections[name],
-        )
-        reduce_in_one_order(wrapped)
+        wrapped = _wrapped(module, configs[name], ddp_config, collections[name])
         if name == MIMO_LANGUAGE_MODULE_KEY:
             stages.append(wrapped)
         else:
@@ -98,6 +93,18 @@ def wrap_modules_with_ddp(
         mimo_model.language_model = stages[0]
     for number, stage in enumerate(stages[1:]):
         mimo_model.virtual_stages[number] = stage
+
+
+def _wrapped(
+    module: torch.nn.Module, config: Any, ddp_config: Any, groups: ProcessGroupCollection
+) -> torch.nn.Module:
+    """The module in stock's wrapper, or where PyTorch shards it in the one that does so."""
+    if native_parts(module):
+        return TorchNativeParallel(config, ddp_config, module, groups)
+    mark_expert_parameters(module)
+    wrapped = DistributedDataParallel(config, copy(ddp_config), module, pg_collection=groups)
+    reduce_in_one_order(wrapped)
+    return wrapped
 
 
 class MimoGradFinalizer:
@@ -173,11 +180,9 @@ class MimoGradFinalizer:
         first, self._first_step = self._first_step, False
         refuse_missing_gradients(modules, together=first)
         if first:
-            refuse_different_weights(modules, self.collections)
+            refuse_different_weights(_of_megatron(modules), self.collections)
         for name, parts in modules.items():
-            finalize_model_grads(
-                parts, None, self.collections[name], force_all_reduce=force_all_reduce
-            )
+            self._finalize(name, parts, force_all_reduce)
         if num_tokens is None:
             return
         total = self._token_sum(num_tokens)
@@ -187,6 +192,14 @@ class MimoGradFinalizer:
         scaling = _scaling(total)
         for _, module in iter_modules(mimo_model):
             module.scale_gradients(scaling)
+
+    def _finalize(self, name: str, parts: list[torch.nn.Module], force_all_reduce: bool) -> None:
+        """Sum a module's gradients over its own groups."""
+        if all(map(is_torch_native, parts)):
+            for part in parts:
+                part.finish_grad_sync()  # over TP PyTorch has summed them
+            return
+        finalize_model_grads(parts, None, self.collections[name], force_all_reduce=force_all_reduce)
 
     def reduce_token_count(self, num_tokens: torch.Tensor) -> torch.Tensor:
         """Turn this rank's valid tokens into ``N_global``, in place.
@@ -215,6 +228,16 @@ class MimoGradFinalizer:
             dist.broadcast(total, src=last, group=groups.pp)
         dist.all_reduce(total, group=groups.dp_cp)
         return total
+
+
+def _of_megatron(
+    modules: Mapping[str, list[torch.nn.Module]],
+) -> dict[str, list[torch.nn.Module]]:
+    """Those whose weights nobody has compared: torch-native ones were when they were sharded."""
+    return {
+        name: [part for part in parts if not is_torch_native(part)]
+        for name, parts in modules.items()
+    }
 
 
 def check_token_count(total: float) -> None:
@@ -251,10 +274,10 @@ def refuse_late_freezing(name: str, module: torch.nn.Module) -> None:
     Raises:
         ValueError: a parameter of ``module`` was frozen or unfrozen since.
     """
-    if not isinstance(module, DistributedDataParallel):
+    if not (isinstance(module, DistributedDataParallel) or is_torch_native(module)):
         return
     for key, parameter in module.named_parameters():
-        if parameter.requires_grad is not hasattr(parameter, "main_grad"):
+        if parameter.requires_grad is not _trained_when_wrapped(module, key, parameter):
             now = "unfrozen" if parameter.requires_grad else "frozen"
             raise ValueError(
                 f"parameter '{clean_name(module, key)}' of module '{name}' was {now} after the "
@@ -262,6 +285,12 @@ def refuse_late_freezing(name: str, module: torch.nn.Module) -> None:
                 "In mid-run: save a checkpoint, build the model anew with what is to train, and "
                 "load it"
             )
+
+
+def _trained_when_wrapped(module: torch.nn.Module, key: str, parameter: torch.Tensor) -> bool:
+    if is_torch_native(module):
+        return stepped(module).get_parameter(key.removeprefix("module.")).requires_grad
+    return hasattr(parameter, "main_grad")
 
 
 def refuse_missing_gradients(

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.models.mimo.model.rank_modules import LANGUAGE_MODEL
 from megatron.core.models.mimo.training.global_names import global_modules, join
+from megatron.core.models.mimo.wrappers import stepped
 
 _NAMED, _LISTED = 3, 4
 
@@ -120,7 +121,7 @@ def _gradients(
     """(global name in the model, gradient) of a module's parameters."""
     language = name == MIMO_LANGUAGE_MODULE_KEY
     prefix = LANGUAGE_MODEL if language else f"modality_submodules.{name}"
-    for module in modules:
+    for module in map(stepped, modules):
         for path, part in global_modules(module, prefix):
             for key, parameter in part.named_parameters(recurse=False):
                 yield join(path, key), getattr(parameter, "main_grad", parameter.grad)

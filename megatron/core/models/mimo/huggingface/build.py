@@ -8,7 +8,7 @@ to_folder(built, "my-llava")
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.config.base_configs import MimoModelConfig
 from megatron.core.models.mimo.gradients.finalize import iter_modules
 from megatron.core.models.mimo.huggingface.all_ranks import on_all_ranks
@@ -30,6 +31,13 @@ from megatron.core.models.mimo.huggingface.folder import ModelFolder, OpenFolder
 from megatron.core.models.mimo.huggingface.joined_folder import Folders
 from megatron.core.models.mimo.huggingface.language_model import ImportedGPTModel
 from megatron.core.models.mimo.huggingface.tables import best_spelled
+from megatron.core.models.mimo.huggingface.torch_native import (
+    encoder_spec,
+    encoder_table,
+    language_table,
+    native_language_spec,
+    with_native_parts,
+)
 from megatron.core.models.mimo.huggingface.weights import Part, bare, check, held_by, load
 from megatron.core.models.mimo.job.built_model import LANGUAGE, BuiltModel, finish_model
 from megatron.core.models.mimo.job.settings import (
@@ -68,6 +76,8 @@ class BuildOptions:
         seed: of weights that no folder has, and of dropout.
         freeze: stops the training of parts before gradient buffers are made; called with the
             ``MimoModel``.
+        torch_native: modules of transformers' own classes, sharded by PyTorch (DTensor, FSDP2)
+            in place of Megatron's layers: ``"language"``, modalities; see docs/torch-native.md.
         ddp: of every module.
         backend: of the process groups, PyTorch's default one if None.
         config_fields: of the whole model's ``config.json``, to use other values than it has, such
@@ -87,6 +97,7 @@ class BuildOptions:
             grad_reduce_in_fp32=True, use_distributed_optimizer=True, check_for_nan_in_grad=False
         )
     )
+    torch_native: Collection[str] = ()
     backend: str | None = None
     config_fields: Mapping[str, Any] = field(default_factory=dict)
 
@@ -162,6 +173,7 @@ def import_from(
         composite: what it is made of.
         layouts, options, load_weights, tick: as there.
     """
+    composite = with_native_parts(composite, options.torch_native)
     check_fits(
         composite,
         layouts,
@@ -241,7 +253,9 @@ def _language_config(
     composite: Composite, layout: Layout, options: BuildOptions
 ) -> TransformerConfig:
     part = composite.language
-    more = stage_settings(layout, options.virtual_stages, options.sequence_parallel)
+    # A torch-native model takes whole sequences and cuts them over TP itself.
+    cut = options.sequence_parallel and LANGUAGE not in options.torch_native
+    more = stage_settings(layout, options.virtual_stages, cut)
     if part.family.settings(part.config).get("num_moe_experts"):
         more |= {
             "expert_model_parallel_size": layout.ep,
@@ -279,24 +293,16 @@ def _build(
     }
     collections = {name: create_process_groups(grid) for name, grid in grids.items()}
     seed_everything(options.seed)
-    language = composite.language
 
     def encoders() -> dict[str, ModuleSpec]:
         return {
-            part.modality: part.spec(
-                configs[part.modality],
-                collections[part.modality],
-                configs[LANGUAGE].hidden_size,
+            part.modality: encoder_spec(
+                part, configs, collections[part.modality], grids[part.modality]
             )
             for part in composite.encoders
         }
 
-    first, *others = language_specs(
-        ImportedGPTModel,
-        configs[LANGUAGE],
-        collections[LANGUAGE],
-        **language.family.params(language.config),
-    )
+    first, *others = _language_specs(composite, configs[LANGUAGE], grids, collections, options)
     mimo_config = MimoModelConfig(
         language_model_spec=first,
         virtual_stage_specs=others,
@@ -337,6 +343,30 @@ def _build(
     return finish, parts
 
 
+def _language_specs(
+    composite: Composite,
+    config: TransformerConfig,
+    grids: Mapping[str, HyperCommGrid],
+    collections: Mapping[str, ProcessGroupCollection],
+    options: BuildOptions,
+) -> list[ModuleSpec]:
+    part, groups = composite.language, collections[LANGUAGE]
+    if LANGUAGE in options.torch_native:
+        halved = options.dtype is not torch.float32
+        return [
+            native_language_spec(
+                part.config,
+                config,
+                grids[LANGUAGE],
+                pg_collection=groups,
+                precision=options.dtype if halved else None,
+                sequence_parallel=options.sequence_parallel,
+                activation_checkpointing=options.recompute == "full",
+            )
+        ]
+    return language_specs(ImportedGPTModel, config, groups, **part.family.params(part.config))
+
+
 def _mark_what_is_cut(model: torch.nn.Module) -> None:
     """Say which weights are cut over TP; Megatron-Core 0.16 says it only of what it draws."""
     dims = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
@@ -360,7 +390,7 @@ def _language_part(
 ) -> Part:
     part = composite.language
     modules = bare(module for name, module in iter_modules(model) if name == LANGUAGE)
-    table = part.family.table(part.config) + composite.unused
+    table = language_table(part, modules) + composite.unused
     return Part(LANGUAGE, modules, table, groups, _heads(config))
 
 
@@ -371,7 +401,7 @@ def _encoder_part(
     config: TransformerConfig,
 ) -> Part:
     modules = bare([model.modality_submodules[part.modality]])
-    table = part.family.table(part.config)
+    table = encoder_table(part, modules)
     return Part(part.modality, modules, table, groups, _heads(config), part.drawn)
 
 

@@ -36,6 +36,20 @@ class LanguagePart:
 
 
 @dataclass(frozen=True)
+class NativeForm:
+    """An encoder as transformers has it, sharded by PyTorch.
+
+    Attributes:
+        spec: as of :class:`EncoderPart`, from the grid as a further argument ``grid``.
+        names: prefix of names in the ``ModalitySubmodules`` -> prefix in the folder of the whole
+            model. What has none of them is drawn.
+    """
+
+    spec: Callable[..., ModuleSpec]
+    names: Spelling
+
+
+@dataclass(frozen=True)
 class EncoderPart:
     """A modality's encoder and projector in a whole model.
 
@@ -53,6 +67,7 @@ class EncoderPart:
         drawn: prefixes of our names of parameters that no folder has yet.
         level_layers: layers of the language model, counted from 0, after which the levels in its
             rows are added (DeepStack); none for plain rows.
+        native: the same of transformers' own modules; None where that is not known.
     """
 
     modality: str
@@ -66,6 +81,7 @@ class EncoderPart:
     sequence_parallel: bool = False
     drawn: tuple[str, ...] = ()
     level_layers: tuple[int, ...] = ()
+    native: NativeForm | None = None
 
 
 @dataclass(frozen=True)

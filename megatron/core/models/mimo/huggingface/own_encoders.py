@@ -16,14 +16,16 @@ from typing import Any
 
 import torch
 
+from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo import VisionModalitySubmodules
 from megatron.core.models.mimo.huggingface.build import ImportedModel
-from megatron.core.models.mimo.huggingface.composites import EncoderPart
+from megatron.core.models.mimo.huggingface.composites import EncoderPart, NativeForm
 from megatron.core.models.mimo.huggingface.configuration import read_config
 from megatron.core.models.mimo.huggingface.family import Family, UnsupportedModelError
 from megatron.core.models.mimo.huggingface.fits import LayoutError
 from megatron.core.models.mimo.huggingface.tables import Source, Table
 from megatron.core.models.mimo.towers.hugging_face import HuggingFaceEncoder, Rows, read_tower
+from megatron.core.models.mimo.towers.torch_native import TorchNativeEncoder
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -50,9 +52,11 @@ def tower_part(
     projector: ProjectorSpec = linear,
     **encoder: Any,
 ) -> EncoderPart:
-    """Describe a tower of transformers for :func:`.build.from_folder`; it runs at TP 1.
+    """Describe a tower of transformers for :func:`.build.from_folder`.
 
-    Its weights are those of its folder, or drawn for a configuration; the projector's are drawn.
+    It runs at TP 1, or at any TP that divides its heads where ``BuildOptions.torch_native`` names
+    the modality: PyTorch splits it then by the plan of its family. Its weights are those of its
+    folder, or drawn for a configuration; the projector's are drawn.
 
     Args:
         modality: name of the new modality.
@@ -73,14 +77,14 @@ def tower_part(
         table=lambda _config: _OwnTable(()),
         reads=frozenset(config.to_dict()),  # transformers' own code reads them all
     )
+    known = {"given": given, "projector": projector, "width": width}
     return EncoderPart(
         modality=modality,
         name=TOWER,
         token_id=token_id,
         inputs=(),
-        spec=functools.partial(
-            _spec, modality=modality, given=given, projector=projector, width=width
-        ),
+        spec=functools.partial(_spec, modality=modality, **known),
+        native=NativeForm(functools.partial(_native_spec, **known), {}),
         family=family,
         config=config,
         drawn=("encoders.", "input_projections."),
@@ -141,21 +145,44 @@ def _spec(
     """The modality: the tower and its projector, whole on every rank."""
     if groups.tp.size() > 1:
         raise LayoutError(
-            f"{modality} tp={groups.tp.size()}: a tower of transformers is not cut over TP, and "
-            f"every TP rank would encode the same; give {modality} tp=1 and dp="
-            f"{groups.tp.size() * groups.dp.size()}"
+            f"{modality} tp={groups.tp.size()}: a tower of transformers is not cut over TP by "
+            f"Megatron, and every TP rank would encode the same; give {modality} tp=1 and dp="
+            f"{groups.tp.size() * groups.dp.size()}, or let PyTorch cut it: "
+            f"BuildOptions(torch_native=[{modality!r}])"
         )
     dtype = config.params_dtype
-    # Read here, where a rank that cannot is heard by the others.
+    tower = ModuleSpec(module=HuggingFaceEncoder, params=_read(given, dtype))
+    return _modality(tower, projector(width, language_hidden, dtype), groups)
+
+
+def _native_spec(
+    config: TransformerConfig,
+    groups: ProcessGroupCollection,
+    language_hidden: int,
+    *,
+    grid: HyperCommGrid,
+    given: Mapping[str, Any],
+    projector: ProjectorSpec,
+    width: int,
+) -> ModuleSpec:
+    """The modality: the tower, cut over TP, and its projector, whole on every rank."""
+    dtype = config.params_dtype
+    tower = ModuleSpec(module=TorchNativeEncoder, params={"grid": grid, **_read(given, dtype)})
+    return _modality(tower, projector(width, language_hidden, dtype), groups)
+
+
+def _read(given: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """An encoder's arguments with the tower, read here: a rank that cannot is heard by others."""
     own = {**given, "dtype": dtype}
     own["source"] = read_tower(own["source"], own.pop("tower_class", None), dtype)
+    return own
+
+
+def _modality(
+    tower: ModuleSpec, projector: ModuleSpec, groups: ProcessGroupCollection
+) -> ModuleSpec:
     return ModuleSpec(
         module=VisionModalitySubmodules,
         params={"pg_collection": groups},
-        submodules={
-            "encoders": {
-                TOWER: ModuleSpec(module=HuggingFaceEncoder, params=own)
-            },
-            "input_projections": [projector(width, language_hidden, dtype)],
-        },
+        submodules={"encoders": {TOWER: tower}, "input_projections": [projector]},
     )

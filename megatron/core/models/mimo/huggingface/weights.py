@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn import Module, Parameter
 
 from megatron.core.models.mimo.huggingface.all_ranks import gathered, on_all_ranks
 from megatron.core.models.mimo.huggingface.cuts import Heads, Run, Shard, Whole
 from megatron.core.models.mimo.huggingface.folder import Described, FolderError, OpenFolder
 from megatron.core.models.mimo.huggingface.tables import Source, Table
+from megatron.core.models.mimo.torch_native.gathered import gathered as gathered_tensor
 from megatron.core.models.mimo.training.global_names import global_modules, join
 from megatron.core.models.mimo.wrappers import unwrapped
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -137,6 +139,9 @@ class Held:
 def held_by(parts: Iterable[Part]) -> Iterator[Held]:
     """Yield this rank's parameters that a folder has; one that is shared comes once.
 
+    A ``DTensor`` of a torch-native module comes whole: all ranks of the module, which gather it,
+    go through all of its parameters together.
+
     Raises:
         ValueError: the table has no line for a parameter.
     """
@@ -159,6 +164,12 @@ def _held(part: Part, name: str, parameter: Parameter) -> Held:
             f"module '{part.name}' has a parameter {name} that its family's table does not name; "
             "add a line for it (docs/models.md)"
         )
+    if isinstance(parameter, DTensor):
+        # First of its grid: TP, then DP, of a module that is cut by nothing else.
+        first = part.groups.tp.rank() == part.groups.dp.rank() == 0
+        whole = gathered_tensor(parameter.detach())
+        parameter = Parameter(whole if first else whole.new_empty(0), requires_grad=False)
+        return Held(join(part.name, name), parameter, source, Shard(), part.heads, first)
     expert = ".experts." in name
     groups = part.groups
     tp = groups.expt_tp if expert else groups.tp

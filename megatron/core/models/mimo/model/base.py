@@ -51,6 +51,7 @@ from megatron.core.models.mimo.model.stage_checks import (
 )
 from megatron.core.models.mimo.partition.utils import PartitionAdapter
 from megatron.core.models.mimo.stand_ins import model_method
+from megatron.core.models.mimo.torch_native.language_model import TorchNativeLanguageModel
 from megatron.core.models.mimo.transformer.input_gradients import sum_wanted_gradients_only
 from megatron.core.models.mimo.wrappers import hide_in_states
 from megatron.core.transformer.module import MegatronModule
@@ -185,6 +186,8 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
             if specs:
                 self.virtual_stages = nn.ModuleList(build_module(spec) for spec in specs)
             self._language.check_embedding_does_not_scatter()
+            if isinstance(self.language_model, TorchNativeLanguageModel):
+                self.language_model.check_options(self.mimo_config)
             check_stages(self.role, getattr(self, "config", None), self._rank_modules.stages)
             self._language.drop_text_alike_over_tp()
             self._language.seat_levels()

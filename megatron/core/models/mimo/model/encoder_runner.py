@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.models.mimo.memory.activations import latest_offloaded
@@ -211,9 +212,14 @@ def tied_to_parameters(empty: torch.Tensor, submodule: nn.Module) -> torch.Tenso
     sums are over no elements, so weights that are not finite leave zeros, too.
     """
     trained = [p for p in _row_parameters(submodule) if p.requires_grad]
-    zeros = [p.reshape(-1)[:0].sum().float() for p in trained]
+    zeros = [_own(p).reshape(-1)[:0].sum().float() for p in trained]
     tied = empty + torch.stack(zeros).sum().to(empty.dtype) if zeros else empty
     return phases.when_gradient_arrives(tied, phases.ENCODER_BACKWARD)
+
+
+def _own(parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a torch-native weight, with its gradient; others are plain."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def _row_parameters(submodule: nn.Module) -> Iterator[nn.Parameter]:

@@ -90,6 +90,8 @@ class LanguageRunner:
             return torch.float32
         # A later pipeline stage has no embedding; its first weight is of the same dtype.
         owner = self.embedding or unwrap_model(self._modules.language_model)
+        if isinstance(dtype := getattr(owner, "output_dtype", None), torch.dtype):
+            return dtype  # not its weights': FSDP computes in another
         return next(owner.parameters()).dtype
 
     @property

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from megatron.core.hyper_comm_grid import GridShape, HyperCommGrid, box_of
 
@@ -32,6 +33,7 @@ def mesh_of(grid: HyperCommGrid, device_type: str | None = None) -> DeviceMesh:
     if problem:
         raise ValueError(problem)
     groups = [grid.get_or_create_pg("dp"), grid.get_or_create_pg("tp")]
+    _forget_equal_meshes()
     return DeviceMesh.from_group(
         groups,
         device_type or _device_type(groups[1]),
@@ -88,6 +90,15 @@ def grid_problem(grid: HyperCommGrid) -> str:
             "tp or dp, or take Megatron's layers"
         )
     return ""
+
+
+def _forget_equal_meshes() -> None:
+    """Clear what PyTorch remembers of operations on tensors.
+
+    It takes meshes of the same ranks for one another, and a tensor would get the mesh, and with it
+    the groups, of a grid that may be gone.
+    """
+    _clear_sharding_prop_cache()
 
 
 def _device_type(group: dist.ProcessGroup) -> str:

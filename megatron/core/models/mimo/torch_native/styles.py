@@ -82,7 +82,7 @@ class TensorParallel:
             # Every rank has the same weights (checked before), so nothing is sent.
             data = distribute_tensor(parameter.data, self.mesh, [placement], src_data_rank=None)
             made = nn.Parameter(data, requires_grad=parameter.requires_grad)
-            if isinstance(placement, Replicate):
+            if isinstance(placement, Replicate) and made.requires_grad:
                 made.register_post_accumulate_grad_hook(_finish_sum)
             self._distributed[parameter] = made
         return self._distributed[parameter]

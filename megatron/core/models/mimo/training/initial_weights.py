@@ -44,6 +44,7 @@ from megatron.core.models.common.embeddings.language_model_embedding import (
 )
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.mimo.randomness import derive_seed
+from megatron.core.models.mimo.torch_native.part import TorchNativePart
 from megatron.core.models.mimo.training.global_names import global_modules, join
 from megatron.core.models.mimo.training.pretrained import kept_parameters, say_what_is_kept
 from megatron.core.models.mimo.wrappers import unwrapped
@@ -167,6 +168,10 @@ def _survey(root: Module, name_prefix: str) -> _Survey:
             survey.gated |= {id(p) for p in gate.parameters(recurse=False)}
         elif isinstance(module, LanguageModule):
             _survey_output_layer(name, module, survey)
+        elif isinstance(module, TorchNativePart) and module.initial_std is not None:
+            draw = functools.partial(torch.nn.init.normal_, std=module.initial_std)
+            drawn = [p for p in module.parameters() if p.dim() > 1]
+            survey.init_methods |= {id(p): draw for p in drawn}
     return survey
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
 
+from megatron.core.models.mimo.wrappers import is_torch_native
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
@@ -74,6 +76,26 @@ def build_inner_optimizer(
     _count_expert_copies_over_expert_tp(optimizer, collection)
     _find_parameters_where_they_are_stepped(optimizer)
     return optimizer
+
+
+def own_config(config: OptimizerConfig, modules: Sequence[Any]) -> OptimizerConfig:
+    """Return the configuration of one module's optimizer.
+
+    Torch-native modules have no buffers of DDP's that a distributed optimizer could cut; where
+    FSDP cuts their weights the optimizer's state is cut with them.
+    """
+    if any(map(is_torch_native, modules)):
+        return replace(config, use_distributed_optimizer=False)
+    return config
+
+
+def count_over_fsdp(
+    optimizer: MegatronOptimizer, modules: Sequence[Any], collection: ProcessGroupCollection
+) -> None:
+    """Let norm and zeros count over data ranks, too, where FSDP gave each other gradients."""
+    if any(getattr(module, "fsdp", False) is True for module in modules):
+        for inner in inner_optimizers([optimizer]):
+            inner.grad_stats_parallel_group = collection.intra_dist_opt
 
 
 def _count_expert_copies_over_expert_tp(

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
+from megatron.core.models.mimo.torch_native.part import native_parts
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 
 _FIELDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -65,6 +66,7 @@ def problem_of_dtypes(
     """
     used: set[str] = set()
     for name, module in modules:
+        used |= {_FIELDS[p.precision] for p in native_parts(module) if p.precision in _FIELDS}
         for key, parameter in module.named_parameters():
             field = _FIELDS.get(parameter.dtype)
             if not (parameter.requires_grad and field):

@@ -7,12 +7,14 @@ import copy
 import functools
 from typing import Any
 
+from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo import VisionModalitySubmodules
 from megatron.core.models.mimo.huggingface.composites import (
     COMPOSITES,
     Composite,
     EncoderPart,
     LanguagePart,
+    NativeForm,
     decoder_family,
 )
 from megatron.core.models.mimo.huggingface.cuts import Along, Whole
@@ -30,6 +32,8 @@ from megatron.core.models.mimo.huggingface.family import (
 from megatron.core.models.mimo.huggingface.tables import Table, line
 from megatron.core.models.mimo.job.settings import projector_spec
 from megatron.core.models.mimo.towers.feature_transformer import Features
+from megatron.core.models.mimo.towers.hugging_face import Rows
+from megatron.core.models.mimo.towers.torch_native import TorchNativeEncoder
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -38,6 +42,7 @@ IMAGES, ENCODER = "images", "vision"
 """Names of the modality and of its encoder."""
 
 _PROJECTOR = "multi_modal_projector."
+_NATIVE_NAMES = {f"encoders.{ENCODER}.tower.": TOWER, "input_projections.0.": _PROJECTOR}
 _READ = frozenset(
     ["image_token_index", "multimodal_projector_bias", "projector_hidden_act", "vision_config"]
     + ["vision_feature_layer", "vision_feature_select_strategy", "text_config"]
@@ -82,6 +87,9 @@ def _llava(config: Any) -> Composite:
         config=vision,
         spellings=_TOWER_SPELLINGS,
         sequence_parallel=True,
+        native=NativeForm(
+            functools.partial(_native_spec, features=features, whole=config), _NATIVE_NAMES
+        ),
     )
     family = decoder_family(text)
     return Composite(LanguagePart(text, family, _LANGUAGE_SPELLINGS), (encoder,))
@@ -185,6 +193,50 @@ def _spec(
             "input_projections": [projector_spec(projector, width, groups.tp)],
         },
     )
+
+
+def _native_spec(
+    tower: TransformerConfig,
+    groups: ProcessGroupCollection,
+    language_hidden: int,
+    *,
+    grid: HyperCommGrid,
+    features: Features,
+    whole: Any,
+) -> ModuleSpec:
+    """The tower and the projector of transformers; the tower is split over TP."""
+    rows = Rows(layers=features.depths, first=features.first_row)
+    encoder = {
+        "source": whole.vision_config,
+        "rows": rows,
+        "grid": grid,
+        "dtype": tower.params_dtype,
+        "sequence_parallel": tower.sequence_parallel,
+        "gradient_checkpointing": tower.recompute_granularity == "full",
+    }
+    projector = {"config": whole, "dtype": tower.params_dtype}
+    return ModuleSpec(
+        module=VisionModalitySubmodules,
+        params={"pg_collection": groups},
+        submodules={
+            "encoders": {ENCODER: ModuleSpec(module=TorchNativeEncoder, params=encoder)},
+            "input_projections": [ModuleSpec(module=_native_projector(), params=projector)],
+        },
+    )
+
+
+@functools.cache
+def _native_projector() -> type:
+    from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+    class NativeProjector(LlavaMultiModalProjector):
+        """Transformers' own in a dtype."""
+
+        def __init__(self, config: Any, dtype: Any) -> None:
+            super().__init__(config)
+            self.to(dtype)
+
+    return NativeProjector
 
 
 COMPOSITES["llava"] = _llava
