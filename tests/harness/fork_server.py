@@ -161,6 +161,8 @@ class ForkServer:
         self, folder: Path, environment: dict[str, str], libraries: Sequence[str] = LIBRARIES
     ) -> None:
         self.address = str(folder / "fork-server")
+        # PyArrow, which pandas imports where it is installed, would start a thread.
+        environment = {**environment, "JE_ARROW_MALLOC_CONF": "background_thread:false"}
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", __name__, self.address, *libraries],
             cwd=_ROOT,
