@@ -39,6 +39,9 @@ from tests.mutants.catalogue.written_without_b_optimizer import WITHOUT_B_OPTIMI
 from tests.mutants.catalogue.written_without_b_training import WITHOUT_B_TRAINING
 from tests.mutants.catalogue.written_without_c import WITHOUT_C
 from tests.mutants.catalogue.written_without_c_more import WITHOUT_C_MORE
+from tests.mutants.catalogue.written_without_d import WITHOUT_D
+from tests.mutants.catalogue.written_without_d_jobs import WITHOUT_D_JOBS
+from tests.mutants.catalogue.written_without_d_parts import WITHOUT_D_PARTS
 
 MUTANTS = (
     *GRIDS,
@@ -79,4 +82,7 @@ MUTANTS = (
     *WITHOUT_B_TRAINING,
     *WITHOUT_C,
     *WITHOUT_C_MORE,
+    *WITHOUT_D,
+    *WITHOUT_D_PARTS,
+    *WITHOUT_D_JOBS,
 )

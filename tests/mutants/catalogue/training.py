@@ -245,6 +245,17 @@ EXPERTS = (
 
 OPTIMIZER = (
     Mutant(
+        name="group-numbers-stay-after-a-failed-load",
+        file=MIMO + "training/optimizer_state.py",
+        old="    finally:\n        # Also where loading fails",
+        new=(
+            "    except ZeroDivisionError:\n        raise\n    else:\n"
+            "        # Also where loading fails"
+        ),
+        tests=(UNIT + "test_left_as_found.py::test_it_is_as_before",),
+        why="who catches the error trains on with numbers of groups as factors of weight decay",
+    ),
+    Mutant(
         name="tp-replicas-counted-twice-in-the-norm",
         file=_OPTIMIZER,
         old="return create_process_groups(grid)",

@@ -21,13 +21,17 @@ def encoder(weights: torch.dtype, norms: torch.dtype) -> nn.Module:
 @pytest.mark.parametrize("rows", DTYPES, ids=str)
 @pytest.mark.parametrize("norms", DTYPES, ids=str)
 @pytest.mark.parametrize("weights", DTYPES, ids=str)
-@pytest.mark.parametrize("frozen", [(), (0,), (1,), (0, 2)], ids=str)
 def test_they_are_tied_to_parameters_of_every_dtype(
-    frozen: tuple[int, ...], weights: torch.dtype, norms: torch.dtype, rows: torch.dtype
+    weights: torch.dtype, norms: torch.dtype, rows: torch.dtype
 ) -> None:
-    module = encoder(weights, norms)
-    for place in frozen:
-        module[place].requires_grad_(False)
+    for frozen in ((), (0,), (1,), (0, 2)):
+        module = encoder(weights, norms)
+        for place in frozen:
+            module[place].requires_grad_(False)
+        check(module, rows)
+
+
+def check(module: nn.Module, rows: torch.dtype) -> None:
     tied = tied_to_parameters(torch.empty(0, 3, dtype=rows), module)
     assert (tied.dtype, tuple(tied.shape)) == (rows, (0, 3))
     tied.sum().backward()

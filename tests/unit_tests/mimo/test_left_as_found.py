@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,12 +24,20 @@ from megatron.core.models.mimo.model.multimodal_rotary import rotary_positions_o
 from megatron.core.models.mimo.training.agreement import _overheard
 from megatron.core.models.mimo.training.initial_weights import seeded
 from megatron.core.models.mimo.training.inner_optimizers import held_scales
-from megatron.core.models.mimo.training.optimizer_state import _mended
+from megatron.core.models.mimo.training.optimizer_state import _known_groups, _mended
 from megatron.core.optimizer.optimizer import FP32Optimizer
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from mimo_colocated.launch.launcher import _environment
 
+ROOT = Path(__file__).parents[3]
+FOLDERS = ("megatron", "mimo_colocated", "examples")
+# (file, function) -> why what follows its yield is left out when the body raises.
+ONLY_AFTER_SUCCESS = {
+    ("megatron/core/models/mimo/model/language_runner.py", "_adding"): "looks at what was done",
+    ("mimo_colocated/phases.py", "during"): "where a rank failed is what others ask for",
+    ("mimo_colocated/phases.py", "waiting"): "where a rank failed is what others ask for",
+}
 Case = tuple[Callable[[], Any], Callable[[], Any]]
 
 
@@ -84,6 +94,17 @@ def mended() -> Case:
     return lambda: _mended(inner), attributes(inner)
 
 
+def groups() -> Case:
+    """While stock loads, groups have numbers where factors of their weight decay stand."""
+    mine = [{"params": [], "wd_mult": 1.0, "lr": 0.1}, {"params": [], "wd_mult": 0.0, "lr": 0.1}]
+    inner: Any = SimpleNamespace(param_groups=mine)
+    saved = {"param_groups": [dict(group) for group in mine]}
+    return (
+        lambda: _known_groups([(saved, inner)]),
+        lambda: [group["wd_mult"] for group in inner.param_groups],
+    )
+
+
 def overheard() -> Case:
     logger = logging.getLogger("megatron.core.dist_checkpointing")
     return _overheard, lambda: (logger.propagate, list(logger.handlers))
@@ -93,7 +114,7 @@ def environment() -> Case:
     return _environment, lambda: dict(os.environ)
 
 
-CASES = [lent, tied, watched, rotary, drawn, scales, mended, overheard, environment]
+CASES = [lent, tied, watched, rotary, drawn, scales, mended, groups, overheard, environment]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -112,3 +133,59 @@ def test_it_is_as_before(case: Callable[[], Case], fails: bool) -> None:
             raise OSError("no")
     assert inside != before, "nothing is changed, so nothing is proven"
     assert state() == before
+
+
+def yields(node: ast.AST) -> bool:
+    return any(isinstance(each, (ast.Yield, ast.YieldFrom)) for each in ast.walk(node))
+
+
+def goes_on_after_its_yield(body: list[ast.stmt]) -> bool:
+    """Whether statements follow a yield that no ``finally`` guards."""
+    for place, each in enumerate(body):
+        if not yields(each) or (isinstance(each, ast.Try) and each.finalbody):
+            continue
+        ends = any(isinstance(last, ast.Return) for last in getattr(each, "body", [])[-1:])
+        after = [more for more in body[place + 1 :] if not isinstance(more, ast.Return)]
+        if after and not ends:
+            return True
+        if any(goes_on_after_its_yield(getattr(each, part, [])) for part in ("body", "orelse")):
+            return True
+    return False
+
+
+def unguarded(source: str) -> list[str]:
+    """Context managers made of generators that put something back, but not after an exception."""
+    return [
+        each.name
+        for each in ast.walk(ast.parse(source))
+        if isinstance(each, ast.FunctionDef)
+        and any("contextmanager" in ast.unparse(decorator) for decorator in each.decorator_list)
+        and goes_on_after_its_yield(each.body)
+    ]
+
+
+def test_what_is_put_back_is_put_back_after_an_exception_too() -> None:
+    files = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+    found = {
+        (path.relative_to(ROOT).as_posix(), name)
+        for path in files
+        for name in unguarded(path.read_text())
+    }
+    assert found == set(ONLY_AFTER_SUCCESS)
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        ("yield", False),
+        ("x = 1; yield", False),
+        ("yield; x = 1", True),
+        ("with a: yield\n  x = 1", True),
+        ("with a: yield", False),
+        ("try: yield\n  finally: x = 1", False),
+        ("try: yield\n  except ValueError: x = 1", False),
+        ("for a in b:\n   yield\n   x = 1", True),
+    ],
+)
+def test_what_the_search_sees(body: str, found: bool) -> None:
+    assert bool(unguarded(f"@contextmanager\ndef f():\n  {body}")) == found

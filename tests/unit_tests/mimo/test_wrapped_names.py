@@ -15,7 +15,11 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    TorchFullyShardedDataParallel,
+)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mimo import (
     MimoModel,
@@ -105,7 +109,13 @@ def all_of_them(encoder: Patches) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "kind", [DistributedDataParallel, Float16Module, nn.parallel.DistributedDataParallel]
+    "kind",
+    [
+        DistributedDataParallel,
+        TorchFullyShardedDataParallel,
+        Float16Module,
+        nn.parallel.DistributedDataParallel,
+    ],
 )
 def test_wrappers_that_hold_a_module_are_looked_through(kind: type) -> None:
     """Megatron's and torch's: they take groups to build, and are told by their class."""

@@ -427,18 +427,25 @@ def _known_groups(parts: list[tuple[dict, MegatronOptimizer]]) -> Iterator[None]
     They tell groups apart by some of their settings, which two groups may share, and which a run
     may change. What counts was settled before: see ``_adopt_param_groups``.
     """
-    marked = []
-    for part, inner in parts:
-        loaded = part.get("optimizer", part).get("param_groups", [])
-        for number, (mine, group) in enumerate(zip(inner.param_groups, loaded, strict=True)):
-            mine.update({key: value for key, value in group.items() if key != "params"})
-            marked.append((inner, number, group.get(_MARK, _ABSENT)))
-            mine[_MARK] = group[_MARK] = number
-    yield
+    marked: list[tuple[Any, int, Any]] = []
+    try:
+        for part, inner in parts:
+            loaded = part.get("optimizer", part).get("param_groups", [])
+            for number, (mine, group) in enumerate(zip(inner.param_groups, loaded, strict=True)):
+                mine.update({key: value for key, value in group.items() if key != "params"})
+                marked.append((inner, number, group.get(_MARK, _ABSENT)))
+                mine[_MARK] = group[_MARK] = number
+        yield
+    finally:
+        # Also where loading fails: numbers of groups must not stay as factors of weight decay.
+        _take_marks_off(marked)
+
+
+def _take_marks_off(marked: list[tuple[Any, int, Any]]) -> None:
     for inner, number, value in marked:
         group = inner.param_groups[number]
         if value is _ABSENT:
-            del group[_MARK]
+            group.pop(_MARK, None)
         else:
             group[_MARK] = value
 
