@@ -13,6 +13,7 @@ the figures and what they mean.
     memory.py       3. peak memory of the fused-sequence path
     scale.py        4. planning for thousands of ranks, in one process
     whole_step.py   5. the digits job's step, and where its time goes
+    torch_native.py torch-native modules beside Megatron's layers: step, memory
     overlap.py      6. what the asynchronous exchange hides, and its trace
     kinds.py        the list of these
     work.py         what the ranks of the one launch do

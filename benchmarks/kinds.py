@@ -37,6 +37,7 @@ KINDS = (
     Kind("overlap", "What the asynchronous exchange hides", "overlap"),
     Kind("gathers", "What overlapping reductions and parameter gathers hide", "gathers"),
     Kind("step", "Whole step of the digits job", "whole_step"),
+    Kind("torch-native", "Torch-native modules beside Megatron's layers", "torch_native"),
     Kind("wall", "Wall time, forward + backward, routed over gather", "wall_time"),
     Kind("scale", "Planning and set-up for thousands of ranks", "scale", on_ranks=False),
 )

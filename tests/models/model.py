@@ -32,6 +32,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from mimo_colocated.launch.layouts import Layout
+from tests.models import native
 from tests.models.encoders import AUDIO, MODALITIES, VISION, encoder_spec, projector_of
 
 
@@ -106,6 +107,7 @@ class ModelOptions:
     dropout: float = 0.0
     recompute: str = "none"
     memory: EncoderMemory = field(default_factory=EncoderMemory)
+    native: tuple[str, ...] = ()  # of transformers' modules, sharded by PyTorch
     deepstack: tuple[int, ...] = ()  # layers after which a level of the images' rows is added
 
 
@@ -207,6 +209,31 @@ def language_specs(
     )
 
 
+def _language_specs(
+    configs: dict[str, TransformerConfig],
+    collections: dict[str, ProcessGroupCollection],
+    grids: dict[str, Any],
+    options: ModelOptions,
+) -> list[ModuleSpec]:
+    config, groups = configs[LANGUAGE], collections[LANGUAGE]
+    if LANGUAGE in options.native:
+        return [native.language_spec(config, groups, grids[LANGUAGE], options.tied)]
+    return language_specs(config, groups, options)
+
+
+def _encoder_spec(
+    name: str,
+    configs: dict[str, TransformerConfig],
+    collections: dict[str, ProcessGroupCollection],
+    grids: dict[str, Any],
+    options: ModelOptions,
+) -> ModuleSpec:
+    if name in options.native:
+        width = configs[LANGUAGE].hidden_size
+        return native.tower_spec(configs[name], collections[name], grids[name], width)
+    return encoder_spec(name, configs, collections[name])
+
+
 def freeze(model: MimoModel, parts: Iterable[str]) -> None:
     """Stop the training of parts, as the job's ``--freeze`` names them."""
     freeze_parts(model, parts, {name: kind.side for name, kind in MODALITIES.items()})
@@ -267,14 +294,12 @@ def build_model(
     configs = transformer_configs(vision or language, language, options, audio)
     modalities = [name for name in grids if name != LANGUAGE]
     seed_everything(options.seed)
-    language_spec, *virtual_stage_specs = language_specs(
-        configs[LANGUAGE], collections[LANGUAGE], options
-    )
+    language_spec, *virtual_stage_specs = _language_specs(configs, collections, grids, options)
     mimo_config = MimoModelConfig(
         language_model_spec=language_spec,
         virtual_stage_specs=virtual_stage_specs,
         modality_submodules_spec={
-            name: encoder_spec(name, configs, collections[name]) for name in modalities
+            name: _encoder_spec(name, configs, collections, grids, options) for name in modalities
         },
         special_token_ids={name: int(MODALITIES[name].token) for name in modalities},
         module_to_grid_map=grids if vision else None,

@@ -27,6 +27,7 @@ Megatron-Core's own schedules; all others are an encoder and a language model on
 those named `pp` with pipeline stages of the language model, those named `several-encoders` with two
 encoders, of images and of spoken digits. Of these each sample shows its digits as images, as
 sounds, as a mix of both or as text, so some ranks and microbatches have no sound or no image.
+Rows named `torch-native` have a CLIP tower or a Qwen2 of transformers, which PyTorch shards.
 The task is reading handwritten digits, which both learn in a few steps.
 """
 
@@ -166,6 +167,7 @@ def _options(row: Row, micro_batches: int) -> str:
     said += ["overlap"] if row.overlap else []
     said += [f"{row.freeze} frozen"] if row.freeze else []
     said += [f"{row.bridge} bridge"] if row.bridge != "routed" else []
+    said += [f"torch-native {' and '.join(row.native)}"] if row.native else []
     said += ["packed"] if row.packed else []
     said += ["samples of 1 to 4 images"] if row.varied else []
     said += ["experts"] if row.experts else []

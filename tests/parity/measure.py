@@ -130,6 +130,7 @@ def _built(row: Row) -> Iterator[BuiltModel]:
         freeze=row.freeze,
         experts=EXPERTS if row.experts else None,
         tied=row.tied,
+        native=row.native,
         virtual_stages=row.virtual_stages,
         recompute=row.recompute,
         memory=EncoderMemory(row.encoder_memory, row.projector_memory, offload_from=0),
@@ -164,4 +165,5 @@ def one_process(reference: Reference) -> Row:
         layers=reference.layers,
         varied=reference.varied,
         audio="tp=1,dp=1" if reference.audio else "",
+        native=reference.native,
     )

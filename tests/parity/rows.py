@@ -45,6 +45,7 @@ class Reference:
         layers: of the language model beside an encoder.
         varied: samples show one to four images, so their lengths differ.
         audio: a second encoder; each sample shows images, sounds, both or text alone.
+        native: modules of transformers' own classes.
     """
 
     task: str
@@ -58,6 +59,7 @@ class Reference:
     layers: int = 2
     varied: bool = False
     audio: bool = False
+    native: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -70,6 +72,7 @@ class Reference:
         parts += [f"{self.layers}layers"] if self.layers != 2 else []
         parts += ["varied"] if self.varied else []
         parts += ["audio"] if self.audio else []
+        parts += [f"native-{name}" for name in self.native]
         return "reference-" + "-".join(parts)
 
 
@@ -83,7 +86,7 @@ class Row:
         vision: sizes of the encoder's axes; empty for the language model alone.
         audio: the same of a second encoder, for sounds; empty without.
         micro_batches: per step; 0 stands for the option ``MICRO_BATCHES``.
-        masks, tied, freeze, dtype, experts, images, layers, varied: as in
+        masks, tied, freeze, dtype, experts, images, layers, varied, native: as in
             :class:`Reference`.
         sequence_parallel, distributed_optimizer, bridge, packed: as in the digits job.
         overlap: of the reduction of gradients and, with a distributed optimizer, of the gather of
@@ -117,6 +120,7 @@ class Row:
     encoder_memory: str = "keep"
     projector_memory: str = "keep"
     varied: bool = False
+    native: tuple[str, ...] = ()
 
     @property
     def world_size(self) -> int:
@@ -148,6 +152,7 @@ class Row:
             layers=self.layers,
             varied=self.varied,
             audio=bool(self.audio),
+            native=self.native,
         )
 
 
@@ -266,6 +271,20 @@ _SEVERAL_ENCODERS = (
 )  # fmt: skip
 
 
+# Modules of transformers' own classes, which PyTorch shards, beside Megatron's or each other.
+_TORCH_NATIVE = (
+    Row("torch-native-tower-tp2-beside-cp2", **FAN_IN, masks="uneven", native=("images",), **_FULL),
+    Row("torch-native-tower-mixed-4mb-pp2", "tp=1,cp=2,pp=2,dp=2", "tp=2,dp=4", micro_batches=4,
+        masks="uneven", images="mixed", native=("images",)),
+    Row("torch-native-language-tp2-fsdp4", **EQUAL, masks="uneven", native=("language",),
+        distributed_optimizer=True),
+    Row("torch-native-both-tied-4mb-mixed", "tp=2,dp=4", "tp=4,dp=2", micro_batches=4, tied=True,
+        masks="uneven", images="mixed", native=("images", "language")),
+    Row("torch-native-both-frozen-language", **EQUAL, masks="uneven", freeze="language",
+        native=("images", "language")),
+)  # fmt: skip
+
+
 def _nightly_stages() -> Iterator[Row]:
     """Every cut of 8 ranks into stages of one size, beside two encoder layouts."""
     powers = (1, 2, 4, 8)
@@ -316,7 +335,7 @@ def _nightly_expert_rows() -> Iterator[Row]:
     yield Row("experts-pp2tp2-ep4etp1", "tp=2,cp=1,pp=2,dp=2,ep=4,etp=1", "tp=2,dp=4", **full)
 
 
-DEFAULT_ROWS = (*_text_rows(), *_IMAGE_ROWS, *_STAGES, *_SEVERAL_ENCODERS)
+DEFAULT_ROWS = (*_text_rows(), *_IMAGE_ROWS, *_STAGES, *_SEVERAL_ENCODERS, *_TORCH_NATIVE)
 NIGHTLY_ROWS = (
     *DEFAULT_ROWS,
     *_nightly_rows(),

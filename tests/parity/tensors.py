@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.models.mimo.torch_native.local_shards import Place
 from megatron.core.models.mimo.training.global_names import global_modules, join
+from megatron.core.models.mimo.wrappers import is_torch_native
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP
 
@@ -25,12 +28,22 @@ def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Par
     embeddings of the first goes by their name: the two are one weight.
     """
     seen: set[int] = set()
-    tied = _tied_heads(model)
+    tied, plain = _tied_heads(model), {id(own): part for own, part, _ in _native(model)}
     for name, module in global_modules(model):
         for key, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                yield tied.get(id(parameter), join(name, key)), parameter
+                own = plain.get(id(parameter), parameter)
+                yield tied.get(id(parameter), join(name, key)), own
+
+
+def _native(model: torch.nn.Module) -> Iterator[tuple[Any, Any, Place]]:
+    """(parameter, this rank's part of it as a plain one, where that lies) of torch-native ones."""
+    for module in model.modules():
+        if is_torch_native(module):
+            shards = module.local_shards
+            for name, parameter, part in shards.pairs():
+                yield parameter, part, shards.places[name]
 
 
 def _tied_heads(model: torch.nn.Module) -> dict[int, str]:
@@ -61,12 +74,15 @@ def whole_tensors(
         collections: module name -> its groups.
         values: global parameter name -> tensor; the same names on all ranks of a TP group.
     """
-    gated = _gated_layers(model)
+    gated, places = _gated_layers(model), {id(part): place for _, part, place in _native(model)}
     whole = {}
     for name, parameter in named_parameters(model):
         if name not in values:
             continue
         groups = collections[_module_of(name, collections)]
+        if id(parameter) in places:
+            whole[name] = _joined(values[name], places[id(parameter)], groups.intra_dist_opt)
+            continue
         tp = groups.expt_tp if _EXPERTS in name else groups.tp
         if tp.size() == 1 or not getattr(parameter, "tensor_model_parallel", False):
             whole[name] = values[name].clone()
@@ -74,6 +90,16 @@ def whole_tensors(
         parts = all_gather(values[name], tp)
         blocks = 2 if id(parameter) in gated else max(parameter.partition_stride, 1)
         whole[name] = join_shards(parts, parameter.partition_dim, blocks)
+    return whole
+
+
+def _joined(part: torch.Tensor, place: Place, group: dist.ProcessGroup) -> torch.Tensor:
+    """The whole tensor of which all ranks of a module have parts."""
+    told: list[Any] = [None] * group.size()
+    dist.all_gather_object(told, (place.slices(), part), group=group)
+    whole = part.new_full(place.whole, torch.nan)
+    for where, each in told:
+        whole[where] = each.to(part.device)
     return whole
 
 

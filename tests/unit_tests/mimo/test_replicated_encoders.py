@@ -11,6 +11,7 @@ from torch import nn
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo import MimoModel, VisionModalitySubmodules
 from megatron.core.models.mimo.model.replicated_encoders import warn_of_replicated_encoders
+from megatron.core.models.mimo.torch_native.part import TorchNativePart
 from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
 from tests.unit_tests.mimo.model_stubs import (
     LinearEncoder,
@@ -36,6 +37,10 @@ def cut() -> nn.Module:
     return encoder
 
 
+class SplitLater(TorchNativePart, LinearEncoder):
+    """Whole until it is wrapped."""
+
+
 def test_each_item_is_encoded_as_often_as_there_are_tp_ranks():
     (said,) = said_by({"a": LinearEncoder(), "b": cut()}, shape=[4, 2])
     assert "4 TP ranks of modality 'images' compute the same" in said
@@ -51,6 +56,7 @@ def test_each_item_is_encoded_as_often_as_there_are_tp_ranks():
         ({"a": LinearEncoder()}, {}),
         ({"a": cut()}, {"shape": [2, 4]}),
         ({"a": nn.Identity()}, {"shape": [2, 4]}),
+        ({"a": SplitLater()}, {"shape": [2, 4]}),
     ],
 )
 def test_nothing_to_say(encoders, grid):

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from megatron.core.models.mimo.huggingface.composites import describe
 from megatron.core.models.mimo.huggingface.family import UnsupportedModelError
@@ -15,8 +19,9 @@ from megatron.core.models.mimo.huggingface.torch_native import with_native_parts
 from megatron.core.models.mimo.torch_native.language_model import TorchNativeLanguageModel
 from megatron.core.models.mimo.training.initial_weights import initialize_weights
 from megatron.core.transformer.transformer_config import TransformerConfig
+from mimo_colocated.launch.layouts import Layout
 from tests.unit_tests.mimo.huggingface import harness, models, qwen_vl_models
-from tests.unit_tests.mimo.huggingface.llava_models import llava
+from tests.unit_tests.mimo.huggingface.llava_models import llava, llava_task
 
 HIDDEN = models.SIZES["hidden_size"]
 IDS = torch.arange(24).view(2, 12)
@@ -167,3 +172,25 @@ def test_only_named_encoders_are_native() -> None:
     assert composite.encoders[0].native is not None
     assert with_native_parts(composite, ["images"]).encoders[0].native is not None
     assert with_native_parts(composite, ["language"]).encoders[0].native is None
+
+
+@pytest.fixture
+def _one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_rank")
+def test_on_one_rank_nothing_is_split_and_what_is_moved_later_is_refused(tmp_path: Path) -> None:
+    layouts = (Layout(), {"images": Layout()})
+    case = harness.Case(*layouts, {"torch_native": ("images", "language")})
+    task = llava_task(llava("clip-llama"))
+    built, found = harness.compared(task, case, tmp_path)
+    assert not any(isinstance(p, DTensor) for p in built.model.parameters())
+    built.model.double()
+    with pytest.raises(RuntimeError, match="moved or cast after its module was sharded, .*before"):
+        harness.trainer_of(built, task).gradients(task, 0)
+    built.destroy()
+    assert found.logits <= harness.LOGITS
+    assert found.gradient <= harness.GRADIENTS, found.tensor

@@ -14,11 +14,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from torch import nn
 
+from megatron.core.models.mimo.huggingface.build import BuildOptions, from_folder
+from megatron.core.models.mimo.huggingface.own_encoders import tower_part
+from megatron.core.models.mimo.towers.hugging_face import Rows
 from mimo_colocated.launch.layouts import Layout
-from tests.unit_tests.mimo.huggingface import harness
-from tests.unit_tests.mimo.huggingface.llava_models import llava, llava_task
+from tests.unit_tests.mimo.huggingface import harness, models
+from tests.unit_tests.mimo.huggingface.llava_models import SIDE, TOWER, llava, llava_task
 
 pytestmark = pytest.mark.ranks(8)
 
@@ -75,7 +79,6 @@ CASES = {
     "both, tied, gather": Inside(
         "siglip-qwen2", BOTH, Layout(tp=2, dp=4), TP2, {**SP, "bridge": "gather"}
     ),
-    "both, FSDP8": Inside("clip-qwen3", BOTH, Layout(dp=8), TP2),
     "both, TP4, recomputed": Inside(
         "clip-llama", BOTH, Layout(tp=4, dp=2), TP2, {**SP, "recompute": "full"}
     ),
@@ -143,3 +146,31 @@ def _gradient_error(built: Any, task: harness.Task, scratch: Path) -> float:
         expected = harness.oracle(task, scratch / "again").gradients
         _, error = harness.worst(harness.gradient_errors(gradients, expected))
     return harness.agreed(error)
+
+
+def test_a_tower_of_one_s_own_is_split(shared_tmp_path: Path) -> None:
+    """CLIP's tower, out of its own folder, beside a language model that knows nothing of it."""
+    sizes = {**TOWER, "image_size": SIDE}
+    tower = harness.randomise(
+        transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes)), seed=2
+    )
+    if dist.get_rank() == 0:
+        models.DENSE["qwen3"]().save_pretrained(shared_tmp_path / "language")
+        tower.save_pretrained(shared_tmp_path / "tower")
+    dist.barrier()
+    rows = Rows(layers=-2, first=1)
+    part = tower_part("images", shared_tmp_path / "tower", token_id=98, rows=rows)
+    options = BuildOptions(torch_native=["images"])
+    layouts = {**TP2, "language": Layout(tp=2, cp=2, dp=2)}
+    built = from_folder(shared_tmp_path / "language", layouts, options, encoders=[part])
+    wrapper = built.model.modality_submodules["images"]
+    pixels = torch.linspace(-1, 1, 2 * 3 * SIDE * SIDE).view(2, 3, SIDE, SIDE)
+    with torch.no_grad():
+        found = wrapper(encoder_inputs={"tower": {"pixel_values": pixels}})
+        states = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        expected = wrapper.module.input_projections[0](states).flatten(0, 1)
+    places = wrapper.local_shards.places
+    cut = places["encoders.tower.tower.encoder.layers.0.mlp.fc1.weight"]
+    built.destroy()
+    assert cut.cuts == {"tp": 2}
+    assert (found - expected).abs().max() <= harness.LOGITS * expected.abs().max()

@@ -193,7 +193,7 @@ class MimoGradFinalizer:
         for _, module in iter_modules(mimo_model):
             module.scale_gradients(scaling)
 
-    def _finalize(self, name: str, parts: list[torch.nn.Module], force_all_reduce: bool) -> None:
+    def _finalize(self, name: str, parts: list[Any], force_all_reduce: bool) -> None:
         """Sum a module's gradients over its own groups."""
         if all(map(is_torch_native, parts)):
             for part in parts:

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from megatron.core.models.mimo.torch_native.part import TorchNativePart
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -49,7 +50,9 @@ def warn_of_replicated_encoders(name: str, submodule: Any, grid: Any) -> None:
 
 
 def _is_whole(encoder: nn.Module) -> bool:
-    """Whether an encoder has weights and none of them is cut over TP."""
+    """Whether an encoder has weights and none of them is cut over TP, now or when it is wrapped."""
+    if isinstance(encoder, TorchNativePart):
+        return False
     cut = any(getattr(p, "tensor_model_parallel", False) for p in encoder.parameters())
     cut = cut or any(isinstance(module, _CUT) for module in encoder.modules())
     return not cut and next(encoder.parameters(), None) is not None

@@ -82,7 +82,12 @@ class TorchNativeParallel(TorchFullyShardedDataParallel):
 
     @torch.no_grad()
     def finish_grad_sync(self) -> None:
-        """Bring gradients to their sum over data ranks; all ranks of the module call it."""
+        """Bring gradients to their sum over data ranks; all ranks of the module call it.
+
+        Raises:
+            RuntimeError: the module was moved or cast after it was wrapped.
+        """
+        self.local_shards.check_memory()
         if not self.fsdp:
             if self.pg_collection.dp_cp.size() > 1:
                 dist.all_reduce(self._buffer, group=self.pg_collection.dp_cp)

@@ -102,8 +102,9 @@ class TorchNativeLanguageModel(TorchNativePart, MegatronModule):
         grid, plan = self._grid
         parallelize(self.model, grid, plan=plan, **self._settings)
         setattr(self.model, _EMBED, types.MethodType(_embed, self.model))
-        if isinstance(self.model, FSDPModule):
-            register_fsdp_forward_method(self.model, _EMBED)
+        model = self.model
+        if isinstance(model, nn.Module) and isinstance(model, FSDPModule):
+            register_fsdp_forward_method(model, _EMBED)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Embed tokens ``(B, S)``: ``(B, S, H)``, the same on all TP ranks."""

@@ -46,7 +46,7 @@ class Place:
         offset, shape, regular, cuts = [0] * len(whole), list(whole), True, {}
         # TP cuts a tensor first, and FSDP each of its parts again.
         for axis in reversed(range(mesh.ndim)):
-            placement = tensor.placements[axis]
+            placement: Any = tensor.placements[axis]
             if not _cuts(placement):
                 continue
             size, dim = mesh.size(axis), placement.dim
@@ -76,7 +76,8 @@ def _cuts(placement: Any) -> bool:
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a tensor, in the same memory; a plain tensor as it is."""
-    return tensor.detach()._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
+    plain: Any = tensor.detach()
+    return plain._local_tensor if isinstance(tensor, DTensor) else plain
 
 
 class LocalShards(nn.Module):
@@ -125,6 +126,20 @@ class LocalShards(nn.Module):
         """Yield (name, the module's parameter, the plain one)."""
         for name, plain in self.named_parameters():
             yield name, self._of[name], plain
+
+    def check_memory(self) -> None:
+        """Make sure that the module's parameters are still in the memory that optimizers step.
+
+        Raises:
+            RuntimeError: one is not.
+        """
+        for name, parameter, plain in self.pairs():
+            if plain.numel() and local_part(parameter).data_ptr() != plain.data_ptr():
+                raise RuntimeError(
+                    f"{name} was moved or cast after its module was sharded, and the optimizer "
+                    "would step what it was before; call model.to(...) before "
+                    "wrap_modules_with_ddp"
+                )
 
     @torch.no_grad()
     def write(self, name: str, value: torch.Tensor) -> None:
