@@ -26,7 +26,13 @@ _SKIPPED_FOLDERS = {".git", "runs", "build", "dist", "node_modules"}
 _FENCE = re.compile(r"^(?P<indent> *)(?P<fence>```+|~~~+) *(?P<language>[\w+-]*).*$")
 _MARK = re.compile(r"^\s*<!-- *test: *(?P<mark>.*?) *-->\s*$")
 # Further pages whose blocks run as those of a README do.
-PAGES = ("docs/bring-your-own-encoder.md", "docs/experts.md", "docs/models.md", "docs/parts.md")
+PAGES = (
+    "docs/bring-your-own-encoder.md",
+    "docs/experts.md",
+    "docs/models.md",
+    "docs/parts.md",
+    "docs/torch-native.md",
+)
 _MARKS = ("make", "covered-by", "after", "timeout")
 
 

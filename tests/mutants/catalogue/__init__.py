@@ -21,6 +21,7 @@ from tests.mutants.catalogue.overlap import OVERLAP
 from tests.mutants.catalogue.routing import ROUTING
 from tests.mutants.catalogue.sequence import ATTENTION, SHARDING
 from tests.mutants.catalogue.stages import STAGES
+from tests.mutants.catalogue.torch_native import TORCH_NATIVE
 from tests.mutants.catalogue.torch_native_inside import TORCH_NATIVE_INSIDE
 from tests.mutants.catalogue.training import (
     EXPERTS,
@@ -72,6 +73,7 @@ MUTANTS = (
     *IMPORTED_TOWERS,
     *EXPORTED,
     *TORCH_NATIVE_INSIDE,
+    *TORCH_NATIVE,
     *WITHOUT_A,
     *WITHOUT_A_MODEL,
     *WITHOUT_A_PARTS,

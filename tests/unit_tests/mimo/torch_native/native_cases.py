@@ -86,12 +86,12 @@ def grid_of(dp: int, tp: int, offset: int = 0) -> Iterator[HyperCommGrid]:
 
 
 @contextlib.contextmanager
-def side_by_side(dp: int, tp: int) -> Iterator[tuple[HyperCommGrid, int]]:
-    """Grids of ``dp * tp`` ranks that fill the world; this rank's and how many there are."""
+def side_by_side(dp: int, tp: int) -> Iterator[HyperCommGrid]:
+    """Grids of ``dp * tp`` ranks that fill the world; this rank's."""
     size, count = dp * tp, dist.get_world_size() // (dp * tp)
     with contextlib.ExitStack() as stack:
         grids = [stack.enter_context(grid_of(dp, tp, size * n)) for n in range(count)]
-        yield grids[dist.get_rank() // size], count
+        yield grids[dist.get_rank() // size]
 
 
 @dataclass

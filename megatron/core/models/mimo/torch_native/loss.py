@@ -77,7 +77,7 @@ def causal_loss(group: dist.ProcessGroup) -> Callable[..., Tensor]:
 
     def loss_function(
         logits: Tensor,
-        labels: Tensor | None,
+        labels: Tensor,
         vocab_size: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
         ignore_index: int = -100,

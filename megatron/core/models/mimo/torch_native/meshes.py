@@ -19,7 +19,8 @@ def mesh_of(grid: HyperCommGrid, device_type: str | None = None) -> DeviceMesh:
     """Return the mesh ("fsdp", "tp") of a grid's ``dp`` and ``tp``: the same ranks and groups.
 
     A group that the grid lacks is made and kept in it, by all ranks of the world; none is made
-    twice.
+    twice. To PyTorch two meshes over the same ranks are one, and what it remembers of the first it
+    uses for the second: destroy such grids together, or before the next one's mesh is made.
 
     Args:
         grid: with dims ``tp`` and ``dp``; any other has size 1.
@@ -83,6 +84,12 @@ def grid_problem(grid: HyperCommGrid) -> str:
             f"a torch-native module has no pipeline stages, got pp={sizes['pp']}; give those ranks "
             "to dp (FSDP shards the weights over them) or take Megatron's layers"
         )
+    if sizes.get("cp", 1) > 1:
+        return (
+            f"a torch-native module has no context parallelism, got cp={sizes['cp']}: PyTorch's "
+            "attends by CUDA kernels alone, without masks and without packed positions; give those "
+            "ranks to tp or dp, or take Megatron's layers"
+        )
     others = {name: n for name, n in sizes.items() if name not in ("tp", "dp") and n > 1}
     if others:
         return (
@@ -103,5 +110,6 @@ def _forget_equal_meshes() -> None:
 
 def _device_type(group: dist.ProcessGroup) -> str:
     types = [device.type for device in group._device_types]
-    accelerator = torch.accelerator.current_accelerator()
-    return accelerator.type if accelerator is not None and accelerator.type in types else types[0]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    first = torch.get_default_device() if accelerator is None else accelerator
+    return first.type if first.type in types else types[0]

@@ -104,6 +104,7 @@ def parallelize(
         model.loss_function = causal_loss(mesh.get_group(FSDP))
     if mesh[TP].size() > 1:
         _check_first_batch(model, mesh)
+        model.register_forward_pre_hook(_refuse_attentions, with_kwargs=True, prepend=True)
     keep_mesh(model, mesh)
     return model
 
@@ -141,9 +142,10 @@ def _fully_shard(
     precision: torch.dtype | MixedPrecisionPolicy | None,
 ) -> None:
     policy = precision
-    if not isinstance(policy, MixedPrecisionPolicy):
-        reduced = None if precision is None else torch.float32
-        policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=reduced)
+    if policy is None:
+        policy = MixedPrecisionPolicy()
+    elif isinstance(policy, torch.dtype):
+        policy = MixedPrecisionPolicy(param_dtype=policy, reduce_dtype=torch.float32)
     for block in blocks:
         # The last is needed again at once: backward begins with it.
         again = block is not blocks[-1]
@@ -169,3 +171,12 @@ def _check_first_batch(model: nn.Module, mesh: DeviceMesh) -> None:
         raise_if_different("inputs", batch_digest(inputs), remedy, [group])
 
     handle = model.register_forward_pre_hook(compare, with_kwargs=True, prepend=True)
+
+
+def _refuse_attentions(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    asked = kwargs.get("output_attentions")
+    if model.config.output_attentions if asked is None else asked:
+        raise ValueError(
+            "output_attentions=True: under tp a rank has the weights of its own heads only; ask "
+            "the unsharded model"
+        )

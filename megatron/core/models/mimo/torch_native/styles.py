@@ -81,10 +81,10 @@ class TensorParallel:
         if parameter not in self._distributed:
             # Every rank has the same weights (checked before), so nothing is sent.
             data = distribute_tensor(parameter.data, self.mesh, [placement], src_data_rank=None)
-            made = nn.Parameter(data, requires_grad=parameter.requires_grad)
-            if isinstance(placement, Replicate) and made.requires_grad:
+            made = nn.Parameter(data)
+            if isinstance(placement, Replicate):  # also of a frozen one, which may train later
                 made.register_post_accumulate_grad_hook(_finish_sum)
-            self._distributed[parameter] = made
+            self._distributed[parameter] = made.requires_grad_(parameter.requires_grad)
         return self._distributed[parameter]
 
     def _take(self, name: str, module: nn.Module, plain: Placement, wanted: Placement) -> None:
@@ -147,7 +147,7 @@ class TensorParallel:
 
     def _cut_and_join(self, name: str, module: nn.Module) -> None:
         self._cut(name, module)
-        module.register_forward_hook(lambda _, args, output: joined(output))
+        module.register_forward_hook(lambda _, args, output: joined(output, ()))
 
     def _replicated(self, name: str, module: nn.Module) -> None:
         """Leave a module as it is."""
@@ -167,22 +167,22 @@ _HOOKS: dict[Style, Callable[[TensorParallel, str, nn.Module], None]] = {
 }
 
 
-def joined(output: Any, keep: tuple[str, ...] = ()) -> Any:
+def joined(output: Any, keep: tuple[str, ...]) -> Any:
     """Return a module's output with every ``DTensor`` whole and plain.
 
     Args:
         output: a tensor, or a tuple, list or mapping of such, also within one another.
-        keep: keys whose values stay.
+        keep: keys of a mapping whose values stay.
     """
     if isinstance(output, DTensor):
         return output.redistribute(output.device_mesh, [Replicate()]).to_local()
     if isinstance(output, dict):  # ModelOutput is one
         for key in list(output):
             if key not in keep:
-                output[key] = joined(output[key])
+                output[key] = joined(output[key], ())
         return output
     if isinstance(output, (tuple, list)):
-        return type(output)(joined(each) for each in output)
+        return type(output)(joined(each, ()) for each in output)
     return output
 
 
@@ -207,7 +207,7 @@ def _argument_hook(
     return before
 
 
-def _finish_sum(parameter: nn.Parameter) -> None:
+def _finish_sum(parameter: Any) -> None:
     """Sum a gradient over TP whose ranks have each their part of it."""
     gradient = parameter.grad
     if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
