@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megatron.core.models.mimo.huggingface.export import to_folder
 from mimo_colocated.launch.layouts import Layout
 from tests.parity.tensors import local_gradients, whole_tensors
 from tests.unit_tests.mimo.huggingface import harness
@@ -54,6 +55,8 @@ def test_adapters_have_the_gradients_of_transformers(shared_tmp_path: Path) -> N
     built = harness.built_case(shared_tmp_path / "model", case.case())
     harness.trainer_of(built, task).gradients(task, 0)
     found = whole_tensors(built.model, built.collections, local_gradients(built.model))
+    with pytest.raises(ValueError, match=r"base_layer.weight that its family's table does not"):
+        to_folder(built, shared_tmp_path / "out")
     built.destroy()
     expected = transformers_gradients(task)
     assert len(expected) == 8

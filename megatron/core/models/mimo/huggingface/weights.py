@@ -139,8 +139,8 @@ class Held:
 def held_by(parts: Iterable[Part]) -> Iterator[Held]:
     """Yield this rank's parameters that a folder has; one that is shared comes once.
 
-    A ``DTensor`` of a torch-native module comes whole: all ranks of the module, which gather it,
-    go through all of its parameters together.
+    A ``DTensor`` of a torch-native module comes whole, on the first rank of its grid: all ranks of
+    the module, which gather it, go through all of its parameters together.
 
     Raises:
         ValueError: the table has no line for a parameter.
@@ -154,7 +154,9 @@ def held_by(parts: Iterable[Part]) -> Iterator[Held]:
                     if id(parameter) in seen or name.startswith(part.drawn or ("\0",)):
                         continue
                     seen.add(id(parameter))
-                    yield _held(part, name, parameter)
+                    held = _held(part, name, parameter)
+                    if held.first_copy or not isinstance(parameter, DTensor):
+                        yield held
 
 
 def _held(part: Part, name: str, parameter: Parameter) -> Held:
@@ -167,8 +169,7 @@ def _held(part: Part, name: str, parameter: Parameter) -> Held:
     if isinstance(parameter, DTensor):
         # First of its grid: TP, then DP, of a module that is cut by nothing else.
         first = part.groups.tp.rank() == part.groups.dp.rank() == 0
-        whole = gathered_tensor(parameter.detach())
-        parameter = Parameter(whole if first else whole.new_empty(0), requires_grad=False)
+        parameter = Parameter(gathered_tensor(parameter.detach()), requires_grad=False)
         return Held(join(part.name, name), parameter, source, Shard(), part.heads, first)
     expert = ".experts." in name
     groups = part.groups
