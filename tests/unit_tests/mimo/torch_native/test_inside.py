@@ -16,7 +16,10 @@ from torch.distributed.tensor import DTensor
 from megatron.core.models.mimo.huggingface.composites import describe
 from megatron.core.models.mimo.huggingface.family import UnsupportedModelError
 from megatron.core.models.mimo.huggingface.torch_native import with_native_parts
+from megatron.core.models.mimo.torch_native import language_model
 from megatron.core.models.mimo.torch_native.language_model import TorchNativeLanguageModel
+from megatron.core.models.mimo.towers import torch_native as torch_native_tower
+from megatron.core.models.mimo.towers.torch_native import TorchNativeEncoder
 from megatron.core.models.mimo.training.initial_weights import initialize_weights
 from megatron.core.transformer.transformer_config import TransformerConfig
 from mimo_colocated.launch.layouts import Layout
@@ -194,3 +197,37 @@ def test_on_one_rank_nothing_is_split_and_what_is_moved_later_is_refused(tmp_pat
     built.destroy()
     assert found.logits <= harness.LOGITS
     assert found.gradient <= harness.GRADIENTS, found.tensor
+
+
+def test_settings_reach_what_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def record(model: Any, grid: Any, **settings: Any) -> None:
+        seen.append((model, grid, settings))
+
+    for module in (language_model, torch_native_tower):
+        monkeypatch.setattr(module, "parallelize", record)
+    source, grid, groups, plan = models.DENSE["qwen2-tied"](), object(), object(), object()
+    model = TorchNativeLanguageModel(
+        config(),
+        source,
+        grid,
+        plan=plan,
+        precision=torch.bfloat16,
+        sequence_parallel=False,
+        activation_checkpointing=True,
+        pg_collection=groups,
+    )
+    assert model.pg_collection is groups
+    assert model.embedding.output_dtype is torch.bfloat16
+    tower = llava("clip-llama").model.vision_tower
+    encoder = TorchNativeEncoder(
+        tower, grid=grid, plan=plan, sequence_parallel=False, gradient_checkpointing=True
+    )
+    model.shard()
+    encoder.shard()
+    given = {"plan": plan, "sequence_parallel": False, "activation_checkpointing": True}
+    assert seen == [
+        (source, grid, {**given, "precision": torch.bfloat16}),
+        (tower, grid, {**given, "fsdp": False}),
+    ]
