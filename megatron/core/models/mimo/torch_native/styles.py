@@ -84,7 +84,8 @@ class TensorParallel:
             made = nn.Parameter(data)
             if isinstance(placement, Replicate):  # also of a frozen one, which may train later
                 made.register_post_accumulate_grad_hook(_finish_sum)
-            self._distributed[parameter] = made.requires_grad_(parameter.requires_grad)
+            made.requires_grad_(parameter.requires_grad)
+            self._distributed[parameter] = made
         return self._distributed[parameter]
 
     def _take(self, name: str, module: nn.Module, plain: Placement, wanted: Placement) -> None:
