@@ -56,7 +56,6 @@ EXCEPTIONS = {
             "Call(under_way)",
             "Reason(log)",
             "Reason(waits)",
-            "StepResult(problem)",
             "StepResult(modules)",
             "RouteLayout(later_stages)",
             "RouteLayout(dest_stage)",

@@ -316,7 +316,7 @@ def test_a_source_that_is_gone_on_one_rank_is_refused_on_all(
         to_folder(built, shared_tmp_path / "out")
     words = told(refused)
     assert "rank 5 could not open the folder that the model came from: " in words
-    assert "No such file or directory" in words
+    assert "gone does not exist; give a folder of this machine" in words
 
 
 def test_folders_that_are_not_one_are_refused(

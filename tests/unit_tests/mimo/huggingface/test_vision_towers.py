@@ -53,7 +53,7 @@ def _ours(theirs: nn.Module, features: Features, folder: Path) -> nn.Module:
     part = Part("tower", (tower,), table, groups, HEADS)
     with ModelFolder(folder) as opened:
         held = list(held_by([part]))
-        check(held, [part], opened)
+        check(held, [part], opened, headers_only=False)
         load(held, opened, lambda _size: None)
     return tower.eval()
 

@@ -186,7 +186,7 @@ def import_from(
     def fill(_model: MimoModel) -> None:
         held = on_all_ranks(lambda: list(held_by(spelled)), "name its parameters")
         if load_weights:
-            check(held, spelled, opened)
+            check(held, spelled, opened, headers_only=False)
             load(held, opened, tick)
 
     finished = built(fill)
@@ -202,20 +202,19 @@ def import_from(
     )
 
 
-def check_headers(folder: str | Path, options: BuildOptions | None = None) -> None:
+def check_headers(folder: str | Path) -> None:
     """Compare the tensors that a folder's files name with the model; no weight is read or made.
 
     One process calls it, as its default process group's only rank.
 
     Args:
         folder: a Hugging Face model folder.
-        options: how the model will be built.
 
     Raises:
         FolderError: tensors are missing, left over or of another shape.
         UnsupportedModelError: a kind of model or a setting that is not supported.
     """
-    options = replace(options or BuildOptions(), dtype=torch.get_default_dtype())
+    options = BuildOptions(dtype=torch.get_default_dtype())
     opened, composite = _opened(folder, options)
     modules = (LANGUAGE, *(part.modality for part in composite.encoders))
     layouts = dict.fromkeys(modules, Layout())

@@ -184,7 +184,7 @@ def _held(part: Part, name: str, parameter: Parameter) -> Held:
 
 
 def check(
-    held: Sequence[Held], parts: Sequence[Part], folder: OpenFolder, *, headers_only: bool = False
+    held: Sequence[Held], parts: Sequence[Part], folder: OpenFolder, *, headers_only: bool
 ) -> None:
     """Compare a model with a folder before any weight is read; all ranks call it together.
 

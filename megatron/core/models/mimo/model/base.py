@@ -181,13 +181,13 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
         """Build the language model, where this rank has a stage of it."""
         self.language_model = None
         if self.role.has_language_module:
-            self.language_model = build_module(self.mimo_config.language_model_spec)
+            built = self.language_model = build_module(self.mimo_config.language_model_spec)
             specs = option_of(self.mimo_config, "virtual_stage_specs")
             if specs:
                 self.virtual_stages = nn.ModuleList(build_module(spec) for spec in specs)
             self._language.check_embedding_does_not_scatter()
-            if isinstance(self.language_model, TorchNativeLanguageModel):
-                self.language_model.check_options(self.mimo_config)
+            if isinstance(built, TorchNativeLanguageModel):
+                built.check_options(self.mimo_config)
             check_stages(self.role, getattr(self, "config", None), self._rank_modules.stages)
             self._language.drop_text_alike_over_tp()
             self._language.seat_levels()

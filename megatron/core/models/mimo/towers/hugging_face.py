@@ -250,7 +250,7 @@ class HuggingFaceEncoder(nn.Module):
         return each[0].shape[-1], unused
 
 
-def read_tower(source: Any, kind: Any = None, dtype: torch.dtype | None = None) -> ReadTower:
+def read_tower(source: Any, kind: Any, dtype: torch.dtype | None) -> ReadTower:
     """Return the model of a source, before anything is built around it.
 
     Args:
