@@ -49,6 +49,10 @@ spmd_types==$PIN_SPMD_TYPES
 ruff==$PIN_RUFF
 pyright==$PIN_PYRIGHT
 transformers==$PIN_TRANSFORMERS
+peft==$PIN_PEFT
+datasets==$PIN_DATASETS
+webdataset==$PIN_WEBDATASET
+easy-vqa==$PIN_EASY_VQA
 setuptools==$PIN_SETUPTOOLS
 EOF
 "$folder/bin/python" -m pip install --no-input --disable-pip-version-check --quiet \

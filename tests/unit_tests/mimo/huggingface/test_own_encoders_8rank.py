@@ -52,7 +52,8 @@ ROWS = Rows(layers=-2, first=1, valid=real_rows)
 def task_of(model: nn.Module) -> harness.Task:
     """Text whose samples each have an image of their own number of rows."""
     task = harness.text_task(model, TOKEN, batch=BATCH, length=LENGTH)
-    pixels = torch.randn(BATCH, 3, 8, 8, generator=torch.Generator().manual_seed(9))
+    generator = torch.Generator().manual_seed(9)
+    pixels = torch.randn(BATCH, 3, 8, 8, generator=generator).to(task.input_ids.device)
     for sample, count in enumerate(COUNTS):
         task.input_ids[sample, 2 : 2 + count] = TOKEN
         pixels[sample, 0, 0, 0] = count

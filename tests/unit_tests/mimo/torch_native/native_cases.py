@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.torch_native import full_gradients, parallelize
+from tests.harness.backend import own_device
 
 BOUND = 1e-5
 # 99 is divided by neither 2 nor 4; the heads' width is not hidden / heads where a family allows it.
@@ -70,7 +71,7 @@ def build(family: str, **changes: Any) -> Any:
             nn.init.normal_(parameter, std=0.2)
             if parameter.ndim == 1:
                 parameter += 0.5
-    return model
+    return model.to(own_device())
 
 
 @contextlib.contextmanager
@@ -153,7 +154,7 @@ def tokens(samples: int, length: int, vocabulary: int = 99, seed: int = 0) -> tu
     labels[0, : length // 2] = -100
     if length > 4:
         ids[:, 2] = 3  # the padding token, which the embedding must not learn from
-    return ids, labels
+    return ids.to(own_device()), labels.to(own_device())
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from megatron.core.models.mimo.huggingface.build import BuildOptions, from_folde
 from megatron.core.models.mimo.huggingface.own_encoders import tower_part
 from megatron.core.models.mimo.towers.hugging_face import Rows
 from mimo_colocated.launch.layouts import Layout
+from tests.harness.backend import own_device
 from tests.unit_tests.mimo.huggingface import harness, models
 from tests.unit_tests.mimo.huggingface.llava_models import SIDE, TOWER, llava, llava_task
 
@@ -164,7 +165,8 @@ def test_a_tower_of_one_s_own_is_split(shared_tmp_path: Path) -> None:
     layouts = {**TP2, "language": Layout(tp=2, cp=2, dp=2)}
     built = from_folder(shared_tmp_path / "language", layouts, options, encoders=[part])
     wrapper = built.model.modality_submodules["images"]
-    pixels = torch.linspace(-1, 1, 2 * 3 * SIDE * SIDE).view(2, 3, SIDE, SIDE)
+    pixels = torch.linspace(-1, 1, 2 * 3 * SIDE * SIDE, device=own_device()).view(2, 3, SIDE, SIDE)
+    tower.to(pixels.device)
     with torch.no_grad():
         found = wrapper(encoder_inputs={"tower": {"pixel_values": pixels}})
         states = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,7 +18,6 @@ from tests.parity.tensors import local_gradients, whole_tensors
 from tests.unit_tests.mimo.huggingface import harness
 from tests.unit_tests.mimo.torch_native.test_inside_8rank import BOTH, TP2, Inside
 
-peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.ranks(8)
 
 

@@ -15,13 +15,13 @@ from tests.unit_tests.mimo.torch_native.native_cases import grid_of
 pytestmark = pytest.mark.ranks(8)
 
 
-def test_values_and_gradients_are_those_of_the_whole_vocabulary() -> None:
+def test_values_and_gradients_are_those_of_the_whole_vocabulary(rank_device) -> None:
     with grid_of(1, 8) as grid:
-        mesh = mesh_of(grid)["tp"]
+        mesh = mesh_of(grid, rank_device.type)["tp"]
         for vocabulary in (64, 99, 9, 5):  # even, uneven, ranks with one column less or none
             generator = torch.Generator().manual_seed(vocabulary)
-            whole = 5 * torch.randn(3, 7, vocabulary, generator=generator)
-            labels = torch.randint(vocabulary, (3, 7), generator=generator)
+            whole = 5 * torch.randn(3, 7, vocabulary, generator=generator).to(rank_device)
+            labels = torch.randint(vocabulary, (3, 7), generator=generator).to(rank_device)
             labels[0] = labels[2, 1] = -100
             for reduction in ("none", "sum", "mean"):
                 check(mesh, whole, labels, reduction)
@@ -40,7 +40,7 @@ def check(mesh, whole, labels, reduction, true_labels=None) -> None:
     )
     assert type(loss) is torch.Tensor
     torch.testing.assert_close(loss.flatten(), truth.flatten(), rtol=1e-5, atol=1e-6)
-    weights = torch.linspace(1, 2, truth.numel())
+    weights = torch.linspace(1, 2, truth.numel(), device=whole.device)
     (loss.flatten() * weights).sum().backward()
     (truth.flatten() * weights).sum().backward()
     gradient = logits.grad.full_tensor()
@@ -50,8 +50,8 @@ def check(mesh, whole, labels, reduction, true_labels=None) -> None:
 def test_another_label_may_stand_for_tokens_that_do_not_count(rank_device) -> None:
     with grid_of(1, 8) as grid:
         mesh = mesh_of(grid, rank_device.type)["tp"]
-        whole = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0))
-        labels = torch.tensor([[0, 1, 2, 8, 2], [2, 2, 4, 2, 8]])
+        whole = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0)).to(rank_device)
+        labels = torch.tensor([[0, 1, 2, 8, 2], [2, 2, 4, 2, 8]], device=rank_device)
         truth = functional.cross_entropy(whole.flatten(0, 1), labels.flatten(), ignore_index=2)
         split = distribute_tensor(whole, mesh, [Shard(2)], src_data_rank=None)
         for logits in (whole, split):
@@ -59,10 +59,11 @@ def test_another_label_may_stand_for_tokens_that_do_not_count(rank_device) -> No
             assert abs(float(loss - truth)) <= 1e-6
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_what_does_not_fit_is_refused(rank_device) -> None:
     with grid_of(1, 8) as grid:
-        mesh = mesh_of(grid)["tp"]
-        logits, labels = torch.zeros(2, 3, 16), torch.zeros(2, 3, dtype=torch.long)
+        mesh = mesh_of(grid, rank_device.type)["tp"]
+        logits = torch.zeros(2, 3, 16, device=rank_device)
+        labels = torch.zeros(2, 3, dtype=torch.long, device=rank_device)
         with pytest.raises(ValueError, match=r"one of \['none', 'sum', 'mean'\], got 'average'"):
             cross_entropy(logits, labels, reduction="average")
         with pytest.raises(ValueError, match=r"\(2, 3, 16\) need labels \(2, 3\), got \(3, 2\)"):
@@ -73,10 +74,11 @@ def test_what_does_not_fit_is_refused() -> None:
             cross_entropy(DTensor.from_local(logits, mesh, [Replicate()]), labels)
 
 
-def test_scalars_are_summed_over_data_ranks_only() -> None:
+def test_scalars_are_summed_over_data_ranks_only(rank_device) -> None:
     with grid_of(2, 4) as grid:
-        group = mesh_of(grid).get_group("fsdp")
-        own = torch.tensor(float(grid.coords(dist.get_rank())["dp"] + 1), requires_grad=True)
+        group = mesh_of(grid, rank_device.type).get_group("fsdp")
+        value = float(grid.coords(dist.get_rank())["dp"] + 1)
+        own = torch.tensor(value, requires_grad=True, device=rank_device)
         total = sum_over_data(own, group)
         assert type(total) is torch.Tensor
         assert not total.requires_grad

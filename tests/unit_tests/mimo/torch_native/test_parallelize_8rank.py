@@ -20,6 +20,7 @@ from megatron.core.models.mimo.torch_native import (
     mesh_of,
     parallelize,
 )
+from tests.harness.backend import own_device
 from tests.unit_tests.mimo.torch_native.native_cases import (
     BOUND,
     Pair,
@@ -92,7 +93,8 @@ def test_families(family, options) -> None:
 def test_towers(family) -> None:
     with side_by_side(2, 2) as grid:
         both = pair(family, grid)
-        images = torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(4, 3, 24, 24, generator=generator).to(own_device())
         expected = both.whole(images)
         found = both.sharded(both.own(images))
         for name in ("last_hidden_state", "pooler_output"):
@@ -105,17 +107,18 @@ def test_towers(family) -> None:
 
 
 def packed_positions(samples: int) -> Tensor:
-    return torch.cat([torch.arange(5), torch.arange(9), torch.arange(3)]).expand(samples, 17)
+    counts = [torch.arange(length, device=own_device()) for length in (5, 9, 3)]
+    return torch.cat(counts).expand(samples, 17)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_positions_and_masks_are_those_of_the_whole_sequence(attention) -> None:
     with side_by_side(2, 2) as grid:
         both = pair("qwen2", grid, attn_implementation=attention)
-        mask = torch.ones(4, 17, dtype=torch.long)
+        mask = torch.ones(4, 17, dtype=torch.long, device=own_device())
         mask[1, 11:] = mask[2, 14:] = 0
         step(both, 17)
-        step(both, 17, position_ids=torch.arange(17).expand(4, 17))
+        step(both, 17, position_ids=torch.arange(17, device=own_device()).expand(4, 17))
         step(both, 17, attention_mask=mask)
         step(both, 17, position_ids=packed_positions(4))
         # The control: packed samples are not one long one.
@@ -127,7 +130,7 @@ def test_positions_and_masks_are_those_of_the_whole_sequence(attention) -> None:
 def test_embeddings_of_the_caller_get_their_gradients() -> None:
     with side_by_side(2, 2) as grid:
         both = pair("qwen2", grid)
-        rows = torch.randn(4, 13, 40, generator=torch.Generator().manual_seed(0))
+        rows = torch.randn(4, 13, 40, generator=torch.Generator().manual_seed(0)).to(own_device())
         whole = rows.clone().requires_grad_()
         own = both.own(rows).clone().requires_grad_()
         _, labels = tokens(4, 13)
@@ -145,7 +148,7 @@ def test_norms_keep_a_part_of_the_sequence_and_sum_their_gradients() -> None:
             kept[name] = bytes_kept_by_norms(model, both.own(tokens(4, 24)[0]))
         assert kept["sharded"] * 4 == kept["whole"]
         norm = both.sharded.model.norm.weight
-        parts = [torch.empty(40) for _ in range(4)]
+        parts = [torch.empty(40, device=own_device()) for _ in range(4)]
         dist.all_gather(parts, norm.grad.to_local(), group=grid.get_pg("tp"))
         assert all(torch.equal(part, parts[0]) for part in parts)
         expected = both.whole.model.norm.weight.grad
@@ -323,7 +326,7 @@ def test_one_rank_changes_nothing() -> None:
 def test_no_group_is_made_twice() -> None:
     with grid_of(2, 4) as grid:
         before = set(c10d._world.pg_map)
-        mesh = mesh_of(grid)
+        mesh = mesh_of(grid, own_device().type)
         model = parallelize(build("qwen2"), grid)
         ids, labels = tokens(2, 13)
         model(ids, labels=labels).loss.backward()
