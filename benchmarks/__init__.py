@@ -19,5 +19,5 @@ the figures and what they mean.
     work.py         what the ranks of the one launch do
     campaign.py     the command: cells as they come, a table and a file per kind
     report.py       tables, the stacked bars
-    pictures.py     the pictures of docs/bridge.md: who holds, who needs, what moves
+    plots.py        the plots of docs/bridge.md: who holds, who needs, what moves
 """

@@ -22,8 +22,8 @@ from mimo_colocated.launch.errors import JobError
 
 WORK = "benchmarks.work:work"
 _NOT_SHOWN = ("passed", "backend", "expected", "curve")
-# Kind -> what draws a picture of its cells.
-_PICTURES = {"step": report.plot_steps, "memory-policies": report.plot_memory}
+# Kind -> what plots its cells.
+_PLOTS = {"step": report.plot_steps, "memory-policies": report.plot_memory}
 
 
 class Benchmarks(Campaign):
@@ -94,7 +94,7 @@ class Benchmarks(Campaign):
         console.note(f"{verdict(cell):4}  {kind}  {fields}")
 
     def _finish(self, kind: Kind, result: Result, console: Console) -> Result:
-        """Table, file and picture of a kind that has ended."""
+        """Table, file and plot of a kind that has ended."""
         cells = self._cells.get(kind.name, [])
         if not cells or "reason" in result:
             return {"passed": False, "reason": result.get("reason", "no result"), "cells": cells}
@@ -103,7 +103,7 @@ class Benchmarks(Campaign):
         content = {"title": kind.title, "command": self._command, "machine": report.machine()}
         content |= {"failed": sum(c["passed"] is False for c in cells), "cells": cells}
         write_whole(path, json.dumps(content, indent=1) + "\n")
-        if draw := _PICTURES.get(kind.name):
+        if draw := _PLOTS.get(kind.name):
             draw(self._out / f"{kind.name}.png", cells)
         return {"passed": not content["failed"], "cells": cells}
 
@@ -116,7 +116,7 @@ class Benchmarks(Campaign):
         return name, said, str(len(result["cells"])), bounds, result.get("reason", "")
 
     def close(self, given: argparse.Namespace, record: Record) -> Sequence[str]:
-        """Tables and pictures of a document, if one is given."""
+        """Tables and plots of a document, if one is given."""
         if given.docs is not None:
             self._write_docs(given.docs, record)
         every = [cell["passed"] for r in record.results.values() for cell in r["cells"]]
@@ -135,7 +135,7 @@ class Benchmarks(Campaign):
             table = "\n".join([*report.markdown(kind, result["cells"]), "",
                                report.source(self._command), ""])  # fmt: skip
             text = place.sub(lambda found, table=table: found[1] + table + found[2], text)
-            if draw := _PICTURES.get(name):
+            if draw := _PLOTS.get(name):
                 draw(page.with_name(f"{page.stem}_{name}.png"), result["cells"])
         write_whole(page, text)
 

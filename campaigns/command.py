@@ -101,7 +101,7 @@ class Campaign:
         return "  ".join(c for c in self.row(name, result) if c not in ("", verdict(result)))
 
     def close(self, given: argparse.Namespace, record: Record) -> Sequence[str]:
-        """Write pages and pictures; return lines to end with.
+        """Write pages and plots; return lines to end with.
 
         Raises:
             CampaignError, OSError, ValueError: what cannot be written, and why.

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.cases import EQUAL_2, FAN_IN_4_4, FAN_OUT_2_2, PAIRS, Pair, TokenBatch
 from benchmarks.formulas import Rows, gather_rows, lower_bound, routed_rows
-from benchmarks.pictures import EXAMPLE, STAGES, example_batch, gather_halves, routed_halves
+from benchmarks.plots import EXAMPLE, STAGES, example_batch, gather_halves, routed_halves
 from megatron.core.models.mimo.comm.plan.routes import plan_routes
 
 ROWS = 1024

@@ -8,7 +8,7 @@
     data.py         batches: a pure function of (seed, step), whatever the layout
     model.py        two small encoders and a small GPT, joined by ``MimoModel``
     job.py          a rank's job: build, train, read the held-out digits, report
-    predictions.py  what the model read, and its picture
+    predictions.py  what the model read, and its plot
     memory_plan.py  ``--memory-plan``
 
 All else is the library's: ``mimo_colocated.launch`` and ``megatron.core.models.mimo.job``.

@@ -82,7 +82,7 @@ class Examples:
         part = self._composite.encoders[0]
         sound = any("feature" in name for name in part.inputs)
         kind = "audio" if sound else "image"
-        media = [self._sound() if sound else self._picture(n + number) for n in range(items)]
+        media = [self._sound() if sound else self._raw_image(n + number) for n in range(items)]
         content = [{"type": kind, kind: each} for each in media]
         content.append({"type": "text", "text": _WORDS + " Go on." * (number % 4)})
         made = self._processor.apply_chat_template(
@@ -93,7 +93,7 @@ class Examples:
         )
         return Sample(made["input_ids"][0], {n: made[n] for n in part.inputs if n in made})
 
-    def _picture(self, number: int) -> Any:
+    def _raw_image(self, number: int) -> Any:
         from PIL import Image
 
         size = (64 + 32 * (number % 3), 64 + 32 * (number % 2), 3)

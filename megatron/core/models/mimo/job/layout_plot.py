@@ -153,7 +153,7 @@ def plot_layout(
     panels = figure.subplots(len(plots), 1, height_ratios=heights, squeeze=False).flat
     for axes, plot in zip(panels, plots, strict=True):
         _draw_bridge(axes, plot)
-    save_figure(figure, path, "the layout's picture")
+    save_figure(figure, path, "the layout's plot")
 
 
 def _draw_bridge(axes: Axes, plot: LayoutPlot) -> None:

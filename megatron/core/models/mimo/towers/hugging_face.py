@@ -2,7 +2,7 @@
 """Any tower of transformers as it is, at TP 1: its output becomes rows.
 
 What transformers' towers differ in is said once, in :class:`Rows`: which output, which hidden
-states, how its dims stand, which rows come first and are no part of the picture, which rows are
+states, how its dims stand, which rows come first and are no part of the image, which rows are
 padding. The tower itself is transformers' own code with its own weights and names.
 """
 

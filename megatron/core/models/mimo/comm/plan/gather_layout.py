@@ -106,7 +106,7 @@ class BridgeLayout:
     ((0, 2), (1, 3), (4, 6), (5, 7))
 
     Attributes:
-        src_name, dest_name: the modules' names, for messages and pictures.
+        src_name, dest_name: the modules' names, for messages and plots.
         rank_offset, size: the ranks are ``rank_offset .. rank_offset + size - 1``.
         scale: finer DP size over coarser DP size.
         rank_to_src_pos: rank -> (dp, tp) of the source.

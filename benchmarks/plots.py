@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of docs/bridge.md and docs/pipeline.md: who holds, who needs, what moves.
+"""The plots of docs/bridge.md and docs/pipeline.md: who holds, who needs, what moves.
 
-``python -m benchmarks.pictures [FOLDER]`` draws them from the objects that the bridges execute:
+``python -m benchmarks.plots [FOLDER]`` draws them from the objects that the bridges execute:
 :class:`BridgeLayout` for the gather bridge, one :class:`RoutePlan` per rank for the routed one.
 """
 
@@ -141,7 +141,7 @@ def draw(path: Path, halves: Sequence[Half], total: int) -> None:
             _arrow(axes, *move, len(half.moves) > ranks)
         moved = sum(rows for _, _, rows in half.moves)
         axes.text(-0.8, ranks + 0.45, f"over the wire: {moved} rows in all", color=MUTED)
-    save_figure(figure, path, "the picture")
+    save_figure(figure, path, "the plot")
 
 
 def _strip(
