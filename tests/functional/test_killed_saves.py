@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from campaigns.ranks import Ranks
 from megatron.core.models.mimo.checkpoint.store import CheckpointStore
 from tests.functional.saving_loop import read_journal
@@ -71,6 +73,7 @@ def finish(ranks: Ranks) -> None:
         assert time.monotonic() < deadline, "it hangs"
 
 
+@pytest.mark.once
 def test_every_restart_finds_the_last_complete_checkpoint(tmp_path: Path) -> None:
     print(f"MIMO_SEED={SEED} MIMO_KILLS={KILLS}")  # shown with -s, and when it fails
     chance, victim = random.Random(SEED), Victim(tmp_path)

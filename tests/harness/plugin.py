@@ -58,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.addinivalue_line(
         "markers",
-        "once: a whole job that does the same on every Megatron-Core; .ci/run has it on one",
+        "once: does the same on every Megatron-Core; .ci/run has it on one",
     )
 
 

@@ -50,6 +50,7 @@ def test_wheel_overlays_the_names_and_its_removal_gives_the_stock_ones_back(
     assert_stock_is_back(environment)
 
 
+@pytest.mark.once
 def test_editable_resolves_to_the_checkout_with_edits_visible(
     environment: ThrowAwayVenv, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from mimo_colocated.forensics.evidence import Evidence, read_dumps
@@ -57,6 +58,7 @@ else:
 """
 
 
+@pytest.mark.once
 def test_who_waits_for_whom_from_the_recorder_itself(tmp_path: Path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCH_FR")}
     environment.pop("TORCH_NCCL_TRACE_BUFFER_SIZE", None)

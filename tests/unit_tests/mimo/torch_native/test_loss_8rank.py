@@ -12,7 +12,8 @@ from torch.nn import functional
 from megatron.core.models.mimo.torch_native import cross_entropy, mesh_of, sum_over_data
 from tests.unit_tests.mimo.torch_native.native_cases import grid_of
 
-pytestmark = pytest.mark.ranks(8)
+# Nothing of Megatron-Core's is in it.
+pytestmark = [pytest.mark.ranks(8), pytest.mark.once]
 
 
 def test_values_and_gradients_are_those_of_the_whole_vocabulary(rank_device) -> None:

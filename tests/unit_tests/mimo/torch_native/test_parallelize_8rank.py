@@ -32,7 +32,8 @@ from tests.unit_tests.mimo.torch_native.native_cases import (
     tokens,
 )
 
-pytestmark = pytest.mark.ranks(8, timeout=300)
+# Nothing of Megatron-Core's is in them.
+pytestmark = [pytest.mark.ranks(8, timeout=300), pytest.mark.once]
 
 
 def step(both: Pair, length: int, **more: Any) -> None:

@@ -11,7 +11,8 @@ import transformers
 from examples.mimo import torch_native_sft
 from tests.unit_tests.mimo.torch_native.native_cases import side_by_side
 
-pytestmark = pytest.mark.ranks(8, timeout=300)
+# Nothing of Megatron-Core's is in it.
+pytestmark = [pytest.mark.ranks(8, timeout=300), pytest.mark.once]
 
 
 def losses_of_transformers_alone(options) -> list[float]:
