@@ -146,7 +146,7 @@ def _cut(inputs: dict[str, Any], group: dist.ProcessGroup) -> dict[str, Tensor]:
     labels, shifted = inputs.get("labels"), inputs.get("shift_labels")
     if shifted is None and labels is not None:
         # A chunk's last token is followed by another rank's first.
-        shifted = functional.pad(labels, (0, 1), value=-100)[..., 1:]
+        shifted = functional.pad(labels, (0, 1), value=-100)[..., 1:].contiguous()
     if shifted is not None:
         whole |= {"labels": shifted, "shift_labels": shifted}
     return {name: own_chunks(each, group) for name, each in whole.items() if each is not None}
