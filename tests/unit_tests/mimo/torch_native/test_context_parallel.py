@@ -129,6 +129,16 @@ def test_grouped_queries_attend_as_pytorch_s(group: Any, heads: int, groups: int
         torch.testing.assert_close(one, other)
 
 
+def test_pytorch_s_global_switch_is_left_as_found(
+    group: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loops: Any = ring_attention._loops()
+    monkeypatch.setattr(loops._cp_options, "enable_load_balance", False)
+    inputs = inputs_of(4, 4)
+    gradients(ring_attention.ring_attention(*inputs, group, None), inputs)
+    assert loops._cp_options.enable_load_balance is False
+
+
 class Fuller(Kernel):
     """The CPU's kernel, returning a tensor and a number more, which its backward must get."""
 

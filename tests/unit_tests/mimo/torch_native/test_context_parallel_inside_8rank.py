@@ -18,7 +18,7 @@ from megatron.core.models.mimo.torch_native import context_parallel, language_mo
 from megatron.core.models.mimo.torch_native.ring_attention import ring_attention
 from mimo_colocated.launch.layouts import Layout
 from tests.unit_tests.mimo.huggingface import harness
-from tests.unit_tests.mimo.huggingface.llava_models import LENGTH, llava, llava_task
+from tests.unit_tests.mimo.huggingface.llava_models import llava, llava_task
 from tests.unit_tests.mimo.torch_native.kept_bytes import kept_by_norms
 
 pytestmark = pytest.mark.ranks(8)
@@ -53,8 +53,8 @@ def test_over_the_routed_bridge_with_mistakes_and_what_norms_keep(
     wrapped = built.model.language_model
     sharded = kept_by_norms(wrapped, lambda: trainer.gradients(task, 0))
     whole = task.model.model.language_model
-    rows = torch.zeros(len(trainer.samples("language")), LENGTH, whole.config.hidden_size)
-    unsharded = kept_by_norms(whole, lambda: whole(inputs_embeds=rows.requires_grad_()))
+    ids = task.input_ids[: len(trainer.samples("language"))]
+    unsharded = kept_by_norms(whole, lambda: whole(input_ids=ids))
     assert sharded * 4 == unsharded
 
     with monkeypatch.context() as patch:

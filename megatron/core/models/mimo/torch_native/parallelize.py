@@ -79,7 +79,8 @@ def parallelize(
     ``model(input_ids, labels=labels).loss`` is then the mean over the tokens of all data ranks,
     alike on all of them, and after ``backward`` gradients are those of it: FSDP adds up, it does
     not average. With several microbatches give each ``num_items_in_batch``, the labels of all.
-    Any sequence length works. With tp 1 no module is split, with one rank nothing is changed.
+    Any sequence length works, over CP any multiple of ``2 * cp``. With tp 1 no module is split,
+    with one rank nothing is changed.
 
     With ``cp`` above 1 the ranks of a CP group are called with the same samples, too, and each
     runs its chunks of them: logits and other outputs are those of its chunks, ``(B, S/cp, ...)``.
