@@ -10,6 +10,9 @@ _SHARDED = _TESTS + "test_parallelize_8rank.py::"
 _EQUAL = _SHARDED + "test_loss_and_every_gradient_are_those_of_the_unsharded_model"
 _LOSS = _TESTS + "test_loss_8rank.py::"
 _PLANS = _TESTS + "test_plans.py::"
+_CP, _RING = _ROOM + "context_parallel.py", _ROOM + "ring_attention.py"
+_CUT = _TESTS + "test_context_parallel.py::"
+_CUT_RANKS = _TESTS + "test_context_parallel_8rank.py::"
 
 TORCH_NATIVE = (
     Mutant(
@@ -90,5 +93,70 @@ TORCH_NATIVE = (
         new="        if False and not ",
         tests=(_PLANS + "test_plans_that_do_not_fit_a_model_are_named",),
         why="its weights get the gradient of a part of the sequence",
+    ),
+    Mutant(
+        name="ring-attention-takes-chunks-for-those-of-another-cut",
+        file=_RING,
+        old="    torch_s._cp_options.enable_load_balance = True",
+        new="    torch_s._cp_options.enable_load_balance = False",
+        tests=(_CUT_RANKS + "test_families_and_options",),
+        why="queries see keys that come after them, and not all that come before",
+        ranks=8,
+    ),
+    Mutant(
+        name="a-switch-of-pytorch-s-stays-turned",
+        file=_RING,
+        old="        torch_s._cp_options.enable_load_balance = before",
+        new="        pass",
+        tests=(_CUT + "test_pytorch_s_global_switch_is_left_as_found",),
+        why="context parallelism of the user's own is another one afterwards",
+    ),
+    Mutant(
+        name="grouped-queries-gradients-are-averaged",
+        file=_RING,
+        old=".sum(dim=2)",
+        new=".mean(dim=2)",
+        tests=(_CUT + "test_grouped_queries_attend_as_pytorch_s",),
+        why="keys and values learn from the mean of the heads that share them",
+    ),
+    Mutant(
+        name="a-chunk-s-labels-are-its-own-tokens",
+        file=_CP,
+        old="        shifted = functional.pad(labels, (0, 1), value=-100)[..., 1:].contiguous()",
+        new="        shifted = labels",
+        tests=(_CUT + "test_a_model_of_one_rank_is_what_it_was",),
+        why="a model over CP learns to repeat the token before it",
+    ),
+    Mutant(
+        name="packed-positions-over-cp-are-one-sequence",
+        file=_CP,
+        old="    if not torch.equal(positions - positions[:, :1], ",
+        new="    if False and not torch.equal(positions - positions[:, :1], ",
+        tests=(_CUT + "test_inputs_that_attention_would_not_follow_are_refused",),
+        why="samples of a row see each other, which they do not at CP 1",
+    ),
+    Mutant(
+        name="ring-attention-in-every-model-of-a-configuration",
+        file=_CP,
+        old="    theirs, own = model.config, copy.copy(model.config)",
+        new="    theirs, own = model.config, model.config",
+        tests=(_CUT + "test_a_model_of_one_rank_is_what_it_was",),
+        why="a model beside it, of the same configuration, has no CP group to attend over",
+    ),
+    Mutant(
+        name="dropout-of-attention-over-cp-is-forgotten",
+        file=_CP,
+        old='    if any(getattr(layer, "attention_dropout", 0.0) for layer in layers):',
+        new='    if not layers and getattr(config, "attention_dropout", 0.0):',
+        tests=(_CUT + "test_models_whose_sequences_cannot_be_cut_are_named",),
+        why="the model trains without the dropout that its configuration asks for",
+    ),
+    Mutant(
+        name="cp-ranks-train-apart",
+        file=_ROOM + "meshes.py",
+        old='    wanted = {"dp", "cp"} if box.dim_size("cp") > 1 else {"dp"}',
+        new='    wanted = {"dp"}',
+        tests=(_PLANS + "test_ranks_stand_in_the_mesh_as_in_the_grid",),
+        why="each CP rank has the gradient of its own chunks",
     ),
 )

@@ -10,6 +10,7 @@ _TESTS = UNIT + "torch_native/"
 _STEPS = _TESTS + "test_training_inside_8rank.py::test_steps_checkpoints_and_exports"
 _CONTROL = _TESTS + "test_inside_8rank.py::test_a_mistake_would_be_seen"
 _ONE = _TESTS + "test_inside.py::"
+_CUT = _TESTS + "test_context_parallel_inside_8rank.py::"
 
 TORCH_NATIVE_INSIDE = (
     Mutant(
@@ -80,5 +81,14 @@ TORCH_NATIVE_INSIDE = (
         new="            survey.init_methods |= {}",
         tests=(_ONE + "test_drawn_weights_have_the_spread_of_the_configuration",),
         why="embeddings begin 50 times too large, and so do logits of a tied head",
+    ),
+    Mutant(
+        name="a-native-language-model-over-cp-counts-its-chunks-from-zero",
+        file=_LANGUAGE,
+        old="        return own_chunks(whole, self._grid[0].get_pg(\"cp\"))",
+        new="        return whole[:, :length]",
+        tests=(_CUT + "test_over_the_gather_bridge",),
+        why="rotary positions of a CP rank's tokens are those of the first ones",
+        ranks=8,
     ),
 )

@@ -75,10 +75,12 @@ def build(family: str, **changes: Any) -> Any:
 
 
 @contextlib.contextmanager
-def grid_of(dp: int, tp: int, offset: int = 0) -> Iterator[HyperCommGrid]:
-    grid = HyperCommGrid([tp, dp], ["tp", "dp"], rank_offset=offset)
+def grid_of(dp: int, tp: int, offset: int = 0, cp: int | None = None) -> Iterator[HyperCommGrid]:
+    sizes = {"tp": tp, "cp": cp, "dp": dp}
+    dims = [dim for dim, size in sizes.items() if size is not None]
+    grid = HyperCommGrid([sizes[dim] for dim in dims], dims, rank_offset=offset)
     try:
-        for dim in ("tp", "dp"):
+        for dim in dims:
             grid.create_pg(dim)
         yield grid
     finally:

@@ -100,10 +100,9 @@ def test_drawn_weights_have_the_spread_of_the_configuration() -> None:
     ("changes", "message"),
     [
         ({"hidden_size": 64}, "hidden_size 64, the model of transformers 32; give the model's"),
-        ({"context_parallel_size": 2}, "context_parallel_size=2: .* cut over TP and DP; give"),
         (
             {"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32},
-            "pipeline_model_parallel_size=2: .*give those ranks to tp or dp",
+            "pipeline_model_parallel_size=2: .*over TP, CP and DP; give those ranks to them",
         ),
         (
             {"sequence_parallel": True, "tensor_model_parallel_size": 2},
@@ -228,6 +227,6 @@ def test_settings_reach_what_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder.shard()
     given = {"plan": plan, "sequence_parallel": False, "activation_checkpointing": True}
     assert seen == [
-        (source, grid, {**given, "precision": torch.bfloat16}),
+        (source, grid, {**given, "precision": torch.bfloat16, "cut_sequence": False}),
         (tower, grid, {**given, "fsdp": False}),
     ]

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
-from torch.distributed.tensor import DTensor
 
 from megatron.core.models.mimo.torch_native import (
     clip_grad_norm,
@@ -21,6 +20,7 @@ from megatron.core.models.mimo.torch_native import (
     parallelize,
 )
 from tests.harness.backend import own_device
+from tests.unit_tests.mimo.torch_native.kept_bytes import kept_by_norms
 from tests.unit_tests.mimo.torch_native.native_cases import (
     BOUND,
     Pair,
@@ -157,31 +157,8 @@ def test_norms_keep_a_part_of_the_sequence_and_sum_their_gradients() -> None:
 
 
 def bytes_kept_by_norms(model: Any, ids: Tensor) -> int:
-    """Bytes of activations that this rank's norms keep for backward."""
-    total, inside = 0, False
-
-    def keep(tensor: Tensor) -> Tensor:
-        nonlocal total
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        total += local.numel() * local.itemsize * (inside and tensor.ndim == 3)
-        return tensor
-
-    def switch(value: bool) -> Any:
-        def hook(*_: Any) -> None:
-            nonlocal inside
-            inside = value
-
-        return hook
-
-    for name, module in model.named_modules():
-        if name.endswith("norm"):
-            module.register_forward_pre_hook(switch(True))
-            module.register_forward_hook(switch(False))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits = model(ids).logits
-    plain(logits).sin().sum().backward()
-    assert total > 0
-    return total
+    """Bytes of activations that this rank's norms keep; every parameter has a gradient then."""
+    return kept_by_norms(model, lambda: plain(model(ids).logits).sin().sum().backward())
 
 
 def test_logits_stay_split_and_whole_where_asked() -> None:
@@ -197,7 +174,7 @@ def test_logits_stay_split_and_whole_where_asked() -> None:
         assert type(whole(ids).logits) is torch.Tensor
         assert (whole(ids).logits - plain(logits)).abs().max() <= BOUND * plain(logits).abs().max()
         assert whole(ids).logits.nbytes == 2 * 13 * 99 * 4
-        with pytest.raises(ValueError, match=r"output_attentions=True: under tp a rank has the w"):
+        with pytest.raises(ValueError, match="output_attentions=True: under tp and cp"):
             whole(ids, output_attentions=True)
         states = whole(ids, output_hidden_states=True).hidden_states
         assert [type(s) for s in states] == [torch.Tensor] * 3

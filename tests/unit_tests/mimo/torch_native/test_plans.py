@@ -128,12 +128,7 @@ def test_a_family_without_a_plan_gets_a_template_that_is_a_plan() -> None:
             ["tp", "pp", "dp"],
             r"has no pipeline stages, got pp=2; give those ranks to dp",
         ),
-        (
-            [2, 2, 2],
-            ["tp", "cp", "dp"],
-            r"has no context parallelism, got cp=2: PyTorch's attends by CUDA kernels alone",
-        ),
-        ([2, 2, 2], ["tp", "ep", "dp"], r"split by tp and dp only, got {'ep': 2}; give those rank"),
+        ([2, 2, 2], ["tp", "ep", "dp"], r"split by tp, cp and dp only, got {'ep': 2}; give those"),
         ([2, 4], ["tp", "data"], r"needs a grid with dims 'tp' and 'dp', got .*without \['dp'\]"),
     ],
 )
@@ -150,6 +145,12 @@ def test_grids_that_cannot_be_a_mesh_are_refused_before_a_group_is_made(
 def test_ranks_stand_in_the_mesh_as_in_the_grid() -> None:
     assert rank_table(GridShape((2, 3), ("tp", "dp"), 4)).tolist() == [[4, 5], [6, 7], [8, 9]]
     assert rank_table(GridShape((3, 1, 2), ("dp", "pp", "tp"))).tolist() == [[0, 3], [1, 4], [2, 5]]
+    # Ranks of a CP group have parts of the weights, too.
+    cut = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert rank_table(GridShape((2, 2, 2), ("tp", "cp", "dp"))).tolist() == cut
+    assert rank_table(GridShape((2, 1, 4), ("tp", "cp", "dp"))).tolist() == cut
+    turned = rank_table(GridShape((2, 2, 2), ("dp", "tp", "cp")))
+    assert turned.T.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
 
 
 class Attention(nn.Module):

@@ -7,6 +7,7 @@ tables and masks, which transformers builds from it, are those of the whole sequ
 and MLPs compute on plain tensors of this rank's heads and columns.
 """
 
+from megatron.core.models.mimo.torch_native.context_parallel import own_chunks
 from megatron.core.models.mimo.torch_native.gathered import (
     clip_grad_norm,
     full_gradients,
@@ -24,6 +25,7 @@ __all__ = [
     "full_gradients",
     "full_state",
     "mesh_of",
+    "own_chunks",
     "parallelize",
     "plan_of",
     "sum_over_data",

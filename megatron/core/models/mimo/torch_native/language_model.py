@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate
 
 from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.models.mimo.torch_native.context_parallel import own_chunks
 from megatron.core.models.mimo.torch_native.loss import cross_entropy
 from megatron.core.models.mimo.torch_native.parallelize import parallelize
 from megatron.core.models.mimo.torch_native.part import TorchNativePart
@@ -31,8 +32,8 @@ class TorchNativeLanguageModel(TorchNativePart, MegatronModule):
     Megatron's ``TransformerConfig`` says nothing of its layers; sizes must be the model's.
 
     Args:
-        config: Megatron's, with ``hidden_size`` of the model and no CP, pipeline or SP: PyTorch
-            cuts the sequence within the model.
+        config: Megatron's, with ``hidden_size`` of the model, CP of the grid and no pipeline or
+            SP: PyTorch cuts the sequence over TP within the model.
         source: a model folder, a configuration of transformers (weights are drawn) or a model.
         grid: the language model's.
         plan: how it is split; None takes its family's.
@@ -100,7 +101,8 @@ class TorchNativeLanguageModel(TorchNativePart, MegatronModule):
     def shard(self) -> None:
         """Shard the model over TP and FSDP; see :meth:`.TorchNativePart.shard`."""
         grid, plan = self._grid
-        parallelize(self.model, grid, plan=plan, **self._settings)
+        # Whoever calls a language model under CP has cut the sequence.
+        parallelize(self.model, grid, plan=plan, cut_sequence=False, **self._settings)
         setattr(self.model, _EMBED, types.MethodType(_embed, self.model))
         model = self.model
         if isinstance(model, nn.Module) and isinstance(model, FSDPModule):
@@ -122,17 +124,17 @@ class TorchNativeLanguageModel(TorchNativePart, MegatronModule):
         """Run the model over a fused sequence.
 
         Args:
-            input_ids: ``(B, S)``, read where there is no ``decoder_input``.
-            position_ids: ``(B, S)``; None counts from 0.
+            input_ids: ``(B, S/cp)``, read where there is no ``decoder_input``.
+            position_ids: ``(B, S)``, not cut; None counts from 0.
             attention_mask: bool, True where attention is forbidden, ``(B or 1, 1, S, S)``; None
-                masks causally.
-            decoder_input: ``(S, B, H)``, the same on all TP ranks.
-            labels: ``(B, S)``.
+                masks causally. None with CP.
+            decoder_input: ``(S/cp, B, H)``, the same on all TP ranks.
+            labels: ``(B, S/cp)``.
             packed_seq_params: must be None.
 
         Returns:
-            With labels the loss per token, fp32 ``(B, S)``; else logits ``(B, S, V/tp)`` of this
-            rank's part of the vocabulary, with the lowest number in columns that no token has.
+            With labels the loss per token, fp32 ``(B, S/cp)``; else logits ``(B, S/cp, V/tp)`` of
+            this rank's part of the vocabulary, with the lowest number in columns that no token has.
 
         Raises:
             ValueError: packed sequences, position ids of several axes, a mask of another form.
@@ -145,13 +147,23 @@ class TorchNativeLanguageModel(TorchNativePart, MegatronModule):
             embedded = decoder_input.transpose(0, 1)
         logits = self.model(
             inputs_embeds=embedded,
-            position_ids=position_ids,
+            position_ids=self._own_positions(position_ids, *embedded.shape[:2]),
             attention_mask=None if attention_mask is None else _additive(attention_mask, embedded),
             use_cache=False,
         ).logits
         if labels is None:
             return _own_columns(logits)
         return cross_entropy(logits, labels, reduction="none")
+
+    def _own_positions(self, whole: Tensor | None, samples: int, length: int) -> Tensor | None:
+        """The positions of this CP rank's tokens, of which a sample has so many."""
+        cp = self.config.context_parallel_size
+        if cp == 1:
+            return whole
+        if whole is None:
+            device = next(self.model.parameters()).device
+            whole = torch.arange(length * cp, device=device).expand(samples, -1)
+        return own_chunks(whole, self._grid[0].get_pg("cp"))
 
 
 class TokenEmbedding(nn.Module):
@@ -201,12 +213,12 @@ def _check_config(config: TransformerConfig, own: Any) -> None:
             f"the language config has hidden_size {config.hidden_size}, the model of transformers "
             f"{own.hidden_size}; give the model's"
         )
-    for name in ("context_parallel_size", "pipeline_model_parallel_size"):
-        if getattr(config, name) > 1:
-            raise ValueError(
-                f"{name}={getattr(config, name)}: a torch-native language model is cut over TP and "
-                "DP; give those ranks to tp or dp, or take Megatron's layers"
-            )
+    stages = config.pipeline_model_parallel_size
+    if stages > 1:
+        raise ValueError(
+            f"pipeline_model_parallel_size={stages}: a torch-native language model is cut over TP, "
+            "CP and DP; give those ranks to them, or take Megatron's layers"
+        )
     if config.sequence_parallel:
         raise ValueError(
             "the language config has sequence_parallel=True, but a torch-native language model "

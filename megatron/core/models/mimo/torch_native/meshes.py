@@ -18,12 +18,15 @@ _KEPT = "torch_native_mesh"
 def mesh_of(grid: HyperCommGrid, device_type: str | None = None) -> DeviceMesh:
     """Return the mesh ("fsdp", "tp") of a grid's ``dp`` and ``tp``: the same ranks and groups.
 
+    With ``cp`` above 1 "fsdp" is ``cp`` times ``dp``: ranks of both have the same weights, and
+    gradients are the sum over both.
+
     A group that the grid lacks is made and kept in it, by all ranks of the world; none is made
     twice. To PyTorch two meshes over the same ranks are one, and what it remembers of the first it
     uses for the second: destroy such grids together, or before the next one's mesh is made.
 
     Args:
-        grid: with dims ``tp`` and ``dp``; any other has size 1.
+        grid: with dims ``tp`` and ``dp``, maybe ``cp``; any other has size 1.
         device_type: of the tensors; None is what the groups' backend moves, an accelerator
             first.
 
@@ -33,12 +36,13 @@ def mesh_of(grid: HyperCommGrid, device_type: str | None = None) -> DeviceMesh:
     problem = grid_problem(grid)
     if problem:
         raise ValueError(problem)
-    groups = [grid.get_or_create_pg("dp"), grid.get_or_create_pg("tp")]
+    box = box_of(grid)
+    groups = [grid.get_or_create_pg(_data_dims(box)), grid.get_or_create_pg("tp")]
     _forget_equal_meshes()
     return DeviceMesh.from_group(
         groups,
         device_type or _device_type(groups[1]),
-        rank_table(box_of(grid)),
+        rank_table(box),
         mesh_dim_names=(FSDP, TP),
     )
 
@@ -64,10 +68,14 @@ def keep_mesh(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def rank_table(box: GridShape) -> torch.Tensor:
-    """Return the ranks as a table ``(dp, tp)``."""
-    by_place = {(c["dp"], c["tp"]): rank for rank in box.ranks for c in [box.coords(rank)]}
-    size = (box.dim_size("dp"), box.dim_size("tp"))
-    return torch.tensor([by_place[place] for place in sorted(by_place)]).view(size)
+    """Return the ranks as a table ``(cp * dp, tp)``; a column's order is its group's."""
+    return torch.tensor(box.enumerate_groups(_data_dims(box))).T
+
+
+def _data_dims(box: GridShape) -> list[str]:
+    """The dims over whose ranks gradients are added up, slowest first."""
+    wanted = {"dp", "cp"} if box.dim_size("cp") > 1 else {"dp"}
+    return [name for name in reversed(box.dim_names) if name in wanted]
 
 
 def grid_problem(grid: HyperCommGrid) -> str:
@@ -84,17 +92,11 @@ def grid_problem(grid: HyperCommGrid) -> str:
             f"a torch-native module has no pipeline stages, got pp={sizes['pp']}; give those ranks "
             "to dp (FSDP shards the weights over them) or take Megatron's layers"
         )
-    if sizes.get("cp", 1) > 1:
-        return (
-            f"a torch-native module has no context parallelism, got cp={sizes['cp']}: PyTorch's "
-            "attends by CUDA kernels alone, without masks and without packed positions; give those "
-            "ranks to tp or dp, or take Megatron's layers"
-        )
-    others = {name: n for name, n in sizes.items() if name not in ("tp", "dp") and n > 1}
+    others = {name: n for name, n in sizes.items() if name not in ("tp", "cp", "dp") and n > 1}
     if others:
         return (
-            f"a torch-native module is split by tp and dp only, got {others}; give those ranks to "
-            "tp or dp, or take Megatron's layers"
+            f"a torch-native module is split by tp, cp and dp only, got {others}; give those ranks "
+            "to them, or take Megatron's layers"
         )
     return ""
 

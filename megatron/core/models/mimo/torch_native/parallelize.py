@@ -21,6 +21,10 @@ from megatron.core.models.mimo.torch_native.agreed import (
     raise_on_all,
 )
 from megatron.core.models.mimo.torch_native.checks import blocks_of, model_problem, styled
+from megatron.core.models.mimo.torch_native.context_parallel import (
+    attend_over_cp,
+    context_parallel_problem,
+)
 from megatron.core.models.mimo.torch_native.loss import causal_loss
 from megatron.core.models.mimo.torch_native.meshes import (
     FSDP,
@@ -40,8 +44,9 @@ class _Options:
     fsdp: bool
     activation_checkpointing: bool
     precision: torch.dtype | MixedPrecisionPolicy | None
+    cut_sequence: bool
 
-    def problem(self, model: Any) -> str:
+    def problem(self, model: Any, cp: int) -> str:
         if self.precision is not None and not self.fsdp:
             return (
                 f"precision={self.precision} is FSDP's, got fsdp=False; convert the model instead: "
@@ -49,6 +54,10 @@ class _Options:
             )
         if self.activation_checkpointing and not model.supports_gradient_checkpointing:
             return f"{type(model).__name__} has no activation checkpointing in transformers"
+        if cp > 1:
+            policy = self.precision
+            cast = isinstance(policy, MixedPrecisionPolicy)
+            return context_parallel_problem(model, policy.param_dtype if cast else policy)
         return ""
 
 
@@ -62,6 +71,7 @@ def parallelize(
     fsdp: bool = True,
     activation_checkpointing: bool = False,
     precision: torch.dtype | MixedPrecisionPolicy | None = None,
+    cut_sequence: bool = True,
 ) -> Any:
     """Shard a model of transformers over a grid, in place, and return it; all its ranks call it.
 
@@ -69,11 +79,16 @@ def parallelize(
     ``model(input_ids, labels=labels).loss`` is then the mean over the tokens of all data ranks,
     alike on all of them, and after ``backward`` gradients are those of it: FSDP adds up, it does
     not average. With several microbatches give each ``num_items_in_batch``, the labels of all.
-    Any sequence length works. With tp 1 no module is split, with one rank nothing is changed.
+    Any sequence length works, over CP any multiple of ``2 * cp``. With tp 1 no module is split,
+    with one rank nothing is changed.
+
+    With ``cp`` above 1 the ranks of a CP group are called with the same samples, too, and each
+    runs its chunks of them: logits and other outputs are those of its chunks, ``(B, S/cp, ...)``.
+    FSDP then shards over ``cp`` times ``dp``, and loss and gradients are still those of all.
 
     Args:
         model: as transformers builds it, with the same weights on every rank.
-        grid: with dims ``tp`` and ``dp``.
+        grid: with dims ``tp`` and ``dp``, maybe ``cp``.
         plan: how modules are split; None takes the family's.
         sequence_parallel: norms and residuals on 1/tp of the sequence; else on each rank.
         loss_parallel: logits come back as a ``DTensor`` split by vocabulary; else whole.
@@ -82,18 +97,24 @@ def parallelize(
         activation_checkpointing: compute blocks again in backward; dropout is replayed.
         precision: in which FSDP computes, such as ``torch.bfloat16``; gradients are summed in
             fp32, weights keep their dtype. A policy of FSDP's is taken as it is.
+        cut_sequence: whole sequences are given, of which each CP rank takes its chunks; else the
+            caller gives chunks, see :func:`.own_chunks`, with ``position_ids`` and
+            ``shift_labels`` of them. Without CP there is nothing to cut.
 
     Raises:
         ValueError: on all ranks, before the model is changed: no plan, a grid, a plan or sizes
             that do not fit, ranks that disagree.
     """
-    options = _Options(sequence_parallel, loss_parallel, fsdp, activation_checkpointing, precision)
+    options = _Options(
+        sequence_parallel, loss_parallel, fsdp, activation_checkpointing, precision, cut_sequence
+    )
     if grid_problem(grid):
         raise ValueError(grid_problem(grid))
     if not grid.is_current_rank_in_grid():
         raise ValueError(f"rank {dist.get_rank()} is not in the grid; only its ranks shard a model")
     mesh = mesh_of(grid, next(model.parameters()).device.type)
-    plan = _agreed_plan(model, plan, mesh, options)
+    cp = grid.get_or_create_pg("cp") if grid.dim_size("cp") > 1 else None
+    plan = _agreed_plan(model, plan, mesh, options, 1 if cp is None else cp.size())
     if options.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if mesh[TP].size() > 1:
@@ -102,16 +123,23 @@ def parallelize(
         _fully_shard(model, blocks_of(model, plan), mesh, precision)
     if mesh.size() > 1 and Style.LOGITS in plan.outer.values():
         model.loss_function = causal_loss(mesh.get_group(FSDP))
-    if mesh[TP].size() > 1:
-        _check_first_batch(model, mesh)
+    alike = {"a TP group": mesh.get_group(TP)} if mesh[TP].size() > 1 else {}
+    if cp is not None:
+        attend_over_cp(model, cp, cut_sequence=cut_sequence)
+        alike |= {"a CP group": cp} if cut_sequence else {}
+    if alike:
+        _check_first_batch(model, alike)
+    if mesh[TP].size() > 1 or cp is not None:
         model.register_forward_pre_hook(_refuse_attentions, with_kwargs=True, prepend=True)
     keep_mesh(model, mesh)
     return model
 
 
-def _agreed_plan(model: Any, plan: Plan | None, mesh: DeviceMesh, options: _Options) -> Plan:
+def _agreed_plan(
+    model: Any, plan: Plan | None, mesh: DeviceMesh, options: _Options, cp: int
+) -> Plan:
     groups = [mesh.get_group(TP), mesh.get_group(FSDP)]
-    problem = options.problem(model)
+    problem = options.problem(model, cp)
     try:
         plan = plan or plan_of(model.config)
         problem = problem or model_problem(model, plan, mesh[TP].size())
@@ -158,17 +186,17 @@ def _fully_shard(
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _check_first_batch(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Compare the arguments of the first forward inside each TP group."""
+def _check_first_batch(model: nn.Module, groups: dict[str, dist.ProcessGroup]) -> None:
+    """Compare the arguments of the first forward of the ranks that ``groups`` connect."""
     signature = inspect.signature(model.forward)
 
     def compare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         handle.remove()
         inputs = signature.bind_partial(*args, **kwargs).arguments
         inputs = {**inputs.pop("kwargs", {}), **inputs}
-        remedy = "ranks of a TP group take the same samples: choose them by the dp coordinate"
-        group = mesh.get_group(TP)
-        raise_if_different("inputs", batch_digest(inputs), remedy, [group])
+        named = " and of ".join(groups)
+        remedy = f"ranks of {named} take the same samples: choose them by the dp coordinate"
+        raise_if_different("inputs", batch_digest(inputs), remedy, list(groups.values()))
 
     handle = model.register_forward_pre_hook(compare, with_kwargs=True, prepend=True)
 
@@ -177,6 +205,6 @@ def _refuse_attentions(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     asked = kwargs.get("output_attentions")
     if model.config.output_attentions if asked is None else asked:
         raise ValueError(
-            "output_attentions=True: under tp a rank has the weights of its own heads only; ask "
-            "the unsharded model"
+            "output_attentions=True: under tp and cp a rank has the weights of its own heads and "
+            "tokens only; ask the unsharded model"
         )
