@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from megatron.core.models.mimo.plan.candidates import Search
+from megatron.core.models.mimo.plan.estimates import Plan, plan
 from megatron.core.models.mimo.plan.machine import PRESETS, Machine
 from megatron.core.models.mimo.plan.shapes import EncoderShape, LanguageShape, Shapes, Stack, Work
 
@@ -26,3 +28,8 @@ def free_links(machine: Machine) -> Machine:
     return replace(
         machine, inside=1e30, between=1e30, inside_latency=0.0, between_latency=0.0
     )
+
+
+def planned(shapes: Shapes, work: Work, machine: Machine, search: Search) -> Plan:
+    """By name, as other functions are called ``plan``, too."""
+    return plan(shapes=shapes, work=work, machine=machine, search=search)

@@ -14,10 +14,10 @@ import pytest
 
 from megatron.core.models.mimo.memory.policy import EncoderMemory
 from megatron.core.models.mimo.plan.candidates import Candidate, Search, candidates, problem
-from megatron.core.models.mimo.plan.estimates import estimate, find, moved, plan, policies
+from megatron.core.models.mimo.plan.estimates import estimate, find, moved, policies
 from megatron.core.models.mimo.plan.shapes import LanguageShape, Shapes, Stack, Work
 from mimo_colocated.launch.layouts import Layout
-from tests.unit_tests.mimo.plan.plan_cases import H100, SHAPES, SMALL, SMALL_WORK, WORK
+from tests.unit_tests.mimo.plan.plan_cases import H100, SHAPES, SMALL, SMALL_WORK, WORK, planned
 
 EIGHT = Search(ranks=8, node=8)
 
@@ -107,7 +107,7 @@ def test_a_candidate_as_options() -> None:
 
 
 def test_the_fastest_that_fits_is_first() -> None:
-    found = plan(SHAPES, WORK, H100, Search(32, 8))
+    found = planned(SHAPES, WORK, H100, Search(32, 8))
     times = [each.seconds.total for each in found.colocated]
     assert times == sorted(times)
     assert all(each.fits for each in found.colocated + found.homogeneous)
@@ -124,7 +124,7 @@ def test_the_fastest_that_fits_is_first() -> None:
 def test_what_does_not_fit_gets_a_policy() -> None:
     """The cheapest with which it fits; what no policy saves is rejected."""
     small = replace(H100, memory=50e9)
-    found = plan(SHAPES, WORK, small, Search(32, 8))
+    found = planned(SHAPES, WORK, small, Search(32, 8))
     saved = [each for each in found.colocated if each.candidate.recompute != "none"]
     assert saved
     for each in saved[:3]:
@@ -134,19 +134,19 @@ def test_what_does_not_fit_gets_a_policy() -> None:
             tried = estimate(other, SHAPES, WORK, small)
             assert not tried.fits or tried.seconds.total >= each.seconds.total
     assert found.rejected
-    nothing = plan(SHAPES, WORK, replace(H100, memory=1e9), Search(32, 8))
+    nothing = planned(SHAPES, WORK, replace(H100, memory=1e9), Search(32, 8))
     assert not nothing.colocated
     assert nothing.gain is None
 
 
 def test_no_layout_at_all() -> None:
     with pytest.raises(ValueError, match="no layout of 7 ranks can run 4 samples of 65536 tokens"):
-        plan(SHAPES, WORK, H100, Search(7, 8))
+        planned(SHAPES, WORK, H100, Search(7, 8))
 
 
 def test_text_alone_has_no_homogeneous_way() -> None:
     shapes = Shapes(SHAPES.language, {})
-    found = plan(shapes, Work(65_536, 4, {}), H100, Search(32, 8))
+    found = planned(shapes, Work(65_536, 4, {}), H100, Search(32, 8))
     assert found.colocated
     assert not found.homogeneous
     assert len(list(policies(found.colocated[0].candidate, shapes))) == 2
@@ -161,7 +161,7 @@ def test_experts_are_shared_out() -> None:
 
 
 def test_estimates_are_found_by_their_words() -> None:
-    found = plan(SMALL, SMALL_WORK, H100, EIGHT)
+    found = planned(SMALL, SMALL_WORK, H100, EIGHT)
     every = found.colocated + found.homogeneous
     some = find("--vision tp=1,dp=8 --language tp=2,dp=4", every)
     assert some
@@ -172,7 +172,7 @@ def test_16384_ranks_in_ten_seconds_and_a_gigabyte() -> None:
     """CPU seconds of this process, so other processes do not count."""
     work = replace(WORK, samples=2048)
     started = time.process_time()
-    found = plan(SHAPES, work, H100, Search(16_384, 8))
+    found = planned(SHAPES, work, H100, Search(16_384, 8))
     traffic = moved(found.colocated[0].candidate, SHAPES, work)
     assert time.process_time() - started < 10
     assert traffic[0].traffic.group <= 64

@@ -84,7 +84,7 @@ def test_gradients_count_beyond_the_pass_that_they_are_reduced_beside() -> None:
     slow = replace(H100, between=1e9)
     assert seconds_of(COLOCATED).dp == 0
     assert seconds_of(COLOCATED, slow).dp > 0.5
-    frozen = replace(WORK, frozen=frozenset({"language", "vision"}))
+    frozen = replace(WORK, frozen_modules=frozenset({"language", "vision"}))
     assert seconds_of(COLOCATED, slow, frozen).dp == 0
 
 
@@ -102,12 +102,12 @@ def test_bubble_of_a_pipeline() -> None:
 
 def test_frozen_modules_have_no_backward_pass_of_their_own() -> None:
     whole = seconds_of(COLOCATED)
-    tower = seconds_of(COLOCATED, work=replace(WORK, frozen=frozenset({"vision"})))
+    tower = seconds_of(COLOCATED, work=replace(WORK, frozen_modules=frozenset({"vision"})))
     assert tower.encoder < whole.encoder / 2.9
-    model = seconds_of(COLOCATED, work=replace(WORK, frozen=frozenset({"language"})))
+    model = seconds_of(COLOCATED, work=replace(WORK, frozen_modules=frozenset({"language"})))
     assert whole.language * 0.6 < model.language < whole.language
     assert model.optimizer < whole.optimizer
-    memory = bytes_of(COLOCATED, replace(WORK, frozen=frozenset({"language"})))
+    memory = bytes_of(COLOCATED, replace(WORK, frozen_modules=frozenset({"language"})))
     assert memory.optimizer < bytes_of(COLOCATED).optimizer / 4
 
 

@@ -56,7 +56,7 @@ def encoder_prediction(
     shape, at = shapes.encoders[name], candidate.encoder(name)
     items = items_per_replica(name, candidate, shape, work)
     parts = transformer_bytes(_transformer(shape, candidate, shapes, work, at.tp), items)
-    trains = name not in work.frozen
+    trains = name not in work.frozen_modules
     if candidate.homogeneous:
         # The encoder is a part of the first stage, which holds as many microbatches of it.
         kept = math.ceil(microbatches_kept(candidate))

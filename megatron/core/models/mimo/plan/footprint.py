@@ -130,7 +130,7 @@ def _states(
             (name, encoder_weights(name, candidate, shapes), replicas(candidate, name))
             for name in shapes.encoders
         ]
-    trained = [(weights, ranks) for name, weights, ranks in held if name not in work.frozen]
+    trained = [(weights, ranks) for name, weights, ranks in held if name not in work.frozen_modules]
     return {
         "weights": work.itemsize * sum(weights for _, weights, _ in held),
         "gradients": GRADIENT_BYTES * sum(weights for weights, _ in trained),

@@ -182,7 +182,7 @@ class Work:
         samples: of a step, over all ranks and microbatches.
         shares: encoder -> the part of a sample's tokens that are its rows.
         itemsize: bytes of a weight and of an activation.
-        frozen: modules that do not train.
+        frozen_modules: those that do not train.
 
     Raises:
         ValueError: a size that is not positive, or shares that are no parts of a whole.
@@ -192,7 +192,7 @@ class Work:
     samples: int
     shares: Mapping[str, float]
     itemsize: int = 2
-    frozen: frozenset[str] = frozenset()
+    frozen_modules: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for name in ("sequence", "samples", "itemsize"):

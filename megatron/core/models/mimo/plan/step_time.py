@@ -160,7 +160,7 @@ class _LanguageTime:
         # Tokens of a rank before TP cuts them.
         self.tokens = self.samples * work.sequence / self.at.cp
         self.layers = self.stack.layers / self.at.pp
-        trained = "language" not in work.frozen
+        trained = "language" not in work.frozen_modules
         self.forward = self._pass(1.0, 1.0, 1)
         # A frozen model's activations still have gradients, as encoders train through them.
         products = BACKWARD_MATMUL if trained else 1.0
@@ -259,7 +259,7 @@ def encoder_passes(
         products=(flops.layers + flops.ends + flops.attention) / at.tp / machine.encoder,
         tp=_encoder_tp(shape.stack, items * shape.tokens * work.itemsize, at.tp, machine),
     )
-    if name in work.frozen:
+    if name in work.frozen_modules:
         return forward, _NOTHING
     products = BACKWARD_MATMUL * (flops.layers + flops.ends) + BACKWARD_ATTENTION * flops.attention
     backward = _Pass(products / at.tp / machine.encoder, forward.tp)
@@ -334,7 +334,7 @@ def _reducing(
     hiding = {"language": (language.backward.seconds, language.forward.seconds)}
     for name, weights, stride in modules:
         ranks = replicas(candidate, name)
-        if name in work.frozen or ranks == 1:
+        if name in work.frozen_modules or ranks == 1:
             continue
         rate, latency = machine.group_link(ranks, stride)
         part = (ranks - 1) / ranks / rate
@@ -348,10 +348,10 @@ def _reducing(
 def _updating(candidate: Candidate, shapes: Shapes, work: Work, machine: Machine) -> float:
     """Seconds of the optimizer's update of a rank's shards."""
     weights = 0.0
-    if "language" not in work.frozen:
+    if "language" not in work.frozen_modules:
         weights += sum(language_weights(candidate, shapes)) / replicas(candidate, "language")
     for name in shapes.encoders:
-        if name not in work.frozen:
+        if name not in work.frozen_modules:
             held = encoder_weights(name, candidate, shapes)
             weights += held / replicas(candidate, name)
     return weights * _OPTIMIZER_BYTES / machine.memory_rate
