@@ -29,7 +29,9 @@ else:
         from argparse import ArgumentParser
 
 COMMANDS = {"import": "importing", "export": "exporting", "check": "checking"}
-"""Command -> module."""
+"""Command that runs on ranks -> module."""
+ALONE = {"plan": "planning", "draw": "drawing"}
+"""Command that runs on none -> module."""
 ENCODERS = ("vision", "audio")
 """Options that give an encoder its layout."""
 DTYPES = ("float32", "bfloat16", "float16")
@@ -130,10 +132,11 @@ def read(command: str, argv: Sequence[str]) -> CommandOptions:
 
 
 def parser_of(command: str) -> ArgumentParser:
-    """Return the parser of one of :data:`COMMANDS`."""
+    """Return the parser of one of :data:`COMMANDS` or :data:`ALONE`."""
     parser = Parser(prog=f"mimo {command}", description=DESCRIPTIONS[command])
     parser.add_argument("--config", action=_from_file(), help="YAML file with options")
-    _common(parser, command)
+    if command in COMMANDS:
+        _common(parser, command)
     _OWN[command](parser)
     return parser
 
@@ -218,7 +221,52 @@ def _check(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _plan(parser: argparse.ArgumentParser) -> None:
+    add, some = parser.add_argument, _number(parsers.whole(1))
+    add("source", metavar="HF_FOLDER_OR_SHAPES", help="config.json, or a YAML file of shapes")
+    add("--gpus", type=some, default=8, help="of the job, one rank each")
+    add("--gpu", default="h100", help="a100, h100, h200, b200, or a file with a machine")
+    add("--seq", type=some, default=8192, help="tokens of a sample")
+    add("--global-batch", type=some, default=8, help="samples of a step")
+    for name in ENCODERS:
+        add(
+            f"--{name}-share",
+            type=_number(parsers.share),
+            default=None,
+            help=f"part of the tokens that are rows of {name}; without: a half, shared evenly",
+        )
+    add("--item-tokens", type=some, default=1024, help="of an image, where it may have any size")
+    add("--frozen", default=None, help="modules that do not train, such as vision+language")
+    add("--replica-samples", default="1,2", help="samples of a replica in a microbatch, to try")
+    add("--top", type=some, default=10, help="rows of the table")
+    add("--why", metavar="LAYOUTS", default=None, help=_WHY)
+    add("--json", default=None, help="file for all estimates that fit")
+    add("--picture", default=None, help="file for bars of the table's rows: PNG, or SVG")
+
+
+_WHY = (
+    "explain a pair, as in tp=1,dp=8/tp=2,cp=2,dp=2: encoders in the model's order, then the "
+    "language model; one layout alone is the homogeneous way"
+)
+
+
+def _draw(parser: argparse.ArgumentParser) -> None:
+    add, some = parser.add_argument, _number(parsers.whole(1))
+    add("target", metavar="OUT", help="the picture: PNG, or SVG by its suffix")
+    for name in (*ENCODERS, "language"):
+        axes = "tp=2,cp=2,dp=2" if name == "language" else "tp=2,dp=4"
+        add(
+            f"--{name}", metavar="LAYOUT", default=None, help=f"layout of the {name} part: {axes}"
+        )
+    add("--bridge", choices=("routed", "gather"), default="routed", help="what is drawn")
+    add("--samples", type=some, default=8, help="of a microbatch of all ranks")
+    add("--seq", type=some, default=4096, help="tokens of a sample")
+    add("--sequence-parallel", action="store_true", help="the language model cuts over TP, too")
+
+
 _OWN: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "plan": _plan,
+    "draw": _draw,
     "import": _import,
     "export": _export,
     "check": _check,
@@ -227,4 +275,6 @@ DESCRIPTIONS = {
     "import": "Write a checkpoint to train from, in any layout, from a Hugging Face folder.",
     "export": "Write a Hugging Face folder from a checkpoint of any layout.",
     "check": "Compare a model's logits here, in any layout, with transformers'.",
+    "plan": "Predict time and memory of all pairs of layouts, and of the best homogeneous ones.",
+    "draw": "Draw which rank holds what on either side of the bridges.",
 }

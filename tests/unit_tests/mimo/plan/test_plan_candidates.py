@@ -101,7 +101,7 @@ def test_a_candidate_as_options() -> None:
         memory=EncoderMemory("offload", "recompute"),
     )  # fmt: skip
     assert str(each) == (
-        "--vision tp=1,dp=8 --language tp=2,dp=4 --microbatches 2 --recompute full "
+        "--vision tp=1,dp=8 --language tp=2,dp=4 --micro-batches 2 --recompute full "
         "--encoder-memory offload --projector-memory recompute"
     )
 

@@ -9,7 +9,9 @@
     pipeline.py   how long a pipelined step takes, its first stage's encoder among it
     step_time.py  seconds of a step, part by part
     footprint.py  bytes of a rank, part by part
+    encoder_parts.py  what of a step is an encoder replica's
     estimates.py  ``plan(...)``: estimates, the fastest that fits first
+    why.py        why a pair is not the first choice, in words
 
 Numbers go in and numbers come out: no process group and no accelerator is asked.
 """

@@ -128,8 +128,10 @@ def planned_traffic(
         work: the step.
     """
     names = ("tp", "cp", "dp", "pp")
-    grids = [GridShape((at.tp, at.cp, at.dp, at.pp), names) for at in (encoder, language)]
-    layout = RouteLayout.from_grids(*grids, sequence_parallel=True)
+    source, destination = (
+        GridShape((at.tp, at.cp, at.dp, at.pp), names) for at in (encoder, language)
+    )
+    layout = RouteLayout.from_grids(source, destination, sequence_parallel=True)
     # All groups are alike: the first one tells of the others.
     group = layout.group_of(0)
     tokens = _tokens(samples, work.sequence, items, shape.rows)

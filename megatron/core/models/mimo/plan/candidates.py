@@ -68,7 +68,7 @@ class Candidate:
         """What the command line takes, with what is not a layout behind it."""
         parts = [f"--{name} {layout}" for name, layout in self.encoders.items()]
         parts.append(f"--{LANGUAGE} {self.language}")
-        more = {"microbatches": self.microbatches, "virtual-stages": self.virtual_stages}
+        more = {"micro-batches": self.microbatches, "virtual-stages": self.virtual_stages}
         parts += [f"--{name} {value}" for name, value in more.items() if value > 1]
         if self.recompute != "none":
             parts.append(f"--recompute {self.recompute}")

@@ -108,7 +108,7 @@ def plan(shapes: Shapes, work: Work, machine: Machine, search: Search) -> Plan:
         ValueError: no layout of that many ranks can run at all.
     """
     found = [
-        _fastest_that_fits(each, shapes, work, machine)
+        fastest_that_fits(each, shapes, work, machine)
         for each in candidates(shapes, work, search)
     ]
     if not found:
@@ -124,10 +124,15 @@ def plan(shapes: Shapes, work: Work, machine: Machine, search: Search) -> Plan:
     )
 
 
-def _fastest_that_fits(
+def fastest_that_fits(
     candidate: Candidate, shapes: Shapes, work: Work, machine: Machine
 ) -> Estimate:
-    """The candidate with the cheapest policy with which it fits, or with the smallest that is."""
+    """Return the estimate with the cheapest policy that fits; if none does, the smallest one.
+
+    Args:
+        candidate: without a policy of memory.
+        shapes, work, machine: what runs, on what, and where.
+    """
     kept = _estimate(candidate, shapes, work, machine)
     if kept.fits or _states_alone(kept) > machine.memory:
         return kept

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron.core.models.mimo.memory.policy import RECOMPUTE
+from megatron.core.models.mimo.memory.policy import OFFLOAD, RECOMPUTE
 from megatron.core.models.mimo.plan.bridge import direction, gather_rows, routed_rows
 from megatron.core.models.mimo.plan.candidates import Candidate
 from megatron.core.models.mimo.plan.encoder_parts import items_per_replica, offloaded
@@ -130,9 +130,10 @@ def step_seconds(
     copies = 0.0
     if not candidate.homogeneous:
         whole += encoding.seconds
-        # What is offloaded is copied while the language model runs.
-        copied = sum(offloaded(name, candidate, shapes, work) for name in shapes.encoders)
-        copies = max(0.0, copied / machine.host - all_of_it.seconds)
+        if candidate.memory.uses(OFFLOAD):
+            # Copies run while the language model does.
+            copied = sum(offloaded(name, candidate, shapes, work) for name in shapes.encoders)
+            copies = max(0.0, copied / machine.host - all_of_it.seconds)
     busy = encoding.seconds + all_of_it.seconds + output
     return StepSeconds(
         encoder=encoding.products + copies,
