@@ -86,6 +86,14 @@ def test_gradients_count_beyond_the_pass_that_they_are_reduced_beside() -> None:
     assert seconds_of(COLOCATED, slow).dp > 0.5
     frozen = replace(WORK, frozen_modules=frozenset({"language", "vision"}))
     assert seconds_of(COLOCATED, slow, frozen).dp == 0
+    # Rings of more nodes begin later.
+    late = replace(H100, between_latency=1.0)
+    few, many = (
+        seconds_of(Candidate(Layout(tp=8, dp=n), {"vision": Layout(tp=8, dp=n)}, 1), late,
+                   replace(WORK, samples=n)).dp
+        for n in (4, 16)
+    )  # fmt: skip
+    assert many > few > 10
 
 
 def test_bubble_of_a_pipeline() -> None:

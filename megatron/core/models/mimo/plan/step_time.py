@@ -33,6 +33,8 @@ GRADIENT_BYTES = 4
 # bits; the gradients' norm reads them once more.
 _OPTIMIZER_BYTES = 4 * 4 + 3 * 4 + 2 + 4
 _TP_CALLS = 4
+# Weights of a bucket that DDP reduces at once, Megatron-Core's defaults.
+_BUCKET, _BUCKET_PER_RANK = 40e6, 1e6
 
 
 @dataclass(frozen=True)
@@ -339,9 +341,13 @@ def _reducing(
             continue
         rate, latency = machine.group_link(ranks, stride)
         part = (ranks - 1) / ranks / rate
+        # A ring's first byte goes from node to node, for every bucket anew.
+        nodes = max(1, ranks * stride // machine.node)
+        buckets = math.ceil(weights / max(_BUCKET, _BUCKET_PER_RANK * ranks))
+        begins = buckets * nodes * latency
         backward, forward = hiding.get(name, (encoding.seconds, encoding.seconds / 2))
-        summing = GRADIENT_BYTES * weights * part + latency
-        gathering = work.itemsize * weights * part + latency
+        summing = GRADIENT_BYTES * weights * part + begins
+        gathering = work.itemsize * weights * part + begins
         seconds += max(0.0, summing - backward) + max(0.0, gathering - forward)
     return seconds
 
