@@ -31,6 +31,7 @@ _USAGE = """usage: mimo COMMAND ...
   import   a Hugging Face folder -> a checkpoint to train from, in any layout
   export   a checkpoint of any layout -> a Hugging Face folder
   check    logits of a folder's model here, in any layout, against transformers'
+  calibrate  products, copies and collectives of this machine, for plan
   plan     time and memory of all pairs of layouts, before anything runs
   draw     a picture of which rank holds what
   doctor   what this machine has, and what to do about what it lacks
@@ -95,6 +96,8 @@ def _parse(argv: Sequence[str], world: int | None) -> CommandOptions:
         PACKAGES.check()  # the library that reads the options is one of them
     options = read(argv[0], argv[1:])
     if world not in (None, options.world_size):
+        if argv[0] == "calibrate":
+            raise JobError(f"--ranks is {options.world_size}, but the job has {world}")
         raise JobError(
             f"--language {options.language} spans {options.world_size} ranks, but the job has "
             f"{world}"

@@ -28,7 +28,12 @@ else:
     except ImportError:  # only `mimo doctor` goes on
         from argparse import ArgumentParser
 
-COMMANDS = {"import": "importing", "export": "exporting", "check": "checking"}
+COMMANDS = {
+    "import": "importing",
+    "export": "exporting",
+    "check": "checking",
+    "calibrate": "calibrating",
+}
 """Command that runs on ranks -> module."""
 ALONE = {"plan": "planning", "draw": "drawing"}
 """Command that runs on none -> module."""
@@ -123,9 +128,9 @@ def read(command: str, argv: Sequence[str]) -> CommandOptions:
     layouts = {
         name: Layout.parse(text, name)
         for name in (*ENCODERS, "language")
-        if (text := found.pop(name)) is not None
+        if (text := found.pop(name, None)) is not None
     }
-    language = layouts.pop("language", Layout())
+    language = layouts.pop("language", Layout(dp=found.pop("ranks", 1)))
     paths = {name: _path(found.pop(name, None)) for name in ("source", "target", "checkpoint")}
     own = {name: found.pop(name) for name in ("dtype", "backend", "timeout")}
     return CommandOptions(command, encoders=layouts, language=language, more=found, **paths, **own)
@@ -136,7 +141,9 @@ def parser_of(command: str) -> ArgumentParser:
     parser = Parser(prog=f"mimo {command}", description=DESCRIPTIONS[command])
     parser.add_argument("--config", action=_from_file(), help="YAML file with options")
     if command in COMMANDS:
-        _common(parser, command)
+        if command != "calibrate":
+            _layouts(parser)
+        _of_ranks(parser, command)
     _OWN[command](parser)
     return parser
 
@@ -156,7 +163,7 @@ def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text).expanduser()
 
 
-def _common(parser: argparse.ArgumentParser, command: str) -> None:
+def _layouts(parser: argparse.ArgumentParser) -> None:
     for name in (*ENCODERS, "language"):
         axes = "tp=2,cp=2,dp=2" if name == "language" else "tp=2,dp=4"
         alone = "one rank" if name == "language" else "all of it on every rank"
@@ -166,11 +173,17 @@ def _common(parser: argparse.ArgumentParser, command: str) -> None:
             default=None,
             help=f"layout of the {name} part, as in {axes}; without: {alone}",
         )
+
+
+_DTYPE_OF = {"calibrate": "of what is measured; without: bfloat16 on GPUs, float32 on CPUs"}
+
+
+def _of_ranks(parser: argparse.ArgumentParser, command: str) -> None:
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="float32" if command == "check" else None,
-        help="of the weights; without: the folder's",
+        help=_DTYPE_OF.get(command, "of the weights; without: the folder's"),
     )
     parser.add_argument(
         "--backend", choices=("auto", "nccl", "gloo"), default="auto", help="of process groups"
@@ -221,6 +234,18 @@ def _check(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _calibrate(parser: argparse.ArgumentParser) -> None:
+    add, some = parser.add_argument, _number(parsers.whole(1))
+    add("target", metavar="OUT", help="file for the machine, which `mimo plan --gpu OUT` reads")
+    add("--ranks", type=some, default=8, help="of the job: as many as will train")
+    add("--tokens", type=some, default=1024, help="of a rank, in every measurement")
+    add("--width", type=some, default=1024, help="of the language model")
+    add("--encoder-width", type=some, default=512, help="of the encoder")
+    add("--heads", type=some, default=8, help="of the attention")
+    seconds = _number(parsers.real(0.0, low_included=False))
+    add("--seconds", type=seconds, default=4.0, help="for each of about ten measurements")
+
+
 def _plan(parser: argparse.ArgumentParser) -> None:
     add, some = parser.add_argument, _number(parsers.whole(1))
     add("source", metavar="HF_FOLDER_OR_SHAPES", help="config.json, or a YAML file of shapes")
@@ -267,6 +292,7 @@ def _draw(parser: argparse.ArgumentParser) -> None:
 _OWN: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "plan": _plan,
     "draw": _draw,
+    "calibrate": _calibrate,
     "import": _import,
     "export": _export,
     "check": _check,
@@ -275,6 +301,7 @@ DESCRIPTIONS = {
     "import": "Write a checkpoint to train from, in any layout, from a Hugging Face folder.",
     "export": "Write a Hugging Face folder from a checkpoint of any layout.",
     "check": "Compare a model's logits here, in any layout, with transformers'.",
+    "calibrate": "Measure what `mimo plan` needs to know of this machine, in about a minute.",
     "plan": "Predict time and memory of all pairs of layouts, and of the best homogeneous ones.",
     "draw": "Draw which rank holds what on either side of the bridges.",
 }

@@ -192,7 +192,7 @@ def find_machine(name: str) -> Machine:
     if not path.is_file():
         raise ValueError(
             f"machine {name!r} is neither a preset nor a file; presets are {sorted(PRESETS)}, and "
-            "`mimo plan --calibrate FILE` measures this machine"
+            "`mimo calibrate FILE` measures this machine"
         )
     try:
         return machine_from(json.loads(path.read_text("utf-8")))
