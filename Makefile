@@ -13,7 +13,7 @@ SEED ?= $(shell date +%Y%m%d)
 PYTHON ?=
 export PYTHON
 
-.PHONY: help train train-audio test test-newest parity parity-nightly mutants properties reshape faults models bench setup lint clean
+.PHONY: help train train-audio test test-newest parity parity-nightly mutants properties reshape faults models bench plan-check setup lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do \
@@ -71,6 +71,9 @@ faults: setup ## kill and stop ranks in every phase; ARGS="--cases 50 --seed 1",
 
 models: setup ## models from Hugging Face folders against transformers; ARGS="--only llama", --docs
 	@$(VENV)/bin/python -W ignore -m tests.imported $(ARGS)
+
+plan-check: setup ## the planner against published steps: errors of time and of gains, each row left out too
+	@$(VENV)/bin/python -W ignore -m benchmarks.plan_check $(ARGS)
 
 bench: setup ## measure the bridges: bytes, time, memory, overlap, the whole step; ARGS="--quick"
 	@$(VENV)/bin/python -W ignore -m benchmarks $(ARGS)

@@ -15,6 +15,9 @@ the figures and what they mean.
     whole_step.py   5. the digits job's step, and where its time goes
     torch_native.py torch-native modules beside Megatron's layers: step, memory
     overlap.py      6. what the asynchronous exchange hides, and its trace
+    published.py, plan_check.py   predicted against published steps: make plan-check
+    plan_pairs.py   predicted against measured steps of the digits model
+    plan_scale.py   predicted steps from 8 to 16,384 GPUs
     kinds.py        the list of these
     work.py         what the ranks of the one launch do
     campaign.py     the command: cells as they come, a table and a file per kind

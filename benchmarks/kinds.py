@@ -39,6 +39,7 @@ KINDS = (
     Kind("step", "Whole step of the digits job", "whole_step"),
     Kind("torch-native", "Torch-native modules beside Megatron's layers", "torch_native"),
     Kind("wall", "Wall time, forward + backward, routed over gather", "wall_time"),
+    Kind("plan", "Steps as planned and as measured", "plan_pairs"),
     Kind("scale", "Planning and set-up for thousands of ranks", "scale", on_ranks=False),
 )
 NAMED = {kind.name: kind for kind in KINDS}

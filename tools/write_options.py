@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.mimo.digits.options import Options
-from mimo_colocated.cli.options import COMMANDS, DESCRIPTIONS, parser_of
+from mimo_colocated.cli.options import ALONE, COMMANDS, DESCRIPTIONS, parser_of
 from mimo_colocated.launch.training_options import TrainingOptions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +28,7 @@ Written by `python -m tools.write_options` from the options themselves.
 def text() -> str:
     """Return the page."""
     parts = [HEAD, *_digits()]
-    for command in COMMANDS:
+    for command in (*COMMANDS, *ALONE):
         parts += [f"## mimo {command}\n", f"{DESCRIPTIONS[command]}\n", _table(_of(command))]
     return "\n".join(parts)
 

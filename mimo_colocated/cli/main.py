@@ -10,8 +10,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mimo_colocated.cli.options import COMMANDS, CommandOptions, read
+from mimo_colocated.cli.options import ALONE, COMMANDS, CommandOptions, parser_of, read
 from mimo_colocated.launch import Job, JobError, Packages, hush, init_distributed, run
+from mimo_colocated.launch.errors import one_sentence
 from mimo_colocated.launch.launcher import complain
 
 PACKAGES = Packages(
@@ -30,6 +31,9 @@ _USAGE = """usage: mimo COMMAND ...
   import   a Hugging Face folder -> a checkpoint to train from, in any layout
   export   a checkpoint of any layout -> a Hugging Face folder
   check    logits of a folder's model here, in any layout, against transformers'
+  calibrate  products, copies and collectives of this machine, for plan
+  plan     time and memory of all pairs of layouts, before anything runs
+  draw     a picture of which rank holds what
   doctor   what this machine has, and what to do about what it lacks
 
 `mimo COMMAND --help` lists the options."""
@@ -49,8 +53,10 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     if argv[0] == "doctor":
         return _doctor(argv[1:])
+    if argv[0] in ALONE:
+        return _alone(argv)
     if argv[0] not in COMMANDS:
-        known = ", ".join([*COMMANDS, "doctor"])
+        known = ", ".join([*COMMANDS, *ALONE, "doctor"])
         return complain(f"{argv[0]!r} is no command; the commands are {known}", 2, None)
     script = os.path.join(os.path.dirname(__file__), "__main__.py")
     job = Job(script, _parse, _work, _check_first, packages=PACKAGES, prepare=_prepare)
@@ -71,11 +77,27 @@ def _doctor(argv: Sequence[str]) -> int:
         return complain(str(error), 2, None)
 
 
+def _alone(argv: Sequence[str]) -> int:
+    """Run a command that starts no ranks and needs no accelerator."""
+    try:
+        PACKAGES.check()
+        options = parser_of(argv[0]).parse_args(list(argv[1:]))
+        hush()
+        importlib.import_module(f"mimo_colocated.cli.{ALONE[argv[0]]}").run(options)
+    except JobError as error:
+        return complain(str(error), 2, None)
+    except OSError as error:
+        return complain(one_sentence(error, PACKAGES.hint), 1, None)
+    return 0
+
+
 def _parse(argv: Sequence[str], world: int | None) -> CommandOptions:
     if world is None:
         PACKAGES.check()  # the library that reads the options is one of them
     options = read(argv[0], argv[1:])
     if world not in (None, options.world_size):
+        if argv[0] == "calibrate":
+            raise JobError(f"--ranks is {options.world_size}, but the job has {world}")
         raise JobError(
             f"--language {options.language} spans {options.world_size} ranks, but the job has "
             f"{world}"

@@ -28,8 +28,15 @@ else:
     except ImportError:  # only `mimo doctor` goes on
         from argparse import ArgumentParser
 
-COMMANDS = {"import": "importing", "export": "exporting", "check": "checking"}
-"""Command -> module."""
+COMMANDS = {
+    "import": "importing",
+    "export": "exporting",
+    "check": "checking",
+    "calibrate": "calibrating",
+}
+"""Command that runs on ranks -> module."""
+ALONE = {"plan": "planning", "draw": "drawing"}
+"""Command that runs on none -> module."""
 ENCODERS = ("vision", "audio")
 """Options that give an encoder its layout."""
 DTYPES = ("float32", "bfloat16", "float16")
@@ -121,19 +128,22 @@ def read(command: str, argv: Sequence[str]) -> CommandOptions:
     layouts = {
         name: Layout.parse(text, name)
         for name in (*ENCODERS, "language")
-        if (text := found.pop(name)) is not None
+        if (text := found.pop(name, None)) is not None
     }
-    language = layouts.pop("language", Layout())
+    language = layouts.pop("language", Layout(dp=found.pop("ranks", 1)))
     paths = {name: _path(found.pop(name, None)) for name in ("source", "target", "checkpoint")}
     own = {name: found.pop(name) for name in ("dtype", "backend", "timeout")}
     return CommandOptions(command, encoders=layouts, language=language, more=found, **paths, **own)
 
 
 def parser_of(command: str) -> ArgumentParser:
-    """Return the parser of one of :data:`COMMANDS`."""
+    """Return the parser of one of :data:`COMMANDS` or :data:`ALONE`."""
     parser = Parser(prog=f"mimo {command}", description=DESCRIPTIONS[command])
     parser.add_argument("--config", action=_from_file(), help="YAML file with options")
-    _common(parser, command)
+    if command in COMMANDS:
+        if command != "calibrate":
+            _layouts(parser)
+        _of_ranks(parser, command)
     _OWN[command](parser)
     return parser
 
@@ -153,7 +163,7 @@ def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text).expanduser()
 
 
-def _common(parser: argparse.ArgumentParser, command: str) -> None:
+def _layouts(parser: argparse.ArgumentParser) -> None:
     for name in (*ENCODERS, "language"):
         axes = "tp=2,cp=2,dp=2" if name == "language" else "tp=2,dp=4"
         alone = "one rank" if name == "language" else "all of it on every rank"
@@ -163,11 +173,17 @@ def _common(parser: argparse.ArgumentParser, command: str) -> None:
             default=None,
             help=f"layout of the {name} part, as in {axes}; without: {alone}",
         )
+
+
+_DTYPE_OF = {"calibrate": "of what is measured; without: bfloat16 on GPUs, float32 on CPUs"}
+
+
+def _of_ranks(parser: argparse.ArgumentParser, command: str) -> None:
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="float32" if command == "check" else None,
-        help="of the weights; without: the folder's",
+        help=_DTYPE_OF.get(command, "of the weights; without: the folder's"),
     )
     parser.add_argument(
         "--backend", choices=("auto", "nccl", "gloo"), default="auto", help="of process groups"
@@ -218,7 +234,65 @@ def _check(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _calibrate(parser: argparse.ArgumentParser) -> None:
+    add, some = parser.add_argument, _number(parsers.whole(1))
+    add("target", metavar="OUT", help="file for the machine, which `mimo plan --gpu OUT` reads")
+    add("--ranks", type=some, default=8, help="of the job: as many as will train")
+    add("--tokens", type=some, default=1024, help="of a rank, in every measurement")
+    add("--width", type=some, default=1024, help="of the language model")
+    add("--encoder-width", type=some, default=512, help="of the encoder")
+    add("--heads", type=some, default=8, help="of the attention")
+    seconds = _number(parsers.real(0.0, low_included=False))
+    add("--seconds", type=seconds, default=4.0, help="for each of about ten measurements")
+
+
+def _plan(parser: argparse.ArgumentParser) -> None:
+    add, some = parser.add_argument, _number(parsers.whole(1))
+    add("source", metavar="HF_FOLDER_OR_SHAPES", help="config.json, or a YAML file of shapes")
+    add("--gpus", type=some, default=8, help="of the job, one rank each")
+    add("--gpu", default="h100", help="a100, h100, h200, b200, or a file with a machine")
+    add("--seq", type=some, default=8192, help="tokens of a sample")
+    add("--global-batch", type=some, default=8, help="samples of a step")
+    for name in ENCODERS:
+        add(
+            f"--{name}-share",
+            type=_number(parsers.share),
+            default=None,
+            help=f"part of the tokens that are rows of {name}; without: a half, shared evenly",
+        )
+    add("--item-tokens", type=some, default=1024, help="of an image, where it may have any size")
+    add("--frozen", default=None, help="modules that do not train, such as vision+language")
+    add("--replica-samples", default="1,2", help="samples of a replica in a microbatch, to try")
+    add("--top", type=some, default=10, help="rows of the table")
+    add("--why", metavar="LAYOUTS", default=None, help=_WHY)
+    add("--json", default=None, help="file for all estimates that fit")
+    add("--picture", default=None, help="file for bars of the table's rows: PNG, or SVG")
+
+
+_WHY = (
+    "explain a pair, as in tp=1,dp=8/tp=2,cp=2,dp=2: encoders in the model's order, then the "
+    "language model; one layout alone is the homogeneous way"
+)
+
+
+def _draw(parser: argparse.ArgumentParser) -> None:
+    add, some = parser.add_argument, _number(parsers.whole(1))
+    add("target", metavar="OUT", help="the picture: PNG, or SVG by its suffix")
+    for name in (*ENCODERS, "language"):
+        axes = "tp=2,cp=2,dp=2" if name == "language" else "tp=2,dp=4"
+        add(
+            f"--{name}", metavar="LAYOUT", default=None, help=f"layout of the {name} part: {axes}"
+        )
+    add("--bridge", choices=("routed", "gather"), default="routed", help="what is drawn")
+    add("--samples", type=some, default=8, help="of a microbatch of all ranks")
+    add("--seq", type=some, default=4096, help="tokens of a sample")
+    add("--sequence-parallel", action="store_true", help="the language model cuts over TP, too")
+
+
 _OWN: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "plan": _plan,
+    "draw": _draw,
+    "calibrate": _calibrate,
     "import": _import,
     "export": _export,
     "check": _check,
@@ -227,4 +301,7 @@ DESCRIPTIONS = {
     "import": "Write a checkpoint to train from, in any layout, from a Hugging Face folder.",
     "export": "Write a Hugging Face folder from a checkpoint of any layout.",
     "check": "Compare a model's logits here, in any layout, with transformers'.",
+    "calibrate": "Measure what `mimo plan` needs to know of this machine, in about a minute.",
+    "plan": "Predict time and memory of all pairs of layouts, and of the best homogeneous ones.",
+    "draw": "Draw which rank holds what on either side of the bridges.",
 }

@@ -31,6 +31,7 @@ PAGES = (
     "docs/experts.md",
     "docs/models.md",
     "docs/parts.md",
+    "docs/plan.md",
     "docs/torch-native.md",
 )
 _MARKS = ("make", "covered-by", "after", "timeout")

@@ -16,5 +16,6 @@ safetensors_file.py  writes a file tensor by tensor
 logits_check.py    logits against transformers', on samples that examples.py makes
 family.py          what a family says; what it refuses
 language_model.py  stock's GPT with their rotary frequencies and a padded vocabulary
+plan_shapes.py     sizes of a folder's model, for planning layouts
 rotary.py          rotary frequencies of a configuration
 """

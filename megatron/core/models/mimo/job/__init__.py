@@ -12,6 +12,8 @@
     samples.py       samples cut into equal runs, and epochs in orders of their own
     memory_plan.py   what each way to hold an encoder's activations would save
     plots.py         figures that are whole or not there; the loss
+    calibration.py   what this machine reaches, to plan with
+    plan_picture.py  bars of what layouts are predicted to take
     layout_plot.py   which rank holds what on either side of a bridge
 
 Figures need matplotlib, progress needs tqdm, and the summary's table needs rich.

@@ -19,13 +19,14 @@ INK, MUTED, RIGHT, WRONG = "#1b1f24", "#6e7781", "#0969da", "#cf222e"
 
 
 def save_figure(figure: Figure, path: Path, what: str) -> None:
-    """Write a figure as PNG, all of it or nothing.
+    """Write a figure, all of it or nothing: SVG if the path ends so, else PNG.
 
     Raises:
         JobError: for a full disk or a path that cannot be written.
     """
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, facecolor="white")
+    kind = "svg" if path.suffix.lower() == ".svg" else "png"
+    figure.savefig(buffer, format=kind, dpi=130, facecolor="white")
     write_atomically(path, buffer.getvalue(), what)
 
 

@@ -58,6 +58,7 @@ class TransformerShape:
             CPU with dropout.
         mask: bytes of a dropout mask's element: 1 on accelerators, a number on the CPU.
         input_itemsize: bytes of a number of the encoder's inputs.
+        sequence_parallel: the ranks that share the encoder also cut what its norms keep.
 
     Raises:
         ValueError: an unknown name, or a size that is not positive or does not divide.
@@ -78,6 +79,7 @@ class TransformerShape:
     attention: str = "fused"
     mask: int = 1
     input_itemsize: int = 4
+    sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "ffn", "heads", "tokens", "patch", "projected",
@@ -115,6 +117,8 @@ def transformer_bytes(shape: TransformerShape, items: int) -> PartBytes:
     both hidden dropouts            ``2 m h``, with dropout
     ==============================  ===============================================
 
+    With sequence parallelism the rows of the table without ``t`` are over ``t``, too.
+
     ``"selective"`` keeps no more of attention than query, key and value, ``"full"`` of a layer only
     its input. The embedding keeps its input; the last norm its input, mean and deviation; the
     projection its input, and its hidden layer before and after gelu.
@@ -125,7 +129,8 @@ def transformer_bytes(shape: TransformerShape, items: int) -> PartBytes:
     """
     e, h, tokens = shape.itemsize, shape.hidden, items * shape.tokens
     norm = e * h + 2 * e
-    layers = shape.layers * (e * h if shape.recompute == "full" else _layer(shape))
+    cut = shape.tp if shape.sequence_parallel else 1
+    layers = shape.layers * (e * h // cut if shape.recompute == "full" else _layer(shape))
     pooled = tokens // shape.pooled
     rows = pooled * e * h
     return PartBytes(
@@ -143,6 +148,7 @@ def _layer(shape: TransformerShape) -> int:
     e, h, tp = shape.itemsize, shape.hidden, shape.tp
     norms = 4 * e * h + 4 * e
     masks = 2 * shape.mask * h if shape.dropout else 0
+    between = (norms + masks) // tp if shape.sequence_parallel else norms + masks
     mlp = 2 * e * shape.ffn
     attention = 3 * e * h
     if shape.recompute == "none" and shape.attention == "fused":
@@ -150,7 +156,7 @@ def _layer(shape: TransformerShape) -> int:
     elif shape.recompute == "none":
         # In 32 bits the value is still that of the projection, which query and key share.
         attention = (3 * e if e == 4 else 4) * h + 2 * 4 * h + 3 * 4 * shape.heads * shape.tokens
-    return norms + masks + (attention + e * h + mlp) // tp
+    return between + (attention + e * h + mlp) // tp
 
 
 def _encoder_flops(shape: TransformerShape) -> int:

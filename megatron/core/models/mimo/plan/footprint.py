@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes of the fullest rank, part by part.
+
+Encoder activations are those of ``memory/plan.py``, rows of the bridge those of the route plan's
+formula; what a language model keeps is counted here, as its layers are gated and share heads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron.core.models.mimo.memory.plan import Step
+from megatron.core.models.mimo.plan.candidates import Candidate
+from megatron.core.models.mimo.plan.encoder_parts import encoder_prediction, microbatches_kept
+from megatron.core.models.mimo.plan.machine import Machine
+from megatron.core.models.mimo.plan.shapes import Shapes, Stack, Work
+from megatron.core.models.mimo.plan.step_time import (
+    GRADIENT_BYTES,
+    encoder_weights,
+    language_weights,
+    replicas,
+)
+
+# A weight, and Adam's two moments, in float32.
+_OPTIMIZER_BYTES = 12
+MARGIN = 0.05
+"""Part of all else that is kept free: fragments of the allocator, kernels' workspaces, the context
+of the driver. A run that does not fit costs more than a layout that was passed over."""
+
+
+@dataclass(frozen=True)
+class RankBytes:
+    """Bytes of a rank at the fullest moment of a step.
+
+    Attributes:
+        weights, gradients, optimizer: of all modules.
+        encoder: what encoders and projectors keep between their passes.
+        activations: what layers of the language model keep.
+        logits: of the output layer and the loss.
+        bridge: rows of microbatches that wait, as they came and among the text.
+        communicators: of process groups.
+        margin: kept free.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    encoder: float
+    activations: float
+    logits: float
+    bridge: float
+    communicators: float
+    margin: float
+
+    @property
+    def total(self) -> float:
+        """All of it, the margin too."""
+        return sum(vars(self).values())
+
+    @property
+    def expected(self) -> float:
+        """Without the margin: what a measurement is compared with."""
+        return self.total - self.margin
+
+
+def rank_bytes(candidate: Candidate, shapes: Shapes, work: Work, machine: Machine) -> RankBytes:
+    """Return the parts of the fullest rank's memory at its fullest moment.
+
+    That is on the first or on the last pipeline stage; without stages, while the language model
+    runs or when an encoder goes back.
+
+    Args:
+        candidate: one that :func:`~.candidates.problem` has nothing against.
+        shapes, work, machine: what runs, on what, and where.
+    """
+    moments = [_moment(candidate, shapes, work, machine, first=True)]
+    if candidate.language.pp == 1:
+        # The language model is through when the encoders go back.
+        moments.append(_moment(candidate, shapes, work, machine, first=True, language=False))
+    else:
+        moments.append(_moment(candidate, shapes, work, machine, first=False))
+    return max(moments, key=lambda each: each.total)
+
+
+def _moment(
+    candidate: Candidate,
+    shapes: Shapes,
+    work: Work,
+    machine: Machine,
+    *,
+    first: bool,
+    language: bool = True,
+) -> RankBytes:
+    """Of a rank of the first or of the last stage, while the language model runs or after it."""
+    alone, encodes = candidate.language.pp == 1, first or not candidate.homogeneous
+    waiting = microbatches_kept(candidate) if first else 1.0
+    encoder = bridge = activations = logits = 0.0
+    for name in shapes.encoders if encodes else ():
+        kept = encoder_prediction(name, candidate, shapes, work)
+        # With stages an encoder goes back while other microbatches are still in the stage.
+        encoder += kept.total if alone and language else kept.peak
+        if first and not candidate.homogeneous:
+            bridge += _bridge_bytes(name, candidate, shapes, work)
+    if language:
+        activations = _activations(candidate, shapes.language.stack, work, waiting)
+        logits = _logits(candidate, shapes, work) if alone or not first else 0.0
+    parts = {
+        **_states(candidate, shapes, work, encoders=encodes),
+        "encoder": encoder,
+        "activations": activations,
+        "logits": logits,
+        "bridge": bridge,
+        "communicators": machine.communicator * groups(candidate),
+    }
+    return RankBytes(**parts, margin=MARGIN * sum(parts.values()))
+
+
+def _states(
+    candidate: Candidate, shapes: Shapes, work: Work, *, encoders: bool
+) -> dict[str, float]:
+    """Weights, gradients and optimizer of a rank, with the optimizer's state cut over DP and CP."""
+    dense, experts = language_weights(candidate, shapes)
+    at = candidate.language
+    # Experts have fewer replicas than the rest: EP ranks hold different ones.
+    expert_ranks = max(1, at.dp * at.cp * at.tp // (at.ep * at.expert_tp))
+    held = [("language", dense, at.dp * at.cp), ("language", experts, expert_ranks)]
+    if encoders:
+        held += [
+            (name, encoder_weights(name, candidate, shapes), replicas(candidate, name))
+            for name in shapes.encoders
+        ]
+    trained = [(weights, ranks) for name, weights, ranks in held if name not in work.frozen_modules]
+    return {
+        "weights": work.itemsize * sum(weights for _, weights, _ in held),
+        "gradients": GRADIENT_BYTES * sum(weights for weights, _ in trained),
+        "optimizer": _OPTIMIZER_BYTES * sum(weights / ranks for weights, ranks in trained),
+    }
+
+
+def layer_bytes(stack: Stack, itemsize: int, tp: int) -> float:
+    """Return what one layer of a language model keeps per token, on one of its TP ranks.
+
+    After Korthikanti et al. 2022, table 2, with sequence parallelism, without dropout, with
+    attention that keeps no scores; ``e`` bytes a number, width ``h``, TP ``t``:
+
+    ===============================  =====================================
+    inputs and outputs of norms      ``4 e h``
+    query, key, value                ``e d (a + 2 g)``, heads ``a``, ``g`` groups of channels ``d``
+    attention's output               ``e d a``, and a float per head
+    gated MLP, one kernel            ``3 e f``: before it, and its product
+    other MLP                        ``2 e f``
+    experts, ``k`` of them a token   as MLPs of ``k`` times their width, and ``k`` copies of ``h``
+    ===============================  =====================================
+
+    all of it over ``t``.
+
+    >>> layer_bytes(Stack.of(1, 1024, 4096, 16), 2, 1) / 1024
+    32.0625
+    """
+    e, wide = itemsize, 3 if stack.gated else 2
+    attention = e * stack.head * 2 * (stack.heads + stack.groups) + 4 * stack.heads
+    part = stack.expert_layers / stack.layers
+    experts = stack.chosen * (wide * stack.expert_ffn + 2 * stack.hidden)
+    mlp = e * ((1 - part) * wide * stack.ffn + part * experts)
+    return (4 * e * stack.hidden + attention + mlp) / tp
+
+
+def _activations(candidate: Candidate, stack: Stack, work: Work, waiting: float) -> float:
+    at = candidate.language
+    samples = work.samples // (at.dp * candidate.microbatches)
+    tokens = samples * work.sequence / at.cp
+    layers, whole = stack.layers / at.pp, layer_bytes(stack, work.itemsize, at.tp)
+    each = whole
+    if candidate.recompute == "full":
+        each = work.itemsize * stack.hidden / at.tp
+    elif candidate.recompute == "selective":
+        output = work.itemsize * stack.head * stack.heads + 4 * stack.heads
+        each = whole - output / at.tp
+    # One layer goes back at a time: its gradients, and what it had to compute again.
+    working = work.itemsize * (2 * stack.ffn + stack.hidden) / at.tp
+    working += whole - each
+    return tokens * (waiting * layers * each + working)
+
+
+def _logits(candidate: Candidate, shapes: Shapes, work: Work) -> float:
+    """Logits as the output layer makes them, and in float32, where the loss keeps them."""
+    at = candidate.language
+    samples = work.samples // (at.dp * candidate.microbatches)
+    tokens = samples * work.sequence / at.cp
+    return tokens * shapes.language.vocab / at.tp * (work.itemsize + 4)
+
+
+def _bridge_bytes(name: str, candidate: Candidate, shapes: Shapes, work: Work) -> float:
+    """Rows that came and the same among the text, of every microbatch that waits."""
+    at, shape = candidate.language, shapes.encoders[name]
+    samples = work.samples // (at.dp * candidate.microbatches)
+    rows = samples * work.items(name, shape) * shape.rows
+    if candidate.bridge == "routed":
+        rows /= at.cp * at.tp
+    kept = Step(candidate.microbatches, at.pp, 1).kept
+    return 2 * kept * rows * shapes.width * work.itemsize
+
+
+def groups(candidate: Candidate) -> int:
+    """Return process groups of more than one rank that a rank is in, each a communicator."""
+    at = candidate.language
+    sizes = [at.tp, at.cp, at.dp * at.cp, at.pp, at.ep]
+    if at.cp > 1:
+        sizes.append(at.dp)
+    for each in candidate.encoders.values():
+        # TP, DP, and the ranks that exchange rows.
+        sizes += [each.tp, each.dp, at.size // math.gcd(each.dp, at.dp)]
+    return sum(size > 1 for size in sizes)

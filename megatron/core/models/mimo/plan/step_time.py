@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seconds of a step, part by part. Pure floats.
+
+What a part takes is its FLOPs or its bytes over what the machine reaches of them. Context parallel
+attention overlaps its ring with its products, and gradients are reduced beside the backward pass,
+so of these only what is longer than the products counts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron.core.models.mimo.memory.policy import OFFLOAD, RECOMPUTE
+from megatron.core.models.mimo.plan.bridge import direction, gather_rows, routed_rows
+from megatron.core.models.mimo.plan.candidates import Candidate
+from megatron.core.models.mimo.plan.encoder_parts import items_per_replica, offloaded
+from megatron.core.models.mimo.plan.flops import (
+    BACKWARD_ATTENTION,
+    BACKWARD_MATMUL,
+    attention_flops,
+    encoder_flops,
+    layer_flops,
+    seen_pairs,
+)
+from megatron.core.models.mimo.plan.machine import Machine
+from megatron.core.models.mimo.plan.pipeline import Passes, pipeline_seconds
+from megatron.core.models.mimo.plan.shapes import Shapes, Stack, Work
+
+GRADIENT_BYTES = 4
+"""Gradients are summed in float32."""
+# Adam reads weight, two moments and gradient in float32, writes three of them and the weight in 16
+# bits; the gradients' norm reads them once more.
+_OPTIMIZER_BYTES = 4 * 4 + 3 * 4 + 2 + 4
+_TP_CALLS = 4
+# Weights of a bucket that DDP reduces at once, Megatron-Core's defaults.
+_BUCKET, _BUCKET_PER_RANK = 40e6, 1e6
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """Seconds of a step on its slowest rank.
+
+    Attributes:
+        encoder: products of all encoders, waiting for the replica with most items, and copies to
+            the host and back beyond the language model's time.
+        language: products of the language model.
+        tp: collectives over TP of all modules.
+        cp: what the ring of keys and values takes beyond the attention that it runs beside.
+        ep: tokens to their experts and back.
+        bubble: waiting for other pipeline stages, and sending to them.
+        bridge: rows to the language model and gradients back.
+        dp: reducing gradients and gathering weights, beyond the passes that they run beside.
+        optimizer: the update.
+    """
+
+    encoder: float
+    language: float
+    tp: float
+    cp: float
+    ep: float
+    bubble: float
+    bridge: float
+    dp: float
+    optimizer: float
+
+    @property
+    def passes(self) -> float:
+        """All but the optimizer: what benchmarks of forward and backward passes show."""
+        return self.total - self.optimizer
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Seconds of a module's passes of one microbatch on one rank: products, TP, CP, EP."""
+
+    products: float
+    tp: float = 0.0
+    cp: float = 0.0
+    ep: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.products + self.tp + self.cp + self.ep
+
+    def __add__(self, other: _Pass) -> _Pass:
+        mine, theirs = vars(self), vars(other)
+        return _Pass(**{name: mine[name] + theirs[name] for name in mine})
+
+    def __mul__(self, factor: float) -> _Pass:
+        return _Pass(**{name: value * factor for name, value in vars(self).items()})
+
+
+_NOTHING = _Pass(0.0)
+
+
+def step_seconds(
+    candidate: Candidate, shapes: Shapes, work: Work, machine: Machine
+) -> StepSeconds:
+    """Return the parts of a step's time.
+
+    A colocated step encodes on all ranks, then runs the language model, then goes back through
+    the encoders. In a homogeneous step the encoders are a part of the first pipeline stage.
+
+    Args:
+        candidate: one that :func:`~.candidates.problem` has nothing against.
+        shapes, work, machine: what runs, on what, and where.
+    """
+    m, at = candidate.microbatches, candidate.language
+    language = _LanguageTime(candidate, shapes, work, machine)
+    forward = backward = _NOTHING
+    for name in shapes.encoders:
+        there, back = encoder_passes(name, candidate, shapes, work, machine)
+        forward, backward = forward + there, backward + back
+    ends = language.output()
+    passes = Passes(
+        forward=language.forward.seconds,
+        backward=language.backward.seconds,
+        first_forward=forward.seconds if candidate.homogeneous else 0.0,
+        first_backward=backward.seconds if candidate.homogeneous else 0.0,
+        last_forward=ends,
+        last_backward=ends * BACKWARD_MATMUL,
+    )
+    encoding, all_of_it = (forward + backward) * m, (language.forward + language.backward) * m
+    output = m * ends * (1 + BACKWARD_MATMUL)
+    whole = pipeline_seconds(passes, m, at.pp, candidate.virtual_stages) + language.sends()
+    copies = 0.0
+    if not candidate.homogeneous:
+        whole += encoding.seconds
+        if candidate.memory.uses(OFFLOAD):
+            # Copies run while the language model does.
+            copied = sum(offloaded(name, candidate, shapes, work) for name in shapes.encoders)
+            copies = max(0.0, copied / machine.host - all_of_it.seconds)
+    busy = encoding.seconds + all_of_it.seconds + output
+    return StepSeconds(
+        encoder=encoding.products + copies,
+        language=all_of_it.products + output,
+        tp=encoding.tp + all_of_it.tp,
+        cp=all_of_it.cp,
+        ep=all_of_it.ep,
+        # Less than nothing where a homogeneous encoder runs while its stage would have waited.
+        bubble=whole - busy,
+        bridge=m * bridge_seconds(candidate, shapes, work, machine),
+        dp=_reducing(candidate, shapes, work, machine, language, backward),
+        optimizer=_updating(candidate, shapes, work, machine),
+    )
+
+
+class _LanguageTime:
+    """Passes of one microbatch of the language model on one rank."""
+
+    def __init__(
+        self, candidate: Candidate, shapes: Shapes, work: Work, machine: Machine
+    ) -> None:
+        self.at, self.stack, self.machine = candidate.language, shapes.language.stack, machine
+        self.work, self.candidate, self.vocab = work, candidate, shapes.language.vocab
+        self.samples = work.samples // (self.at.dp * candidate.microbatches)
+        # Tokens of a rank before TP cuts them.
+        self.tokens = self.samples * work.sequence / self.at.cp
+        self.layers = self.stack.layers / self.at.pp
+        trained = "language" not in work.frozen_modules
+        self.forward = self._pass(1.0, 1.0, 1)
+        # A frozen model's activations still have gradients, as encoders train through them.
+        products = BACKWARD_MATMUL if trained else 1.0
+        self.backward = self._pass(products, BACKWARD_ATTENTION, 2)
+        again = {"none": _NOTHING, "full": self.forward}
+        if candidate.recompute == "selective":
+            again["selective"] = _Pass(self._attention())
+        self.backward += again[candidate.recompute]
+
+    def _attention(self) -> float:
+        """Seconds of the products of one forward pass's attention."""
+        pairs = self.samples * seen_pairs([self.work.sequence], causal=True)
+        flops = attention_flops(self.stack, pairs) / (self.at.tp * self.at.cp)
+        return self.layers * flops / self.machine.attention
+
+    def _pass(self, products: float, attention: float, ring: int) -> _Pass:
+        """Of ``products`` and ``attention`` times a forward pass's; ``ring`` times its ring."""
+        at, work, machine = self.at, self.work, self.machine
+        linear = layer_flops(self.stack, self.tokens) / (at.tp * at.pp) / machine.matmul
+        scores = self._attention() * attention
+        bytes_ = self.tokens * self.stack.hidden * work.itemsize
+        return _Pass(
+            products=linear * products + scores,
+            tp=self.layers * tp_seconds(bytes_, at.tp, machine),
+            cp=self.layers * self._ring(scores / self.layers, ring),
+            ep=self.stack.expert_layers / at.pp * self._to_experts(bytes_),
+        )
+
+    def _ring(self, attention: float, tensors: int) -> float:
+        """Seconds that a layer waits for keys and values, whose products take ``attention``."""
+        at, stack = self.at, self.stack
+        if at.cp == 1:
+            return 0.0
+        numbers = 2 * self.tokens * stack.groups * stack.head / at.tp
+        bytes_ = tensors * numbers * self.work.itemsize
+        rate, latency = self.machine.link(at.tp * at.cp)
+        return (at.cp - 1) * max(0.0, latency + bytes_ / rate - attention / at.cp)
+
+    def _to_experts(self, bytes_: float) -> float:
+        """Seconds of both all-to-alls of one layer's pass."""
+        at = self.at
+        if at.ep == 1:
+            return 0.0
+        rate, latency = self.machine.link(at.ep * at.expert_tp)
+        sent = bytes_ / at.tp * self.stack.chosen * (at.ep - 1) / at.ep
+        return 2 * (latency + sent / rate)
+
+    def output(self) -> float:
+        """Return seconds of the output layer's forward pass."""
+        flops = 2 * self.tokens * self.stack.hidden * self.vocab / self.at.tp
+        return flops / self.machine.matmul
+
+    def sends(self) -> float:
+        """Return seconds in which stages send to each other."""
+        at = self.at
+        if at.pp == 1:
+            return 0.0
+        rate, latency = self.machine.link(self.at.size)
+        bytes_ = self.tokens * self.stack.hidden * self.work.itemsize / at.tp
+        times = 2 * (self.candidate.microbatches + at.pp - 1) * self.candidate.virtual_stages
+        return times * (latency + bytes_ / rate)
+
+
+def tp_seconds(bytes_: float, tp: int, machine: Machine) -> float:
+    """Return seconds of one layer's TP collectives in one pass.
+
+    Attention and MLP gather their inputs and scatter sums of their outputs; an all-reduce without
+    sequence parallelism moves as much (Korthikanti et al. 2022, "Reducing Activation Recomputation
+    in Large Transformer Models", 4.2.2). Backward moves as much again; what it gathers once more
+    runs beside its products.
+
+    Args:
+        bytes_: of the hidden states that TP ranks share.
+        tp: ranks that share them, neighbours.
+        machine: where.
+    """
+    if tp == 1:
+        return 0.0
+    rate, latency = machine.link(tp)
+    return _TP_CALLS * (latency + bytes_ * (tp - 1) / tp / rate)
+
+
+def encoder_passes(
+    name: str, candidate: Candidate, shapes: Shapes, work: Work, machine: Machine
+) -> tuple[_Pass, _Pass]:
+    """Return the forward and the backward pass of one microbatch on the rank with most items.
+
+    Args:
+        name: of the encoder.
+        candidate, shapes, work, machine: as of :func:`step_seconds`.
+    """
+    shape, at = shapes.encoders[name], candidate.encoder(name)
+    items = items_per_replica(name, candidate, shape, work)
+    flops = encoder_flops(shape, items, shapes.width)
+    forward = _Pass(
+        products=(flops.layers + flops.ends + flops.attention) / at.tp / machine.encoder,
+        tp=_encoder_tp(shape.stack, items * shape.tokens * work.itemsize, at.tp, machine),
+    )
+    if name in work.frozen_modules:
+        return forward, _NOTHING
+    products = BACKWARD_MATMUL * (flops.layers + flops.ends) + BACKWARD_ATTENTION * flops.attention
+    backward = _Pass(products / at.tp / machine.encoder, forward.tp)
+    if candidate.memory.encoder == RECOMPUTE:
+        backward += forward
+    return forward, backward
+
+
+def _encoder_tp(stack: Stack, itembytes: float, tp: int, machine: Machine) -> float:
+    return stack.layers * tp_seconds(itembytes * stack.hidden, tp, machine)
+
+
+def bridge_seconds(
+    candidate: Candidate, shapes: Shapes, work: Work, machine: Machine
+) -> float:
+    """Return seconds of one microbatch's rows on their way, forward and backward."""
+    if candidate.homogeneous:
+        return 0.0
+    seconds, at = 0.0, candidate.language
+    samples = work.samples // (at.dp * candidate.microbatches)
+    for name, shape in shapes.encoders.items():
+        way, scale = direction(candidate.encoder(name), at)
+        if candidate.bridge == "gather":
+            rows = gather_rows(way, scale, at.cp)
+        else:
+            rows = routed_rows(way, scale, at.cp * at.tp)
+        moved = float(rows.forward + rows.backward) * samples * work.items(name, shape) * shape.rows
+        low = min(candidate.encoder(name).dp, at.dp)
+        rate, latency = machine.link(at.size // (math.gcd(low, at.dp) * at.pp))
+        seconds += 2 * latency + moved * shapes.width * work.itemsize / rate
+    return seconds
+
+
+def language_weights(candidate: Candidate, shapes: Shapes) -> tuple[float, float]:
+    """Return one rank's weights of the language model: those that DP ranks share, and experts'.
+
+    An end, embedding or output layer, is on the first or the last stage; with one stage both are.
+    """
+    at, shape = candidate.language, shapes.language
+    ends = shape.vocab * shape.stack.hidden * (2 if at.pp == 1 and not shape.tied else 1)
+    dense = (shape.stack.dense_weights / at.pp + ends) / at.tp
+    return dense, shape.stack.expert_weights / (at.pp * at.ep * at.expert_tp)
+
+
+def encoder_weights(name: str, candidate: Candidate, shapes: Shapes) -> float:
+    """Return one rank's weights of an encoder and its projector."""
+    return shapes.encoders[name].weights(shapes.width) / candidate.encoder(name).tp
+
+
+def replicas(candidate: Candidate, name: str) -> int:
+    """Return the ranks that reduce the same gradients of a module."""
+    if name == "language" or candidate.homogeneous:
+        return candidate.language.dp * candidate.language.cp
+    return candidate.encoder(name).dp
+
+
+def _reducing(
+    candidate: Candidate, shapes: Shapes, work: Work, machine: Machine,
+    language: _LanguageTime, encoding: _Pass,
+) -> float:  # fmt: skip
+    """Seconds of DP collectives that no pass hides.
+
+    The last microbatch's backward pass hides the sums of gradients, the first one's forward pass
+    the gathering of weights; an encoder's own passes hide its own.
+    """
+    seconds = 0.0
+    at = candidate.language
+    modules = [("language", sum(language_weights(candidate, shapes)), at.tp)]
+    for name in shapes.encoders:
+        tp = candidate.encoder(name).tp
+        modules.append((name, encoder_weights(name, candidate, shapes), tp))
+    hiding = {"language": (language.backward.seconds, language.forward.seconds)}
+    for name, weights, stride in modules:
+        ranks = replicas(candidate, name)
+        if name in work.frozen_modules or ranks == 1:
+            continue
+        rate, latency = machine.group_link(ranks, stride)
+        part = (ranks - 1) / ranks / rate
+        # A ring's first byte goes from node to node, for every bucket anew.
+        nodes = max(1, ranks * stride // machine.node)
+        buckets = math.ceil(weights / max(_BUCKET, _BUCKET_PER_RANK * ranks))
+        begins = buckets * nodes * latency
+        backward, forward = hiding.get(name, (encoding.seconds, encoding.seconds / 2))
+        summing = GRADIENT_BYTES * weights * part + begins
+        gathering = work.itemsize * weights * part + begins
+        seconds += max(0.0, summing - backward) + max(0.0, gathering - forward)
+    return seconds
+
+
+def _updating(candidate: Candidate, shapes: Shapes, work: Work, machine: Machine) -> float:
+    """Seconds of the optimizer's update of a rank's shards."""
+    weights = 0.0
+    if "language" not in work.frozen_modules:
+        weights += sum(language_weights(candidate, shapes)) / replicas(candidate, "language")
+    for name in shapes.encoders:
+        if name not in work.frozen_modules:
+            held = encoder_weights(name, candidate, shapes)
+            weights += held / replicas(candidate, name)
+    return weights * _OPTIMIZER_BYTES / machine.memory_rate

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mimo plan``: which layouts to train in, before anything runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mimo_colocated.cli.options import ENCODERS
+from mimo_colocated.launch.errors import JobError, write_atomically
+from mimo_colocated.launch.layouts import LANGUAGE, Layout
+
+_HALF = 0.5
+
+
+def run(options: Any) -> None:
+    """Print the table, and write what else is asked for.
+
+    Args:
+        options: of ``mimo plan``.
+
+    Raises:
+        JobError: what is wrong with the options, the folder or the file of shapes.
+    """
+    from megatron.core.models.mimo.plan.candidates import Search
+    from megatron.core.models.mimo.plan.estimates import plan
+    from megatron.core.models.mimo.plan.machine import find_machine
+    from mimo_colocated.cli import plan_table
+
+    shapes = read_shapes(Path(options.source).expanduser(), options.item_tokens)
+    try:
+        work = work_of(shapes, options)
+        machine = find_machine(options.gpu)
+        search = Search(options.gpus, machine.node, _numbers(options.replica_samples))
+        found = plan(shapes, work, machine, search)
+    except ValueError as error:
+        raise JobError(str(error)) from error
+    if options.why is not None:
+        best = found.colocated[0] if found.colocated else None
+        print(_explain(options.why, (shapes, work, machine, search), best))
+        return
+    print(plan_table.text(found, shapes, work, options.top))
+    if options.json is not None:
+        _write_json(Path(options.json), found, machine)
+    if options.picture is not None:
+        _picture(Path(options.picture), found, options.top)
+
+
+def read_shapes(source: Path, item_tokens: int) -> Any:
+    """Return the shapes of a Hugging Face folder or of a YAML file.
+
+    Encoders of a folder get the names that the command line gives them, ``vision`` and ``audio``.
+
+    Args:
+        source: folder or file.
+        item_tokens: of an image, where the model takes any size.
+
+    Raises:
+        JobError: it is neither, or its content is not understood.
+    """
+    from dataclasses import replace
+
+    from megatron.core.models.mimo.plan.shapes import shapes_from
+    from mimo_colocated.cli.models import flag_of, one_sentence
+
+    if source.is_file():
+        try:
+            return shapes_from(_yaml(source))
+        except ValueError as error:
+            raise JobError(f"{source}: {error}") from error
+    if not (source / "config.json").is_file():
+        raise JobError(
+            f"{source} is neither a file of shapes nor a folder with config.json; give one of them"
+        )
+    with one_sentence():
+        from megatron.core.models.mimo.huggingface.composites import describe
+        from megatron.core.models.mimo.huggingface.configuration import read_config
+        from megatron.core.models.mimo.huggingface.plan_shapes import composite_shapes
+
+        composite = describe(read_config(source))
+        shapes = composite_shapes(composite, item_tokens)
+    flags = flag_of(composite)
+    return replace(shapes, encoders={flags[n]: each for n, each in shapes.encoders.items()})
+
+
+def _yaml(source: Path) -> Any:
+    """What a YAML or JSON file holds.
+
+    Raises:
+        ValueError: it is no YAML.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(source.read_text("utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"no YAML: {' '.join(str(error).split())}") from None
+
+
+def work_of(shapes: Any, options: Any) -> Any:
+    """Return the step that the options describe.
+
+    Args:
+        shapes: of the model.
+        options: of ``mimo plan``.
+
+    Raises:
+        JobError: a share or a frozen module that the model does not have.
+        ValueError: shares that are more than a whole.
+    """
+    from megatron.core.models.mimo.plan.shapes import Work
+
+    names = list(shapes.encoders)
+    given = {name: getattr(options, f"{name}_share") for name in ENCODERS}
+    shares = {name: value for name, value in given.items() if value is not None}
+    frozen = options.frozen.split("+") if options.frozen else []
+    for what, asked, known in (
+        ("-share", shares, names),
+        ("frozen", frozen, [*names, LANGUAGE]),
+    ):
+        unknown = [name for name in asked if name not in known]
+        if unknown:
+            option = f"--{unknown[0]}-share" if what == "-share" else f"--frozen {options.frozen}"
+            raise JobError(f"{option}: the model has {', '.join(known)}, no {unknown[0]}")
+    usual = _HALF / max(1, len(names))
+    return Work(
+        options.seq,
+        options.global_batch,
+        {name: shares.get(name, usual) for name in names},
+        frozen_modules=frozenset(frozen),
+    )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = str(text).split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise JobError(f"--replica-samples takes whole numbers from 1, as in 1,2, got {text!r}")
+    return tuple(int(part) for part in parts)
+
+
+def _explain(text: str, what: tuple[Any, Any, Any, Any], best: Any) -> str:
+    """Words for ``--why``."""
+    from megatron.core.models.mimo.plan.why import variants, why
+
+    shapes, work, machine, search = what
+    names = list(shapes.encoders)
+    *encoders, language = text.split("/")
+    if len(encoders) not in (0, len(names)):
+        raise JobError(
+            f"--why {text!r} has {len(encoders)} encoders, the model has {len(names)} "
+            f"({', '.join(names)}); give each a layout before the language model's, or none"
+        )
+    layout = Layout.parse(language, LANGUAGE)
+    layouts = {n: Layout.parse(each, n) for n, each in zip(names, encoders, strict=False)}
+    if layout.size != search.ranks:
+        raise JobError(f"--why {text!r} spans {layout.size} ranks, --gpus is {search.ranks}")
+    return why(variants(layout, layouts, work, search), shapes, work, machine, best)
+
+
+def _write_json(path: Path, found: Any, machine: Any) -> None:
+    from dataclasses import asdict
+
+    content = {
+        "machine": asdict(machine),
+        "gain": found.gain,
+        "colocated": [each.to_dict() for each in found.colocated],
+        "homogeneous": [each.to_dict() for each in found.homogeneous],
+        "rejected": len(found.rejected),
+    }
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(path, text.encode(), "the estimates")
+
+
+def _picture(path: Path, found: Any, top: int) -> None:
+    """Bars of the table's rows.
+
+    Raises:
+        JobError: matplotlib is missing.
+    """
+    try:
+        from megatron.core.models.mimo.job.plan_picture import plot_estimates
+    except ModuleNotFoundError as error:
+        raise JobError(f"--picture needs {error.name}; install it with pip") from None
+    rows: Sequence[Any] = [*found.colocated[:top], *found.homogeneous[:1]]
+    if not rows:
+        raise JobError("--picture has nothing to draw: no pair of layouts fits")
+    plot_estimates(path, rows, "predicted time of a step and memory of the fullest rank")

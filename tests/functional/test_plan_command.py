@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mimo plan`` and ``mimo draw``, as a user types them, in this process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from megatron.core.models.mimo.plan.machine import PRESETS, to_json
+from mimo_colocated.cli import drawing, planning
+from mimo_colocated.cli.main import main
+from mimo_colocated.launch.layouts import Layout
+from tests.unit_tests.mimo.huggingface import llava_models, qwen_vl_models, sounds
+from tests.unit_tests.mimo.plan.plan_cases import SHAPES
+
+
+@pytest.fixture(autouse=True)
+def _as_loud_as_before() -> Iterator[None]:
+    """A command silences the libraries' notes in its process, which is this one."""
+    loggers = [logging.getLogger(name) for name in ("megatron", "torch.utils.cpp_extension")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of shapes; JSON is YAML."""
+    path = tmp_path_factory.mktemp("shapes") / "model.yaml"
+    encoders = {name: asdict(each) for name, each in SHAPES.encoders.items()}
+    path.write_text(json.dumps({"language": asdict(SHAPES.language), "encoders": encoders}))
+    return str(path)
+
+
+LONG = ["--gpus", "32", "--seq", "65536", "--vision-share", "0.75", "--global-batch", "4"]
+
+
+def test_the_table(
+    shapes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, picture = tmp_path / "plan.json", tmp_path / "plan.svg"
+    files = ["--json", str(out), "--picture", str(picture)]
+    assert main(["plan", shapes, *LONG, "--top", "3", *files]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["ms", "encoder", "language"]
+    times = [int(line.split()[0]) for line in lines[1:4]]
+    assert times == sorted(times)
+    assert "homogeneous: --language" in lines[4]
+    assert re.search(r"\+\d+\.\d % against the best homogeneous layout; \d+ ways fit", lines[6])
+    assert "margin of 5 %" in lines[-1]
+    found = json.loads(out.read_text())
+    assert found["colocated"][0]["layout"] in lines[1]
+    assert found["machine"]["name"] == "h100"
+    total = found["colocated"][0]["seconds"]["total"]
+    assert found["gain"] == pytest.approx(
+        found["homogeneous"][0]["seconds"]["total"] / total - 1
+    )
+    assert picture.read_text().startswith("<?xml")
+
+
+def why(shapes: str, layouts: str, capsys: pytest.CaptureFixture[str], *more: str) -> str:
+    assert main(["plan", shapes, *LONG, "--why", layouts, *more]) == 0
+    return capsys.readouterr().out
+
+
+def test_why(shapes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = why(shapes, "tp=4,cp=8,dp=1", capsys)
+    assert re.search(r"% more than the first choice, .*\n  encoder: \d+ ms, \+\d+ ms", said)
+    said = why(shapes, "tp=1,dp=32/tp=2,cp=8,dp=2", capsys, "--replica-samples", "1")
+    assert "--language tp=2,cp=8,dp=2 --micro-batches 2 takes" in said
+    said = why(shapes, "tp=1,dp=32/tp=2,cp=2,dp=8", capsys)
+    assert "cannot run: 4 samples do not divide over language dp=8" in said
+    small = tmp_path / "small.json"
+    small.write_text(to_json(replace(PRESETS["h100"], memory=30e9)))
+    said = why(shapes, "tp=1,dp=32/tp=1,cp=32,dp=1", capsys, "--gpu", str(small))
+    assert re.search(r"does not fit, whatever .* needs \d+\.\d GB of 30\.0 GB \(gradients", said)
+
+
+def test_nothing_fits(shapes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = tmp_path / "small.json"
+    small.write_text(to_json(replace(PRESETS["h100"], memory=1e9)))
+    picture = ["--picture", str(tmp_path / "none.png")]
+    assert main(["plan", shapes, "--gpu", str(small), *picture]) == 2
+    said = capsys.readouterr()
+    assert re.search(r"nothing fits: the smallest, .* of 1.0 GB", said.out)
+    assert "nothing to draw" in said.err
+
+
+def test_folders_and_their_encoders(tmp_path: Path) -> None:
+    for model, encoder in (
+        (llava_models.llava("clip-llama"), "vision"),
+        (qwen_vl_models.qwen2_5_vl(), "vision"),
+        (sounds.qwen2_audio(), "audio"),
+    ):
+        model.config.save_pretrained(tmp_path)
+        assert list(planning.read_shapes(tmp_path, item_tokens=64).encoders) == [encoder]
+
+
+def test_frozen_modules_take_less_memory(
+    shapes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plan.json"
+    frozen = ["--frozen", "language+vision"]
+    assert main(["plan", shapes, "--gpus", "8", "--json", str(out), *frozen]) == 0
+    found = json.loads(out.read_text())
+    assert found["colocated"][0]["bytes"]["optimizer"] == 0
+    assert "gradients 0.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--audio-share", "0.5"], "--audio-share: the model has vision, no audio"),
+        (["--frozen", "tower"], "--frozen tower: the model has vision, language, no tower"),
+        (["--gpu", "h1000"], "'h1000' is neither a preset nor a file"),
+        (["--gpus", "7"], "no layout of 7 ranks can run 8 samples"),
+        (["--replica-samples", "0"], "--replica-samples takes whole numbers from 1"),
+        (["--why", "tp=8"], "'tp=8' spans 8 ranks, --gpus is 32"),
+        (["--why", "tp=8/tp=8/tp=8"], r"has 2 encoders, the model has 1 \(vision\)"),
+        (["--vision-share", "1.5"], "must be a number from 0 to below 1"),
+    ],
+)
+def test_wrong_options(
+    options: list[str], message: str, shapes: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpus = [] if "--gpus" in options else ["--gpus", "32"]
+    assert main(["plan", shapes, *gpus, *options]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_wrong_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(tmp_path)]) == 2
+    assert "neither a file of shapes nor a folder with config.json" in capsys.readouterr().err
+    wrong = tmp_path / "wrong.yaml"
+    for text, message in (("language: 3", "language must be a mapping"), ("a: [", "no YAML")):
+        wrong.write_text(text)
+        assert main(["plan", str(wrong)]) == 2
+        assert message in capsys.readouterr().err
+
+
+DRAWN = ["--vision", "tp=1,dp=8", "--language", "tp=2,cp=2,pp=2,dp=1"]
+
+
+@pytest.mark.parametrize("name", ["layout.png", "layout.svg"])
+def test_a_picture_of_two_encoders_and_stages(name: str, tmp_path: Path) -> None:
+    target = tmp_path / name
+    more = ["--audio", "tp=2,dp=4", "--sequence-parallel", "--seq", "64"]
+    assert main(["draw", str(target), *DRAWN, *more]) == 0
+    begin = target.read_bytes()[:8]
+    assert begin.startswith(b"\x89PNG" if name.endswith("png") else b"<?xml")
+
+
+def test_what_is_drawn_is_what_executes() -> None:
+    source, language = Layout(dp=8), Layout(tp=2, cp=2, dp=2)
+    gather = drawing.bridge_of("vision", source, language, "gather", False)
+    routed = drawing.bridge_of("vision", source, language, "routed", True)
+    assert gather.gather_groups[0] == (0, 1, 2, 3)
+    assert routed.group_count == 2
+    assert routed.sequence_parallel
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["x.png", "--language", "dp=8"], "give --language and --vision or --audio"),
+        (["x.png", "--vision", "dp=4", "--language", "dp=8"], "spans 4 ranks.*try --vision"),
+        (["x.pdf", *DRAWN], "x.pdf must end in .png or .svg"),
+        (["x.png", *DRAWN, "--bridge", "gather"], "gather with pp=2 has no picture"),
+        (["x.png", *DRAWN, "--samples", "6"], "6 samples .* does not divide over vision dp=8"),
+        (
+            ["x.png", "--vision", "dp=1024", "--language", "dp=1024", "--samples", "1024"],
+            "1024 ranks are too many to draw; up to 512",
+        ),
+    ],
+)
+def test_wrong_drawings(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["draw", *options]) == 2
+    assert re.search(message, capsys.readouterr().err)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a calibration makes of the time that calls take, on a clock that is played."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron.core.models.mimo.job import calibration
+from megatron.core.models.mimo.job.calibration import Probe, calibrate
+from megatron.core.models.mimo.plan.flops import seen_pairs
+from megatron.core.models.mimo.plan.machine import machine_from, to_json
+from mimo_colocated.cli.main import main
+from mimo_colocated.cli.options import read
+
+TOKENS, WIDTH, ENCODER, HEADS = 8, 16, 12, 4
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def probe(seconds: float) -> Probe:
+    """Every call of the clock is a second later: so long takes whatever is between two."""
+    ticks = itertools.count()
+    return Probe(
+        torch.device("cpu"), torch.float32, TOKENS, WIDTH, ENCODER, HEADS, seconds,
+        ranks_of_node=8, clock=lambda: float(next(ticks)),
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("seconds", [0.5, 4.0])
+def test_rates_are_work_over_time(seconds: float) -> None:
+    """Calls are repeated as often as the time allows, at least once."""
+    found = calibrate(probe(seconds), "mine")
+    repeats = max(1, int(seconds))
+    assert found.matmul == 3 * 2 * 2 * TOKENS * WIDTH * 4 * WIDTH * repeats
+    assert found.encoder == 3 * 2 * 2 * TOKENS * ENCODER * 4 * ENCODER * repeats
+    assert found.attention == 3.5 * 4 * seen_pairs([TOKENS], causal=True) * WIDTH * repeats
+    copied = 2 * 4 * TOKENS * 4 * WIDTH * repeats
+    assert found.memory_rate == found.host == found.inside == found.between == copied
+    assert (found.node, found.communicator, found.inside_latency) == (1, 0.0, 0.0)
+    assert machine_from(json.loads(to_json(found))) == found
+
+
+@pytest.mark.usefixtures("alone")
+def test_nodes_are_as_launchers_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert calibration.ranks_of_node() == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert calibration.ranks_of_node() == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--heads", "3"], "--heads 3 must divide --width 1024"),
+        (["--ranks", "0"], "must be a whole number from 1"),
+        (["--seconds", "0"], "must be a number above 0"),
+    ],
+)
+def test_wrong_options(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = str(tmp_path / "mine.json")
+    assert main(["calibrate", target, "--backend", "gloo", *options]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_folder_is_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["calibrate", str(tmp_path), "--backend", "gloo"]) == 2
+    assert "is a folder; give the name of a file" in capsys.readouterr().err
+
+
+def test_as_many_ranks_as_asked_for() -> None:
+    options = read("calibrate", ["mine.json", "--ranks", "3", "--dtype", "bfloat16"])
+    assert options.world_size == 3
+    assert options.more == {
+        "tokens": 1024, "width": 1024, "encoder_width": 512, "heads": 8, "seconds": 4.0
+    }  # fmt: skip

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time and memory of one candidate: parts that can be worked out by hand, and what they follow."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megatron.core.models.mimo.memory.plan import Step, TransformerShape, predict, transformer_bytes
+from megatron.core.models.mimo.memory.policy import EncoderMemory
+from megatron.core.models.mimo.plan.candidates import Candidate
+from megatron.core.models.mimo.plan.encoder_parts import microbatches_kept, spread
+from megatron.core.models.mimo.plan.estimates import estimate
+from megatron.core.models.mimo.plan.flops import encoder_flops, language_flops
+from megatron.core.models.mimo.plan.footprint import MARGIN, groups, layer_bytes
+from megatron.core.models.mimo.plan.machine import PRESETS
+from megatron.core.models.mimo.plan.shapes import LanguageShape, Shapes, Stack, Work
+from mimo_colocated.launch.layouts import Layout
+from tests.unit_tests.mimo.plan.plan_cases import (
+    ENCODER,
+    H100,
+    LANGUAGE,
+    SHAPES,
+    SMALL,
+    SMALL_WORK,
+    WORK,
+    free_links,
+)
+
+ONE_TP = Candidate(Layout(tp=1, cp=8, dp=4), {"vision": Layout(dp=32)}, 1)
+COLOCATED = Candidate(Layout(tp=2, cp=8, dp=2), {"vision": Layout(dp=32)}, 2)
+HOMOGENEOUS = Candidate(Layout(tp=4, cp=8, dp=1), {}, 2)
+
+
+def seconds_of(candidate: Candidate, machine=H100, work=WORK, shapes=SHAPES):
+    return estimate(candidate, shapes, work, machine).seconds
+
+
+def bytes_of(candidate: Candidate, work=WORK, shapes=SHAPES, machine=H100):
+    return estimate(candidate, shapes, work, machine).memory
+
+
+def test_products_are_the_flops_of_the_step_over_what_is_reached() -> None:
+    """Nothing repeated, nothing waited for: FLOPs of the whole step over all ranks."""
+    machine = free_links(replace(H100, attention=H100.matmul, encoder=H100.matmul))
+    got = seconds_of(ONE_TP, machine)
+    language = language_flops(LANGUAGE, [WORK.sequence] * WORK.samples)
+    vision = encoder_flops(ENCODER, 48 * WORK.samples, SHAPES.width)
+    # Kernels of attention form the scores again: 3.5 times the forward pass, not 3 times.
+    whole = language.of_step() + language.attention / 2
+    assert got.language == pytest.approx(whole / 32 / machine.matmul)
+    whole = vision.of_step() + vision.attention / 2
+    assert got.encoder == pytest.approx(whole / 32 / machine.encoder)
+    assert got.total == pytest.approx(got.language + got.encoder + got.dp + got.optimizer)
+
+
+def test_a_homogeneous_encoder_runs_once_per_cp_rank() -> None:
+    ratio = seconds_of(HOMOGENEOUS).encoder / seconds_of(COLOCATED).encoder
+    assert ratio == pytest.approx(8)
+    assert bytes_of(HOMOGENEOUS).bridge == 0 == seconds_of(HOMOGENEOUS).bridge
+
+
+def test_tp_collectives_by_hand() -> None:
+    """Four collectives a layer and pass, each of half of the hidden states with TP 2."""
+    machine = replace(H100, inside_latency=0.0)
+    tokens = WORK.sequence * WORK.samples / (8 * 2)
+    bytes_ = tokens * LANGUAGE.stack.hidden * 2 / 2 * 4 * 2 * LANGUAGE.stack.layers
+    assert seconds_of(COLOCATED, machine).tp == pytest.approx(bytes_ / machine.inside)
+    slower = replace(machine, inside_latency=1e-5)
+    calls = 4 * 2 * LANGUAGE.stack.layers * COLOCATED.microbatches
+    more = seconds_of(COLOCATED, slower).tp - seconds_of(COLOCATED, machine).tp
+    assert more == pytest.approx(calls * 1e-5)
+
+
+def test_a_ring_counts_beyond_the_attention_that_it_runs_beside() -> None:
+    assert seconds_of(COLOCATED).cp > 0
+    assert seconds_of(COLOCATED, replace(H100, between=1e15, between_latency=0.0)).cp == 0
+    # Inside a node it is hidden.
+    assert seconds_of(Candidate(Layout(tp=2, cp=4, dp=4), {"vision": Layout(dp=32)}, 1)).cp == 0
+
+
+def test_gradients_count_beyond_the_pass_that_they_are_reduced_beside() -> None:
+    slow = replace(H100, between=1e9)
+    assert seconds_of(COLOCATED).dp == 0
+    assert seconds_of(COLOCATED, slow).dp > 0.5
+    frozen = replace(WORK, frozen_modules=frozenset({"language", "vision"}))
+    assert seconds_of(COLOCATED, slow, frozen).dp == 0
+    # Rings of more nodes begin later.
+    late = replace(H100, between_latency=1.0)
+    few, many = (
+        seconds_of(Candidate(Layout(tp=8, dp=n), {"vision": Layout(tp=8, dp=n)}, 1), late,
+                   replace(WORK, samples=n)).dp
+        for n in (4, 16)
+    )  # fmt: skip
+    assert many > few > 10
+
+
+def test_bubble_of_a_pipeline() -> None:
+    encoders = {"vision": Layout(dp=32)}
+    alike = [
+        Candidate(Layout(tp=2, cp=4, pp=4, dp=1), encoders, 4, virtual) for virtual in (1, 2, 4)
+    ]
+    bubbles = [seconds_of(each, free_links(H100)).bubble for each in alike]
+    assert bubbles[0] > bubbles[1] > bubbles[2] > 0
+    # Less than 3 / 4 of the products: the output layer is on the last stage alone.
+    language = seconds_of(alike[0], free_links(H100)).language
+    assert bubbles[0] == pytest.approx(language * 3 / 4, rel=0.1)
+
+
+def test_frozen_modules_have_no_backward_pass_of_their_own() -> None:
+    whole = seconds_of(COLOCATED)
+    tower = seconds_of(COLOCATED, work=replace(WORK, frozen_modules=frozenset({"vision"})))
+    assert tower.encoder < whole.encoder / 2.9
+    model = seconds_of(COLOCATED, work=replace(WORK, frozen_modules=frozenset({"language"})))
+    assert whole.language * 0.6 < model.language < whole.language
+    assert model.optimizer < whole.optimizer
+    memory = bytes_of(COLOCATED, replace(WORK, frozen_modules=frozenset({"language"})))
+    assert memory.optimizer < bytes_of(COLOCATED).optimizer / 4
+
+
+def test_policies_trade_time_for_memory() -> None:
+    kept = estimate(COLOCATED, SHAPES, WORK, H100)
+    for change in (
+        {"recompute": "selective"},
+        {"recompute": "full"},
+        {"memory": EncoderMemory("recompute", "recompute")},
+    ):
+        other = estimate(replace(COLOCATED, **change), SHAPES, WORK, H100)
+        assert other.seconds.total > kept.seconds.total, change
+        assert other.memory.total <= kept.memory.total, change
+    staged = Candidate(Layout(tp=2, cp=4, pp=4, dp=1), {"vision": Layout(dp=32)}, 4)
+    moved = replace(staged, memory=EncoderMemory("offload", "offload"))
+    before, after = (bytes_of(each) for each in (staged, moved))
+    assert after.encoder < before.encoder
+    assert seconds_of(moved, replace(H100, host=1e6)).encoder > seconds_of(moved).encoder
+    assert seconds_of(moved).encoder == seconds_of(staged).encoder
+
+
+def test_states_are_six_bytes_and_twelve_over_the_replicas() -> None:
+    memory = bytes_of(COLOCATED)
+    language, vision = LANGUAGE.weights / 2, ENCODER.weights(4096)
+    assert memory.weights == pytest.approx(2 * (language + vision))
+    assert memory.gradients == pytest.approx(4 * (language + vision))
+    assert memory.optimizer == pytest.approx(12 * (language / 16 + vision / 32))
+    assert memory.margin == pytest.approx(MARGIN * memory.expected)
+    assert memory.total == pytest.approx(memory.expected * (1 + MARGIN))
+
+
+def test_encoder_activations_are_those_of_the_memory_plan() -> None:
+    shape = TransformerShape(
+        24, 1792, 7168, 16, tokens=1024, patch=588, projected=4096, sequence_parallel=False
+    )
+    parts = transformer_bytes(shape, items=3)
+    memory = bytes_of(COLOCATED)
+    assert memory.encoder == predict(parts, Step(2), EncoderMemory()).peak
+    again = replace(COLOCATED, memory=EncoderMemory("recompute", "keep"))
+    assert bytes_of(again).encoder == predict(parts, Step(2), again.memory).total
+
+
+def test_the_encoders_own_backward_pass_may_be_the_fullest_moment() -> None:
+    big = replace(ENCODER, stack=replace(ENCODER.stack, layers=200))
+    shapes = Shapes(LANGUAGE, {"vision": big})
+    again = replace(COLOCATED, memory=EncoderMemory("recompute", "recompute"))
+    memory = bytes_of(again, shapes=shapes)
+    assert memory.activations == memory.logits == 0
+    assert memory.encoder > bytes_of(again).encoder > 0
+
+
+def test_sequence_parallel_encoders_cut_their_norms_too() -> None:
+    plain = TransformerShape(2, 64, 256, 8, tokens=4, patch=16, projected=64, tp=4)
+    cut = replace(plain, sequence_parallel=True)
+    alone = replace(plain, tp=1)
+    kept = [transformer_bytes(each, 8).encoder for each in (plain, cut, alone)]
+    assert kept[1] < kept[0] < kept[2]
+    # Beside the layers there are the embedding's input and the last norm.
+    tokens, ends = 32, 2 * 16 + 2 * 64 + 4
+    assert kept[1] - tokens * ends == (kept[2] - tokens * ends) // 4
+    full = [
+        transformer_bytes(replace(each, recompute="full"), 8).encoder for each in (cut, alone)
+    ]
+    assert full[0] - tokens * ends == (full[1] - tokens * ends) // 4
+
+
+def test_a_layer_keeps_34_bytes_per_channel_less_what_kernels_spare() -> None:
+    """Korthikanti's 34 with dropout's masks, 2 bytes; flash attention adds a float per head."""
+    dense = Stack.of(1, 1024, 4096, 16)
+    assert layer_bytes(dense, 2, 1) == 1024 * 32 + 4 * 16
+    assert layer_bytes(dense, 2, 4) == layer_bytes(dense, 2, 1) / 4
+    gated = Stack(1, 1024, 4096, 16, 4, 64, gated=True)
+    assert layer_bytes(gated, 2, 1) == 1024 * 8 + 2 * 64 * 2 * 20 + 64 + 2 * 3 * 4096
+
+
+def test_stages_hold_what_waits() -> None:
+    staged = Candidate(Layout(tp=2, cp=4, pp=4, dp=1), {"vision": Layout(dp=32)}, 4)
+    assert microbatches_kept(staged) == 4
+    assert microbatches_kept(replace(staged, virtual_stages=2)) == 4
+    assert microbatches_kept(Candidate(Layout(pp=4), {}, 16, 2)) == 5.5
+    assert microbatches_kept(Candidate(Layout(pp=4), {}, 2)) == 2
+    one = bytes_of(replace(staged, language=Layout(tp=2, cp=8, dp=1, pp=2)))
+    assert one.logits > 0 or one.activations > 0
+
+
+def test_process_groups_are_counted() -> None:
+    """TP, CP, CP and DP, DP of the language model; DP and the bridge's of the encoder."""
+    assert groups(COLOCATED) == 6
+    assert groups(HOMOGENEOUS) == 3
+    without = bytes_of(COLOCATED, machine=replace(H100, communicator=0.0))
+    assert bytes_of(COLOCATED).communicators - without.communicators == 6 * H100.communicator
+
+
+def test_uneven_items_are_the_fullest_replicas() -> None:
+    """Items that do not divide over the replicas leave some waiting."""
+    work = replace(SMALL_WORK, samples=1, shares={"vision": 0.6})
+    candidate = Candidate(Layout(tp=4, cp=2), {"vision": Layout(dp=8)}, 1)
+    assert work.items("vision", SMALL.encoders["vision"]) == 9
+    assert spread("vision", candidate, SMALL.encoders["vision"], work) == pytest.approx(16 / 9)
+    even = replace(work, shares={"vision": 0.5})
+    assert spread("vision", candidate, SMALL.encoders["vision"], even) == 1
+    slow, fast = (estimate(candidate, SMALL, each, H100).seconds for each in (work, even))
+    assert slow.encoder == pytest.approx(2 * fast.encoder)
+
+
+def test_experts_take_their_part_of_products_and_weights() -> None:
+    stack = Stack(4, 512, 1024, 8, 8, 64, True, experts=8, chosen=2, expert_ffn=256,
+                  expert_layers=3)  # fmt: skip
+    shapes = Shapes(LanguageShape(stack, 1000, tied=True), {})
+    assert stack.expert_weights == 3 * 8 * 3 * 512 * 256
+    assert shapes.language.weights == stack.weights + 512 * 1000
+    work = Work(1024, 8, {})
+    alone = estimate(Candidate(Layout(dp=8, ep=1, etp=1), {}, 1), shapes, work, H100)
+    shared = estimate(Candidate(Layout(dp=8, ep=8, etp=1), {}, 1), shapes, work, H100)
+    assert shared.seconds.language == alone.seconds.language
+    assert shared.seconds.ep > 0 == alone.seconds.ep
+    assert shared.memory.weights < alone.memory.weights
+    # All in all as many bytes of optimizer: EP ranks have different experts.
+    assert shared.memory.optimizer == pytest.approx(alone.memory.optimizer)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_better_machines_are_faster(name: str) -> None:
+    slowest = seconds_of(COLOCATED, PRESETS["a100"]).total
+    assert slowest >= seconds_of(COLOCATED, PRESETS[name]).total
