@@ -171,10 +171,14 @@ def test_estimates_are_found_by_their_words() -> None:
 def test_16384_ranks_in_ten_seconds_and_a_gigabyte() -> None:
     """CPU seconds of this process, so other processes do not count."""
     work = replace(WORK, samples=2048)
-    started = time.process_time()
+    started, before = time.process_time(), _peak_bytes()
     found = planned(SHAPES, work, H100, Search(16_384, 8))
     traffic = moved(found.colocated[0].candidate, SHAPES, work)
     assert time.process_time() - started < 10
     assert traffic[0].traffic.group <= 64
+    assert _peak_bytes() - before < 1e9
+
+
+def _peak_bytes() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit < 1.5e9, "with PyTorch"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
