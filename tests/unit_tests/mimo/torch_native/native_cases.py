@@ -90,7 +90,33 @@ def grid_of(dp: int, tp: int, offset: int = 0, cp: int | None = None) -> Iterato
 
 @contextlib.contextmanager
 def side_by_side(dp: int, tp: int) -> Iterator[HyperCommGrid]:
-    """Grids of ``dp * tp`` ranks that fill the world; this rank's."""
+    """Grids of ``dp * tp`` ranks that fill the world; this rank's.
+
+    Inside :func:`kept_grids` they stay for the next test: PyTorch then remembers how operations
+    on their tensors are placed, which takes most of the time of a first step.
+    """
+    if (dp, tp) in _kept:
+        yield _kept[dp, tp]
+        return
+    with _new_grids(dp, tp) as grid:
+        yield grid
+
+
+_kept: dict[tuple[int, int], HyperCommGrid] = {}
+
+
+@contextlib.contextmanager
+def kept_grids(*sizes: tuple[int, int]) -> Iterator[None]:
+    """Grids of these ``(dp, tp)`` for all tests inside; all ranks of the world enter."""
+    with contextlib.ExitStack() as stack:
+        for dp, tp in sizes:
+            _kept[dp, tp] = stack.enter_context(_new_grids(dp, tp))
+        stack.callback(_kept.clear)
+        yield
+
+
+@contextlib.contextmanager
+def _new_grids(dp: int, tp: int) -> Iterator[HyperCommGrid]:
     size, count = dp * tp, dist.get_world_size() // (dp * tp)
     with contextlib.ExitStack() as stack:
         grids = [stack.enter_context(grid_of(dp, tp, size * n)) for n in range(count)]

@@ -29,7 +29,8 @@ from tests.unit_tests.mimo.torch_native.native_cases import (
     tokens,
 )
 
-pytestmark = pytest.mark.ranks(8)
+# Of Megatron-Core's nothing but sizes of groups is in them.
+pytestmark = [pytest.mark.ranks(8), pytest.mark.once]
 # Two samples per data rank; of the first ones half of the labels do not count, so that the ranks
 # of a CP group have unequal shares of the loss.
 LENGTH = 16

@@ -57,16 +57,15 @@ def test_over_the_routed_bridge_with_mistakes_and_what_norms_keep(
     unsharded = kept_by_norms(whole, lambda: whole(input_ids=ids))
     assert sharded * 4 == unsharded
 
+    expected = _oracle(task, shared_tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(context_parallel, "ring_attention", _dropping)
-        dropped = _gradient_error(built, trainer, task, shared_tmp_path)
+        dropped = _gradient_error(built, trainer, task, expected)
     with monkeypatch.context() as patch:
         patch.setattr(language_model, "own_chunks", lambda whole, group: _flipped(whole, group))
         patch.setattr(context_parallel, "_check_cut", lambda *_: None)
-        misplaced = _gradient_error(built, trainer, task, shared_tmp_path)
-    again = _gradient_error(built, trainer, task, shared_tmp_path)
+        misplaced = _gradient_error(built, trainer, task, expected)
     built.destroy()
-    assert again <= harness.GRADIENTS
     assert min(dropped, misplaced) > 0.01
 
 
@@ -80,13 +79,17 @@ def _flipped(whole: Tensor, group: Any) -> Tensor:
     return context_parallel.own_chunks(whole.flip(1), group)
 
 
-def _gradient_error(built: Any, trainer: Any, task: harness.Task, scratch: Path) -> float:
+def _oracle(task: harness.Task, scratch: Path) -> harness.Oracle | None:
+    """What transformers says, on rank 0."""
+    return harness.oracle(task, scratch / "again") if dist.get_rank() == 0 else None
+
+
+def _gradient_error(built: Any, trainer: Any, task: harness.Task, expected: Any) -> float:
     trainer.model.zero_grad_buffer()
     trainer.gradients(task, 0)
     gradients, error = harness.gradients_of(built), None
     if gradients is not None:
-        expected = harness.oracle(task, scratch / "again").gradients
-        _, error = harness.worst(harness.gradient_errors(gradients, expected))
+        _, error = harness.worst(harness.gradient_errors(gradients, expected.gradients))
     return harness.agreed(error)
 
 
@@ -96,12 +99,13 @@ def test_bf16(shared_tmp_path: Path) -> None:
     task = llava_task(llava("clip-llama"))
     built, found = harness.compared(task, HALVED, shared_tmp_path)
     gradients, errors = harness.gradients_of(built), None
+    expected = _oracle(task, shared_tmp_path)
     if gradients is not None:
-        errors = _distances(task, gradients, shared_tmp_path)
+        errors = _distances(task, gradients, expected, shared_tmp_path)
     ours, theirs = harness.agreed(errors)
     trainer = harness.trainer_of(built, task)
     language = built.model.language_model.local_shards
-    without_a_layer = _without(language, lambda: _logits_error(trainer, task, shared_tmp_path))
+    without_a_layer = _without(language, lambda: _logits_error(trainer, task, expected))
     trainer.step(task, 0)
     tower = built.model.modality_submodules["images"].local_shards
     stepped = [plain for plain in tower.parameters() if plain.requires_grad]
@@ -117,9 +121,11 @@ def test_bf16(shared_tmp_path: Path) -> None:
     assert any(not torch.equal(plain.float(), plain.main_param) for plain in stepped)
 
 
-def _distances(task: Any, found: Mapping[str, Tensor], scratch: Path) -> tuple[float, ...]:
+def _distances(
+    task: Any, found: Mapping[str, Tensor], oracle: Any, scratch: Path
+) -> tuple[float, ...]:
     """The distance of all gradients from those in fp32: ours, transformers' in bf16."""
-    expected = harness.oracle(task, scratch / "again").gradients
+    expected = oracle.gradients
     halved = replace(task, model=copy.deepcopy(task.model).to(torch.bfloat16))
     theirs = harness.oracle(halved, scratch / "halved").gradients
     known = {name: truth for name, truth in expected.items() if name in found}
@@ -140,8 +146,6 @@ def _without(shards: Any, run: Any) -> Any:
     return found
 
 
-def _logits_error(trainer: Any, task: Any, scratch: Path) -> float:
-    logits, error = harness.logits_of(trainer, task), None
-    if dist.get_rank() == 0:
-        error = harness.logits_error(logits, harness.oracle(task, scratch / "logits"), task)
-    return harness.agreed(error)
+def _logits_error(trainer: Any, task: Any, expected: Any) -> float:
+    logits = harness.logits_of(trainer, task)
+    return harness.agreed(expected and harness.logits_error(logits, expected, task))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from tests.unit_tests.mimo.torch_native.native_cases import (
     Pair,
     build,
     grid_of,
+    kept_grids,
     pair,
     plain,
     side_by_side,
@@ -34,6 +36,12 @@ from tests.unit_tests.mimo.torch_native.native_cases import (
 
 # Nothing of Megatron-Core's is in them.
 pytestmark = [pytest.mark.ranks(8, timeout=300), pytest.mark.once]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _grids() -> Iterator[None]:
+    with kept_grids((2, 2), (2, 4)):
+        yield
 
 
 def step(both: Pair, length: int, **more: Any) -> None:
@@ -314,6 +322,14 @@ def test_no_group_is_made_twice() -> None:
         assert mesh.mesh.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
         assert mesh.get_group("tp") is grid.get_pg("tp")
         assert mesh.get_group("fsdp") is grid.get_pg("dp")
+
+
+def test_a_grid_over_the_ranks_of_one_that_is_gone() -> None:
+    """Operations on tensors go over its own groups, also where PyTorch has seen such a mesh."""
+    for again in (False, False, True):
+        with grid_of(2, 4) as grid:
+            for _ in range(1 + again):  # two models on one grid, too
+                step(pair("qwen2", grid, num_hidden_layers=1), 13)
 
 
 def test_batches_that_differ_inside_a_tp_group_are_named() -> None:

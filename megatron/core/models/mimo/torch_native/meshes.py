@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -13,6 +15,8 @@ from megatron.core.hyper_comm_grid import GridShape, HyperCommGrid, box_of
 
 FSDP, TP = "fsdp", "tp"
 _KEPT = "torch_native_mesh"
+_made: dict[str, list[weakref.ref[dist.ProcessGroup]]] = {}
+"""Ranks of meshes, and of each of their dims -> their groups."""
 
 
 def mesh_of(grid: HyperCommGrid, device_type: str | None = None) -> DeviceMesh:
@@ -38,11 +42,12 @@ def mesh_of(grid: HyperCommGrid, device_type: str | None = None) -> DeviceMesh:
         raise ValueError(problem)
     box = box_of(grid)
     groups = [grid.get_or_create_pg(_data_dims(box)), grid.get_or_create_pg("tp")]
-    _forget_equal_meshes()
+    table = rank_table(box)
+    _forget_equal_meshes(table, groups)
     return DeviceMesh.from_group(
         groups,
         device_type or _device_type(groups[1]),
-        rank_table(box),
+        table,
         mesh_dim_names=(FSDP, TP),
     )
 
@@ -101,13 +106,23 @@ def grid_problem(grid: HyperCommGrid) -> str:
     return ""
 
 
-def _forget_equal_meshes() -> None:
-    """Clear what PyTorch remembers of operations on tensors.
+def _forget_equal_meshes(table: torch.Tensor, groups: list[dist.ProcessGroup]) -> None:
+    """Clear what PyTorch remembers of operations on tensors, if it is of other groups.
 
     It takes meshes of the same ranks for one another, and a tensor would get the mesh, and with it
-    the groups, of a grid that may be gone.
+    the groups, of a grid that may be gone. Each dim is a mesh of its own, too.
     """
-    _clear_sharding_prop_cache()
+    made = {str(table.tolist()): groups}
+    for dim, group in zip((FSDP, TP), groups, strict=True):
+        made[f"{dim} {dist.get_process_group_ranks(group)}"] = [group]
+    if any(_groups_of(ranks) not in ([], found) for ranks, found in made.items()):
+        _clear_sharding_prop_cache()
+    _made.update({ranks: [weakref.ref(group) for group in found] for ranks, found in made.items()})
+
+
+def _groups_of(ranks: str) -> list[dist.ProcessGroup | None]:
+    """The groups of the latest mesh of these ranks; None for one that is gone."""
+    return [reference() for reference in _made.get(ranks, [])]
 
 
 def _device_type(group: dist.ProcessGroup) -> str:
