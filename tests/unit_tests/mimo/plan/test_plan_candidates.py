@@ -19,6 +19,9 @@ from megatron.core.models.mimo.plan.shapes import LanguageShape, Shapes, Stack, 
 from mimo_colocated.launch.layouts import Layout
 from tests.unit_tests.mimo.plan.plan_cases import H100, SHAPES, SMALL, SMALL_WORK, WORK, planned
 
+# Nothing of Megatron-Core is in them.
+pytestmark = pytest.mark.once
+
 EIGHT = Search(ranks=8, node=8)
 
 
