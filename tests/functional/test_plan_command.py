@@ -20,6 +20,9 @@ from mimo_colocated.launch.layouts import Layout
 from tests.unit_tests.mimo.huggingface import llava_models, qwen_vl_models, sounds
 from tests.unit_tests.mimo.plan.plan_cases import SHAPES
 
+# Nothing of Megatron-Core is in them.
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(autouse=True)
 def _as_loud_as_before() -> Iterator[None]:

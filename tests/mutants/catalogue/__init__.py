@@ -18,6 +18,7 @@ from tests.mutants.catalogue.memory import MEMORY
 from tests.mutants.catalogue.model import MODEL
 from tests.mutants.catalogue.options import OPTIONS
 from tests.mutants.catalogue.overlap import OVERLAP
+from tests.mutants.catalogue.planned import PLANNED
 from tests.mutants.catalogue.routing import ROUTING
 from tests.mutants.catalogue.sequence import ATTENTION, SHARDING
 from tests.mutants.catalogue.stages import STAGES
@@ -68,6 +69,7 @@ MUTANTS = (
     *BACKEND,
     *BOUNDARIES,
     *OPTIONS,
+    *PLANNED,
     *IMPORTED,
     *IMPORTED_SOUNDS,
     *IMPORTED_TOWERS,

@@ -20,6 +20,9 @@ from megatron.core.models.mimo.plan.machine import machine_from, to_json
 from mimo_colocated.cli.main import main
 from mimo_colocated.cli.options import read
 
+# Nothing of Megatron-Core is in them.
+pytestmark = pytest.mark.once
+
 TOKENS, WIDTH, ENCODER, HEADS = 8, 16, 12, 4
 
 

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from megatron.core.models.mimo.job.calibration import Probe, calibrate
 from tests.harness.backend import own_device
 
-pytestmark = pytest.mark.ranks(8)
+# Nothing of Megatron-Core is in it.
+pytestmark = [pytest.mark.ranks(8), pytest.mark.once]
 
 
 def test_links_inside_and_between_nodes() -> None:

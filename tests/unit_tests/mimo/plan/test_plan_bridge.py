@@ -19,6 +19,9 @@ from megatron.core.models.mimo.plan.shapes import EncoderShape, Stack, Work
 from mimo_colocated.launch.layouts import Layout
 from tests.unit_tests.mimo.plan.plan_cases import H100, SHAPES, SMALL, SMALL_WORK, WORK
 
+# Nothing of Megatron-Core is in them.
+pytestmark = pytest.mark.once
+
 # 256 rows that fill the sequence: tokens lie evenly whatever the cut.
 WHOLE = EncoderShape(Stack.of(1, 32, 64, 4), 4, 4, 48, 32, 64)
 FULL = Work(256, 8, {"vision": 1.0})

@@ -19,6 +19,9 @@ from megatron.core.models.mimo.plan.shapes import LanguageShape, Shapes, Stack, 
 from mimo_colocated.launch.layouts import Layout
 from tests.unit_tests.mimo.plan.plan_cases import H100, SHAPES, SMALL, SMALL_WORK, WORK, planned
 
+# Nothing of Megatron-Core is in them.
+pytestmark = pytest.mark.once
+
 EIGHT = Search(ranks=8, node=8)
 
 
@@ -125,9 +128,13 @@ def test_what_does_not_fit_gets_a_policy() -> None:
     """The cheapest with which it fits; what no policy saves is rejected."""
     small = replace(H100, memory=50e9)
     found = planned(SHAPES, WORK, small, Search(32, 8))
-    saved = [each for each in found.colocated if each.candidate.recompute != "none"]
-    assert saved
-    for each in saved[:3]:
+    saved = [
+        each
+        for each in found.colocated
+        if (each.candidate.recompute, each.candidate.memory) != ("none", EncoderMemory())
+    ]
+    assert len(saved) > 20
+    for each in saved[::7]:
         plain = replace(each.candidate, recompute="none", memory=EncoderMemory())
         assert not estimate(plain, SHAPES, WORK, small).fits
         for other in policies(plain, SHAPES):

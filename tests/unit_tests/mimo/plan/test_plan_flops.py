@@ -26,6 +26,9 @@ from megatron.core.models.mimo.plan.flops import (
 from megatron.core.models.mimo.plan.shapes import EncoderShape, Stack
 from tests.unit_tests.mimo.huggingface import llava_models, models, qwen_vl_models, sounds
 
+# Nothing of Megatron-Core is in them.
+pytestmark = pytest.mark.once
+
 _BOUND = 0.01
 _LENGTH = 48
 

@@ -28,6 +28,9 @@ from tests.unit_tests.mimo.plan.plan_cases import (
     free_links,
 )
 
+# Nothing of Megatron-Core is in them.
+pytestmark = pytest.mark.once
+
 ONE_TP = Candidate(Layout(tp=1, cp=8, dp=4), {"vision": Layout(dp=32)}, 1)
 COLOCATED = Candidate(Layout(tp=2, cp=8, dp=2), {"vision": Layout(dp=32)}, 2)
 HOMOGENEOUS = Candidate(Layout(tp=4, cp=8, dp=1), {}, 2)

@@ -9,6 +9,9 @@ import pytest
 
 from megatron.core.models.mimo.plan.pipeline import Passes, pipeline_seconds
 
+# Nothing of Megatron-Core is in them.
+pytestmark = pytest.mark.once
+
 
 def played(passes: Passes, microbatches: int, stages: int) -> float:
     """Seconds of the schedule, every pass beginning when what it needs is there."""

@@ -16,6 +16,9 @@ from megatron.core.models.mimo.plan import encoder_parts, step_time
 from megatron.core.models.mimo.plan.machine import PRESETS, REACHED
 from mimo_colocated.launch.layouts import Layout
 
+# Nothing of Megatron-Core is in them.
+pytestmark = pytest.mark.once
+
 
 def test_published_steps_are_predicted() -> None:
     """Mean error of time at most 5 %, gains within 6 points in three rows, with the preset."""

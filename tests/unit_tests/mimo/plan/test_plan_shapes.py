@@ -26,6 +26,9 @@ from megatron.core.models.mimo.plan.shapes import EncoderShape, Stack, Work, sha
 from tests.unit_tests.mimo.huggingface import llava_models, models, qwen_vl_models, sounds
 from tests.unit_tests.mimo.plan.plan_cases import H100, LANGUAGE, SMALL
 
+# Nothing of Megatron-Core is in them.
+pytestmark = pytest.mark.once
+
 _STACK = {"layers": 2, "hidden": 64, "ffn": 128, "heads": 4, "groups": 2, "head": 16}
 
 

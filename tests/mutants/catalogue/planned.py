@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mistakes in what layouts are predicted to take."""
+
+from tests.mutants.catalogue.places import MIMO, UNIT
+from tests.mutants.mutant import Mutant
+
+_PLAN = MIMO + "plan/"
+_TESTS = UNIT + "plan/"
+
+PLANNED = (
+    Mutant(
+        name="causal-attention-counted-whole",
+        file=_PLAN + "flops.py",
+        old="n * (n + 1) // 2 if causal",
+        new="n * n if causal",
+        tests=(_TESTS + "test_plan_flops.py::test_causal_and_packed_scores_are_those_that_a_mask"
+               "_lets_through",),
+        why="long sequences look twice as slow as they are, and CP twice as well hidden",
+    ),
+    Mutant(
+        name="an-encoder-fills-no-bubble",
+        file=_PLAN + "pipeline.py",
+        old="filling + last - (some - 1) * (short_f + e_f)",
+        new="filling + last - (some - 1) * short_f",
+        tests=(_TESTS + "test_plan_pipeline.py::test_an_encoder_on_the_first_stage",),
+        why="homogeneous layouts with stages look slower than they are",
+    ),
+    Mutant(
+        name="cp-ring-in-full",
+        file=_PLAN + "step_time.py",
+        old="max(0.0, latency + bytes_ / rate - attention / at.cp)",
+        new="(latency + bytes_ / rate)",
+        tests=(_TESTS + "test_plan_parts.py::test_a_ring_counts_beyond_the_attention_that_it_runs"
+               "_beside",),
+        why="context parallelism is never chosen",
+    ),
+    Mutant(
+        name="states-on-every-replica",
+        file=_PLAN + "footprint.py",
+        old="sum(weights / ranks for weights, ranks in trained)",
+        new="sum(weights for weights, ranks in trained)",
+        tests=(_TESTS + "test_plan_parts.py::test_states_are_six_bytes_and_twelve_over_the"
+               "_replicas",),
+        why="layouts that fit are rejected",
+    ),
+    Mutant(
+        name="backward-pass-of-the-encoder-forgotten",
+        file=_PLAN + "footprint.py",
+        old="first=True, language=False)",
+        new="first=True)",
+        tests=(_TESTS + "test_plan_parts.py::test_the_encoders_own_backward_pass_may_be_the"
+               "_fullest_moment",),
+        why="a layout is chosen that runs out of memory when the encoder goes back",
+    ),
+    Mutant(
+        name="even-items-assumed",
+        file=_PLAN + "encoder_parts.py",
+        old="return math.ceil(items / candidate.encoder(name).dp)",
+        new="return max(1, items // candidate.encoder(name).dp)",
+        tests=(_TESTS + "test_plan_parts.py::test_uneven_items_are_the_fullest_replicas",),
+        why="replicas with an item more are waited for, and the plan does not know",
+    ),
+    Mutant(
+        name="first-that-fits",
+        file=_PLAN + "estimates.py",
+        old="return min(fitting, key=lambda each: each.seconds.total)",
+        new="return fitting[-1]",
+        tests=(_TESTS + "test_plan_candidates.py::test_what_does_not_fit_gets_a_policy",),
+        why="everything is recomputed where a little would have been enough",
+    ),
+)
