@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``lossy_links``: make the links of a model lose packets, for a while."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from megatron.core.models.mimo.lossy.bridges import (
+    change_bridge,
+    check_bridge,
+    holder,
+    places_of_bridge,
+)
+from megatron.core.models.mimo.lossy.layers import (
+    Remove,
+    Where,
+    change_layer,
+    check_layer,
+    places_of,
+)
+from megatron.core.models.mimo.lossy.place import Place
+from megatron.core.models.mimo.lossy.recomputation import follow
+from megatron.core.models.mimo.lossy.spec import RECEIVER, LinkRule, LossySpec
+from megatron.core.models.mimo.training.global_names import global_modules
+
+
+def lossy_links(model: nn.Module, spec: LossySpec) -> LossyLinks:
+    """Make the links of a model lose packets, until the result is removed or its block is left.
+
+    All ranks call it, and train, evaluate and remove together, as they do without.
+
+    Args:
+        model: a ``MimoModel``, or one of Megatron's models; wrapped by DDP or not. Layers have
+            the names of ``named_modules`` without wrappers, counted over all pipeline stages;
+            bridges are called ``bridge.`` and their modality.
+        spec: the same on all ranks.
+
+    Raises:
+        ValueError: the same on all ranks, before anything is changed: their specs differ; a rule
+            fits nothing that sends; a layer or bridge has lossy links already, or cannot have any.
+    """
+    candidates = list(_candidates(model))
+    _agree(spec, candidates)
+    return LossyLinks(model, spec, candidates)
+
+
+class LossyLinks:
+    """Links that are installed in a model; a context manager that removes them at its end.
+
+    Attributes:
+        spec: what they were made of.
+        places: this rank's, in the model's order.
+    """
+
+    def __init__(self, model: Any, spec: LossySpec, candidates: list[_Candidate]) -> None:
+        self.spec = spec
+        self.places: list[Place] = []
+        self._undo: list[Remove] = []
+        for each in candidates:
+            places = each.make_places(model, spec)
+            if places:
+                self.places += places.values()
+                change = change_bridge if each.is_bridge else change_layer
+                self._undo.append(change(each.owner, places))
+        links = [link for place in self.places for link in place.links.values()]
+        self._undo.append(follow(links))
+
+    def __enter__(self) -> LossyLinks:
+        return self
+
+    def __exit__(self, *ended: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Leave the model as it was found; idempotent. Counts stay to be read."""
+        while self._undo:
+            self._undo.pop()()
+
+    @contextlib.contextmanager
+    def lossless(self) -> Iterator[None]:
+        """Lose nothing within the block, and count nothing: for evaluation, on all ranks."""
+        before = [place.lossless for place in self.places]
+        self._set(dict.fromkeys(range(len(before)), True))
+        try:
+            yield
+        finally:
+            self._set(dict(enumerate(before)))
+
+    def _set(self, lossless: dict[int, bool]) -> None:
+        for i, place in enumerate(self.places):
+            place.lossless = lossless[i]
+
+    def statistics(self) -> list[dict[str, Any]]:
+        """Return this rank's counts, a row for each link; see :class:`.Counts`. JSON can hold it."""
+        rank = dist.get_rank()
+        return [{"rank": rank, **row} for place in self.places for row in place.rows()]
+
+    def gathered_statistics(self) -> list[dict[str, Any]]:
+        """Return the rows of all ranks, in rank order; all ranks call it. See ``sum_counts``."""
+        told: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, self.statistics())
+        return [row for rows in told for row in rows]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's states for a checkpoint, which each rank saves by itself."""
+        return {
+            "spec": repr(self.spec),
+            "rank": dist.get_rank(),
+            "places": {place.key: place.state_dict() for place in self.places},
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned on the same rank of the same layout.
+
+        Raises:
+            ValueError: another spec, rank or layout; nothing is changed then.
+        """
+        own = self.state_dict()
+        for what in ("spec", "rank"):
+            if saved[what] != own[what]:
+                raise ValueError(
+                    f"these links are of {what} {saved[what]}, this run has {own[what]}; go on "
+                    "with the same, or start links anew without their state"
+                )
+        if {k: set(v) for k, v in saved["places"].items()} != {
+            k: set(v) for k, v in own["places"].items()
+        }:
+            raise ValueError(
+                f"these links are of places {sorted(saved['places'])}, this rank has "
+                f"{sorted(own['places'])} with other peers or names; go on in the same layout"
+            )
+        for place in self.places:
+            place.load_state_dict(saved["places"][place.key])
+
+
+class _Candidate:
+    """A layer or bridge that could have lossy links."""
+
+    def __init__(self, name: str, owner: Any, where: list[Where], is_bridge: bool) -> None:
+        self.name, self.owner, self.where, self.is_bridge = name, owner, where, is_bridge
+
+    def rules(self, spec: LossySpec) -> dict[Where, LinkRule]:
+        found = {where: spec.rule(self.name, *where) for where in self.where}
+        return {where: rule for where, rule in found.items() if rule is not None}
+
+    def problem(self, spec: LossySpec) -> str | None:
+        rules = self.rules(spec)
+        try:
+            if rules and self.is_bridge:
+                at_receiver = any(rule.side == RECEIVER for rule in rules.values())
+                check_bridge(self.name, self.owner, at_receiver)
+            elif rules:
+                check_layer(self.name, self.owner)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def make_places(self, model: Any, spec: LossySpec) -> dict[Where, Place]:
+        if not self.is_bridge and self.owner.tp_group.size() == 1:
+            return {}  # one rank alone sends nothing
+        return {
+            where: Place(self.name, where, rule, spec.seed, *self._ends(model, where, rule))
+            for where, rule in self.rules(spec).items()
+        }
+
+    def _ends(self, model: Any, where: Where, rule: LinkRule) -> tuple[Any, ...]:
+        """Who sends, and from whom a receiver receives, as far as it tells them apart."""
+        rank = dist.get_rank()
+        if rule.side == RECEIVER and not self.is_bridge:
+            ranks = dist.get_process_group_ranks(self.owner.tp_group)
+            return rank, [each for each in ranks if each != rank]
+        if rule.side == RECEIVER or not self.is_bridge:
+            return (rank,)
+        grids = model.mimo_config.module_to_grid_map
+        if where[0] == "forward":
+            return (holder(grids[self.name.removeprefix("bridge.")], False),)
+        layout = getattr(self.owner, "layout", None)
+        return (holder(grids["language"], getattr(layout, "sequence_parallel", False)),)
+
+
+def _candidates(model: Any) -> Iterator[_Candidate]:
+    """All that sends, on this rank; a layer that stands in several places once."""
+    known: set[int] = set()
+    for name, module in global_modules(model):
+        where = places_of(module)
+        if where and id(module) not in known:
+            known.add(id(module))
+            yield _Candidate(name, module, where, False)
+    for (modality, _), bridge in getattr(model, "colocated_comms", {}).items():
+        yield _Candidate(f"bridge.{modality}", bridge, places_of_bridge(bridge), True)
+
+
+def _agree(spec: LossySpec, candidates: list[_Candidate]) -> None:
+    """Refuse on all ranks what is wrong on one."""
+    fits = [any(rule in each.rules(spec).values() for each in candidates) for rule in spec.rules]
+    problems = [each.problem(spec) for each in candidates]
+    problem = next((each for each in problems if each is not None), None)
+    told: list[Any] = [None] * dist.get_world_size()
+    names = [each.name for each in candidates]
+    dist.all_gather_object(told, (repr(spec), fits, problem, names))
+    if len({text for text, *_ in told}) > 1:
+        raise ValueError(f"ranks have different specs of lossy links: {[t[0] for t in told]}")
+    for rank, (_, _, problem, _) in enumerate(told):
+        if problem is not None:
+            raise ValueError(f"on rank {rank} {problem}")
+    for i, rule in enumerate(spec.rules):
+        if not any(fits[i] for _, fits, _, _ in told):
+            known = sorted({name for *_, names in told for name in names})
+            raise ValueError(
+                f"rule {i} fits nothing that sends: {rule}. An earlier rule may hold everywhere; "
+                f"layers and bridges are {known}"
+            )
