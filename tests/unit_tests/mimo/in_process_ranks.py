@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.models.mimo.transformer import context_parallel_attention
-from megatron.core.tensor_parallel import mappings
+from megatron.core.tensor_parallel import layers, mappings
 
 T = TypeVar("T")
 
@@ -373,6 +373,8 @@ _BOUND_ELSEWHERE = [
     (context_parallel_attention, "_reduce_scatter", _reduce_scatter),
     (mappings, "dist_all_gather_func", _all_gather),
     (mappings, "dist_reduce_scatter_func", _reduce_scatter),
+    (layers, "dist_all_gather_func", _all_gather),
+    (layers, "dist_reduce_scatter_func", _reduce_scatter),
 ]
 
 

@@ -66,7 +66,7 @@ def gather(x: torch.Tensor, group: Any, place: Place | None) -> torch.Tensor:
 
 
 def scatter_total(x: torch.Tensor, group: Any, place: Place | None) -> torch.Tensor:
-    """Return this rank's block along dim 0 of the sum over the group, ``(n b, …)`` -> ``(b, …)``."""
+    """Return this rank's block along dim 0 of the sum, ``(n b, …)`` -> ``(b, …)``."""
     if place is None or not place.at_receiver:
         x = x if place is None else place.carry(x)
         return reduce_scatter_to_sequence_parallel_region(x, group=group)

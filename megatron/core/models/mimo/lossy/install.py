@@ -58,7 +58,7 @@ class LossyLinks:
     """
 
     def __init__(self, model: Any, spec: LossySpec, candidates: list[_Candidate]) -> None:
-        self.spec = spec
+        self.spec, self._rank = spec, dist.get_rank()
         self.places: list[Place] = []
         self._undo: list[Remove] = []
         for each in candidates:
@@ -85,20 +85,17 @@ class LossyLinks:
     def lossless(self) -> Iterator[None]:
         """Lose nothing within the block, and count nothing: for evaluation, on all ranks."""
         before = [place.lossless for place in self.places]
-        self._set(dict.fromkeys(range(len(before)), True))
+        for place in self.places:
+            place.lossless = True
         try:
             yield
         finally:
-            self._set(dict(enumerate(before)))
-
-    def _set(self, lossless: dict[int, bool]) -> None:
-        for i, place in enumerate(self.places):
-            place.lossless = lossless[i]
+            for place, lossless in zip(self.places, before, strict=True):
+                place.lossless = lossless
 
     def statistics(self) -> list[dict[str, Any]]:
-        """Return this rank's counts, a row for each link; see :class:`.Counts`. JSON can hold it."""
-        rank = dist.get_rank()
-        return [{"rank": rank, **row} for place in self.places for row in place.rows()]
+        """Return this rank's counts, a row for each link; see :meth:`.Counts.row`."""
+        return [{"rank": self._rank, **row} for place in self.places for row in place.rows()]
 
     def gathered_statistics(self) -> list[dict[str, Any]]:
         """Return the rows of all ranks, in rank order; all ranks call it. See ``sum_counts``."""
@@ -110,7 +107,7 @@ class LossyLinks:
         """Return this rank's states for a checkpoint, which each rank saves by itself."""
         return {
             "spec": repr(self.spec),
-            "rank": dist.get_rank(),
+            "rank": self._rank,
             "places": {place.key: place.state_dict() for place in self.places},
         }
 

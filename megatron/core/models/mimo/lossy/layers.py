@@ -57,7 +57,8 @@ def check_layer(name: str, layer: Any) -> None:
     Raises:
         ValueError: it defers gradients of its weight; it has lossy links already.
     """
-    if getattr(layer.config, "defer_embedding_wgrad_compute", False):
+    deferring = getattr(layer.config, "defer_embedding_wgrad_compute", False)
+    if deferring and isinstance(layer, ColumnParallelLinear):
         raise ValueError(
             f"{name} defers its weight's gradients (defer_embedding_wgrad_compute), which needs "
             "the input that Megatron gathers; switch that off, or leave the layer out of the rules"
@@ -102,7 +103,7 @@ def _column(
     layer: Any,
     stock: Any,
     places: dict[Where, Place],
-    input: torch.Tensor,  # noqa: A002 -- Megatron's name
+    input: torch.Tensor,
     weight: torch.Tensor,
     **options: Any,
 ) -> torch.Tensor:
@@ -111,8 +112,8 @@ def _column(
     if options["sequence_parallel"]:
         there = partial(gather, group=group, place=places.get((FORWARD, GATHER)))
         back = partial(scatter_total, group=group, place=places.get((BACKWARD, REDUCE_SCATTER)))
-        input = apply(input, there, back)  # noqa: A001
+        input = apply(input, there, back)
     elif options["allreduce_dgrad"]:
         back = partial(total, group=group, place=places.get((BACKWARD, SUM)))
-        input = apply(input, identity, back)  # noqa: A001
+        input = apply(input, identity, back)
     return stock(input, weight, **{**options, "sequence_parallel": False, "allreduce_dgrad": False})

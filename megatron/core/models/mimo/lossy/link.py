@@ -93,7 +93,8 @@ class Link:
             messages=before.messages + 1,
             chain=chain,
             in_burst=bool(sent.lost[-1]) if packets else before.in_burst,
-            last=arrived.detach() if self.replacement == "stale" else None,
+            # A copy: sums are made in place, in what a link has let through.
+            last=arrived.detach().clone() if self.replacement == "stale" else None,
         )
         return arrived
 

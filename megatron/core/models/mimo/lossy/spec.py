@@ -29,8 +29,8 @@ class LinkRule:
         directions: of the pass: ``"forward"``, ``"backward"``.
         collectives: which of ``COLLECTIVES``; ``"exchange"`` is a bridge's.
         replacement: what stands in the place of a lost packet, see ``replacements``.
-        side: where packets are lost. At the ``"sender"`` all ranks, the sender too, miss the same,
-            so replicas stay equal. At the ``"receiver"`` each rank misses others, and replicas part.
+        side: where packets are lost. At the ``"sender"`` all ranks, the sender too, miss the same
+            and replicas stay equal. At the ``"receiver"`` each rank misses others; replicas part.
         payload: bytes per packet.
         common_mode: all senders (or receivers) of a place lose the same packets.
 
