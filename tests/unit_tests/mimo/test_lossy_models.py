@@ -8,7 +8,9 @@ passes passes always, and a rate that is off by a few percent does not.
 from __future__ import annotations
 
 import math
+import re
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -314,3 +316,22 @@ def test_a_wrong_chain_is_noticed() -> None:
     assert not within(
         wrong.lost.mean(), model.mean_loss, sigma_of_mean(0.1, PACKETS, model.memory)
     )
+
+
+# --- docs/lossy.md --------------------------------------------------------------------------
+
+PAGE = (Path(__file__).resolve().parents[3] / "docs" / "lossy.md").read_text("utf-8")
+
+
+def test_the_pages_table_has_the_presets() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.e| -]+) \| ([\d.]+) % \| ([\d.]+) \|$", PAGE, re.M)
+    found = {name: tuple(map(float, values.split(" | "))) for name, values, *_ in rows}
+    assert found == PRESETS
+    assert {name: (float(loss), float(burst)) for name, _, loss, burst in rows} == TABLE
+
+
+def test_the_pages_programs_run() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "docs/lossy.md", "exec"), {})

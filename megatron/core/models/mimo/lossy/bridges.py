@@ -92,14 +92,14 @@ def _issue(
 
 
 def _sends(place: Place | None) -> Function:
-    return identity if place is None or place.at_receiver else place.carry
+    return identity if place is None or place.at_receiver else partial(place.carry, peer=None)
 
 
 def _receives(place: Place | None, plan: PlanTensors) -> Function:
     """Own rows: the first ones were here, the others have arrived."""
     if place is None or not place.at_receiver:
         return identity
-    carry = place.carry
+    carry = partial(place.carry, peer=None)
 
     def arrived(rows: torch.Tensor) -> torch.Tensor:
         sent = rows[plan.local :]
@@ -113,7 +113,7 @@ def _receives_back(place: Place | None, plan: PlanTensors) -> Function:
     """Gradients of held rows: those at ``backward_index`` have arrived."""
     if place is None or not place.at_receiver:
         return identity
-    carry = place.carry
+    carry = partial(place.carry, peer=None)
 
     def arrived(gradients: torch.Tensor) -> torch.Tensor:
         sent = gradients.index_select(0, plan.backward_index)

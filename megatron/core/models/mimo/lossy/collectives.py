@@ -49,7 +49,7 @@ def identity(x: torch.Tensor) -> torch.Tensor:
 def total(x: torch.Tensor, group: Any, place: Place | None) -> torch.Tensor:
     """Return the sum of ``x`` over the group, ``(…)`` -> ``(…)``."""
     if place is None or not place.at_receiver:
-        return _summed(x if place is None else place.carry(x), x, group)
+        return _summed(x if place is None else place.carry(x, None), x, group)
     blocks = _gathered(x.unsqueeze(0), group).unbind()
     arrived = _received(blocks, group, place)
     whole = _summed(x, x, group)
@@ -59,7 +59,7 @@ def total(x: torch.Tensor, group: Any, place: Place | None) -> torch.Tensor:
 def gather(x: torch.Tensor, group: Any, place: Place | None) -> torch.Tensor:
     """Return all ranks' blocks along dim 0, ``(b, …)`` -> ``(n b, …)``."""
     if place is None or not place.at_receiver:
-        return _gathered(x if place is None else place.carry(x), group)
+        return _gathered(x if place is None else place.carry(x, None), group)
     whole = _gathered(x, group)
     arrived = _received(whole.chunk(group.size()), group, place)
     return whole if arrived is None else torch.cat(arrived)
@@ -68,7 +68,7 @@ def gather(x: torch.Tensor, group: Any, place: Place | None) -> torch.Tensor:
 def scatter_total(x: torch.Tensor, group: Any, place: Place | None) -> torch.Tensor:
     """Return this rank's block along dim 0 of the sum, ``(n b, …)`` -> ``(b, …)``."""
     if place is None or not place.at_receiver:
-        x = x if place is None else place.carry(x)
+        x = x if place is None else place.carry(x, None)
         return reduce_scatter_to_sequence_parallel_region(x, group=group)
     x = x.contiguous()
     blocks = torch.empty_like(x)

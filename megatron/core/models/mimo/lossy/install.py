@@ -73,7 +73,7 @@ class LossyLinks:
     def __enter__(self) -> LossyLinks:
         return self
 
-    def __exit__(self, *ended: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def remove(self) -> None:
@@ -172,12 +172,12 @@ class _Candidate:
             ranks = dist.get_process_group_ranks(self.owner.tp_group)
             return rank, [each for each in ranks if each != rank]
         if rule.side == RECEIVER or not self.is_bridge:
-            return (rank,)
+            return rank, ()
         grids = model.mimo_config.module_to_grid_map
         if where[0] == "forward":
-            return (holder(grids[self.name.removeprefix("bridge.")], False),)
+            return (holder(grids[self.name.removeprefix("bridge.")], False), ()
         layout = getattr(self.owner, "layout", None)
-        return (holder(grids["language"], getattr(layout, "sequence_parallel", False)),)
+        return (holder(grids["language"], getattr(layout, "sequence_parallel", False)), ()
 
 
 def _candidates(model: Any) -> Iterator[_Candidate]:

@@ -23,7 +23,7 @@ class Place:
         seed: of the spec.
         sender: who sends: a rank, or what stands for ranks that hold the same and must lose the
             same. Of a place at the receiver: this rank.
-        peers: of a place at the receiver, from whom it receives; one link each.
+        peers: the ranks from which it receives, with a link each; empty where there is one link.
 
     Attributes:
         at_receiver: packets are lost where they arrive.
@@ -37,7 +37,7 @@ class Place:
         rule: LinkRule,
         seed: int,
         sender: int | str,
-        peers: Sequence[int | str] = (),
+        peers: Sequence[int],
     ) -> None:
         self.name, (self.direction, self.collective) = name, where
         self.at_receiver = rule.side == RECEIVER
@@ -55,8 +55,13 @@ class Place:
         """What tells the place from all others of a rank."""
         return f"{self.name} {self.direction} {self.collective}"
 
-    def carry(self, x: torch.Tensor, peer: int | str | None = None) -> torch.Tensor:
-        """Return what arrives of a message; ``x`` itself if that is all of it as it is."""
+    def carry(self, x: torch.Tensor, peer: int | None) -> torch.Tensor:
+        """Return what arrives of a message; ``x`` itself if that is all of it as it is.
+
+        Args:
+            x: the message; read only.
+            peer: whose it is, of a place with peers; else None.
+        """
         return x if self.lossless else self.links[peer].carry(x)
 
     def rows(self) -> list[dict[str, Any]]:
