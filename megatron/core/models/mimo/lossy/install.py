@@ -175,9 +175,9 @@ class _Candidate:
             return rank, ()
         grids = model.mimo_config.module_to_grid_map
         if where[0] == "forward":
-            return (holder(grids[self.name.removeprefix("bridge.")], False), ()
+            return holder(grids[self.name.removeprefix("bridge.")], False), ()
         layout = getattr(self.owner, "layout", None)
-        return (holder(grids["language"], getattr(layout, "sequence_parallel", False)), ()
+        return holder(grids["language"], getattr(layout, "sequence_parallel", False)), ()
 
 
 def _candidates(model: Any) -> Iterator[_Candidate]:
