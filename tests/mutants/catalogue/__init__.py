@@ -14,6 +14,7 @@ from tests.mutants.catalogue.imported import IMPORTED
 from tests.mutants.catalogue.imported_sounds import IMPORTED_SOUNDS
 from tests.mutants.catalogue.imported_towers import IMPORTED_TOWERS
 from tests.mutants.catalogue.levels import LEVELS
+from tests.mutants.catalogue.lossy import LOSSY
 from tests.mutants.catalogue.memory import MEMORY
 from tests.mutants.catalogue.model import MODEL
 from tests.mutants.catalogue.options import OPTIONS
@@ -76,6 +77,7 @@ MUTANTS = (
     *EXPORTED,
     *TORCH_NATIVE_INSIDE,
     *TORCH_NATIVE,
+    *LOSSY,
     *WITHOUT_A,
     *WITHOUT_A_MODEL,
     *WITHOUT_A_PARTS,
