@@ -35,6 +35,7 @@ from megatron.core.models.mimo.lossy.statistics import Counts, sum_counts
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 KEY = stream_key(3, "layer", 0)
+HALF = GilbertElliott(0.4, 0.4)
 
 
 def link(model: object, replacement: str = "zero", payload: int = 16, key: int = KEY) -> Link:
@@ -248,6 +249,20 @@ def test_inputs_are_never_written_and_the_models_generators_not_read() -> None:
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert (np.random.get_state()[1] == states[2]).all()
+
+
+@pytest.mark.parametrize("replacement", ["zero", "stale", "rescaled", "retransmitted"])
+def test_nothing_is_read_from_the_device(replacement: str) -> None:
+    """A tensor without values has none to wait for: whoever reads one raises."""
+    one, other = (link(HALF, replacement) for _ in range(2))
+    for _ in range(3):
+        arrived = one.carry(torch.empty(60, device="meta", dtype=torch.bfloat16))
+        other.carry(torch.empty(60, dtype=torch.bfloat16))
+        assert (arrived.device.type, arrived.dtype) == ("meta", torch.bfloat16)
+    assert one.counts == other.counts
+    assert one.counts.lost > 0
+    with pytest.raises(RuntimeError, match="meta"):
+        arrived.sum().item()
 
 
 def test_messages_without_elements_and_strided_ones() -> None:
