@@ -68,6 +68,14 @@ LOSSY = (
         why="the first packet of a link never meets the state that the link starts in",
     ),
     Mutant(
+        name="gradients-are-lost-by-their-order-of-arrival",
+        file=_LOSSY + "bridges.py",
+        old='        return np.argsort(plan.place, kind="stable")',
+        new="        return np.arange(plan.place.size)",
+        tests=(_PLACES + "test_bridges_over_links",),
+        why="the TP ranks of an encoder replica get different gradients, and their weights part",
+    ),
+    Mutant(
         name="holders-of-one-row-lose-different-packets",
         file=_LOSSY + "bridges.py",
         old='if dim != "tp" or sequence_parallel)',

@@ -645,12 +645,16 @@ def test_bridges_over_links(layout: str, bridge: str, monkeypatch: pytest.Monkey
         for name, value in before.gradients.items():
             assert torch.equal(value, same_.gradients[name])
             changed += not torch.equal(value, after.gradients[name])
-        # What is lost is 0, the rest as it was; and the TP ranks of a replica see the same.
+        # What is lost is 0, the rest as it was; and the TP ranks of a replica see the same,
+        # forward and backward.
         difference = before.fused != after.fused
         changed += int(difference.sum())
         assert not after.fused[difference].any()
         first = lossy.results[rank // tp * tp].fused
         assert torch.equal(after.fused, first)
+        first = lossy.results[rank // src[0] * src[0]].gradients
+        for name, value in after.gradients.items():
+            assert not name.startswith("modality") or torch.equal(value, first[name])
     assert changed > 0
     rows = [row for links in lossy.links for row in links.statistics()]
     assert sum(row["lost"] for row in rows) > 0

@@ -2,22 +2,27 @@
 """Bridges with links that lose packets.
 
 At the sender a message is all rows that a rank holds (backward: the gradients of all rows that it
-owns), before they are sent, and those lose the same packets that hold the same rows: the TP ranks
-of an encoder replica, and the owners of one place. At the receiver, of the routed bridge alone, it
-is all rows that come from other ranks in one exchange. Where nobody in an exchange group sends, and
-in the directions in which a gather bridge only takes a part, nothing is lost.
+owns, by place), before they are sent. Ranks that hold the same rows lose the same packets: the TP
+ranks of an encoder replica, and the owners of one place. At the receiver, of the routed bridge
+alone, it is all rows that come from other ranks in one exchange. Where nobody in an exchange group
+sends, and in the directions in which a gather bridge only takes a part, nothing is lost.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron.core.models.mimo.comm.exchange import PlanTensors
+from megatron.core.models.mimo.comm.exchange import Flight, PlanTensors, to_device
 from megatron.core.models.mimo.comm.gather_bridge import ColocatedBridgeCommunicator
+from megatron.core.models.mimo.comm.plan.merged_routes import MergedPlan, Routes
+from megatron.core.models.mimo.comm.plan.routes import RoutePlan
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
 from megatron.core.models.mimo.lossy.collectives import Function, apply, identity
 from megatron.core.models.mimo.lossy.layers import Remove, Where
@@ -67,8 +72,7 @@ def change_bridge(bridge: Any, places: dict[Where, Place]) -> Remove:
     """Make a bridge send over the links of its places; returns what undoes it."""
     there, back = places.get(_THERE), places.get(_BACK)
     if isinstance(bridge, RoutedBridge):
-        bridge.issue = partial(_issue, bridge, bridge.issue, there, back)
-        return partial(delattr, bridge, "issue")
+        return _change_routed(bridge, there, back)
     stock, send, send_back = bridge.communicate, _sends(there), _sends(back)
 
     def communicate(tensor: torch.Tensor) -> torch.Tensor:
@@ -78,21 +82,56 @@ def change_bridge(bridge: Any, places: dict[Where, Place]) -> Remove:
     return partial(delattr, bridge, "communicate")
 
 
-def _issue(
-    bridge: Any, stock: Any, there: Place | None, back: Place | None, rows: Any, plan: Any
-) -> Any:
-    """``RoutedBridge.issue``: rows are lost before they leave, or among those that arrive."""
-    tensors: PlanTensors = bridge.tensors(plan, rows.device)
-    there = there if tensors.forward is not None else None
-    back = back if tensors.backward is not None else None
-    flight = stock(apply(rows, _sends(there), _receives_back(back, tensors)), plan)
-    arrive = flight.arrive
-    flight.arrive = lambda: apply(arrive(), _receives(there, tensors), _sends(back))
-    return flight
+def _change_routed(bridge: Any, there: Place | None, back: Place | None) -> Remove:
+    """Rows are lost before they leave, or among those that arrive."""
+    stock_issue, stock_merge = bridge.issue, bridge.merge
+    parts: weakref.WeakKeyDictionary[Routes, tuple[RoutePlan, ...]] = weakref.WeakKeyDictionary()
+
+    def merge(plans: Sequence[RoutePlan]) -> MergedPlan:
+        merged = stock_merge(plans)
+        parts[merged] = tuple(plans)
+        return merged
+
+    def issue(rows: torch.Tensor, plan: Routes) -> Flight:
+        tensors: PlanTensors = bridge.tensors(plan, rows.device)
+        forth = there if tensors.forward is not None else None
+        home = back if tensors.backward is not None else None
+        flight = stock_issue(apply(rows, _sends(forth), _receives_back(home, tensors)), plan)
+        arrive = flight.arrive
+        send_back = partial(_in_order, _sends(home), _order(plan, parts.get(plan)))
+        flight.arrive = lambda: apply(arrive(), _receives(forth, tensors), send_back)
+        return flight
+
+    bridge.issue, bridge.merge = issue, merge
+
+    def undo() -> None:
+        del bridge.issue, bridge.merge
+
+    return undo
 
 
 def _sends(place: Place | None) -> Function:
     return identity if place is None or place.at_receiver else partial(place.carry, peer=None)
+
+
+def _order(plan: Any, parts: tuple[RoutePlan, ...] | None) -> np.ndarray:
+    """The own rows by microbatch and place: how they arrive differs between owners of one place."""
+    if parts is None:
+        return np.argsort(plan.place, kind="stable")
+    orders = [np.argsort(part.place, kind="stable") for part in parts]
+    return np.concatenate(
+        [index[order] for index, order in zip(plan.own_index, orders, strict=True)]
+    )
+
+
+def _in_order(send: Function, order: np.ndarray, gradients: torch.Tensor) -> torch.Tensor:
+    """Send gradients of own rows in the order of their places."""
+    if send is identity:
+        return gradients
+    (index,) = to_device([order], gradients.device)
+    sent = gradients.index_select(0, index)
+    left = send(sent)
+    return gradients if left is sent else gradients.index_copy(0, index, left)
 
 
 def _receives(place: Place | None, plan: PlanTensors) -> Function:
