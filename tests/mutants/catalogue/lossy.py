@@ -72,7 +72,7 @@ LOSSY = (
         file=_LOSSY + "bridges.py",
         old='        return np.argsort(plan.place, kind="stable")',
         new="        return np.arange(plan.place.size)",
-        tests=(_PLACES + "test_bridges_over_links",),
+        tests=(UNIT + "test_lossy_bridges.py::test_bridges_over_links",),
         why="the TP ranks of an encoder replica get different gradients, and their weights part",
     ),
     Mutant(
@@ -80,7 +80,7 @@ LOSSY = (
         file=_LOSSY + "bridges.py",
         old='if dim != "tp" or sequence_parallel)',
         new="if dim or sequence_parallel)",
-        tests=(_PLACES + "test_bridges_over_links",),
+        tests=(UNIT + "test_lossy_bridges.py::test_bridges_over_links",),
         why="TP ranks of the language model see different images, and their weights part",
     ),
 )
