@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,23 +109,27 @@ class Job:
         block = Block(world.everyone(), self.sequence_parallel, self.dtype)
         links = None if self.spec is None else lossy_links(block, self.spec)
         outcome = Outcome([], [], {}, {}, links, block)
-        for step in range(self.steps):
-            x, dy = (
-                self.own(whole.to(self.dtype), rank).clone()
-                for whole in (whole_input(step), gradient(step))
-            )
-            kept, kept_dy = x.clone(), dy.clone()
-            x.requires_grad_()
-            y = block(x)
-            y.backward(dy)
-            assert torch.equal(x.detach(), kept)
-            assert torch.equal(dy, kept_dy)
-            assert (y.dtype, y.device) == (x.dtype, x.device)
-            outcome.outputs.append(y.detach())
-            outcome.inputs.append(x.grad)
-        self.around(block, links)
+        with links or contextlib.nullcontext():
+            for step in range(self.steps):
+                self._step(rank, step, outcome)
+            self.around(block, links)
         outcome.weights = {name: p.grad for name, p in block.named_parameters()}
         return outcome
+
+    def _step(self, rank: int, step: int, outcome: Outcome) -> None:
+        x, dy = (
+            self.own(whole.to(self.dtype), rank).clone()
+            for whole in (whole_input(step), gradient(step))
+        )
+        kept, kept_dy = x.clone(), dy.clone()
+        x.requires_grad_()
+        y = outcome.model(x)
+        y.backward(dy)
+        assert torch.equal(x.detach(), kept)
+        assert torch.equal(dy, kept_dy)
+        assert (y.dtype, y.device) == (x.dtype, x.device)
+        outcome.outputs.append(y.detach())
+        outcome.inputs.append(x.grad)
 
     def own(self, x: torch.Tensor, rank: int) -> torch.Tensor:
         return x.chunk(self.tp)[rank] if self.sequence_parallel and self.tp > 1 else x

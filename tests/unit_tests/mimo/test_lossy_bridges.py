@@ -33,7 +33,11 @@ def bridged(case: Case, how: LossySpec | None, monkeypatch: pytest.MonkeyPatch) 
 
     with monkeypatch.context() as patch:
         patch.setattr(Case, "build", with_links)
-        results = case.run()
+        try:
+            results = case.run()
+        finally:
+            for links in kept:
+                links.remove()
     return SimpleNamespace(results=results, links=kept)
 
 
