@@ -71,8 +71,7 @@ def train(
                 found.states.append((links.state_dict(), one.built.randomness.get_states()))
         if optimize:
             found.losses += one.train(2, 4)
-        weights = one.built.model.named_parameters()
-        found.gradients |= {f"weight {n}": p.detach().clone() for n, p in weights}
+        found.gradients |= {f"weight {n}": weight for n, weight in one.weights().items()}
         if links is not None:
             found.rows = links.gathered_statistics()
             links.remove()
@@ -94,7 +93,7 @@ def equal_everywhere(one: Found, other: Found) -> bool:
 
 
 @pytest.fixture(scope="module")
-def lossy(rank_device) -> Found:
+def lossy() -> Found:
     return train(LOSSY, sequence_parallel=True)
 
 
@@ -121,7 +120,8 @@ def test_every_kind_of_place_loses_its_share(lossy: Found) -> None:
         ("backward", "exchange"),
     }
     assert all(0.03 < row["loss_rate"] < 0.3 for row in kinds)
-    (whole,) = sum_counts(lossy.rows, ())
+    # Of links whose losses are independent: holders of the same rows lose the same.
+    (whole,) = sum_counts((row for row in lossy.rows if row["collective"] != "exchange"), ())
     # 4 σ, with the preset's correlation of neighbours of one half.
     assert abs(whole["loss_rate"] - 0.1) <= 4 * (0.09 * 3 / whole["packets"]) ** 0.5
     # What TP ranks hold alike stays alike: they all miss the same.
