@@ -61,8 +61,7 @@ def train(
         links = None if spec is None else lossy_links(trainer.model, spec)
         if state is not None:
             one.built.randomness.set_states(state[1])
-            if state[0] is not None:
-                links.load_state_dict(state[0])
+            links.load_state_dict(state[0])
         for step in range(*steps):
             found.losses.append(trainer.gradients(batches, step))
             gradients = local_gradients(one.built.model)
@@ -70,7 +69,7 @@ def train(
             if links is not None:
                 found.states.append((links.state_dict(), one.built.randomness.get_states()))
         if optimize:
-            found.losses += one.train(2, 4)
+            found.losses += one.train(2, 3)
         found.gradients |= {f"weight {n}": weight for n, weight in one.weights().items()}
         if links is not None:
             found.rows = links.gathered_statistics()
@@ -147,19 +146,18 @@ def test_pipeline_stages_and_recomputed_layers() -> None:
 
 
 def test_a_new_run_goes_on_where_the_links_were(lossy: Found) -> None:
-    """The second step alone, from the state that was saved after the first."""
+    """The second step alone, from the state that was saved after the first.
+
+    The control, a run that starts anew, is in ``test_lossy_in_use.py``.
+    """
     saved = lossy.states[0]
     resumed = train(LOSSY, steps=(1, 2), state=saved, optimize=False, sequence_parallel=True)
-    anew = train(
-        LOSSY, steps=(1, 2), state=(None, saved[1]), optimize=False, sequence_parallel=True
-    )
     of_step = {name: g for name, g in resumed.gradients.items() if name.startswith("1 ")}
     assert of_step
     assert all(torch.equal(g, lossy.gradients[name]) for name, g in of_step.items())
-    assert not all(torch.equal(anew.gradients[name], g) for name, g in of_step.items())
 
 
 def test_at_the_receiver_replicas_part() -> None:
     rule = replace(LOSSY.rules[0], side="receiver")
-    parted = train(LossySpec((rule,), 3)).parted
+    parted = train(LossySpec((rule,), 3), steps=(0, 0)).parted
     assert max(parted.values()) > 0
