@@ -33,6 +33,9 @@ from megatron.core.models.mimo.lossy.packets import (
 from megatron.core.models.mimo.lossy.replacements import rescaled, resend, stale, zero
 from megatron.core.models.mimo.lossy.statistics import Counts, sum_counts
 
+# Nothing of Megatron-Core is in them.
+pytestmark = pytest.mark.once
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 KEY = stream_key(3, "layer", 0)
 HALF = GilbertElliott(0.4, 0.4)

@@ -28,6 +28,9 @@ from megatron.core.models.mimo.lossy.loss_models import (
     walk,
 )
 
+# Nothing of Megatron-Core is in them.
+pytestmark = pytest.mark.once
+
 PACKETS = 200_000
 
 

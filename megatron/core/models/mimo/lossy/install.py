@@ -61,8 +61,8 @@ class LossyLinks:
         self.spec, self._rank = spec, dist.get_rank()
         self.places: list[Place] = []
         self._undo: list[Remove] = []
-        for each in candidates:
-            places = each.make_places(model, spec)
+        made = [(each, each.make_places(model, spec)) for each in candidates]
+        for each, places in made:
             if places:
                 self.places += places.values()
                 change = change_bridge if each.is_bridge else change_layer
