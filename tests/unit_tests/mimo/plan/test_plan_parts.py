@@ -146,6 +146,9 @@ def test_states_are_six_bytes_and_twelve_over_the_replicas() -> None:
     assert memory.weights == pytest.approx(2 * (language + vision))
     assert memory.gradients == pytest.approx(4 * (language + vision))
     assert memory.optimizer == pytest.approx(12 * (language / 16 + vision / 32))
+    # Weights in float32 need no copy in float32.
+    wide = bytes_of(COLOCATED, replace(WORK, itemsize=4))
+    assert wide.optimizer == pytest.approx(memory.optimizer * 8 / 12)
     assert memory.margin == pytest.approx(MARGIN * memory.expected)
     assert memory.total == pytest.approx(memory.expected * (1 + MARGIN))
 
@@ -188,10 +191,12 @@ def test_sequence_parallel_encoders_cut_their_norms_too() -> None:
 def test_a_layer_keeps_34_bytes_per_channel_less_what_kernels_spare() -> None:
     """Korthikanti's 34 with dropout's masks, 2 bytes; flash attention adds a float per head."""
     dense = Stack.of(1, 1024, 4096, 16)
-    assert layer_bytes(dense, 2, 1) == 1024 * 32 + 4 * 16
-    assert layer_bytes(dense, 2, 4) == layer_bytes(dense, 2, 1) / 4
+    assert layer_bytes(dense, 2, 1, fused=True) == 1024 * 32 + 4 * 16
+    assert layer_bytes(dense, 2, 4, fused=True) == layer_bytes(dense, 2, 1, fused=True) / 4
     gated = Stack(1, 1024, 4096, 16, 4, 64, gated=True)
-    assert layer_bytes(gated, 2, 1) == 1024 * 8 + 2 * 64 * 2 * 20 + 64 + 2 * 3 * 4096
+    kept = 1024 * 8 + 2 * 64 * 2 * 20 + 64 + 2 * 3 * 4096
+    assert layer_bytes(gated, 2, 1, fused=True) == kept
+    assert layer_bytes(gated, 2, 1, fused=False) > 1.5 * kept
 
 
 def test_stages_hold_what_waits() -> None:

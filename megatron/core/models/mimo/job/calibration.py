@@ -25,6 +25,7 @@ from megatron.core.models.mimo.plan.flops import (
 )
 from megatron.core.models.mimo.plan.machine import Machine
 from megatron.core.models.mimo.plan.shapes import Stack
+from megatron.core.models.mimo.transformer.layer_specs import use_transformer_engine
 
 _MOST_REPEATS = 10_000
 
@@ -83,6 +84,7 @@ def calibrate(probe: Probe, name: str) -> Machine:
         between_latency=between[1],
         host=_to_host(probe) if probe.device.type == "cuda" else copies,
         communicator=_communicator(probe),
+        fused=use_transformer_engine(),
     )
 
 
