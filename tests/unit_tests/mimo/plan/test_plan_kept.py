@@ -56,12 +56,12 @@ def test_a_layer_keeps_what_is_planned(
     """To 1 %: rotary frequencies, which all layers share, are not counted."""
     one, three = (counted(layers, groups, dtype, recompute) for layers in (1, 3))
     stack = Stack(3, _WIDTH, 2 * _WIDTH, _HEADS, groups, _WIDTH // _HEADS, gated=True)
-    whole = layer_bytes(stack, dtype.itemsize, 1, fused=False)
+    whole = layer_bytes(stack, dtype.itemsize, 1, 1, fused=False)
     output = dtype.itemsize * _WIDTH + 4 * _HEADS
     planned = {"none": whole, "selective": whole - output, "full": dtype.itemsize * _WIDTH}
     assert planned[recompute] == pytest.approx((three - one) / 2, rel=0.01)
     # The control: with Transformer Engine's kernels it would be far less.
-    assert layer_bytes(stack, dtype.itemsize, 1, fused=True) < 0.7 * whole
+    assert layer_bytes(stack, dtype.itemsize, 1, 1, fused=True) < 0.7 * whole
 
     # The whole model is never planned below what it keeps; beside that a pass back needs room.
     shapes = Shapes(LanguageShape(stack, VOCABULARY_SIZE), {})

@@ -140,7 +140,7 @@ def _states(
     }
 
 
-def layer_bytes(stack: Stack, itemsize: int, tp: int, *, fused: bool) -> float:
+def layer_bytes(stack: Stack, itemsize: int, tp: int, cp: int, *, fused: bool) -> float:
     """Return what one layer of a language model keeps per token, on one of its TP ranks.
 
     After Korthikanti et al. 2022, table 2, with sequence parallelism, without dropout, with
@@ -153,7 +153,8 @@ def layer_bytes(stack: Stack, itemsize: int, tp: int, *, fused: bool) -> float:
     ================================  =====================  ==========================
     both norms, and what they return  ``4 e h``              ``16 h + 2 e h + 8``
     query, key, value                 ``e d (a + 2 g)``      the same, and ``e d (a + g)``
-                                                             with rotary positions
+                                                             with rotary positions; with CP
+                                                             ``c``: ``e d (a + 2 g c)``
     attention's output                ``e d a + 4 a``        ``2 e d a + 4 a``
     gated MLP                         ``3 e f``              ``5 e f``
     other MLP                         ``2 e f``              ``2 e f``
@@ -166,9 +167,10 @@ def layer_bytes(stack: Stack, itemsize: int, tp: int, *, fused: bool) -> float:
         stack: the layers.
         itemsize: bytes of a number.
         tp: ranks that share a layer.
+        cp: ranks that share a sequence; without Transformer Engine each keeps all keys and values.
         fused: the layers are Transformer Engine's.
 
-    >>> layer_bytes(Stack.of(1, 1024, 4096, 16), 2, 1, fused=True) / 1024
+    >>> layer_bytes(Stack.of(1, 1024, 4096, 16), 2, 1, 1, fused=True) / 1024
     32.0625
     """
     e, h = itemsize, stack.hidden
@@ -177,7 +179,7 @@ def layer_bytes(stack: Stack, itemsize: int, tp: int, *, fused: bool) -> float:
     norms = 4 * e * h if fused else 16 * h + 2 * e * h + 8
     attention = queries + 2 * keys + queries + 4 * stack.heads
     if not fused:
-        attention += queries + keys + queries
+        attention += queries + (2 * keys * (cp - 1) if cp > 1 else queries + keys)
     part = stack.expert_layers / stack.layers
     experts = stack.chosen * (wide * stack.expert_ffn + 2 * h)
     mlp = e * ((1 - part) * wide * stack.ffn + part * experts)
@@ -192,7 +194,7 @@ def _activations(
     tokens = samples * work.sequence / at.cp
     layers, whole = (
         stack.layers / at.pp,
-        layer_bytes(stack, work.itemsize, at.tp, fused=fused),
+        layer_bytes(stack, work.itemsize, at.tp, at.cp, fused=fused),
     )
     each = whole
     if candidate.recompute == "full":
