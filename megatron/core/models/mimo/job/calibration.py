@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -209,7 +210,7 @@ def _communicator(probe: Probe) -> float:
     if probe.device.type != "cuda":
         return 0.0
     before = torch.cuda.mem_get_info(probe.device)[0]
-    group = dist.new_group(list(range(dist.get_world_size())))
+    group: Any = dist.new_group(list(range(dist.get_world_size())))
     dist.all_reduce(torch.zeros(1, device=probe.device), group=group)
     _wait(probe.device)
     taken = before - torch.cuda.mem_get_info(probe.device)[0]
