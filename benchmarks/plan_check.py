@@ -2,7 +2,8 @@
 """Predicted against published steps: ``python -m benchmarks.plan_check``, ``make plan-check``.
 
 Fits the planner's constants to four published rows and prints, for each row, times and gains as
-they are predicted with all rows, and with constants fitted to the three others. Exits 1 if the
+they are predicted with all rows, and with constants fitted to the three others. ``--held-out FILE``
+predicts further rows, a JSON list, with the constants of these four. Exits 1 if the
 mean error of time is more than 5 %, if less than three gains are within 6 points, or if the
 package's constants are not those of the fit.
 """
@@ -17,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.published import ROWS, Row, fit, h100
+from benchmarks.published import ROWS, Row, fit, h100, rows_from
 from megatron.core.models.mimo.plan.candidates import VIRTUAL_STAGES
 from megatron.core.models.mimo.plan.machine import REACHED, Machine, Reached
 
@@ -132,7 +133,7 @@ def _cell(one: Compared, left_out: Compared) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """Return the result in markdown."""
     lines = [
-        "| encoder + language, context, GPUs | published ms, homogeneous → colocated "
+        "| encoder + language, context, vision, GPUs | published ms, homogeneous → colocated "
         "| predicted | error | gain %, published / predicted | left out: error, gain "
         "| GB published | GB predicted |",
         "|---|---|---|---|---|---|---|---|",
@@ -165,6 +166,22 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def held_out(rows: Sequence[Row]) -> str:
+    """Return rows that nothing was fitted to, as predicted, in markdown."""
+    compared = [compare(row, h100(REACHED)) for row in rows]
+    lines = ["| held out | published ms | predicted ms | error | gain % |", "|---|---|---|---|---|"]
+    for each in compared:
+        errors = " → ".join(f"{100 * error:+.1f} %" for error in each.errors)
+        times = _arrow([round(ms) for ms in each.milliseconds])
+        lines.append(
+            f"| {each.row} | {_arrow(each.row.milliseconds)} | {times} | {errors} "
+            f"| {each.row.gain} / {each.gain:.1f} |"
+        )
+    lines += ["", f"Mean error of time {100 * mean_error(compared):.1f} %, gains within "
+              f"{GAIN_POINTS:g} points {gains_within(compared)} of {len(compared)}."]  # fmt: skip
+    return "\n".join(lines)
+
+
 def _arrow(values: Sequence[float]) -> str:
     return " → ".join(str(value) for value in values)
 
@@ -174,9 +191,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_check", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--json", type=Path, help="file for the numbers")
+    parser.add_argument("--held-out", type=Path, metavar="FILE", help="JSON list of further rows")
     options = parser.parse_args(argv)
+    further = rows_from(json.loads(options.held_out.read_text())) if options.held_out else ()
     result = check()
     print(table(result))
+    if further:
+        print("", held_out(further), sep="\n")
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print("PASS" if result["passed"] else "FAIL")

@@ -10,7 +10,7 @@ about stays where it was, and leaving out a row changes the others little.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 
 import numpy as np
 
@@ -20,22 +20,33 @@ from megatron.core.models.mimo.plan.machine import DATA_SHEETS, Machine, Reached
 from megatron.core.models.mimo.plan.shapes import EncoderShape, LanguageShape, Shapes, Stack, Work
 from mimo_colocated.launch.layouts import Layout
 
-# The paper names no shapes. These have the named sizes, and the memory of its rows.
-_LANGUAGE = {
+# The paper names no shapes. 7B, 14B and the encoder of 1B have the named sizes and the memory of
+# its rows; the others are those of Llama 3 70B, Qwen2.5 32B, CLIP-L and InternViT-6B, whose heads
+# are as many as TP divides.
+LANGUAGES = {
     "7B": LanguageShape(Stack.of(32, 4096, 11008, 32, gated=True), 32_000),
     "14B": LanguageShape(Stack.of(40, 5120, 13824, 40, gated=True), 152_064),
+    "32B": LanguageShape(Stack(64, 5120, 27648, 40, 8, 128, gated=True), 152_064),
+    "70B": LanguageShape(Stack(80, 8192, 28672, 64, 8, 128, gated=True), 128_256),
 }
-# 1B; 1,024 tokens an item, a row each.
-_ENCODER = EncoderShape(
-    Stack.of(24, 1792, 7168, 16),
-    tokens=1024,
-    rows=1024,
-    patch=588,
-    row=1792,
-    projected=4096,
-    sequence_parallel=True,
-)
-_SHARE = 0.75
+"""Size -> language model."""
+_TOKENS = 1024
+
+
+def _encoder(layers: int, hidden: int, ffn: int, heads: int) -> EncoderShape:
+    """Of items of 1,024 tokens, each of which is a row."""
+    stack = Stack.of(layers, hidden, ffn, heads)
+    return EncoderShape(
+        stack, _TOKENS, _TOKENS, 588, hidden, projected=4096, sequence_parallel=True
+    )
+
+
+ENCODERS = {
+    "0.3B": _encoder(24, 1024, 4096, 16),
+    "1B": _encoder(24, 1792, 7168, 16),
+    "6B": _encoder(45, 3200, 12800, 32),
+}
+"""Size -> encoder."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,8 @@ class Row:
     """A published row.
 
     Attributes:
-        language: its size.
+        vision, language: their sizes, of :data:`ENCODERS` and of :data:`LANGUAGES`.
+        share: part of the tokens that are rows of the encoder.
         sequence, ranks, samples, microbatches: of a step.
         homogeneous: the layout of both modules.
         encoder, colocated: the two layouts of the colocated step.
@@ -52,7 +64,9 @@ class Row:
         gigabytes: of the fullest rank of either.
     """
 
+    vision: str
     language: str
+    share: float
     sequence: int
     ranks: int
     samples: int
@@ -65,17 +79,18 @@ class Row:
     gigabytes: tuple[float, float]
 
     def __str__(self) -> str:
-        return f"1B+{self.language} {self.sequence // 1024}K on {self.ranks}"
+        model, share = f"{self.vision}+{self.language}", f"{100 * self.share:.0f} %"
+        return f"{model}, {self.sequence // 1024}K, {share}, {self.ranks}"
 
     @property
     def shapes(self) -> Shapes:
         """The model."""
-        return Shapes(_LANGUAGE[self.language], {"vision": _ENCODER})
+        return Shapes(LANGUAGES[self.language], {"vision": ENCODERS[self.vision]})
 
     @property
     def work(self) -> Work:
         """The step."""
-        return Work(self.sequence, self.samples, {"vision": _SHARE})
+        return Work(self.sequence, self.samples, {"vision": self.share})
 
     def estimates(self, machine: Machine) -> tuple[Estimate, Estimate]:
         """Return those of the homogeneous and of the colocated step."""
@@ -102,15 +117,33 @@ class Row:
 
 
 ROWS = (
-    Row("7B", 16_384, 16, 8, 2, "tp=2,cp=2,dp=4", "tp=1,dp=16", "tp=2,cp=2,dp=4",
+    Row("1B", "7B", 0.75, 16_384, 16, 8, 2, "tp=2,cp=2,dp=4", "tp=1,dp=16", "tp=2,cp=2,dp=4",
         8.5, (1352, 1248), (59.6, 52.2)),
-    Row("7B", 65_536, 32, 4, 2, "tp=4,cp=8,dp=1", "tp=1,dp=32", "tp=2,cp=8,dp=2",
+    Row("1B", "7B", 0.75, 65_536, 32, 4, 2, "tp=4,cp=8,dp=1", "tp=1,dp=32", "tp=2,cp=8,dp=2",
         49.3, (4457, 2973), (68.9, 50.3)),
-    Row("14B", 32_768, 32, 4, 1, "tp=8,cp=2,dp=2", "tp=2,dp=16", "tp=4,cp=2,dp=4",
+    Row("1B", "14B", 0.75, 32_768, 32, 4, 1, "tp=8,cp=2,dp=2", "tp=2,dp=16", "tp=4,cp=2,dp=4",
         21.3, (1962, 1585), (53.5, 70.3)),
-    Row("14B", 131_072, 64, 4, 2, "tp=4,cp=8,pp=2,dp=1", "tp=2,dp=32", "tp=4,cp=8,dp=2",
+    Row("1B", "14B", 0.75, 131_072, 64, 4, 2, "tp=4,cp=8,pp=2,dp=1", "tp=2,dp=32", "tp=4,cp=8,dp=2",
         34.0, (9692, 7175), (55.8, 62.9)),
 )  # fmt: skip
+
+def rows_from(values: object) -> tuple[Row, ...]:
+    """Return further rows, from a list of mappings of their fields.
+
+    Raises:
+        ValueError: no list of mappings, fields that are missing or unknown, or an unknown size.
+    """
+    known = {each.name for each in fields(Row)}
+    if not isinstance(values, list):
+        raise ValueError(f"rows must be a list of mappings with {sorted(known)}, got {values!r}")
+    for each in values:
+        if not isinstance(each, dict) or set(each) != known:
+            raise ValueError(f"a row's fields must be {sorted(known)}, got {each!r}")
+        for name, sizes in (("vision", ENCODERS), ("language", LANGUAGES)):
+            if each[name] not in sizes:
+                raise ValueError(f"{name} must be one of {sorted(sizes)}, got {each[name]!r}")
+    return tuple(Row(**each) for each in values)
+
 
 # What training usually reaches on H100, before any row is seen, and the standard deviation of its
 # logarithm. Matmul and attention: Megatron-Core's and FlashAttention's published runs; encoder: as

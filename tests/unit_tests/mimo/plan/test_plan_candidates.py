@@ -189,3 +189,23 @@ def test_16384_ranks_in_ten_seconds_and_a_gigabyte() -> None:
 def _peak_bytes() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def test_two_encoders_each_with_a_layout_of_its_own() -> None:
+    """Their times add up, their memory too; all pairs of their layouts are tried."""
+    vision = SMALL.encoders["vision"]
+    both = Shapes(SMALL.language, {"vision": vision, "audio": vision})
+    work = replace(SMALL_WORK, shares={"vision": 0.25, "audio": 0.25})
+    found = planned(both, work, H100, EIGHT)
+    layouts = {
+        tuple(str(at) for at in each.candidate.encoders.values()) for each in found.colocated
+    }
+    assert {("tp=1,dp=8", "tp=2,dp=4"), ("tp=4,dp=2", "tp=1,dp=8")} <= layouts
+    one = Candidate(Layout(dp=8), {"vision": Layout(dp=8)}, 1)
+    two = replace(one, encoders={"vision": Layout(dp=8), "audio": Layout(dp=8)})
+    half = replace(SMALL_WORK, shares={"vision": 0.25})
+    single = estimate(one, SMALL, half, H100)
+    double = estimate(two, both, work, H100)
+    assert double.seconds.encoder == pytest.approx(2 * single.seconds.encoder)
+    assert double.memory.encoder == 2 * single.memory.encoder
+    assert [each.encoder for each in moved(two, both, work)] == ["vision", "audio"]

@@ -79,6 +79,11 @@ def test_tp_collectives_by_hand() -> None:
 def test_a_ring_counts_beyond_the_attention_that_it_runs_beside() -> None:
     assert seconds_of(COLOCATED).cp > 0
     assert seconds_of(COLOCATED, replace(H100, between=1e15, between_latency=0.0)).cp == 0
+    # Local attention gathers keys and values once in each pass, beside nothing.
+    local = seconds_of(COLOCATED, replace(H100, fused=False, between_latency=0.0)).cp
+    tokens = WORK.sequence * WORK.samples / (8 * 2)
+    bytes_ = 7 * 2 * tokens * 4096 / 2 * 2 * 2 * LANGUAGE.stack.layers
+    assert local == pytest.approx(bytes_ / H100.between)
     # Inside a node it is hidden.
     assert seconds_of(Candidate(Layout(tp=2, cp=4, dp=4), {"vision": Layout(dp=32)}, 1)).cp == 0
 
@@ -146,6 +151,9 @@ def test_states_are_six_bytes_and_twelve_over_the_replicas() -> None:
     assert memory.weights == pytest.approx(2 * (language + vision))
     assert memory.gradients == pytest.approx(4 * (language + vision))
     assert memory.optimizer == pytest.approx(12 * (language / 16 + vision / 32))
+    # Weights in float32 need no copy in float32.
+    wide = bytes_of(COLOCATED, replace(WORK, itemsize=4))
+    assert wide.optimizer == pytest.approx(memory.optimizer * 8 / 12)
     assert memory.margin == pytest.approx(MARGIN * memory.expected)
     assert memory.total == pytest.approx(memory.expected * (1 + MARGIN))
 
@@ -188,10 +196,16 @@ def test_sequence_parallel_encoders_cut_their_norms_too() -> None:
 def test_a_layer_keeps_34_bytes_per_channel_less_what_kernels_spare() -> None:
     """Korthikanti's 34 with dropout's masks, 2 bytes; flash attention adds a float per head."""
     dense = Stack.of(1, 1024, 4096, 16)
-    assert layer_bytes(dense, 2, 1) == 1024 * 32 + 4 * 16
-    assert layer_bytes(dense, 2, 4) == layer_bytes(dense, 2, 1) / 4
+    assert layer_bytes(dense, 2, 1, 1, fused=True) == 1024 * 32 + 4 * 16
+    assert layer_bytes(dense, 2, 4, 1, fused=True) == layer_bytes(dense, 2, 1, 1, fused=True) / 4
     gated = Stack(1, 1024, 4096, 16, 4, 64, gated=True)
-    assert layer_bytes(gated, 2, 1) == 1024 * 8 + 2 * 64 * 2 * 20 + 64 + 2 * 3 * 4096
+    kept = 1024 * 8 + 2 * 64 * 2 * 20 + 64 + 2 * 3 * 4096
+    assert layer_bytes(gated, 2, 1, 1, fused=True) == kept
+    assert layer_bytes(gated, 2, 1, 1, fused=False) > 1.5 * kept
+    # Local attention keeps the keys and values of the whole sequence.
+    wider = [layer_bytes(gated, 2, 1, cp, fused=False) for cp in (2, 4)]
+    assert wider[1] - wider[0] == 2 * 2 * 2 * 4 * 64
+    assert layer_bytes(gated, 2, 1, 8, fused=True) == kept
 
 
 def test_stages_hold_what_waits() -> None:

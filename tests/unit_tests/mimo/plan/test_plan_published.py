@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -78,15 +79,32 @@ def test_the_table_has_every_row_and_the_command_its_verdict(
     capsys: pytest.CaptureFixture[str], tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_check, "fit", lambda _rows: REACHED)
-    out = tmp_path / "check.json"
-    assert plan_check.main(["--json", str(out)]) == 0
+    out, further = tmp_path / "check.json", tmp_path / "further.json"
+    large = {**asdict(ROWS[0]), "vision": "6B", "language": "70B", "share": 0.5}
+    further.write_text(json.dumps([asdict(ROWS[1]), large]))
+    assert plan_check.main(["--json", str(out), "--held-out", str(further)]) == 0
     text = capsys.readouterr().out
     assert all(str(row) in text for row in ROWS)
+    assert "| 6B+70B, 16K, 50 %, 16 |" in text
+    assert "of 2." in text
     assert text.endswith("PASS\n")
     assert '"left_out_gains_within"' in out.read_text()
     monkeypatch.setattr(plan_check, "MEAN_ERROR", 0.001)
     assert plan_check.main([]) == 1
     assert capsys.readouterr().out.endswith("FAIL\n")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, r"rows must be a list of mappings with \['colocated'"),
+        ([{"language": "7B"}], "a row's fields must be .*, got {'language': '7B'}"),
+        ([{**asdict(ROWS[0]), "vision": "9B"}], "vision must be one of .*'1B'.*, got '9B'"),
+    ],
+)
+def test_wrong_rows(values: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        published.rows_from(values)
 
 
 def test_colocated_layouts_span_the_same_ranks() -> None:

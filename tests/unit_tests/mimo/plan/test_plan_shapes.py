@@ -111,6 +111,7 @@ def test_machines_of_files(tmp_path: Path) -> None:
         ("{", "is no machine: .*; calibrate it again"),
         ("{}", "is no machine: its fields must be "),
         (to_json(mine).replace('"node": 4', '"node": "4"'), "must be numbers: {'node': '4'}"),
+        (to_json(mine).replace('"fused": true', '"fused": 1'), "fused must be true or false"),
         (to_json(mine).replace('"node": 4', '"node": 0'), "node must be more than 0, got 0"),
     ):
         path.write_text(text)

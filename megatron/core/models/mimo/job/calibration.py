@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from megatron.core.models.mimo.plan.flops import (
 )
 from megatron.core.models.mimo.plan.machine import Machine
 from megatron.core.models.mimo.plan.shapes import Stack
+from megatron.core.models.mimo.transformer.layer_specs import use_transformer_engine
 
 _MOST_REPEATS = 10_000
 
@@ -83,6 +85,7 @@ def calibrate(probe: Probe, name: str) -> Machine:
         between_latency=between[1],
         host=_to_host(probe) if probe.device.type == "cuda" else copies,
         communicator=_communicator(probe),
+        fused=use_transformer_engine(),
     )
 
 
@@ -207,7 +210,7 @@ def _communicator(probe: Probe) -> float:
     if probe.device.type != "cuda":
         return 0.0
     before = torch.cuda.mem_get_info(probe.device)[0]
-    group = dist.new_group(list(range(dist.get_world_size())))
+    group: Any = dist.new_group(list(range(dist.get_world_size())))
     dist.all_reduce(torch.zeros(1, device=probe.device), group=group)
     _wait(probe.device)
     taken = before - torch.cuda.mem_get_info(probe.device)[0]

@@ -22,8 +22,8 @@ from megatron.core.models.mimo.plan.step_time import (
     replicas,
 )
 
-# A weight, and Adam's two moments, in float32.
-_OPTIMIZER_BYTES = 12
+# Adam's two moments in float32, and a weight beside one of 16 bits.
+_MOMENTS, _MASTER = 8, 4
 MARGIN = 0.05
 """Part of all else that is kept free: fragments of the allocator, kernels' workspaces, the context
 of the driver. A run that does not fit costs more than a layout that was passed over."""
@@ -103,8 +103,9 @@ def _moment(
         if first and not candidate.homogeneous:
             bridge += _bridge_bytes(name, candidate, shapes, work)
     if language:
-        activations = _activations(candidate, shapes.language.stack, work, waiting)
-        logits = _logits(candidate, shapes, work) if alone or not first else 0.0
+        fused = machine.fused
+        activations = _activations(candidate, shapes.language.stack, work, waiting, fused)
+        logits = _logits(candidate, shapes, work, fused) if alone or not first else 0.0
     parts = {
         **_states(candidate, shapes, work, encoders=encodes),
         "encoder": encoder,
@@ -130,47 +131,71 @@ def _states(
             (name, encoder_weights(name, candidate, shapes), replicas(candidate, name))
             for name in shapes.encoders
         ]
+    adam = _MOMENTS + (_MASTER if work.itemsize < 4 else 0)
     trained = [(weights, ranks) for name, weights, ranks in held if name not in work.frozen_modules]
     return {
         "weights": work.itemsize * sum(weights for _, weights, _ in held),
         "gradients": GRADIENT_BYTES * sum(weights for weights, _ in trained),
-        "optimizer": _OPTIMIZER_BYTES * sum(weights / ranks for weights, ranks in trained),
+        "optimizer": adam * sum(weights / ranks for weights, ranks in trained),
     }
 
 
-def layer_bytes(stack: Stack, itemsize: int, tp: int) -> float:
+def layer_bytes(stack: Stack, itemsize: int, tp: int, cp: int, *, fused: bool) -> float:
     """Return what one layer of a language model keeps per token, on one of its TP ranks.
 
     After Korthikanti et al. 2022, table 2, with sequence parallelism, without dropout, with
-    attention that keeps no scores; ``e`` bytes a number, width ``h``, TP ``t``:
+    attention that keeps no scores. With ``e`` bytes a number, width ``h``, heads ``a`` and ``g``
+    groups of ``d`` channels, MLP ``f``, TP ``t``, in Transformer Engine's kernels (*fused*) and in
+    the layers that this project runs without them, whose norms keep float32:
 
-    ===============================  =====================================
-    inputs and outputs of norms      ``4 e h``
-    query, key, value                ``e d (a + 2 g)``, heads ``a``, ``g`` groups of channels ``d``
-    attention's output               ``e d a``, and a float per head
-    gated MLP, one kernel            ``3 e f``: before it, and its product
-    other MLP                        ``2 e f``
-    experts, ``k`` of them a token   as MLPs of ``k`` times their width, and ``k`` copies of ``h``
-    ===============================  =====================================
+    ================================  =====================  ==========================
+    kept                              fused                  without
+    ================================  =====================  ==========================
+    both norms, and what they return  ``4 e h``              ``16 h + 2 e h + 8``
+    query, key, value                 ``e d (a + 2 g)``      the same, and ``e d (a + g)``
+                                                             with rotary positions; with CP
+                                                             ``c``: ``e d (a + 2 g c)``
+    attention's output                ``e d a + 4 a``        ``2 e d a + 4 a``
+    gated MLP                         ``3 e f``              ``5 e f``
+    other MLP                         ``2 e f``              ``2 e f``
+    experts, ``k`` of them a token    as MLPs of ``k`` times their width, and ``2 k e h``
+    ================================  =====================  ==========================
 
     all of it over ``t``.
 
-    >>> layer_bytes(Stack.of(1, 1024, 4096, 16), 2, 1) / 1024
+    Args:
+        stack: the layers.
+        itemsize: bytes of a number.
+        tp: ranks that share a layer.
+        cp: ranks that share a sequence; without Transformer Engine each keeps all keys and values.
+        fused: the layers are Transformer Engine's.
+
+    >>> layer_bytes(Stack.of(1, 1024, 4096, 16), 2, 1, 1, fused=True) / 1024
     32.0625
     """
-    e, wide = itemsize, 3 if stack.gated else 2
-    attention = e * stack.head * 2 * (stack.heads + stack.groups) + 4 * stack.heads
+    e, h = itemsize, stack.hidden
+    wide = (3 if fused else 5) if stack.gated else 2
+    queries, keys = e * stack.head * stack.heads, e * stack.head * stack.groups
+    norms = 4 * e * h if fused else 16 * h + 2 * e * h + 8
+    attention = queries + 2 * keys + queries + 4 * stack.heads
+    if not fused:
+        attention += queries + (2 * keys * (cp - 1) if cp > 1 else queries + keys)
     part = stack.expert_layers / stack.layers
-    experts = stack.chosen * (wide * stack.expert_ffn + 2 * stack.hidden)
+    experts = stack.chosen * (wide * stack.expert_ffn + 2 * h)
     mlp = e * ((1 - part) * wide * stack.ffn + part * experts)
-    return (4 * e * stack.hidden + attention + mlp) / tp
+    return (norms + attention + mlp) / tp
 
 
-def _activations(candidate: Candidate, stack: Stack, work: Work, waiting: float) -> float:
+def _activations(
+    candidate: Candidate, stack: Stack, work: Work, waiting: float, fused: bool
+) -> float:
     at = candidate.language
     samples = work.samples // (at.dp * candidate.microbatches)
     tokens = samples * work.sequence / at.cp
-    layers, whole = stack.layers / at.pp, layer_bytes(stack, work.itemsize, at.tp)
+    layers, whole = (
+        stack.layers / at.pp,
+        layer_bytes(stack, work.itemsize, at.tp, at.cp, fused=fused),
+    )
     each = whole
     if candidate.recompute == "full":
         each = work.itemsize * stack.hidden / at.tp
@@ -183,12 +208,18 @@ def _activations(candidate: Candidate, stack: Stack, work: Work, waiting: float)
     return tokens * (waiting * layers * each + working)
 
 
-def _logits(candidate: Candidate, shapes: Shapes, work: Work) -> float:
-    """Logits as the output layer makes them, and in float32, where the loss keeps them."""
+def _logits(candidate: Candidate, shapes: Shapes, work: Work, fused: bool) -> float:
+    """Logits as the output layer makes them, and in float32, where the loss keeps them.
+
+    Before them comes the last norm, which keeps what a layer's does.
+    """
     at = candidate.language
     samples = work.samples // (at.dp * candidate.microbatches)
     tokens = samples * work.sequence / at.cp
-    return tokens * shapes.language.vocab / at.tp * (work.itemsize + 4)
+    h, e = shapes.width, work.itemsize
+    norm = 2 * e * h if fused else 8 * h + e * h + 4
+    # The place of its token in the vocabulary, and whether it is there.
+    return tokens * (shapes.language.vocab * (e + 4) / at.tp + norm / at.tp + 9)
 
 
 def _bridge_bytes(name: str, candidate: Candidate, shapes: Shapes, work: Work) -> float:

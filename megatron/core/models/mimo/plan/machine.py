@@ -27,6 +27,7 @@ class Machine:
         inside_latency, between_latency: seconds until a collective's first byte is there.
         host: bytes a second between an accelerator and its host's memory.
         communicator: bytes of memory that a process group takes.
+        fused: layers are Transformer Engine's, which keep less than Megatron's local ones.
 
     Raises:
         ValueError: a number that is not positive; a latency or a communicator may be 0.
@@ -45,15 +46,17 @@ class Machine:
     between_latency: float
     host: float
     communicator: float
+    fused: bool
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            value = getattr(self, each.name)
-            if each.name != "name" and not value >= 0:
-                raise ValueError(f"{each.name} must be 0 or more, got {value!r}")
-            zero_allowed = each.name in ("name", "communicator") or each.name.endswith("latency")
-            if not zero_allowed and not value > 0:
-                raise ValueError(f"{each.name} must be more than 0, got {value!r}")
+            value, name = getattr(self, each.name), each.name
+            if name in ("name", "fused"):
+                continue
+            if not value >= 0:
+                raise ValueError(f"{name} must be 0 or more, got {value!r}")
+            if value == 0 and name != "communicator" and not name.endswith("latency"):
+                raise ValueError(f"{name} must be more than 0, got {value!r}")
 
     def link(self, span: int) -> tuple[float, float]:
         """Return the slowest link's rate and latency among ``span`` neighbouring ranks."""
@@ -170,6 +173,7 @@ def machine_of(name: str, sheet: DataSheet, reached: Reached) -> Machine:
         between_latency=_BETWEEN_LATENCY,
         host=sheet.host * _HOST,
         communicator=_COMMUNICATOR,
+        fused=True,
     )
 
 
@@ -212,10 +216,13 @@ def machine_from(values: Mapping[str, Any]) -> Machine:
     wrong = {
         name: value
         for name, value in values.items()
-        if name != "name" and (isinstance(value, bool) or not isinstance(value, int | float))
+        if name not in ("name", "fused")
+        and (isinstance(value, bool) or not isinstance(value, int | float))
     }
     if wrong:
         raise ValueError(f"these fields must be numbers: {wrong}")
+    if not isinstance(values["fused"], bool):
+        raise ValueError(f"fused must be true or false, got {values['fused']!r}")
     return Machine(**values)
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seconds of a step, part by part. Pure floats.
 
-What a part takes is its FLOPs or its bytes over what the machine reaches of them. Context parallel
-attention overlaps its ring with its products, and gradients are reduced beside the backward pass,
-so of these only what is longer than the products counts.
+What a part takes is its FLOPs or its bytes over what the machine reaches of them. Transformer
+Engine's context parallel attention overlaps its ring with its products, and gradients are reduced
+beside the backward pass, so of these only what is longer than the products counts.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class StepSeconds:
             the host and back beyond the language model's time.
         language: products of the language model.
         tp: collectives over TP of all modules.
-        cp: what the ring of keys and values takes beyond the attention that it runs beside.
+        cp: what the ring of keys and values takes beyond the attention that it runs beside, or,
+            without Transformer Engine, gathering them.
         ep: tokens to their experts and back.
         bubble: waiting for other pipeline stages, and sending to them.
         bridge: rows to the language model and gradients back.
@@ -197,9 +198,12 @@ class _LanguageTime:
         at, stack = self.at, self.stack
         if at.cp == 1:
             return 0.0
-        numbers = 2 * self.tokens * stack.groups * stack.head / at.tp
-        bytes_ = tensors * numbers * self.work.itemsize
+        bytes_ = 2 * self.tokens * stack.groups * stack.head / at.tp * self.work.itemsize
         rate, latency = self.machine.link(at.tp * at.cp)
+        if not self.machine.fused:
+            # This project's attention gathers them at once, and nothing runs beside it.
+            return latency + (at.cp - 1) * bytes_ / rate
+        bytes_ *= tensors
         return (at.cp - 1) * max(0.0, latency + bytes_ / rate - attention / at.cp)
 
     def _to_experts(self, bytes_: float) -> float:
