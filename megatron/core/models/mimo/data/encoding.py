@@ -69,8 +69,9 @@ class ChatEncoder:
             self.processor, self.tokenizer = None, AutoTokenizer.from_pretrained(folder)
         else:
             self.tokenizer = self.processor.tokenizer
-        self._speaks: Any = self.processor or self.tokenizer
-        if not getattr(self._speaks, "chat_template", None):
+        speaks: Any = self.processor or self.tokenizer
+        self._template = getattr(speaks, "chat_template", None)
+        if not self._template:
             raise TemplateError(
                 f"{folder} has no chat template; put one into chat_template.jinja there"
             )
@@ -129,11 +130,21 @@ class ChatEncoder:
             raise TemplateError(f"the tokenizer in {self._folder} has no eos_token; set it")
         return self.tokenizer.eos_token_id
 
+    @property
+    def padding(self) -> int:
+        """The token that fills samples up: the tokenizer's own, or the one that ends an answer."""
+        own = self.tokenizer.pad_token_id
+        return self.end if own is None else own
+
     # ---- text -----------------------------------------------------------------------------
 
     def _render(self, messages: Sequence[dict[str, Any]], *, answer_next: bool) -> str:
-        return self._speaks.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=answer_next
+        # The processor's own method looks for files to open, which takes most of its time.
+        return self.tokenizer.apply_chat_template(
+            list(messages),
+            chat_template=self._template,
+            tokenize=False,
+            add_generation_prompt=answer_next,
         )
 
     def _messages(self, conversation: Conversation) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -66,14 +66,23 @@ class Microbatch:
     """What one rank computes on.
 
     Attributes:
+        samples: of its language replica, places in the global batch.
         language: of its language replica.
         items: modality -> inputs of its encoder replica; None without items.
         routes: modality -> its way over the bridge.
     """
 
+    samples: tuple[int, ...]
     language: LanguageArrays
     items: Mapping[str, Inputs | None]
     routes: Mapping[str, RoutePlan]
+
+    def only(self, count: int) -> Microbatch:
+        """Return it with the loss of samples below ``count`` of the global batch alone."""
+        kept = np.array([place < count for place in self.samples], dtype=np.float32)
+        padded, mask = self.language.padded, self.language.loss_mask
+        factor = kept[:, None] if padded is None else np.repeat(kept, padded)[None]
+        return replace(self, language=replace(self.language, loss_mask=mask * factor))
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +100,13 @@ class RankBatch:
     microbatches: tuple[Microbatch, ...]
     images: int
     tokens: int
+
+
+    def only(self, count: int) -> RankBatch:
+        """Return it with the loss of its first ``count`` samples alone: the rest fills it up."""
+        return replace(
+            self, microbatches=tuple(each.only(count) for each in self.microbatches)
+        )
 
 
 class RankBatches:
@@ -155,7 +171,7 @@ class RankBatches:
             share = next(s for s in plan.shares[modality] if encoder.replica in s.encoders)
             items[modality] = self._inputs(batch, encoder, share)
             routes[modality] = self._routes(batch, plan, encoder, share)
-        return Microbatch(language, items, routes)
+        return Microbatch(plan.samples[side.replica], language, items, routes)
 
     def _inputs(
         self, batch: GlobalBatch, encoder: EncoderSide, share: ItemShare

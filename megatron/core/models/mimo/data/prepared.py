@@ -12,15 +12,20 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron.core.models.mimo.data.conversation import REASONS, AnyItem, SampleError
-from megatron.core.models.mimo.data.encoding import ChatEncoder, Encoded
+from megatron.core.models.mimo.data.conversation import (
+    REASONS,
+    AnyItem,
+    Conversation,
+    SampleError,
+)
+from megatron.core.models.mimo.data.encoding import Encoded
 from megatron.core.models.mimo.data.sources import Source, SourceError
 
 _META = "prepared.json"
@@ -51,13 +56,16 @@ class Piece:
 
 
 def encode_piece(
-    source: Source, encoder: ChatEncoder, numbers: Iterable[int], look: bool
+    source: Source,
+    encode: Callable[[Conversation], Encoded],
+    numbers: Iterable[int],
+    look: bool,
 ) -> Piece:
     """Encode some samples of a source.
 
     Args:
         source: of the samples.
-        encoder: of the model.
+        encode: makes a sample into tokens.
         numbers: of the samples.
         look: whether every image's file is looked at: one that is none is ``unreadable`` now, and
             not in the midst of a run.
@@ -68,7 +76,7 @@ def encode_piece(
     for number in numbers:
         try:
             conversation = source[number]
-            found.append(encoder.encode(conversation))
+            found.append(encode(conversation))
             if look:
                 for item in conversation.items():
                     look_at(item)
