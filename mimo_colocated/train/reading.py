@@ -118,10 +118,7 @@ def _unknown(kind: Any, values: Any, path: str) -> Iterator[str]:
     types = typing.get_type_hints(kind)
     for name, value in values.items():
         if name not in types:
-            near = difflib.get_close_matches(str(name), types, 1)
-            meant = f"did you mean {path}{near[0]}?" if near else ""
-            said = f"{path}{name} is no field of a recipe; {meant}".rstrip("; ")
-            yield f"{said} The fields {'of ' + path.rstrip('.') + ' ' if path else ''}are {', '.join(types)}"
+            yield _no_field(str(name), path, list(types))
             return
         inner, below = types[name], f"{path}{name}."
         if dataclasses.is_dataclass(inner):
@@ -131,6 +128,13 @@ def _unknown(kind: Any, values: Any, path: str) -> Iterator[str]:
             if dataclasses.is_dataclass(each):
                 for number, one in enumerate(value):
                     yield from _unknown(each, one, f"{below}{number}.")
+
+
+def _no_field(name: str, path: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    meant = f"did you mean {path}{near[0]}? " if near else ""
+    of = f" of {path.rstrip('.')}" if path else ""
+    return f"{path}{name} is no field of a recipe; {meant}the fields{of} are {', '.join(known)}"
 
 
 def _typed(named: str, values: Mapping[str, Any]) -> Recipe:

@@ -62,7 +62,7 @@ class RecipeTrainer(Trainer):
 
     @torch.no_grad()
     def held_out_loss(self, batch: RankBatch) -> tuple[float, float]:
-        """Return the sum of a batch's token losses and its counted tokens, the same on all ranks."""
+        """Return a batch's summed token losses and counted tokens, the same on all ranks."""
         self.model.eval()
         self.measuring = True
         try:

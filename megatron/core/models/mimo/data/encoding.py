@@ -164,21 +164,26 @@ class ChatEncoder:
         pieces: list[tuple[str, bool]] = []
         done = ""
         for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(messages[:number], answer_next=True)
-            after = self._render(messages[: number + 1], answer_next=False)
-            if not (before.startswith(done) and after.startswith(before)):
-                raise TemplateError(
-                    f"the chat template of {self._folder} writes turn {number} in another way when "
-                    "more follow, so it cannot be told what an answer is; use one that writes "
-                    "turns one after another"
-                )
-            answer, rest = self._cut_after_end(after[len(before) :])
-            pieces += [(before[len(done) :], False), (answer, True), (rest, False)]
-            done = after
-        # What follows the last answer is not learned, and nobody reads it.
+            if message["role"] == "assistant":
+                before = self._after(done, messages[:number], answer_next=True)
+                after = self._after(before, messages[: number + 1], answer_next=False)
+                answer, rest = self._cut_after_end(after[len(before) :])
+                pieces += [(before[len(done) :], False), (answer, True), (rest, False)]
+                done = after
+        if messages[-1]["role"] != "assistant":
+            pieces.append((self._after(done, messages, answer_next=False)[len(done) :], False))
         return pieces
+
+    def _after(self, done: str, messages: list[dict[str, Any]], *, answer_next: bool) -> str:
+        """The text of messages, which goes on where that of fewer ended."""
+        found = self._render(messages, answer_next=answer_next)
+        if not found.startswith(done):
+            raise TemplateError(
+                f"the chat template of {self._folder} writes turns before turn {len(messages)} in "
+                "another way when it follows, so it cannot be told what an answer is; use one that "
+                "writes turns one after another"
+            )
+        return found
 
     def _cut_after_end(self, answer: str) -> tuple[str, str]:
         end = self.tokenizer.eos_token
@@ -195,9 +200,8 @@ class ChatEncoder:
                 learned.append((len(text), len(text) + len(grown)))
             text += grown
         if left:
-            raise SampleError(
-                "malformed", f"{len(rows)} items, but the text has places for {len(rows) - len(left)}"
-            )
+            has = len(rows) - len(left)
+            raise SampleError("malformed", f"{len(rows)} items, and the text has places for {has}")
         made = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         if len(made["input_ids"]) > self.max_tokens:
             raise SampleError(

@@ -133,7 +133,8 @@ class RankBatches:
             ValueError: the batch cannot be cut.
         """
         batch, side = self._stream.batch(position), self._side
-        rows = [self._of(batch, n)[0].rows(self._of(batch, n)[1]) for n in range(len(batch.samples))]
+        found = [self._of(batch, place) for place in range(len(batch.samples))]
+        rows = [prepared.rows(sample) for prepared, sample in found]
         plans = plan_batch(
             batch.lengths.tolist(),
             dict.fromkeys(side.encoders, rows),

@@ -98,7 +98,8 @@ class ReaderProcesses:
         self._processes: list[Any] = []
         for _ in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(reader, theirs, os.getpid()), daemon=True)
+            given = (reader, theirs, os.getpid())
+            process = context.Process(target=_serve, args=given, daemon=True)
             process.start()
             theirs.close()
             self._ends.append(ours)

@@ -96,12 +96,12 @@ def _items(number: int, shown: list[Any]) -> Iterator[AnyItem]:
         elif isinstance(image, dict) and image.get("path"):
             yield FileItem(Path(image["path"]))
         else:
-            raise SampleError("malformed", f"image {place} of row {number} has no bytes and no path")
+            raise SampleError("malformed", f"image {place} of row {number} has no bytes, no path")
 
 
 def _next(images: Iterator[AnyItem], kind: str, said: Any) -> AnyItem:
     if kind != "image" or said is not None:
-        raise SampleError("malformed", f"tables show images of their column, got {kind} {said!r:.80}")
+        raise SampleError("malformed", f"a table shows its images column, got {kind} {said!r:.80}")
     found = next(images, None)
     if found is None:
         raise SampleError("malformed", "messages show more images than the row has")
