@@ -35,6 +35,7 @@ from megatron.core.models.mimo.data.readers import Reader
 from megatron.core.models.mimo.data.sources import Source, open_source
 from megatron.core.models.mimo.data.stream import BatchSize, SampleStream
 from megatron.core.models.mimo.huggingface.all_ranks import gathered, on_all_ranks
+from megatron.core.models.mimo.job.built_model import LANGUAGE
 from megatron.core.models.mimo.job.trainer import Runner
 from mimo_colocated import phases
 from mimo_colocated.launch.errors import JobError
@@ -69,7 +70,7 @@ def open_data(
     data: DataPart,
     encoder: ChatEncoder,
     folder: Path,
-    answer_tokens: int = 0,
+    answer_tokens: int,
 ) -> Opened:
     """Open data sets and prepare them, all ranks together.
 
@@ -197,6 +198,7 @@ def side_of(
         JobError: sequences cannot be cut in this layout.
     """
     built: Any = runner.built
+    bridges: Any = runner.model.colocated_comms
     multiple = runner.multiple
     if data.sequences:
         if _MULTIPLE % multiple:
@@ -207,7 +209,7 @@ def side_of(
         multiple = _MULTIPLE
     encoders = {
         part.modality: EncoderSide(
-            layout=runner.model.colocated_comms[(part.modality, "language")].layout,
+            layout=bridges[(part.modality, LANGUAGE)].layout,
             token=part.token_id,
             replica=built.collections[part.modality].dp.rank(),
             reader=readers[part.modality],

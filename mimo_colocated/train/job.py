@@ -30,7 +30,6 @@ from megatron.core.models.mimo.job.trainer import StepResult, TrainOptions
 from mimo_colocated.cli import models
 from mimo_colocated.cli.importing import RECORD, source_of
 from mimo_colocated.launch import JobError, connection_notes, init_distributed
-from mimo_colocated.launch.layouts import LANGUAGE, Layout
 from mimo_colocated.launch.training_options import TrainingOptions
 from mimo_colocated.stop_requests import StopRequests
 from mimo_colocated.train.answers import Answer, Greedy, majority, wanted
@@ -43,6 +42,7 @@ from mimo_colocated.train.data import (
     training_stream,
 )
 from mimo_colocated.train.makers import make_model
+from mimo_colocated.train.plan import check_model
 from mimo_colocated.train.recipe import Recipe
 from mimo_colocated.train.record import write_record
 from mimo_colocated.train.trainer import RecipeTrainer
@@ -179,7 +179,8 @@ class RecipeJob:
         data, training = recipe.data, recipe.training
         self.encoder = on_all_ranks(lambda: ChatEncoder(folder, data.max_tokens), "open its text")
         self.opened = self._open(data.train, 0)
-        built = from_folder(folder, self._layouts(), self._build_options())
+        layouts = on_all_ranks(lambda: check_model(recipe, folder), "read the model")
+        built = from_folder(folder, layouts, self._build_options())
         steps = TrainOptions(
             steps=training.steps,
             global_batch_size=training.global_batch_size,
@@ -232,18 +233,6 @@ class RecipeJob:
     def _open(self, parts: Any, answer_tokens: int) -> Opened:
         place = Path(self.recipe.run.out) / "prepared"
         return open_data(parts, self.recipe.data, self.encoder, place, answer_tokens)
-
-    def _layouts(self) -> dict[str, Layout]:
-        language, named = self.recipe.language, self.recipe.encoders()
-        modalities = [part.modality for part in models.described(self.folder).encoders]
-        unknown = sorted(named.keys() - set(modalities))
-        if unknown:
-            raise JobError(
-                f"layout.encoders.{unknown[0]}: the model has no such modality; it has "
-                f"{', '.join(modalities) or 'none'}"
-            )
-        whole = Layout(dp=language.size)
-        return {**{name: named.get(name, whole) for name in modalities}, LANGUAGE: language}
 
     def _build_options(self) -> BuildOptions:
         recipe = self.recipe

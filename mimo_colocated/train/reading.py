@@ -100,7 +100,8 @@ def _set(values: Any, path: Sequence[str], value: Any) -> None:
         at = at[_number(at, name, path)] if isinstance(at, list) else at.setdefault(name, {})
         if not isinstance(at, (dict, list)):
             raise JobError(f"--set {'.'.join(path)}: {name} is a value and has no fields")
-    at[_number(at, last, path) if isinstance(at, list) else last] = value
+    key: Any = _number(at, last, path) if isinstance(at, list) else last
+    at[key] = value
 
 
 def _number(values: list[Any], name: str, path: Sequence[str]) -> int:

@@ -209,6 +209,11 @@ class Recipe:
             for name, at in encoders.items()
             if at.size != world
         ]
+        if self.language.pp > 1:
+            found.append(
+                f"layout.language={self.language} has pipeline stages, which recipes do not run "
+                "yet; give tp, cp and dp alone"
+            )
         if bool(model.folder) is bool(model.make):
             found.append(
                 f"model.folder={model.folder!r} and model.make={model.make!r}; set one of them"
@@ -224,9 +229,8 @@ class Recipe:
             )
         if training.recompute not in ("none", "selective", "full"):
             found.append(f"training.recompute={training.recompute!r} is none, selective or full")
-        found += [f"{name}={value}; it must be at least {low}" for name, value, low in self._lows()
-                  if value < low]
-        return found
+        lows = [each for each in self._lows() if each[1] < each[2]]
+        return found + [f"{name}={value}; it must be at least {low}" for name, value, low in lows]
 
     def _lows(self) -> list[tuple[str, float, float]]:
         data, training, evaluation = self.data, self.training, self.evaluation

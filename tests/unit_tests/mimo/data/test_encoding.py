@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens are those of transformers' processor; answers are learned, all of them and nothing else."""
+"""Tokens are those of transformers' processor; answers are learned, and nothing else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron.core.models.mimo.data.conversation import (
     text,
 )
 from megatron.core.models.mimo.data.encoding import ChatEncoder, TemplateError
-from tests.unit_tests.mimo.data.small import PATCH, ROWS, SIDE, TEMPLATE, image, save_text, said
+from tests.unit_tests.mimo.data.small import PATCH, ROWS, SIDE, TEMPLATE, image, said, save_text
 
 SEVERAL = Conversation(
     (
@@ -140,7 +140,7 @@ def test_templates_that_cannot_be_trained_with_are_refused(tmp_path: Path) -> No
 
 
 def test_rows_by_the_size_of_an_image(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A processor that makes more of larger images: headers are read, and each size is tried once."""
+    """A processor that makes more of larger images: their headers are read."""
     encoder = ChatEncoder(folder, 200)
     made: list[tuple[int, int]] = []
 

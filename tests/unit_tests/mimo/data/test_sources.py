@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kind of data set gives the same conversations, by number, and says what is wrong with one."""
+"""Every kind of data set gives the same conversations, by number, or says what is wrong."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from megatron.core.models.mimo.data.conversation import (
     SampleError,
     StretchItem,
 )
+from megatron.core.models.mimo.data.llava_json import LlavaJson
 from megatron.core.models.mimo.data.sources import Source, SourceError, open_source
+from megatron.core.models.mimo.data.tables import Tables
 from tests.unit_tests.mimo.data.small import png
 
 QUESTIONS = ["what is this", "is it red"]
@@ -44,10 +46,13 @@ def llava(folder: Path) -> Source:
         (folder / f"{number}.png").write_bytes(png(number))
         said = [m["content"] for m in messages(number)]
         said[0] = f"<image>\n{said[0][0]['text']}"
-        turns = [{"from": side, "value": s} for side, s in zip(["human", "gpt"] * 2, said, strict=True)]
+        sides = ["human", "gpt"] * 2
+        turns = [{"from": side, "value": s} for side, s in zip(sides, said, strict=True)]
         samples.append({"image": f"{number}.png", "conversations": turns})
     (folder / "train.json").write_text(json.dumps(samples))
-    return open_source("llava", {"path": folder / "train.json", "images": folder})
+    (folder / "json").mkdir()
+    (folder / "train.json").rename(folder / "json" / "train.json")
+    return LlavaJson(folder / "json" / "train.json", images=folder)
 
 
 def chat(folder: Path) -> Source:
@@ -81,8 +86,7 @@ def rows() -> datasets.Dataset:
 
 def arrow(folder: Path) -> Source:
     rows().save_to_disk(str(folder / "saved"))
-    how = {"path": folder / "saved", "messages": "talk", "images": "shown"}
-    return open_source("datasets", how)
+    return Tables(folder / "saved", messages="talk", images="shown")
 
 
 def parquet(folder: Path) -> Source:
@@ -111,7 +115,8 @@ KINDS = [llava, chat, arrow, parquet, shards]
 
 
 def words(conversation: Conversation) -> list[tuple[str, list[str]]]:
-    return [(turn.role, [part.kind + part.text for part in turn.parts]) for turn in conversation.turns]
+    turns = conversation.turns
+    return [(turn.role, [part.kind + part.text for part in turn.parts]) for turn in turns]
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +162,7 @@ def test_easy_vqa_by_image_and_by_question() -> None:
         ("chat", {"path": "/nowhere.jsonl"}, "/nowhere.jsonl cannot be read: No such file"),
         ("llava", {"path": "/nowhere.json"}, "/nowhere.json cannot be read: No such file"),
         ("webdataset", {"path": "/nowhere-*.tar"}, "no tar is called /nowhere"),
-        ("datasets", {"path": "/nowhere"}, "neither a folder of save_to_disk, with state.json, nor"),
+        ("datasets", {"path": "/nowhere"}, "neither a folder of save_to_disk, with state.json"),
     ],
 )
 def test_what_is_not_there_is_named(kind: str, settings: dict[str, Any], said: str) -> None:
@@ -209,9 +214,11 @@ def test_samples_that_are_malformed_say_why(tmp_path: Path) -> None:
 
 def test_images_that_do_not_fit_their_places_are_malformed(tmp_path: Path) -> None:
     file, talk = tmp_path / "a.json", [{"from": "human", "value": "<image> <image>"}]
-    file.write_text(json.dumps([{"image": images, "conversations": talk} for images in (["a"], ["a"] * 3)]))
+    shown = (["a"], ["a"] * 3)
+    file.write_text(json.dumps([{"image": images, "conversations": talk} for images in shown]))
     source = open_source("llava", {"path": file})
-    for number, said in enumerate(["more <image> than there are images", "more images than <image>"]):
+    wrong = ["more <image> than there are images", "more images than <image>"]
+    for number, said in enumerate(wrong):
         with pytest.raises(SampleError, match=said):
             source[number]
 

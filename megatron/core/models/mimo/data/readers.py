@@ -144,23 +144,26 @@ class ReaderProcesses:
     def close(self) -> None:
         """End the processes."""
         for end in self._ends:
-            end.close()
+            # Processes that were forked later hold the pipe open, so its end alone tells nothing.
+            with contextlib.suppress(OSError):
+                end.send(None)
         for process in self._processes:
             process.join(5)
             process.kill()
 
 
 def _serve(reader: Reader, end: Connection, parent: int) -> None:
-    """Answer until the other end is closed."""
+    """Answer until there is nothing more to read, or nobody to read for."""
     for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(sent, signal.SIG_IGN)
     with contextlib.suppress(EOFError, OSError):
         while True:
-            # The pipe's other end is open in processes that were forked later, too.
             while not end.poll(5.0):
                 if os.getppid() != parent:
                     return
             items = end.recv()
+            if items is None:
+                return
             try:
                 end.send(dict(reader.read(items)))
             except Exception as error:  # told, not lost

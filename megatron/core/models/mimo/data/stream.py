@@ -5,12 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from megatron.core.models.mimo.data.batches import first_fit, padded
-from megatron.core.models.mimo.data.order import Order
 from megatron.core.models.mimo.data.prepared import Prepared
+
+
+class Places(Protocol):
+    """Says which sample stands where, as :class:`.Order` does."""
+
+    def at(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the sources and samples at positions, int64 ``(count,)``."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +64,7 @@ class SampleStream:
         size: of a batch.
     """
 
-    def __init__(self, order: Order, prepared: Sequence[Prepared], size: BatchSize) -> None:
+    def __init__(self, order: Places, prepared: Sequence[Prepared], size: BatchSize) -> None:
         self.order, self.prepared, self.size = order, list(prepared), size
 
     def batch(self, start: int) -> GlobalBatch:
