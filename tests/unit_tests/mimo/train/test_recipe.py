@@ -207,6 +207,14 @@ def test_a_model_that_is_there_is_not_made_again(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_the_recipe_of_the_docs_can_be_read(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[4] / "docs" / "training.md").read_text()
+    file = tmp_path / "mine.yaml"
+    file.write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    recipe = read_recipe(str(file))
+    assert [part.kind for part in recipe.data.train] == ["llava", "chat"]
+
+
 def test_every_field_of_a_recipe_has_a_test() -> None:
     """The recipe of these tests sets every field, none to what it is without."""
     types = typing.get_type_hints(Recipe)
