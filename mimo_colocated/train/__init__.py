@@ -6,6 +6,7 @@
     reading.py     YAML and ``--set`` into a recipe; misspelt fields are refused by name
     recipes/       those that ship
     makers.py      models that a recipe has made before it trains them
+    joining.py     two folders into one model
     plan.py        ``--dry-run``: layouts, groups, memory and the torchrun line
     record.py      what is left beside a run: the whole recipe, versions, git state
     data.py        the recipe's data, prepared, and the batches of this rank

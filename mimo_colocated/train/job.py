@@ -23,6 +23,7 @@ from megatron.core.models.mimo.gradients.finalize import iter_modules
 from megatron.core.models.mimo.huggingface.all_ranks import on_all_ranks
 from megatron.core.models.mimo.huggingface.build import BuildOptions, from_folder
 from megatron.core.models.mimo.huggingface.export import to_folder
+from megatron.core.models.mimo.job.built_model import LANGUAGE
 from megatron.core.models.mimo.job.loop import TrainingLoop
 from megatron.core.models.mimo.job.reporter import Reporter, versions
 from megatron.core.models.mimo.job.results import write_summary
@@ -246,11 +247,17 @@ class RecipeJob:
         )
 
     def _freeze(self, model: Any) -> None:
-        known = dict(iter_modules(model))
+        known: dict[str, list[Any]] = {}
+        for name, module in iter_modules(model):
+            known[name] = [module]
+            if name != LANGUAGE:
+                known[f"{name}.encoder"] = list(module.encoders.values())
+                known[f"{name}.projector"] = list(module.input_projections)
         for name in self.recipe.model.freeze:
             if name not in known:
                 raise JobError(f"model.freeze: {name!r} is none of {', '.join(known)}")
-            known[name].requires_grad_(False)
+            for module in known[name]:
+                module.requires_grad_(False)
 
     def _say_data(self) -> None:
         counts = [len(each) for each in self.opened.prepared]
@@ -261,15 +268,16 @@ class RecipeJob:
     # ---- evaluation -----------------------------------------------------------------------
 
     def _evaluate(self) -> dict[str, Any]:
-        """Held-out loss and answers; all ranks return the same."""
+        """Held-out loss, answers and baselines; all ranks together, rank 0 returns them all."""
         loss = self._held_out_loss()
         answers = self._answers()
         found: dict[str, Any] = {
             "held_out_loss": loss,
             "questions": len(answers),
             "exact_match": _share(answers),
-            "majority_answer": majority(self.opened.sources, answers),
         }
+        if self.loop.rank == 0:  # it reads every answer of the training data
+            found["majority_answer"] = majority(self.opened.sources, answers)
         if self.recipe.evaluation.without_images:
             self.trainer.blank = True
             found["exact_match_without_images"] = _share(self._answers())

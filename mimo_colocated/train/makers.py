@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mimo_colocated.launch.errors import JobError
+from mimo_colocated.train.joining import join
 
 _TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -153,5 +154,8 @@ def _config(sizes: Mapping[str, int], tokenizer: Any) -> Any:
     )
 
 
-MAKERS: dict[str, Callable[[Mapping[str, Any], Path], None]] = {"easy-vqa": _easy_vqa}
+MAKERS: dict[str, Callable[[Mapping[str, Any], Path], None]] = {
+    "easy-vqa": _easy_vqa,
+    "llava": join,
+}
 """Name in a recipe -> writes the model's folder."""

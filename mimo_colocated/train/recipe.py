@@ -19,10 +19,12 @@ class ModelPart:
     Attributes:
         folder: Hugging Face folder, with its tokenizer, chat template and processor. Empty where
             ``make`` says what to make in ``OUT/model``.
-        make: a model that is written first, as such a folder: ``easy-vqa``.
-        settings: of what is made, such as its sizes.
+        make: a model that is written first, as such a folder: ``easy-vqa``, or ``llava``, a tower
+            and a language model that have not met.
+        settings: of what is made: sizes; the folders ``images`` and ``language``, ``image_token``.
         dtype: of weights and activations.
-        freeze: what does not train: ``language``, modalities such as ``images``.
+        freeze: what does not train: ``language``, ``images``, ``images.encoder``,
+            ``images.projector``.
     """
 
     folder: str = ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mimo train easy-vqa`` with a tiny model, as a user types it: on one process and on 8 ranks."""
+"""``mimo train`` with tiny models, as a user types it: on one process and on 8 ranks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from megatron.core.models.mimo.data.easy_vqa import EasyVqa
 from tests.faults.starts import LAUNCH_VARIABLES
 from tests.harness import programs
+from tests.unit_tests.mimo.train import strangers
 
 TIMEOUT_S = 500
 STEPS = 20
@@ -39,11 +41,13 @@ TINY = {
 }
 
 
-def train(out: Path, changes: dict[str, Any], *more: str) -> SimpleNamespace:
+def train(
+    out: Path, changes: dict[str, Any], *more: str, recipe: str = "easy-vqa"
+) -> SimpleNamespace:
     """Run the command; what it printed, its error, its exit code."""
     environment = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES}
-    values = {**TINY, **changes, "run.out": out}
-    given = ["-m", "mimo_colocated", "train", "easy-vqa", *more]
+    values = {**(TINY if recipe == "easy-vqa" else {}), **changes, "run.out": out}
+    given = ["-m", "mimo_colocated", "train", recipe, *more]
     for name, value in values.items():
         given += ["--set", f"{name}={str(value).lower() if isinstance(value, bool) else value}"]
     done: subprocess.CompletedProcess[str] = programs.run(
@@ -174,3 +178,88 @@ def test_a_dry_run_says_what_would_run(tmp_path: Path, eight: Path) -> None:
     done = train(eight, EIGHT, "--dry-run", "--nodes", "3")
     assert done.code == 2
     assert "--nodes 3 does not divide the 8 ranks; 1, 2, 4, 8 would" in done.err
+
+
+# ---- two folders that have not met ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("strangers")
+    strangers.write_folders(place)
+    return place
+
+
+def of_strangers(folders: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "data.train": f"[{{kind: llava, settings: {{path: {folders / 'train.json'}}}}}]",
+        "model.dtype": "float32",
+        "training.steps": STEPS,
+        "training.global_batch_size": 8,
+        "training.warmup_steps": 1,
+        "training.save_every": 0,
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def pretrained(folders: Path) -> Path:
+    """The first stage, on one process: the projector alone trains."""
+    named = f"images: {folders / 'images'}, language: {folders / 'language'}"
+    changes = {
+        **of_strangers(folders),
+        **ALONE,
+        "model.settings": f"{{{named}, image_token: {strangers.TOKEN}}}",
+    }
+    done = train(folders / "first", changes, recipe="llava-pretrain")
+    assert done.code == 0, done.err
+    return folders / "first"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_the_first_stage_trains_the_projector_alone(folders: Path, pretrained: Path) -> None:
+    before, after = weights(pretrained / "model"), weights(pretrained / "exported")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if "multi_modal_projector" in name}
+    assert len(moved) == 4
+    language = weights(folders / "language")
+    assert all(
+        any(torch.equal(value, other) for other in after.values()) for value in language.values()
+    )
+    assert losses(pretrained)[-1] < losses(pretrained)[0]
+
+
+def test_the_second_stage_follows_one_process_on_eight_ranks(
+    folders: Path, pretrained: Path
+) -> None:
+    changes = of_strangers(folders, **{"model.folder": pretrained / "exported"})
+    alone, eight = folders / "alone", folders / "eight"
+    for out, layout in ((alone, ALONE), (eight, {})):
+        done = train(out, {**changes, **layout, "training.lr": 1e-3}, recipe="llava-finetune")
+        assert done.code == 0, done.err
+    assert losses(eight) == pytest.approx(losses(alone), rel=1e-4)
+    assert losses(alone)[-1] < losses(alone)[0] - 0.5
+    before, after = weights(pretrained / "exported"), weights(eight / "exported")
+    kept = {name for name in before if torch.equal(before[name], after[name])}
+    assert kept == {name for name in before if "vision_tower" in name}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("{images: a}", "model.settings of llava are image_token, images, language, got images"),
+        ("{images: I, language: L, image_token: <eye>}", "image_token='<eye>' is no token of"),
+        ("{images: L, language: L, image_token: <image>}", "vision tower of model_type 'qwen2'"),
+    ],
+)
+def test_folders_that_cannot_be_joined_are_refused(
+    folders: Path, tmp_path: Path, settings: str, said: str
+) -> None:
+    settings = settings.replace(" I,", f" {folders}/images,").replace(" L,", f" {folders}/language,")
+    changes = {**of_strangers(folders), **ALONE, "model.settings": settings}
+    done = train(tmp_path / "run", changes, recipe="llava-pretrain")
+    assert (done.code, said in done.err) == (2, True), done.err
+    assert list((tmp_path / "run").glob("*")) == []

@@ -80,6 +80,7 @@ class ChatEncoder:
                 f"the tokenizer in {folder} does not tell where its tokens stand in the text; save "
                 "its fast version (tokenizer.json) there"
             )
+        self._in_parts = self._takes_parts()
         self._rows: dict[tuple[int, int], int] = {}
         self._any_size = self.processor is not None and len({self._made(s) for s in _SIZES}) == 1
 
@@ -148,16 +149,26 @@ class ChatEncoder:
         )
 
     def _messages(self, conversation: Conversation) -> list[dict[str, Any]]:
-        """What chat templates read: parts where the model sees something, else text."""
+        """What the chat template reads: parts, or text in which places stand for images."""
         found = []
         for turn in conversation.turns:
             parts = [
                 {"type": "text", "text": part.text} if part.item is None else {"type": part.kind}
                 for part in turn.parts
             ]
-            text = "".join(part.text for part in turn.parts)
-            found.append({"role": turn.role, "content": parts if self.processor else text})
+            place = self.place if self.processor else ""
+            text = "".join(part.text if part.item is None else place for part in turn.parts)
+            found.append({"role": turn.role, "content": parts if self._in_parts else text})
         return found
+
+    def _takes_parts(self) -> bool:
+        """Whether the template reads parts; that of a language model alone would print them."""
+        probe = {"role": "user", "content": [{"type": "text", "text": "probe"}]}
+        try:
+            found = self._render([probe], answer_next=False)
+        except Exception:  # whatever a template does to a list that it takes for text
+            return False
+        return self.processor is not None and "probe" in found and "'type'" not in found
 
     def _answers_apart(self, messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
         """The text in pieces, and which of them are answers."""
