@@ -252,13 +252,14 @@ def test_the_second_stage_follows_one_process_on_eight_ranks(
     [
         ("{images: a}", "model.settings of llava are image_token, images, language, got images"),
         ("{images: I, language: L, image_token: <eye>}", "image_token='<eye>' is no token of"),
-        ("{images: L, language: L, image_token: <image>}", "vision tower of model_type 'qwen2'"),
+        ("{images: L, language: L, image_token: <image>}", "has no tensors of a vision model"),
     ],
 )
 def test_folders_that_cannot_be_joined_are_refused(
     folders: Path, tmp_path: Path, settings: str, said: str
 ) -> None:
-    settings = settings.replace(" I,", f" {folders}/images,").replace(" L,", f" {folders}/language,")
+    for letter, name in (("I", "images"), ("L", "language")):
+        settings = settings.replace(f" {letter},", f" {folders / name},")
     changes = {**of_strangers(folders), **ALONE, "model.settings": settings}
     done = train(tmp_path / "run", changes, recipe="llava-pretrain")
     assert (done.code, said in done.err) == (2, True), done.err
