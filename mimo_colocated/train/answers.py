@@ -134,7 +134,7 @@ def wanted(conversation: Conversation) -> tuple[str, str]:
     return "".join(asked), said
 
 
-def majority(sources: Sequence[Source], answers: Sequence[Answer]) -> float:
+def majority(sources: Sequence[Source | None], answers: Sequence[Answer]) -> float:
     """Return how many of the answers the most frequent one of the training data gets right.
 
     Args:
@@ -143,6 +143,8 @@ def majority(sources: Sequence[Source], answers: Sequence[Answer]) -> float:
     """
     counts: Counter[str] = Counter()
     for source in sources:
+        if source is None:
+            continue
         for number in range(len(source)):
             turns = source[number].turns
             counts.update(

@@ -32,8 +32,9 @@ from megatron.core.models.mimo.data.prepared import (
     write,
 )
 from megatron.core.models.mimo.data.readers import Reader
-from megatron.core.models.mimo.data.sources import Source, open_source
+from megatron.core.models.mimo.data.sources import TOKENS, Source, SourceError, open_source
 from megatron.core.models.mimo.data.stream import BatchSize, SampleStream
+from megatron.core.models.mimo.data.token_files import TokenFiles
 from megatron.core.models.mimo.huggingface.all_ranks import gathered, on_all_ranks
 from megatron.core.models.mimo.job.built_model import LANGUAGE
 from megatron.core.models.mimo.job.trainer import Runner
@@ -49,13 +50,13 @@ class Opened:
     """Data of a recipe that is ready to be read.
 
     Attributes:
-        sources: data sets.
+        sources: data sets; None where samples are tokens already.
         prepared: the samples of each that are kept.
         weights: of each.
     """
 
-    sources: list[Source]
-    prepared: list[Prepared]
+    sources: list[Source | None]
+    prepared: list[Prepared | TokenFiles]
     weights: tuple[float, ...]
 
     def skipped(self) -> dict[str, int]:
@@ -68,7 +69,7 @@ class Opened:
 def open_data(
     parts: Sequence[SourcePart],
     data: DataPart,
-    encoder: ChatEncoder,
+    text: ChatEncoder | int,
     folder: Path,
     answer_tokens: int,
 ) -> Opened:
@@ -77,7 +78,7 @@ def open_data(
     Args:
         parts: of the recipe.
         data: of the recipe.
-        encoder: of the model.
+        text: encodes for the model; the size of its vocabulary where all data is tokens already.
         folder: for what is prepared; a subfolder per data set.
         answer_tokens: 0 to train; else samples end before their last answer, with so many places
             for one.
@@ -86,23 +87,39 @@ def open_data(
         FolderError: a data set cannot be opened or prepared.
         JobError: a sample cannot be used, and the recipe skips none.
     """
-    encode = _asked(encoder, answer_tokens) if answer_tokens else encoder.encode
-    sources = [
-        on_all_ranks(lambda part=part: open_source(part.kind, part.settings), f"open {part.kind}")
-        for part in parts
-    ]
-    prepared = []
-    for source in sources:
-        key = _key(source, encoder, data, answer_tokens)
-        place = folder / key
-        _prepare(source, encode, place, key, look=data.look_at_images)
-        prepared.append(on_all_ranks(lambda place=place: Prepared(place), "open prepared data"))
-        if prepared[-1].skipped and not data.skip:
+    opened: list[tuple[Source | None, Prepared | TokenFiles]] = []
+    for part in parts:
+        if isinstance(text, int):
+            opened.append((None, _tokens(part, text)))
+        else:
+            opened.append(_conversations(part, data, text, folder, answer_tokens))
+        skipped = opened[-1][1]
+        if skipped.skipped and not data.skip:
             raise JobError(
-                f"{prepared[-1].first_skipped}; set data.skip=true to leave out and count such "
-                "samples"
+                f"{skipped.first_skipped}; set data.skip=true to leave out and count such samples"
             )
+    sources, prepared = [each[0] for each in opened], [each[1] for each in opened]
     return Opened(sources, prepared, tuple(part.weight for part in parts))
+
+
+def _tokens(part: SourcePart, vocabulary: int) -> TokenFiles:
+    def opening() -> TokenFiles:
+        try:
+            return TokenFiles(**part.settings, vocabulary=vocabulary)
+        except TypeError as error:
+            raise SourceError(f"data of kind {TOKENS!r}: {error}") from error
+
+    return on_all_ranks(opening, f"open {part.kind}")
+
+
+def _conversations(
+    part: SourcePart, data: DataPart, encoder: ChatEncoder, folder: Path, answer_tokens: int
+) -> tuple[Source, Prepared]:
+    encode = _asked(encoder, answer_tokens) if answer_tokens else encoder.encode
+    source = on_all_ranks(lambda: open_source(part.kind, part.settings), f"open {part.kind}")
+    key = _key(source, encoder, data, answer_tokens)
+    _prepare(source, encode, folder / key, key, look=data.look_at_images)
+    return source, on_all_ranks(lambda: Prepared(folder / key), "open prepared data")
 
 
 def _key(source: Source, encoder: ChatEncoder, data: DataPart, answer_tokens: int) -> str:

@@ -178,7 +178,7 @@ class RecipeJob:
     ) -> None:
         self.recipe, self.folder, self.readers = recipe, folder, readers
         data, training = recipe.data, recipe.training
-        self.encoder = on_all_ranks(lambda: ChatEncoder(folder, data.max_tokens), "open its text")
+        self._text = None if recipe.of_tokens else self._text_of(folder)
         self.opened = self._open(data.train, 0)
         layouts = on_all_ranks(lambda: check_model(recipe, folder), "read the model")
         built = from_folder(folder, layouts, self._build_options())
@@ -196,9 +196,7 @@ class RecipeJob:
         stream = training_stream(
             self.opened, data, training.seed, training.global_batch_size
         )
-        side = side_of(
-            self.trainer, data, self.encoder.padding, readers, training.micro_batches
-        )
+        side = side_of(self.trainer, data, self._padding, readers, training.micro_batches)
         batches = RankBatches(stream, self.opened.sources, side)
         self.data = StepData(batches, training.steps, data.ahead)
         options = RunOptions.of(recipe, fresh=fresh)
@@ -233,7 +231,29 @@ class RecipeJob:
 
     def _open(self, parts: Any, answer_tokens: int) -> Opened:
         place = Path(self.recipe.run.out) / "prepared"
-        return open_data(parts, self.recipe.data, self.encoder, place, answer_tokens)
+        text = self._text or self._vocabulary()
+        return open_data(parts, self.recipe.data, text, place, answer_tokens)
+
+    def _text_of(self, folder: Path) -> ChatEncoder:
+        longest = self.recipe.data.max_tokens
+        return on_all_ranks(lambda: ChatEncoder(folder, longest), "open its text")
+
+    @property
+    def encoder(self) -> ChatEncoder:
+        """Of conversations.
+
+        Raises:
+            AssertionError: the data is tokens already.
+        """
+        assert self._text is not None
+        return self._text
+
+    @property
+    def _padding(self) -> int:
+        return 0 if self._text is None else self._text.padding
+
+    def _vocabulary(self) -> int:
+        return models.described(self.folder).language.config.vocab_size
 
     def _build_options(self) -> BuildOptions:
         recipe = self.recipe
@@ -269,21 +289,22 @@ class RecipeJob:
 
     def _evaluate(self) -> dict[str, Any]:
         """Held-out loss, answers and baselines; all ranks together, rank 0 returns them all."""
-        loss = self._held_out_loss()
+        found: dict[str, Any] = {"held_out_loss": self._held_out_loss()}
+        if self._text is not None:
+            found |= self._ask()
+        for name, value in found.items():
+            self.loop.say(f"{name.replace('_', ' ')}: {value:.4g}")
+        return found
+
+    def _ask(self) -> dict[str, Any]:
         answers = self._answers()
-        found: dict[str, Any] = {
-            "held_out_loss": loss,
-            "questions": len(answers),
-            "exact_match": _share(answers),
-        }
+        found: dict[str, Any] = {"questions": len(answers), "exact_match": _share(answers)}
         if self.loop.rank == 0:  # it reads every answer of the training data
             found["majority_answer"] = majority(self.opened.sources, answers)
         if self.recipe.evaluation.without_images:
             self.trainer.blank = True
             found["exact_match_without_images"] = _share(self._answers())
             self.trainer.blank = False
-        for name, value in found.items():
-            self.loop.say(f"{name.replace('_', ' ')}: {value:.4g}")
         if self.loop.rank == 0:
             self._write_answers(answers)
         return found
@@ -291,7 +312,7 @@ class RecipeJob:
     def _batches(self, opened: Opened) -> tuple[RankBatches, int]:
         evaluation = self.recipe.evaluation
         data = dataclasses.replace(self.recipe.data, sequences=0)
-        side = side_of(self.trainer, data, self.encoder.padding, self.readers, 1)
+        side = side_of(self.trainer, data, self._padding, self.readers, 1)
         stream = held_out_stream(opened, evaluation.batch)
         total = sum(len(each) for each in opened.prepared)
         return RankBatches(stream, opened.sources, side), min(evaluation.samples or total, total)
@@ -321,6 +342,7 @@ class RecipeJob:
         asked = [
             wanted(source[number])
             for source, prepared in zip(opened.sources, opened.prepared, strict=True)
+            if source is not None
             for number in prepared.numbers.tolist()
         ]
         return [Answer(*pair, text) for pair, text in zip(asked[:count], said, strict=False)]

@@ -154,8 +154,49 @@ def _config(sizes: Mapping[str, int], tokenizer: Any) -> Any:
     )
 
 
+def _text(settings: Mapping[str, Any], folder: Path) -> None:
+    """Write a language model alone in the shape of Qwen3, with experts where some are asked for."""
+    import torch
+    import transformers
+
+    sizes = {"width": 1024, "layers": 24, "heads": 16, "inner": 4096, "vocabulary": 50304}
+    sizes |= {"experts": 0, "chosen": 2, "expert_layers": 2, "positions": 1024, "seed": 0}
+    unknown = settings.keys() - sizes.keys()
+    if unknown:
+        raise JobError(
+            f"model.settings.{min(unknown)} is not known; text takes {', '.join(sizes)}"
+        )
+    sizes |= settings
+    shape = {
+        "hidden_size": sizes["width"],
+        "num_hidden_layers": sizes["layers"],
+        "num_attention_heads": sizes["heads"],
+        "num_key_value_heads": sizes["heads"],
+        "head_dim": sizes["width"] // sizes["heads"],
+        "intermediate_size": sizes["inner"],
+        "vocab_size": sizes["vocabulary"],
+        "max_position_embeddings": sizes["positions"],
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    config: Any = transformers.Qwen3Config(**shape)
+    if sizes["experts"]:
+        config = transformers.Qwen3MoeConfig(
+            **shape,
+            num_experts=sizes["experts"],
+            num_experts_per_tok=sizes["chosen"],
+            decoder_sparse_step=sizes["expert_layers"],
+            moe_intermediate_size=sizes["inner"],
+            norm_topk_prob=True,
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(sizes["seed"])
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
 MAKERS: dict[str, Callable[[Mapping[str, Any], Path], None]] = {
     "easy-vqa": _easy_vqa,
     "llava": join,
+    "text": _text,
 }
 """Name in a recipe -> writes the model's folder."""

@@ -19,8 +19,8 @@ class ModelPart:
     Attributes:
         folder: Hugging Face folder, with its tokenizer, chat template and processor. Empty where
             ``make`` says what to make in ``OUT/model``.
-        make: a model that is written first, as such a folder: ``easy-vqa``, or ``llava``, a tower
-            and a language model that have not met.
+        make: a model that is written first, as such a folder: ``easy-vqa``; ``text``, a language
+            model alone; ``llava``, a tower and a language model that have not met.
         settings: of what is made: sizes; the folders ``images`` and ``language``, ``image_token``.
         dtype: of weights and activations.
         freeze: what does not train: ``language``, ``images``, ``images.encoder``,
@@ -55,7 +55,8 @@ class SourcePart:
     """A data set.
 
     Attributes:
-        kind: ``llava``, ``chat``, ``datasets``, ``webdataset`` or ``easy-vqa``.
+        kind: ``llava``, ``chat``, ``datasets``, ``webdataset`` or ``easy-vqa``; ``tokens``, which
+            is files of uint16.
         settings: of its kind, such as ``path``.
         weight: how often each of its samples is seen in an epoch.
     """
@@ -189,6 +190,11 @@ class Recipe:
         """Layout of the language model."""
         return Layout.parse(self.layout.language, LANGUAGE)
 
+    @property
+    def of_tokens(self) -> bool:
+        """Whether the data is tokens already."""
+        return any(part.kind == "tokens" for part in self.data.train)
+
     def encoders(self) -> dict[str, Layout]:
         """Return modality -> layout, of those that are named."""
         return {name: Layout.parse(at, name) for name, at in self.layout.encoders.items()}
@@ -222,6 +228,9 @@ class Recipe:
             )
         if model.dtype not in DTYPES:
             found.append(f"model.dtype={model.dtype!r} is none of {', '.join(DTYPES)}")
+        kinds = {part.kind == "tokens" for part in [*data.train, *data.held_out]}
+        if len(kinds) > 1:
+            found.append("data of kind tokens is not mixed with conversations; give one of them")
         if not data.train:
             found.append("data.train names no data; give at least one")
         if data.sequences and not (data.packed and data.capacity >= data.max_tokens):

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -264,3 +265,39 @@ def test_folders_that_cannot_be_joined_are_refused(
     done = train(tmp_path / "run", changes, recipe="llava-pretrain")
     assert (done.code, said in done.err) == (2, True), done.err
     assert list((tmp_path / "run").glob("*")) == []
+
+
+# ---- text alone -----------------------------------------------------------------------------
+
+
+def test_a_language_model_with_experts_learns_token_files(tmp_path: Path) -> None:
+    """A count upwards, which every layout learns alike."""
+    sources = {}
+    for name, count in (("train", 4000), ("held_out", 400)):
+        (np.arange(count) % 97).astype(np.uint16).tofile(tmp_path / f"{name}.bin")
+        settings = f"{{path: {tmp_path / name}.bin, length: 32}}"
+        sources[f"data.{name}"] = f"[{{kind: tokens, settings: {settings}}}]"
+    changes = {
+        **sources,
+        "model.settings": "{width: 32, layers: 2, heads: 4, inner: 48, vocabulary: 101, "
+        "experts: 4}",
+        "model.dtype": "float32",
+        "training.steps": 6,
+        "training.global_batch_size": 16,
+        "training.micro_batches": 2,
+        "training.warmup_steps": 1,
+        "training.save_every": 0,
+        "run.export": False,
+    }
+    for layout in ("dp=1", "tp=2,dp=2,ep=2,etp=1"):
+        how = {"layout.language": layout, "layout.sequence_parallel": layout != "dp=1"}
+        done = train(tmp_path / layout, {**changes, **how}, recipe="text")
+        assert done.code == 0, done.err
+        assert "training data: 124 samples, skipped: none" in done.out
+    alone, four = (tmp_path / layout for layout in ("dp=1", "tp=2,dp=2,ep=2,etp=1"))
+    assert losses(four) == pytest.approx(losses(alone), rel=1e-4)
+    assert losses(alone)[-1] < losses(alone)[0]
+    summaries = [json.loads((out / "summary.json").read_text()) for out in (alone, four)]
+    held_out = [summary["held_out_loss"] for summary in summaries]
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-4)
+    assert summaries[1]["layouts"]["language"]["ep"] == 2

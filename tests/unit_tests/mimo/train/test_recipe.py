@@ -116,6 +116,7 @@ def test_fields_are_set_by_their_path(file: Path) -> None:
         ("model.dtype=int8", "model.dtype='int8' is none of float32, bfloat16, float16"),
         ("model.make=easy-vqa", "model.folder='/models/mine' and model.make='easy-vqa'; set one"),
         ("training.recompute=all", "training.recompute='all' is none, selective or full"),
+        ("data.held_out=[{kind: tokens}]", "kind tokens is not mixed with conversations"),
         ("data.train=[]", "data.train names no data; give at least one"),
         ("data.capacity=100", "data.capacity of at least data.max_tokens=512, got True and 100"),
         ("data.packed=false", "needs data.packed=true and data.capacity"),

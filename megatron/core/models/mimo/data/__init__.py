@@ -5,6 +5,7 @@
     sources.py        kinds of data sets by name: all have a length and are read by number
     messages.py       chat messages, as JSON has them, into a conversation
     llava_json.py, chat_jsonl.py, tables.py, tar_shards.py, easy_vqa.py   the kinds
+    token_files.py    text that is tokens already
     encoding.py       a conversation into tokens and what of them is learned
     prepared.py       tokens and rows of every sample of a source, in files that are mapped
     order.py          which sample stands where: a function of seed and position

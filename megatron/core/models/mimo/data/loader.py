@@ -114,11 +114,11 @@ class RankBatches:
 
     Args:
         stream: of global batches.
-        sources: of the stream's order, for the items.
+        sources: of the stream's order, for the items; None for one that has none.
         side: which rank.
     """
 
-    def __init__(self, stream: SampleStream, sources: Sequence[Source], side: Side) -> None:
+    def __init__(self, stream: SampleStream, sources: Sequence[Source | None], side: Side) -> None:
         self._stream, self._sources, self._side = stream, list(sources), side
         self._groups = {
             modality: [(tuple(g.src_dps), tuple(g.dest_dps)) for g in own.layout.groups()]
@@ -183,6 +183,7 @@ class RankBatches:
             if place not in known:
                 prepared, sample = self._of(batch, place)
                 source = self._sources[batch.sources[place]]
+                assert source is not None, "a source without items has no rows"
                 known[place] = source[int(prepared.numbers[sample])].items()
         items = [known[place][number] for place, number in chosen]
         return encoder.reader.read(items) if items else None

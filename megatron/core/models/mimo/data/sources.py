@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 from megatron.core.models.mimo.data.conversation import Conversation
 
+TOKENS = "tokens"
+"""Kind of data that is tokens already: :class:`.token_files.TokenFiles`."""
 KINDS = {
     "llava": ("llava_json", "LlavaJson"),
     "chat": ("chat_jsonl", "ChatJsonl"),
@@ -55,7 +57,8 @@ def open_source(kind: str, settings: Mapping[str, Any]) -> Source:
         SourceError: the kind is not known, an argument is wrong, or it cannot be opened.
     """
     if kind not in KINDS:
-        raise SourceError(f"{kind!r} is no kind of data; the kinds are {', '.join(KINDS)}")
+        known = ", ".join([*KINDS, TOKENS])
+        raise SourceError(f"{kind!r} is no kind of data; the kinds are {known}")
     file, name = KINDS[kind]
     opened = getattr(importlib.import_module(f"{__package__}.{file}"), name)
     try:

@@ -10,7 +10,6 @@ from typing import Protocol
 import numpy as np
 
 from megatron.core.models.mimo.data.batches import first_fit, padded
-from megatron.core.models.mimo.data.prepared import Prepared
 
 
 class Places(Protocol):
@@ -18,6 +17,29 @@ class Places(Protocol):
 
     def at(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the sources and samples at positions, int64 ``(count,)``."""
+        ...
+
+
+class Samples(Protocol):
+    """Samples that are tokens, numbered from 0, as :class:`.Prepared` has them."""
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """Of each in its source, int64 ``(n,)``."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def lengths(self, samples: np.ndarray) -> np.ndarray:
+        """Return the tokens of samples, int64 ``(n,)``."""
+        ...
+
+    def rows(self, sample: int) -> np.ndarray:
+        """Return the rows of a sample's items, int32 ``(items,)``."""
+        ...
+
+    def tokens(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return a sample's tokens and which of them are learned: int32, bool ``(n,)``."""
         ...
 
 
@@ -64,7 +86,7 @@ class SampleStream:
         size: of a batch.
     """
 
-    def __init__(self, order: Places, prepared: Sequence[Prepared], size: BatchSize) -> None:
+    def __init__(self, order: Places, prepared: Sequence[Samples], size: BatchSize) -> None:
         self.order, self.prepared, self.size = order, list(prepared), size
 
     def batch(self, start: int) -> GlobalBatch:
