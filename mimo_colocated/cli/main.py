@@ -34,6 +34,7 @@ _USAGE = """usage: mimo COMMAND ...
   calibrate  products, copies and collectives of this machine, for plan
   plan     time and memory of all pairs of layouts, before anything runs
   draw     a picture of which rank holds what
+  train    a recipe: data, model, layouts -> a trained model
   doctor   what this machine has, and what to do about what it lacks
 
 `mimo COMMAND --help` lists the options."""
@@ -55,10 +56,12 @@ def main(argv: Sequence[str]) -> int:
         return _doctor(argv[1:])
     if argv[0] in ALONE:
         return _alone(argv)
-    if argv[0] not in COMMANDS:
-        known = ", ".join([*COMMANDS, *ALONE, "doctor"])
-        return complain(f"{argv[0]!r} is no command; the commands are {known}", 2, None)
     script = os.path.join(os.path.dirname(__file__), "__main__.py")
+    if argv[0] == "train":
+        return _train(argv, script)
+    if argv[0] not in COMMANDS:
+        known = ", ".join([*COMMANDS, *ALONE, "train", "doctor"])
+        return complain(f"{argv[0]!r} is no command; the commands are {known}", 2, None)
     job = Job(script, _parse, _work, _check_first, packages=PACKAGES, prepare=_prepare)
     return run(job, argv)
 
@@ -89,6 +92,12 @@ def _alone(argv: Sequence[str]) -> int:
     except OSError as error:
         return complain(one_sentence(error, PACKAGES.hint), 1, None)
     return 0
+
+
+def _train(argv: Sequence[str], script: str) -> int:
+    from mimo_colocated.train import command
+
+    return command.main(argv, script)
 
 
 def _parse(argv: Sequence[str], world: int | None) -> CommandOptions:

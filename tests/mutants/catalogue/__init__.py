@@ -5,6 +5,7 @@ from tests.mutants.catalogue.backend import BACKEND
 from tests.mutants.catalogue.boundaries import BOUNDARIES
 from tests.mutants.catalogue.bridge import BRIDGE, GRIDS
 from tests.mutants.catalogue.checkpoints import CHECKPOINTS
+from tests.mutants.catalogue.data import DATA
 from tests.mutants.catalogue.exchange import EXCHANGE
 from tests.mutants.catalogue.exported import EXPORTED
 from tests.mutants.catalogue.faults import FAULTS
@@ -75,6 +76,7 @@ MUTANTS = (
     *IMPORTED_SOUNDS,
     *IMPORTED_TOWERS,
     *EXPORTED,
+    *DATA,
     *TORCH_NATIVE_INSIDE,
     *TORCH_NATIVE,
     *LOSSY,

@@ -19,12 +19,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from tests.unit_tests.mimo.option_uses import Option, Uses, options_of
 
 ROOT = Path(__file__).resolve().parents[3]
-# Options of a command line are set as text (functional/test_digits_options.py).
+# Options of a command line are set as text (functional/test_digits_options.py), fields of a recipe
+# as YAML (unit_tests/mimo/train/test_recipe.py).
 CODE = [
     path
     for folder in ("megatron", "mimo_colocated")
     for path in sorted(ROOT.glob(f"{folder}/**/*.py"))
-    if path.name != "training_options.py"
+    if path.name not in ("training_options.py", "recipe.py")
 ]
 # What trains, too: tests of the digits job run it, and it hands on what the job is told.
 JOB = [*ROOT.glob("examples/mimo/digits/*.py"), *ROOT.glob("megatron/core/models/mimo/job/*.py")]

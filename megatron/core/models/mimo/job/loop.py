@@ -257,6 +257,7 @@ class TrainingLoop:
         extra = {
             "options": self.options.as_dict(),
             "schedule_step": self.trainer.scheduler.num_steps,
+            **self.more_to_save(),
         }
         model, optimizer = self.trainer.model, self.trainer.optimizer
         background = self.options.background_saves
@@ -264,6 +265,10 @@ class TrainingLoop:
             done, lambda: self.store.save(done, model, optimizer, extra, background=background)
         )
         self._saved = done
+
+    def more_to_save(self) -> dict[str, Any]:
+        """Return further JSON values for a checkpoint's manifest; a subclass may have some."""
+        return {}
 
     @staticmethod
     def _saving(done: int, action: Callable[[], Any]) -> None:

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A conversation into tokens and what of them is learned, by the model's own template.
+
+The chat template, the tokenizer and the processor are those of the model's folder. Of each answer
+the tokens up to its end are learned, nothing else. An item's place becomes as many tokens as the
+processor makes of an item of that size, and is never cut: what is too long is skipped whole.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.core.models.mimo.data.conversation import AnyItem, Conversation, SampleError
+
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+_SIZES = ((48, 96), (224, 320))  # (height, width); do rows depend on it?
+
+
+class TemplateError(RuntimeError):
+    """A folder's tokenizer, template or processor cannot be used for training; one sentence."""
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A sample as tokens.
+
+    Attributes:
+        input_ids: int32 ``(n,)``; an item's tokens are placeholders, one per row.
+        learned: bool ``(n,)``: the token is part of an answer.
+        rows: of each item, int32 ``(items,)``.
+    """
+
+    input_ids: np.ndarray
+    learned: np.ndarray
+    rows: np.ndarray
+
+
+class ChatEncoder:
+    """Encodes the conversations of one model.
+
+    Args:
+        folder: with tokenizer, chat template and, if the model sees anything, its processor.
+        max_tokens: longer samples are too long.
+
+    Attributes:
+        tokenizer: of transformers.
+        processor: of transformers; None for a language model alone.
+
+    Raises:
+        TemplateError: the folder has no chat template, or a tokenizer that does not tell where
+            its tokens stand in the text.
+    """
+
+    def __init__(self, folder: Path, max_tokens: int) -> None:
+        from transformers import AutoProcessor, AutoTokenizer
+
+        self._folder, self.max_tokens = folder, max_tokens
+        self.processor: Any = None
+        if any((folder / name).is_file() for name in _PROCESSORS):
+            self.processor = AutoProcessor.from_pretrained(folder)
+        if self.processor is None or not hasattr(self.processor, "tokenizer"):
+            self.processor, self.tokenizer = None, AutoTokenizer.from_pretrained(folder)
+        else:
+            self.tokenizer = self.processor.tokenizer
+        speaks: Any = self.processor or self.tokenizer
+        self._template = getattr(speaks, "chat_template", None)
+        if not self._template:
+            raise TemplateError(
+                f"{folder} has no chat template; put one into chat_template.jinja there"
+            )
+        if not self.tokenizer.is_fast:
+            raise TemplateError(
+                f"the tokenizer in {folder} does not tell where its tokens stand in the text; save "
+                "its fast version (tokenizer.json) there"
+            )
+        self._in_parts = self._takes_parts()
+        self._rows: dict[tuple[int, int], int] = {}
+        self._any_size = self.processor is not None and len({self._made(s) for s in _SIZES}) == 1
+
+    # ---- whole samples --------------------------------------------------------------------
+
+    def encode(self, conversation: Conversation) -> Encoded:
+        """Return a sample as tokens.
+
+        Raises:
+            SampleError: it is ``malformed``, ``unreadable``, ``too_long``, or has
+                ``no_supervision``.
+            TemplateError: the template does not write turns one after another.
+        """
+        messages = self._messages(conversation)
+        pieces = self._answers_apart(messages)
+        encoded = self._tokens(pieces, conversation)
+        if not encoded.learned[1:].any():
+            raise SampleError("no_supervision", "no token of an answer")
+        return encoded
+
+    def prompt(self, conversation: Conversation) -> Encoded:
+        """Return what comes before an answer: all turns, and how an answer begins.
+
+        Raises:
+            SampleError: as :meth:`encode`.
+        """
+        text = self._render(self._messages(conversation), answer_next=True)
+        return self._tokens([(text, False)], conversation)
+
+    def fingerprint(self) -> str:
+        """Return text that changes when samples would be encoded in another way."""
+        import hashlib
+
+        names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", *_PROCESSORS)
+        state = hashlib.sha256(str(self.max_tokens).encode())
+        for path in (self._folder / name for name in names):
+            state.update(path.read_bytes() if path.is_file() else b"-")
+        return state.hexdigest()[:16]
+
+    @property
+    def end(self) -> int:
+        """The token that ends an answer.
+
+        Raises:
+            TemplateError: the tokenizer has none.
+        """
+        if self.tokenizer.eos_token_id is None:
+            raise TemplateError(f"the tokenizer in {self._folder} has no eos_token; set it")
+        return self.tokenizer.eos_token_id
+
+    @property
+    def padding(self) -> int:
+        """The token that fills samples up: the tokenizer's own, or the one that ends an answer."""
+        own = self.tokenizer.pad_token_id
+        return self.end if own is None else own
+
+    # ---- text -----------------------------------------------------------------------------
+
+    def _render(self, messages: Sequence[dict[str, Any]], *, answer_next: bool) -> str:
+        # The processor's own method looks for files to open, which takes most of its time.
+        return self.tokenizer.apply_chat_template(
+            list(messages),
+            chat_template=self._template,
+            tokenize=False,
+            add_generation_prompt=answer_next,
+        )
+
+    def _messages(self, conversation: Conversation) -> list[dict[str, Any]]:
+        """What the chat template reads: parts, or text in which places stand for images."""
+        found = []
+        for turn in conversation.turns:
+            parts = [
+                {"type": "text", "text": part.text} if part.item is None else {"type": part.kind}
+                for part in turn.parts
+            ]
+            place = self.place if self.processor else ""
+            text = "".join(part.text if part.item is None else place for part in turn.parts)
+            found.append({"role": turn.role, "content": parts if self._in_parts else text})
+        return found
+
+    def _takes_parts(self) -> bool:
+        """Whether the template reads parts; that of a language model alone would print them."""
+        probe = {"role": "user", "content": [{"type": "text", "text": "probe"}]}
+        try:
+            found = self._render([probe], answer_next=False)
+        except Exception:  # whatever a template does to a list that it takes for text
+            return False
+        return self.processor is not None and "probe" in found and "'type'" not in found
+
+    def _answers_apart(self, messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
+        """The text in pieces, and which of them are answers."""
+        pieces: list[tuple[str, bool]] = []
+        done = ""
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = self._after(done, messages[:number], answer_next=True)
+                after = self._after(before, messages[: number + 1], answer_next=False)
+                answer, rest = self._cut_after_end(after[len(before) :])
+                pieces += [(before[len(done) :], False), (answer, True), (rest, False)]
+                done = after
+        if messages[-1]["role"] != "assistant":
+            pieces.append((self._after(done, messages, answer_next=False)[len(done) :], False))
+        return pieces
+
+    def _after(self, done: str, messages: list[dict[str, Any]], *, answer_next: bool) -> str:
+        """The text of messages, which goes on where that of fewer ended."""
+        found = self._render(messages, answer_next=answer_next)
+        if not found.startswith(done):
+            raise TemplateError(
+                f"the chat template of {self._folder} writes turns before turn {len(messages)} in "
+                "another way when it follows, so it cannot be told what an answer is; use one that "
+                "writes turns one after another"
+            )
+        return found
+
+    def _cut_after_end(self, answer: str) -> tuple[str, str]:
+        end = self.tokenizer.eos_token
+        at = answer.rfind(end) if end else -1
+        stop = len(answer) if at < 0 else at + len(end)
+        return answer[:stop], answer[stop:]
+
+    def _tokens(self, pieces: list[tuple[str, bool]], conversation: Conversation) -> Encoded:
+        rows = [self.rows_of(item) for item in self._items(conversation)]
+        text, learned, left = "", [], list(rows)
+        for piece, answer in pieces:
+            grown = self._with_places(piece, left)
+            if answer:
+                learned.append((len(text), len(text) + len(grown)))
+            text += grown
+        if left:
+            has = len(rows) - len(left)
+            raise SampleError("malformed", f"{len(rows)} items, and the text has places for {has}")
+        made = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if len(made["input_ids"]) > self.max_tokens:
+            raise SampleError(
+                "too_long", f"{len(made['input_ids'])} tokens are more than {self.max_tokens}"
+            )
+        return Encoded(
+            input_ids=np.array(made["input_ids"], dtype=np.int32),
+            learned=_within(np.array(made["offset_mapping"]).reshape(-1, 2), learned),
+            rows=np.array(rows, dtype=np.int32),
+        )
+
+    def _with_places(self, piece: str, left: list[int]) -> str:
+        """The text with every place grown to its item's rows, which are taken from ``left``."""
+        if self.processor is None:
+            return piece
+
+        def grown(_found: re.Match[str]) -> str:
+            if not left:
+                raise SampleError("malformed", "the text has more places than there are items")
+            return self.place * left.pop(0)
+
+        return re.sub(re.escape(self.place), grown, piece)
+
+    # ---- items ----------------------------------------------------------------------------
+
+    @property
+    def place(self) -> str:
+        """The text that stands for an image."""
+        return self.processor.image_token
+
+    def _items(self, conversation: Conversation) -> list[AnyItem]:
+        kinds = {part.kind for part in conversation.item_parts()}
+        if kinds and (self.processor is None or kinds != {"image"}):
+            has = "text alone" if self.processor is None else "images"
+            raise SampleError("malformed", f"the model sees {has}, the sample has {sorted(kinds)}")
+        return conversation.items()
+
+    def rows_of(self, item: AnyItem) -> int:
+        """Return an image's rows; its file is looked at only if they depend on its size.
+
+        Raises:
+            SampleError: ``unreadable``.
+        """
+        if self._any_size:
+            return self._made(_SIZES[0])
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(io.BytesIO(item.read())) as image:
+                return self._made((image.height, image.width))
+        except (UnidentifiedImageError, OSError) as error:
+            raise SampleError("unreadable", f"{item.name} is no image: {error}") from error
+
+    def _made(self, size: tuple[int, int]) -> int:
+        """Rows that the processor makes of a blank image of ``(height, width)``."""
+        if size not in self._rows:
+            from PIL import Image
+
+            blank = Image.new("RGB", (size[1], size[0]))
+            made = self.processor(text=self.place, images=blank, add_special_tokens=False)
+            ids = np.array(made["input_ids"]).reshape(-1)
+            self._rows[size] = int((ids == self.tokenizer.convert_tokens_to_ids(self.place)).sum())
+        return self._rows[size]
+
+
+def _within(places: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Whether each token, at ``(start, stop)``, begins in one of the spans; bool ``(n,)``."""
+    starts = places[:, 0]
+    found = np.zeros(len(places), dtype=bool)
+    for start, stop in spans:
+        found |= (starts >= start) & (starts < stop)
+    return found

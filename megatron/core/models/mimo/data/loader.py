@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of one rank, made ahead of time beside the training, and how long it waited for them."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from megatron.core.models.mimo.comm.plan.balance import TokenCost
+from megatron.core.models.mimo.comm.plan.routed_layout import RouteLayout
+from megatron.core.models.mimo.comm.plan.routes import RoutePlan, plan_routes
+from megatron.core.models.mimo.data.arrays import LanguageArrays, language_arrays, places
+from megatron.core.models.mimo.data.batches import Cut, ItemShare, MicrobatchPlan, plan_batch
+from megatron.core.models.mimo.data.conversation import AnyItem
+from megatron.core.models.mimo.data.readers import Inputs, Reader
+from megatron.core.models.mimo.data.sources import Source
+from megatron.core.models.mimo.data.stream import GlobalBatch, SampleStream
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderSide:
+    """What a rank has to know of a modality.
+
+    Attributes:
+        layout: of the bridge.
+        token: that stands for a row.
+        replica: DP rank of this rank's encoder replica.
+        reader: makes the items' inputs.
+        cost: of an item, from its rows.
+    """
+
+    layout: RouteLayout
+    token: int
+    replica: int
+    reader: Reader
+    cost: TokenCost
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """What a rank has to know of itself.
+
+    Attributes:
+        rank: its global one.
+        replica: DP rank of its language replica.
+        cut: of a global batch.
+        padding: token that fills samples up.
+        encoders: modality -> of it.
+    """
+
+    rank: int
+    replica: int
+    cut: Cut
+    padding: int
+    encoders: Mapping[str, EncoderSide]
+
+
+@dataclass(frozen=True, eq=False)
+class Microbatch:
+    """What one rank computes on.
+
+    Attributes:
+        samples: of its language replica, places in the global batch.
+        language: of its language replica.
+        items: modality -> inputs of its encoder replica; None without items.
+        routes: modality -> its way over the bridge.
+    """
+
+    samples: tuple[int, ...]
+    language: LanguageArrays
+    items: Mapping[str, Inputs | None]
+    routes: Mapping[str, RoutePlan]
+
+    def only(self, count: int) -> Microbatch:
+        """Return it with the loss of samples below ``count`` of the global batch alone."""
+        kept = np.array([place < count for place in self.samples], dtype=np.float32)
+        padded, mask = self.language.padded, self.language.loss_mask
+        factor = kept[:, None] if padded is None else np.repeat(kept, padded)[None]
+        return replace(self, language=replace(self.language, loss_mask=mask * factor))
+
+
+@dataclass(frozen=True, eq=False)
+class RankBatch:
+    """A step of one rank.
+
+    Attributes:
+        batch: the global batch.
+        microbatches: of this rank.
+        images: items of the global batch.
+        tokens: of the global batch, padding left out.
+    """
+
+    batch: GlobalBatch
+    microbatches: tuple[Microbatch, ...]
+    images: int
+    tokens: int
+
+
+    def only(self, count: int) -> RankBatch:
+        """Return it with the loss of its first ``count`` samples alone: the rest fills it up."""
+        return replace(
+            self, microbatches=tuple(each.only(count) for each in self.microbatches)
+        )
+
+
+class RankBatches:
+    """Makes the batches of one rank.
+
+    Args:
+        stream: of global batches.
+        sources: of the stream's order, for the items; None for one that has none.
+        side: which rank.
+    """
+
+    def __init__(self, stream: SampleStream, sources: Sequence[Source | None], side: Side) -> None:
+        self._stream, self._sources, self._side = stream, list(sources), side
+        self._groups = {
+            modality: [(tuple(g.src_dps), tuple(g.dest_dps)) for g in own.layout.groups()]
+            for modality, own in side.encoders.items()
+        }
+
+    def at(self, position: int) -> RankBatch:
+        """Return the batch that begins at a position.
+
+        Raises:
+            ReadError: an item cannot be read.
+            ValueError: the batch cannot be cut.
+        """
+        batch, side = self._stream.batch(position), self._side
+        found = [self._of(batch, place) for place in range(len(batch.samples))]
+        rows = [prepared.rows(sample) for prepared, sample in found]
+        plans = plan_batch(
+            batch.lengths.tolist(),
+            dict.fromkeys(side.encoders, rows),
+            side.cut,
+            self._groups,
+            next(iter(side.encoders.values())).cost if side.encoders else TokenCost(),
+        )
+        return RankBatch(
+            batch,
+            tuple(self._microbatch(batch, plan) for plan in plans),
+            images=sum(map(len, rows)),
+            tokens=int(batch.lengths.sum()),
+        )
+
+    def _of(self, batch: GlobalBatch, place: int) -> tuple[Any, int]:
+        """The prepared source of a sample, and its number there."""
+        return self._stream.prepared[batch.sources[place]], int(batch.samples[place])
+
+    def _ids(self, batch: GlobalBatch, place: int) -> np.ndarray:
+        prepared, sample = self._of(batch, place)
+        return prepared.tokens(sample)[0]
+
+    def _microbatch(self, batch: GlobalBatch, plan: MicrobatchPlan) -> Microbatch:
+        side = self._side
+        own = [self._of(batch, place) for place in plan.samples[side.replica]]
+        language = language_arrays(
+            [prepared.tokens(sample) for prepared, sample in own],
+            side.cut.multiple,
+            side.cut.packed,
+            side.padding,
+        )
+        items: dict[str, Inputs | None] = {}
+        routes: dict[str, RoutePlan] = {}
+        for modality, encoder in side.encoders.items():
+            share = next(s for s in plan.shares[modality] if encoder.replica in s.encoders)
+            items[modality] = self._inputs(batch, encoder, share)
+            routes[modality] = self._routes(batch, plan, encoder, share)
+        return Microbatch(plan.samples[side.replica], language, items, routes)
+
+    def _inputs(
+        self, batch: GlobalBatch, encoder: EncoderSide, share: ItemShare
+    ) -> Inputs | None:
+        chosen = share.items[share.encoders.index(encoder.replica)].tolist()
+        known: dict[int, list[AnyItem]] = {}
+        for place, _ in chosen:
+            if place not in known:
+                prepared, sample = self._of(batch, place)
+                source = self._sources[batch.sources[place]]
+                assert source is not None, "a source without items has no rows"
+                known[place] = source[int(prepared.numbers[sample])].items()
+        items = [known[place][number] for place, number in chosen]
+        return encoder.reader.read(items) if items else None
+
+    def _routes(
+        self, batch: GlobalBatch, plan: MicrobatchPlan, encoder: EncoderSide, share: ItemShare
+    ) -> RoutePlan:
+        cut = self._side.cut
+        tokens = [
+            places(
+                [self._ids(batch, place) for place in plan.samples[replica]],
+                encoder.token,
+                cut.multiple,
+                cut.packed,
+            )
+            for replica in share.languages
+        ]
+        return plan_routes(encoder.layout, self._side.rank, tokens, share.held)
+
+
+class Ahead:
+    """Makes batches beside the training, some steps ahead.
+
+    Args:
+        batches: of this rank.
+        start: position of the first.
+        steps: how many there will be.
+        depth: how many are made ahead; 0 makes each when it is asked for.
+
+    Attributes:
+        waited_s: seconds that :meth:`next` has waited, in all.
+        position: where the next batch begins.
+    """
+
+    def __init__(self, batches: RankBatches, start: int, steps: int, depth: int) -> None:
+        self._batches, self._depth = batches, depth
+        self.position, self.waited_s = start, 0.0
+        self._made: queue.Queue[RankBatch | BaseException] = queue.Queue(max(depth, 1))
+        self._closed = threading.Event()
+        if depth:
+            self._thread = threading.Thread(target=self._work, args=(start, steps), daemon=True)
+            self._thread.start()
+
+    def next(self) -> RankBatch:
+        """Return the next batch.
+
+        Raises:
+            ReadError: an item cannot be read.
+            ValueError: the batch cannot be cut.
+        """
+        began = time.perf_counter()
+        if self._depth:
+            made = self._made.get()
+            if isinstance(made, BaseException):
+                raise made
+        else:
+            made = self._batches.at(self.position)
+        self.waited_s += time.perf_counter() - began
+        self.position = made.batch.stop
+        return made
+
+    def close(self) -> None:
+        """Make no more."""
+        self._closed.set()
+        if self._depth:
+            while self._thread.is_alive():
+                with self._made.mutex:
+                    self._made.queue.clear()
+                    self._made.not_full.notify_all()
+                self._thread.join(0.05)
+
+    def _work(self, position: int, steps: int) -> None:
+        try:
+            for _ in range(steps):
+                if self._closed.is_set():
+                    return
+                made = self._batches.at(position)
+                position = made.batch.stop
+                self._made.put(made)
+            raise ValueError(f"more than the {steps} batches were asked for that were announced")
+        except BaseException as error:
+            self._made.put(error)

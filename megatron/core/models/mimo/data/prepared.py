@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens and rows of every sample of a source, in files that are mapped.
+
+They are made once and serve every rank: planning a batch reads lengths, and what a rank computes on
+it reads from the same pages of memory as its peers. Which samples are skipped, and why, is
+decided here, so that the order of the others is known before the first step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.core.models.mimo.data.conversation import (
+    REASONS,
+    AnyItem,
+    Conversation,
+    SampleError,
+)
+from megatron.core.models.mimo.data.encoding import Encoded
+from megatron.core.models.mimo.data.sources import Source, SourceError
+
+_META = "prepared.json"
+_ARRAYS = ("ids", "learned", "ends", "rows", "row_ends", "reasons")
+_KEPT = REASONS.index("kept")
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Some consecutive samples.
+
+    Attributes:
+        ids: int32, learned: bool; both ``(tokens,)``.
+        lengths: tokens of each sample, int64 ``(n,)``; 0 of a skipped one.
+        rows: of each item, int32 ``(items,)``.
+        items: of each sample, int64 ``(n,)``.
+        reasons: of each sample, uint8 ``(n,)``, numbers of :data:`REASONS`.
+        first: why the first skipped one is skipped, in words; empty if none is.
+    """
+
+    ids: np.ndarray
+    learned: np.ndarray
+    lengths: np.ndarray
+    rows: np.ndarray
+    items: np.ndarray
+    reasons: np.ndarray
+    first: str
+
+
+def encode_piece(
+    source: Source,
+    encode: Callable[[Conversation], Encoded],
+    numbers: Iterable[int],
+    look: bool,
+) -> Piece:
+    """Encode some samples of a source.
+
+    Args:
+        source: of the samples.
+        encode: makes a sample into tokens.
+        numbers: of the samples.
+        look: whether every image's file is looked at: one that is none is ``unreadable`` now, and
+            not in the midst of a run.
+    """
+    found: list[Encoded] = []
+    reasons: list[int] = []
+    first, nothing = "", np.empty(0, dtype=np.int32)
+    for number in numbers:
+        try:
+            conversation = source[number]
+            found.append(encode(conversation))
+            if look:
+                for item in conversation.items():
+                    look_at(item)
+            reasons.append(_KEPT)
+        except SampleError as error:
+            del found[len(reasons) :]
+            found.append(Encoded(nothing, nothing.astype(bool), nothing))
+            reasons.append(REASONS.index(error.reason))
+            first = first or f"sample {number} is {error.reason}: {error}"
+    return Piece(
+        ids=np.concatenate([nothing, *(each.input_ids for each in found)]),
+        learned=np.concatenate([nothing.astype(bool), *(each.learned for each in found)]),
+        lengths=np.array([len(each.input_ids) for each in found], dtype=np.int64),
+        rows=np.concatenate([nothing, *(each.rows for each in found)]),
+        items=np.array([len(each.rows) for each in found], dtype=np.int64),
+        reasons=np.array(reasons, dtype=np.uint8),
+        first=first,
+    )
+
+
+def look_at(item: AnyItem) -> None:
+    """Read an image's header.
+
+    Raises:
+        SampleError: ``unreadable``.
+    """
+    import io
+
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(item.read())) as image:
+            image.verify()
+    except SampleError:
+        raise
+    except Exception as error:  # PIL raises many kinds for broken files
+        raise SampleError("unreadable", f"{item.name} is no image: {error}") from error
+
+
+def write(folder: Path, pieces: Sequence[Piece], key: str) -> None:
+    """Write what :class:`Prepared` opens, whole or not at all.
+
+    Args:
+        folder: to write; what is there is replaced.
+        pieces: of all samples, in order.
+        key: says what the samples and their encoding were.
+    """
+    arrays = {
+        "ids": np.concatenate([each.ids for each in pieces]),
+        "learned": np.concatenate([each.learned for each in pieces]),
+        "ends": np.cumsum(np.concatenate([each.lengths for each in pieces])),
+        "rows": np.concatenate([each.rows for each in pieces]),
+        "row_ends": np.cumsum(np.concatenate([each.items for each in pieces])),
+        "reasons": np.concatenate([each.reasons for each in pieces]),
+    }
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for name, values in arrays.items():
+        np.save(temporary / f"{name}.npy", values)
+    first = next((each.first for each in pieces if each.first), "")
+    (temporary / _META).write_text(json.dumps({"key": key, "first_skipped": first}))
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
+
+
+def known_key(folder: Path) -> str | None:
+    """Return the key of what is prepared in a folder; None if nothing is."""
+    try:
+        return json.loads((folder / _META).read_text())["key"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+class Prepared:
+    """The samples of a source that are kept, numbered from 0; see :func:`write`.
+
+    Args:
+        folder: where they are.
+
+    Attributes:
+        numbers: in the source, of each kept sample, int64 ``(n,)``.
+        skipped: reason -> how many samples are skipped for it.
+        first_skipped: why the first is, in words; empty if none is.
+
+    Raises:
+        SourceError: no sample is kept.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._arrays: dict[str, np.ndarray] = {
+            name: np.load(folder / f"{name}.npy", mmap_mode=_mode(folder / f"{name}.npy"))
+            for name in _ARRAYS
+        }
+        meta: dict[str, Any] = json.loads((folder / _META).read_text())
+        self.first_skipped = meta["first_skipped"]
+        reasons = np.asarray(self._arrays["reasons"])
+        self.numbers = np.flatnonzero(reasons == _KEPT)
+        self.skipped = dict(Counter(REASONS[n] for n in reasons[reasons != _KEPT].tolist()))
+        if not len(self.numbers):
+            raise SourceError(
+                f"no sample of {len(reasons)} is kept: {self.skipped}; {self.first_skipped}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def lengths(self, samples: np.ndarray) -> np.ndarray:
+        """Return the tokens of samples, int64 ``(n,)``."""
+        starts, stops = self._bounds("ends", self.numbers[samples])
+        return stops - starts
+
+    def rows(self, sample: int) -> np.ndarray:
+        """Return the rows of a sample's items, int32 ``(items,)``."""
+        start, stop = self._bounds("row_ends", self.numbers[sample])
+        return self._arrays["rows"][start:stop]
+
+    def tokens(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return a sample's tokens and which of them are learned: int32, bool ``(n,)``."""
+        start, stop = self._bounds("ends", self.numbers[sample])
+        return self._arrays["ids"][start:stop], self._arrays["learned"][start:stop]
+
+    def _bounds(self, name: str, number: Any) -> tuple[Any, Any]:
+        ends = self._arrays[name]
+        stops = ends[number]
+        return np.where(np.asarray(number) > 0, ends[np.asarray(number) - 1], 0), stops
+
+
+def _mode(path: Path) -> Any:
+    """Files without elements cannot be mapped."""
+    with path.open("rb") as file:
+        version = np.lib.format.read_magic(file)
+        shape = getattr(np.lib.format, f"read_array_header_{version[0]}_0")(file)[0]
+    return "r" if np.prod(shape) else None

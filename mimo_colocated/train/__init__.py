@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mimo train``: a recipe, which is a YAML file, becomes a run.
+
+    command.py     the command line: which recipe, what is set, on which ranks
+    recipe.py      the fields of a recipe
+    reading.py     YAML and ``--set`` into a recipe; misspelt fields are refused by name
+    recipes/       those that ship
+    makers.py      models that a recipe has made before it trains them
+    joining.py     two folders into one model
+    plan.py        ``--dry-run``: layouts, groups, memory and the torchrun line
+    record.py      what is left beside a run: the whole recipe, versions, git state
+    data.py        the recipe's data, prepared, and the batches of this rank
+    trainer.py     steps over those batches
+    answers.py     greedy answers on held-out data, and how many are right
+    job.py         one rank: build, train, evaluate, export
+
+Importing it loads no torch.
+"""

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recipe's data: prepared by all ranks once, then batches of this rank."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from megatron.core.models.mimo.comm.plan.balance import TokenCost
+from megatron.core.models.mimo.data.batches import Cut
+from megatron.core.models.mimo.data.conversation import Conversation
+from megatron.core.models.mimo.data.encoding import ChatEncoder, Encoded
+from megatron.core.models.mimo.data.loader import (
+    Ahead,
+    EncoderSide,
+    RankBatch,
+    RankBatches,
+    Side,
+)
+from megatron.core.models.mimo.data.order import Order
+from megatron.core.models.mimo.data.prepared import (
+    Piece,
+    Prepared,
+    encode_piece,
+    known_key,
+    write,
+)
+from megatron.core.models.mimo.data.readers import Reader
+from megatron.core.models.mimo.data.sources import TOKENS, Source, SourceError, open_source
+from megatron.core.models.mimo.data.stream import BatchSize, SampleStream
+from megatron.core.models.mimo.data.token_files import TokenFiles
+from megatron.core.models.mimo.huggingface.all_ranks import gathered, on_all_ranks
+from megatron.core.models.mimo.job.built_model import LANGUAGE
+from megatron.core.models.mimo.job.trainer import Runner
+from mimo_colocated import phases
+from mimo_colocated.launch.errors import JobError
+from mimo_colocated.train.recipe import DataPart, SourcePart
+
+Encode = Callable[[Conversation], Encoded]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Data of a recipe that is ready to be read.
+
+    Attributes:
+        sources: data sets; None where samples are tokens already.
+        prepared: the samples of each that are kept.
+        weights: of each.
+    """
+
+    sources: list[Source | None]
+    prepared: list[Prepared | TokenFiles]
+    weights: tuple[float, ...]
+
+    def skipped(self) -> dict[str, int]:
+        """Return reason -> skipped samples of all sources."""
+        reasons = [each.skipped for each in self.prepared]
+        names = sorted({name for each in reasons for name in each})
+        return {name: sum(each.get(name, 0) for each in reasons) for name in names}
+
+
+def open_data(
+    parts: Sequence[SourcePart],
+    data: DataPart,
+    text: ChatEncoder | int,
+    folder: Path,
+    answer_tokens: int,
+) -> Opened:
+    """Open data sets and prepare them, all ranks together.
+
+    Args:
+        parts: of the recipe.
+        data: of the recipe.
+        text: encodes for the model; the size of its vocabulary where all data is tokens already.
+        folder: for what is prepared; a subfolder per data set.
+        answer_tokens: 0 to train; else samples end before their last answer, with so many places
+            for one.
+
+    Raises:
+        FolderError: a data set cannot be opened or prepared.
+        JobError: a sample cannot be used, and the recipe skips none.
+    """
+    opened: list[tuple[Source | None, Prepared | TokenFiles]] = []
+    for part in parts:
+        if isinstance(text, int):
+            opened.append((None, _tokens(part, text)))
+        else:
+            opened.append(_conversations(part, data, text, folder, answer_tokens))
+        skipped = opened[-1][1]
+        if skipped.skipped and not data.skip:
+            raise JobError(
+                f"{skipped.first_skipped}; set data.skip=true to leave out and count such samples"
+            )
+    sources, prepared = [each[0] for each in opened], [each[1] for each in opened]
+    return Opened(sources, prepared, tuple(part.weight for part in parts))
+
+
+def _tokens(part: SourcePart, vocabulary: int) -> TokenFiles:
+    def opening() -> TokenFiles:
+        try:
+            return TokenFiles(**part.settings, vocabulary=vocabulary)
+        except TypeError as error:
+            raise SourceError(f"data of kind {TOKENS!r}: {error}") from error
+
+    return on_all_ranks(opening, f"open {part.kind}")
+
+
+def _conversations(
+    part: SourcePart, data: DataPart, encoder: ChatEncoder, folder: Path, answer_tokens: int
+) -> tuple[Source, Prepared]:
+    encode = _asked(encoder, answer_tokens) if answer_tokens else encoder.encode
+    source = on_all_ranks(lambda: open_source(part.kind, part.settings), f"open {part.kind}")
+    key = _key(source, encoder, data, answer_tokens)
+    _prepare(source, encode, folder / key, key, look=data.look_at_images)
+    return source, on_all_ranks(lambda: Prepared(folder / key), "open prepared data")
+
+
+def _key(source: Source, encoder: ChatEncoder, data: DataPart, answer_tokens: int) -> str:
+    said = [source.fingerprint(), encoder.fingerprint(), data.look_at_images, answer_tokens]
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
+
+
+def _asked(encoder: ChatEncoder, answer_tokens: int) -> Encode:
+    """What makes a sample into a question, with places for its answer."""
+    padding = np.full(answer_tokens, encoder.padding, dtype=np.int32)
+
+    def encode(conversation: Conversation) -> Encoded:
+        made = encoder.prompt(asked(conversation))
+        ids = np.concatenate([made.input_ids, padding])
+        return Encoded(ids, np.zeros(len(ids), dtype=bool), made.rows)
+
+    return encode
+
+
+def asked(conversation: Conversation) -> Conversation:
+    """Return the conversation without its last answer."""
+    turns = conversation.turns
+    return Conversation(turns[:-1]) if turns[-1].role == "assistant" else conversation
+
+
+def _prepare(source: Source, encode: Encode, place: Path, key: str, *, look: bool) -> None:
+    """Prepare a source unless it is; every rank encodes a part."""
+    if gathered(known_key(place))[0] == key:
+        return
+    rank, world, count = dist.get_rank(), dist.get_world_size(), len(source)
+    own = range(count * rank // world, count * (rank + 1) // world)
+    piece = on_all_ranks(lambda: encode_piece(source, encode, own, look), "encode samples")
+    pieces: list[Piece] | None = [piece] * world if rank == 0 else None
+    dist.gather_object(piece, pieces, dst=0)
+    on_all_ranks(lambda: write(place, pieces, key) if pieces else None, f"write {place}")
+
+
+class InOrder:
+    """Held-out samples one after another; an odd tail is filled up with the last.
+
+    Args:
+        counts: samples of each source.
+    """
+
+    def __init__(self, counts: Sequence[int]) -> None:
+        self._counts, self.total = list(counts), sum(counts)
+
+    def at(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the sources and samples at positions, int64 ``(count,)``."""
+        positions = np.minimum(np.arange(start, start + count), self.total - 1)
+        ends = np.cumsum(self._counts)
+        sources = np.searchsorted(ends, positions, side="right")
+        return sources, positions - np.concatenate([[0], ends])[sources]
+
+
+def training_stream(opened: Opened, data: DataPart, seed: int, samples: int) -> SampleStream:
+    """Return the endless stream of global batches.
+
+    Args:
+        opened: what is trained on.
+        data: of the recipe.
+        seed: of the order.
+        samples: of a global batch.
+    """
+    order = Order(tuple(map(len, opened.prepared)), opened.weights, seed)
+    size = BatchSize(0 if data.sequences else samples, data.sequences, data.capacity, _MULTIPLE)
+    return SampleStream(order, opened.prepared, size)
+
+
+# What samples are padded to in sequences of one capacity: the same in every layout.
+_MULTIPLE = 16
+
+
+def held_out_stream(opened: Opened, samples: int) -> SampleStream:
+    """Return held-out samples in order, so many at once."""
+    order = InOrder([len(each) for each in opened.prepared])
+    return SampleStream(order, opened.prepared, BatchSize(samples, 0, 0, 1))
+
+
+def side_of(
+    runner: Runner, data: DataPart, padding: int, readers: dict[str, Reader], micro_batches: int
+) -> Side:
+    """Return what this rank has to know of itself.
+
+    Args:
+        runner: of the model.
+        data: of the recipe.
+        padding: token.
+        readers: modality -> reader of its items.
+        micro_batches: of a batch.
+
+    Raises:
+        JobError: sequences cannot be cut in this layout.
+    """
+    built: Any = runner.built
+    bridges: Any = runner.model.colocated_comms
+    multiple = runner.multiple
+    if data.sequences:
+        if _MULTIPLE % multiple:
+            raise JobError(
+                f"data.sequences pads samples to {_MULTIPLE} tokens in every layout, and this one "
+                f"needs a multiple of {multiple}; use less cp or tp, or data.sequences=0"
+            )
+        multiple = _MULTIPLE
+    encoders = {
+        part.modality: EncoderSide(
+            layout=bridges[(part.modality, LANGUAGE)].layout,
+            token=part.token_id,
+            replica=built.collections[part.modality].dp.rank(),
+            reader=readers[part.modality],
+            cost=TokenCost(6 * part.config.hidden_size),
+        )
+        for part in built.composite.encoders
+    }
+    replicas = runner.groups.dp
+    cut = Cut(
+        micro_batches, replicas.size(), data.packed, multiple, data.sequences, data.capacity
+    )
+    return Side(dist.get_rank(), replicas.rank(), cut, padding, encoders)
+
+
+class StepData:
+    """The batches of a run, one per step.
+
+    Args:
+        batches: of this rank.
+        steps: of the run.
+        ahead: that are made ahead.
+
+    Attributes:
+        position: where the next batch begins; set it before the first step.
+        waited_s: of the last step.
+    """
+
+    def __init__(self, batches: RankBatches, steps: int, ahead: int) -> None:
+        self._batches, self._steps, self._depth = batches, steps, ahead
+        self._ahead: Ahead | None = None
+        self._last: tuple[int, RankBatch] | None = None
+        self.position, self.waited_s = 0, 0.0
+
+    def at(self, step: int) -> RankBatch:
+        """Return the batch of a step, from 0; the same one as often as it is asked for.
+
+        Raises:
+            JobError: an item cannot be read, or the batch cannot be cut.
+        """
+        if self._last is not None and self._last[0] == step:
+            return self._last[1]
+        with phases.during(phases.DATA):
+            if self._ahead is None:
+                left = self._steps - step
+                self._ahead = Ahead(self._batches, self.position, left, self._depth)
+            before = self._ahead.waited_s
+            try:
+                made = self._ahead.next()
+            except (RuntimeError, ValueError) as error:
+                raise JobError(str(error)) from error
+        self.waited_s = self._ahead.waited_s - before
+        self.position = made.batch.stop
+        self._last = (step, made)
+        return made
+
+    @property
+    def last(self) -> RankBatch:
+        """The batch that was asked for last."""
+        assert self._last is not None
+        return self._last[1]
+
+    def close(self) -> None:
+        """Make no more."""
+        if self._ahead is not None:
+            self._ahead.close()

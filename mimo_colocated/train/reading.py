@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""YAML and ``--set path.to.field=value`` into a recipe; misspelt fields are refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from mimo_colocated.launch.errors import JobError
+from mimo_colocated.train.recipe import Recipe
+
+
+def shipped() -> dict[str, str]:
+    """Return the recipes that ship: name -> YAML."""
+    folder = resources.files("mimo_colocated.train") / "recipes"
+    files = sorted(each.name for each in folder.iterdir() if each.name.endswith(".yaml"))
+    return {name.removesuffix(".yaml"): (folder / name).read_text("utf-8") for name in files}
+
+
+def describe_shipped() -> str:
+    """Return a line per recipe that ships: its name, and the first line of its file."""
+    found = shipped()
+    width = max(len(name) for name in found)
+    return "\n".join(
+        f"{name:{width}}  {text.splitlines()[0].lstrip('# ')}" for name, text in found.items()
+    )
+
+
+def read_recipe(named: str, changes: Sequence[str] = ()) -> Recipe:
+    """Return the recipe of a name or a file, with fields set to other values.
+
+    Args:
+        named: one that ships, or the path of a YAML file.
+        changes: ``path.to.field=value``; a value is YAML. Lists are reached by number.
+
+    Raises:
+        JobError: no such recipe, a field that there is not, or a value of another type.
+    """
+    import yaml
+
+    text = _text(named)
+    try:
+        values = yaml.safe_load(text)
+        edits = [_change(change, yaml) for change in changes]
+    except yaml.YAMLError as error:
+        raise JobError(f"{named} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise JobError(f"{named} holds {type(values).__name__}, not the fields of a recipe")
+    for path, value in edits:
+        _set(values, path, value)
+    for problem in _unknown(Recipe, values, ""):
+        raise JobError(f"{named}: {problem}")
+    recipe = _typed(named, values)
+    recipe.check()
+    return recipe
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """Return the whole recipe as YAML, every field of it."""
+    import yaml
+
+    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)
+
+
+def _text(named: str) -> str:
+    path = Path(named).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        try:
+            return path.read_text("utf-8")
+        except OSError as error:
+            raise JobError(f"{path} cannot be read: {error.strerror}") from error
+    found = shipped()
+    if named not in found:
+        near = difflib.get_close_matches(named, found, 1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise JobError(
+            f"no recipe is called {named!r}{meant} There are {', '.join(found)}, or give the path "
+            "of a .yaml file"
+        )
+    return found[named]
+
+
+def _change(change: str, yaml: Any) -> tuple[list[str], Any]:
+    path, equals, value = change.partition("=")
+    if not equals or not all(path.split(".")):
+        raise JobError(f"--set {change!r} is not of the form path.to.field=value")
+    return path.split("."), yaml.safe_load(value)
+
+
+def _set(values: Any, path: Sequence[str], value: Any) -> None:
+    """Set a field; what is above it is made if it is not there."""
+    *above, last = path
+    at: Any = values
+    for name in above:
+        at = at[_number(at, name, path)] if isinstance(at, list) else at.setdefault(name, {})
+        if not isinstance(at, (dict, list)):
+            raise JobError(f"--set {'.'.join(path)}: {name} is a value and has no fields")
+    key: Any = _number(at, last, path) if isinstance(at, list) else last
+    at[key] = value
+
+
+def _number(values: list[Any], name: str, path: Sequence[str]) -> int:
+    if not name.isdecimal() or int(name) >= len(values):
+        raise JobError(
+            f"--set {'.'.join(path)}: {name!r} is no number of a list of {len(values)}, from 0"
+        )
+    return int(name)
+
+
+def _unknown(kind: Any, values: Any, path: str) -> Iterator[str]:
+    """What is wrong with the names, at every depth."""
+    if not isinstance(values, Mapping):
+        return
+    types = typing.get_type_hints(kind)
+    for name, value in values.items():
+        if name not in types:
+            yield _no_field(str(name), path, list(types))
+            return
+        inner, below = types[name], f"{path}{name}."
+        if dataclasses.is_dataclass(inner):
+            yield from _unknown(inner, value, below)
+        elif typing.get_origin(inner) is list and isinstance(value, list):
+            (each,) = typing.get_args(inner)
+            if dataclasses.is_dataclass(each):
+                for number, one in enumerate(value):
+                    yield from _unknown(each, one, f"{below}{number}.")
+
+
+def _no_field(name: str, path: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    meant = f"did you mean {path}{near[0]}? " if near else ""
+    of = f" of {path.rstrip('.')}" if path else ""
+    return f"{path}{name} is no field of a recipe; {meant}the fields{of} are {', '.join(known)}"
+
+
+def _typed(named: str, values: Mapping[str, Any]) -> Recipe:
+    """The recipe, its values checked against the fields' types by jsonargparse."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Recipe)
+    try:
+        found = parser.instantiate_classes(parser.parse_object(dict(values)))
+    except Exception as error:  # jsonargparse has several kinds
+        said = " ".join(str(error).split()).removeprefix("Parser ")
+        raise JobError(f"{named}: {said}") from error
+    return Recipe(**vars(found))

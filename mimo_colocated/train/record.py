@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is left beside a run: the whole recipe, versions, and the state of the code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from mimo_colocated.launch.errors import write_atomically
+from mimo_colocated.train.reading import as_yaml
+from mimo_colocated.train.recipe import Recipe
+
+_PACKAGES = ("torch", "megatron-core", "transformers", "megatron-mimo-colocated")
+
+
+def write_record(out: Path, recipe: Recipe) -> None:
+    """Write ``recipe.yaml`` and ``run.json`` on rank 0; other ranks write nothing.
+
+    Args:
+        out: folder of the run.
+        recipe: every field of it.
+
+    Raises:
+        JobError: they cannot be written.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    said = {
+        "command": sys.argv,
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        "versions": _versions(),
+        "git": git_state(Path.cwd()),
+    }
+    write_atomically(out / "recipe.yaml", as_yaml(recipe).encode(), "the recipe")
+    content = json.dumps(said, indent=2) + "\n"
+    write_atomically(out / "run.json", content.encode(), "the record of the run")
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Return the commit that a folder is at, and what differs from it; None outside of git.
+
+    Args:
+        folder: within a checkout.
+    """
+    commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    changed = _git(folder, "status", "--porcelain") or ""
+    return {"commit": commit, "changed": changed.splitlines()}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": sys.version.split()[0]}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

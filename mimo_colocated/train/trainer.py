@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps of a model from a Hugging Face folder over the batches of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.core.models.mimo.data.loader import Microbatch, RankBatch
+from megatron.core.models.mimo.job.packing import packing
+from megatron.core.models.mimo.job.trainer import LossFunction, Trainer
+from mimo_colocated.train.data import StepData
+
+
+class RecipeTrainer(Trainer):
+    """Steps over :class:`StepData`, and measures held-out loss."""
+
+    measuring = False
+    blank = False
+    """Every image is blank: nothing of it is seen."""
+
+    def microbatches(self, data: StepData, step: int) -> Iterator[Mapping[str, Any]]:
+        """Yield what the model is called with in each of a step's microbatches."""
+        for microbatch in data.at(step).microbatches:
+            yield self.inputs(microbatch)
+
+    def inputs(self, microbatch: Microbatch) -> dict[str, Any]:
+        """Return what the model is called with."""
+        language, device = microbatch.language, self.device
+        found: dict[str, Any] = {
+            name: torch.from_numpy(getattr(language, name)).to(device)
+            for name in ("input_ids", "position_ids", "labels", "loss_mask")
+        }
+        if language.padded is not None:
+            found["packing_kwargs"] = packing(language.lengths, language.padded, device)
+        built: Any = self.built
+        shown = {
+            part.modality: self._shown(part.name, microbatch.items[part.modality])
+            for part in built.composite.encoders
+        }
+        return {**found, "modality_inputs": shown or None, "route_plan": microbatch.routes or None}
+
+    def _shown(self, encoder: str, inputs: Mapping[str, Any] | None) -> Any:
+        if inputs is None:
+            return None
+        made = {name: torch.from_numpy(value).to(self.device) for name, value in inputs.items()}
+        if self.blank:
+            made = {n: torch.zeros_like(v) if v.is_floating_point() else v for n, v in made.items()}
+        return {encoder: made}
+
+    def forward_step(
+        self, data_iterator: Iterator[Mapping[str, Any]], model: torch.nn.Module
+    ) -> tuple[Tensor, LossFunction]:
+        """Call the model with the next microbatch; while measuring, only its loss is kept."""
+        output, loss_function = super().forward_step(data_iterator, model)
+        if not self.measuring:
+            return output, loss_function
+        return output, lambda losses, **_how: loss_function(losses)[2]  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def held_out_loss(self, batch: RankBatch) -> tuple[float, float]:
+        """Return a batch's summed token losses and counted tokens, the same on all ranks."""
+        self.model.eval()
+        self.measuring = True
+        try:
+            inputs = (self.inputs(each) for each in batch.microbatches)
+            outputs = self.schedule(inputs, len(batch.microbatches), forward_only=True)
+        finally:
+            self.measuring = False
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        if outputs:
+            sums = torch.stack(outputs).sum(dim=0)
+        torch.distributed.all_reduce(sums, group=self.groups.dp_cp)
+        loss, tokens = self.from_last_stage(sums).tolist()
+        return loss, tokens

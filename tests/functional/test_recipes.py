@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mimo train`` with tiny models, as a user types it: on one process and on 8 ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from megatron.core.models.mimo.data.easy_vqa import EasyVqa
+from tests.faults.starts import LAUNCH_VARIABLES
+from tests.harness import programs
+from tests.unit_tests.mimo.train import strangers
+
+TIMEOUT_S = 500
+STEPS = 20
+IMAGES = 3
+# One process, and the layouts of the recipe; 4 ranks with other sizes.
+ALONE = {"layout.language": "dp=1", "layout.encoders": "{images: dp=1}"}
+EIGHT: dict[str, Any] = {"layout.sequence_parallel": True}
+FOUR = {"layout.language": "tp=2,dp=2", "layout.encoders": "{images: dp=4}", "data.packed": False}
+TINY = {
+    "model.settings": "{width: 32, layers: 2, vision_width: 32, vision_layers: 2, patch: 16}",
+    "training.steps": STEPS,
+    "training.global_batch_size": 8,
+    "training.warmup_steps": 2,
+    "training.save_every": STEPS // 2,
+    "data.train.0.settings.images": 60,
+    "data.held_out.0.settings.images": IMAGES,
+    "evaluation.batch": 24,
+    "evaluation.without_images": False,
+}
+
+
+def train(
+    out: Path, changes: dict[str, Any], *more: str, recipe: str = "easy-vqa"
+) -> SimpleNamespace:
+    """Run the command; what it printed, its error, its exit code."""
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES}
+    values = {**(TINY if recipe == "easy-vqa" else {}), **changes, "run.out": out}
+    given = ["-m", "mimo_colocated", "train", recipe, *more]
+    for name, value in values.items():
+        given += ["--set", f"{name}={str(value).lower() if isinstance(value, bool) else value}"]
+    done: subprocess.CompletedProcess[str] = programs.run(
+        given, Path.cwd(), environment, timeout=TIMEOUT_S
+    )
+    return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[float]:
+    return [line["loss"] for line in metrics(out)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process, images read by a process beside it."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    done = train(out, {**ALONE, "data.workers": 1})
+    assert done.code == 0, done.err
+    return out
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of 8 ranks, vision TP2 DP4 and language TP2 CP2 DP2."""
+    out = tmp_path_factory.mktemp("eight") / "run"
+    done = train(out, EIGHT)
+    assert done.code == 0, done.err
+    assert "training data: 60 samples, skipped: none" in done.out
+    return out
+
+
+def test_eight_ranks_follow_one_process(alone: Path, eight: Path) -> None:
+    # Adam divides by the gradient's size, so rounding grows a little from step to step.
+    assert losses(eight) == pytest.approx(losses(alone), rel=1e-4)
+    assert losses(alone)[-1] < losses(alone)[0] - 0.5
+    for one, other in zip(metrics(alone), metrics(eight), strict=True):
+        for name in ("step", "tokens", "counted_tokens", "samples", "images"):
+            assert one[name] == other[name], name
+        assert one["images"] == one["samples"] == 8
+        assert one["waited_s"] >= 0
+    assert answers(eight) == answers(alone)
+    summaries = [json.loads((out / "summary.json").read_text()) for out in (alone, eight)]
+    assert summaries[0]["held_out_loss"] == pytest.approx(summaries[1]["held_out_loss"], rel=1e-4)
+    for name in ("questions", "exact_match", "majority_answer", "skipped"):
+        assert summaries[0][name] == summaries[1][name]
+    assert summaries[1]["layouts"]["images"] == {"tp": 2, "cp": 1, "pp": 1, "dp": 4}
+
+
+def answers(out: Path) -> list[dict[str, str]]:
+    return json.loads((out / "answers.json").read_text())["answers"]
+
+
+def test_every_held_out_question_is_asked_once(eight: Path) -> None:
+    """Their number is no multiple of a batch: an odd tail is asked, too, and nothing twice."""
+    wanted = [pairs[0] for pairs in EasyVqa("test", together=False, images=IMAGES).questions]
+    assert len(wanted) % TINY["evaluation.batch"]
+    assert [(each["question"], each["wanted"]) for each in answers(eight)] == wanted
+
+
+def test_the_exported_model_answers_the_same(eight: Path) -> None:
+    processor = transformers.AutoProcessor.from_pretrained(eight / "exported")
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(eight / "exported").eval()
+    source = EasyVqa("test", together=False, images=IMAGES)
+    for number in range(0, len(source), 3):
+        parts = source[number].turns[0].parts
+        content = [
+            {"type": "text", "text": part.text}
+            if part.item is None
+            else {"type": "image", "path": part.item.name}
+            for part in parts
+        ]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            said = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        new = said[0, inputs["input_ids"].shape[1] :]
+        text = processor.tokenizer.decode(new).partition("<|im_end|>")[0]
+        assert text == answers(eight)[number]["said"], number
+
+
+def test_what_is_left_beside_a_run(eight: Path) -> None:
+    recipe = (eight / "recipe.yaml").read_text()
+    assert "global_batch_size: 8" in recipe
+    assert "kind: easy-vqa" in recipe
+    record = json.loads((eight / "run.json").read_text())
+    assert record["ranks"] == 8
+    assert record["versions"]["transformers"] == transformers.__version__
+    assert set(record["git"]) == {"commit", "changed"}
+
+
+def resumed(run: Path, to: Path, changes: dict[str, Any]) -> SimpleNamespace:
+    """Go on from the checkpoint in the middle of a run, without what came after."""
+    shutil.copytree(run, to)
+    shutil.rmtree(to / "checkpoints" / f"step_{STEPS:08d}")
+    return train(to, {**changes, "data.held_out": "[]", "run.export": False})
+
+
+def test_a_run_goes_on_in_another_layout_on_other_ranks(eight: Path, tmp_path: Path) -> None:
+    done = resumed(eight, tmp_path / "run", FOUR)
+    assert done.code == 0, done.err
+    assert f"resuming after step {STEPS // 2}" in done.out
+    assert "saved in another layout" in done.out
+    assert losses(tmp_path / "run") == pytest.approx(losses(eight), rel=1e-4)
+
+
+def test_a_run_does_not_go_on_with_other_data(alone: Path, tmp_path: Path) -> None:
+    done = resumed(alone, tmp_path / "run", {**ALONE, "training.seed": 5})
+    assert done.code == 1
+    assert "holds a run with training.seed=1234, this one has 5; give --set" in done.err
+
+
+def test_a_dry_run_says_what_would_run(tmp_path: Path, eight: Path) -> None:
+    done = train(eight, EIGHT, "--dry-run", "--nodes", "2")
+    assert done.code == 0, done.err
+    assert "images    tp=2,dp=4  8 ranks, 4 replicas" in done.out
+    assert "images rows stay within the ranks [0, 1, 2, 3] [4, 5, 6, 7]" in done.out
+    assert "torchrun --nproc-per-node 4 --nnodes 2 --rdzv-backend c10d" in done.out
+    assert "-m mimo_colocated train easy-vqa --set model.settings=" in done.out
+    done = train(eight, EIGHT, "--dry-run", "--nodes", "3")
+    assert done.code == 2
+    assert "--nodes 3 does not divide the 8 ranks; 1, 2, 4, 8 would" in done.err
+
+
+# ---- two folders that have not met ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("strangers")
+    strangers.write_folders(place)
+    return place
+
+
+def of_strangers(folders: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "data.train": f"[{{kind: llava, settings: {{path: {folders / 'train.json'}}}}}]",
+        "model.dtype": "float32",
+        "training.steps": STEPS,
+        "training.global_batch_size": 8,
+        "training.warmup_steps": 1,
+        "training.save_every": 0,
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def pretrained(folders: Path) -> Path:
+    """The first stage, on one process: the projector alone trains."""
+    named = f"images: {folders / 'images'}, language: {folders / 'language'}"
+    changes = {
+        **of_strangers(folders),
+        **ALONE,
+        "model.settings": f"{{{named}, image_token: {strangers.TOKEN}}}",
+    }
+    done = train(folders / "first", changes, recipe="llava-pretrain")
+    assert done.code == 0, done.err
+    return folders / "first"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_the_first_stage_trains_the_projector_alone(folders: Path, pretrained: Path) -> None:
+    before, after = weights(pretrained / "model"), weights(pretrained / "exported")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if "multi_modal_projector" in name}
+    assert len(moved) == 4
+    language = weights(folders / "language")
+    assert all(
+        any(torch.equal(value, other) for other in after.values()) for value in language.values()
+    )
+    assert losses(pretrained)[-1] < losses(pretrained)[0]
+
+
+def test_the_second_stage_follows_one_process_on_eight_ranks(
+    folders: Path, pretrained: Path
+) -> None:
+    changes = of_strangers(folders, **{"model.folder": pretrained / "exported"})
+    alone, eight = folders / "alone", folders / "eight"
+    for out, layout in ((alone, ALONE), (eight, {})):
+        done = train(out, {**changes, **layout, "training.lr": 1e-3}, recipe="llava-finetune")
+        assert done.code == 0, done.err
+    assert losses(eight) == pytest.approx(losses(alone), rel=1e-4)
+    assert losses(alone)[-1] < losses(alone)[0] - 0.5
+    before, after = weights(pretrained / "exported"), weights(eight / "exported")
+    kept = {name for name in before if torch.equal(before[name], after[name])}
+    assert kept == {name for name in before if "vision_tower" in name}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("{images: a}", "model.settings of llava are image_token, images, language, got images"),
+        ("{images: I, language: L, image_token: <eye>}", "image_token='<eye>' is no token of"),
+        ("{images: L, language: L, image_token: <image>}", "has no tensors of a vision model"),
+    ],
+)
+def test_folders_that_cannot_be_joined_are_refused(
+    folders: Path, tmp_path: Path, settings: str, said: str
+) -> None:
+    for letter, name in (("I", "images"), ("L", "language")):
+        settings = settings.replace(f" {letter},", f" {folders / name},")
+    changes = {**of_strangers(folders), **ALONE, "model.settings": settings}
+    done = train(tmp_path / "run", changes, recipe="llava-pretrain")
+    assert (done.code, said in done.err) == (2, True), done.err
+    assert list((tmp_path / "run").glob("*")) == []
+
+
+# ---- text alone -----------------------------------------------------------------------------
+
+
+def test_a_language_model_with_experts_learns_token_files(tmp_path: Path) -> None:
+    """A count upwards, which every layout learns alike."""
+    sources = {}
+    for name, count in (("train", 4000), ("held_out", 400)):
+        (np.arange(count) % 97).astype(np.uint16).tofile(tmp_path / f"{name}.bin")
+        settings = f"{{path: {tmp_path / name}.bin, length: 32}}"
+        sources[f"data.{name}"] = f"[{{kind: tokens, settings: {settings}}}]"
+    changes = {
+        **sources,
+        "model.settings": "{width: 32, layers: 2, heads: 4, inner: 48, vocabulary: 101, "
+        "experts: 4}",
+        "model.dtype": "float32",
+        "training.steps": 6,
+        "training.global_batch_size": 16,
+        "training.micro_batches": 2,
+        "training.warmup_steps": 1,
+        "training.save_every": 0,
+        "run.export": False,
+    }
+    for layout in ("dp=1", "tp=2,dp=2,ep=2,etp=1"):
+        how = {"layout.language": layout, "layout.sequence_parallel": layout != "dp=1"}
+        done = train(tmp_path / layout, {**changes, **how}, recipe="text")
+        assert done.code == 0, done.err
+        assert "training data: 124 samples, skipped: none" in done.out
+    alone, four = (tmp_path / layout for layout in ("dp=1", "tp=2,dp=2,ep=2,etp=1"))
+    assert losses(four) == pytest.approx(losses(alone), rel=1e-4)
+    assert losses(alone)[-1] < losses(alone)[0]
+    summaries = [json.loads((out / "summary.json").read_text()) for out in (alone, four)]
+    held_out = [summary["held_out_loss"] for summary in summaries]
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-4)
+    assert summaries[1]["layouts"]["language"]["ep"] == 2

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small images, a small model's text, and sources of a few samples, made by the tests."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+from PIL import Image
+
+from megatron.core.models.mimo.data.conversation import (
+    BytesItem,
+    Conversation,
+    Part,
+    SampleError,
+    Turn,
+    text,
+)
+from mimo_colocated.train.makers import train_tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}"
+    "{% else %}{% for p in m.content %}{% if p.type == 'image' %}<image>{% else %}{{ p.text }}"
+    "{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SIDE, PATCH = 8, 4
+ROWS = (SIDE // PATCH) ** 2
+WORDS = ("what is this a red blue circle square it is yes no user assistant system " * 3,)
+
+
+def png(shade: int, size: tuple[int, int] = (SIDE, SIDE)) -> bytes:
+    """An image of one shade."""
+    file = io.BytesIO()
+    Image.new("RGB", size, (shade, 2 * shade % 256, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def image(shade: int) -> Part:
+    return Part("image", "", BytesItem(png(shade), f"image {shade}"))
+
+
+def said(question: Sequence[Part | str], answer: str) -> tuple[Turn, Turn]:
+    parts = tuple(text(each) if isinstance(each, str) else each for each in question)
+    return Turn("user", parts), Turn("assistant", (text(answer),))
+
+
+class Listed:
+    """A source of conversations that are given; an error is raised in its place."""
+
+    def __init__(self, samples: Sequence[Conversation | SampleError]) -> None:
+        self.samples = list(samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, number: int) -> Conversation:
+        found = self.samples[number]
+        if isinstance(found, SampleError):
+            raise found
+        return found
+
+    def fingerprint(self) -> str:
+        return str(len(self))
+
+
+def save_text(folder: Path, template: str | None = TEMPLATE) -> Any:
+    """Tokenizer and LLaVA processor in a folder."""
+    processor = transformers.LlavaProcessor(
+        transformers.SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}),
+        train_tokenizer(WORDS),
+        patch_size=PATCH,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
+        chat_template=template,
+    )
+    processor.save_pretrained(folder)
+    return processor

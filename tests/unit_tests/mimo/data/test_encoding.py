@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens are those of transformers' processor; answers are learned, and nothing else."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron.core.models.mimo.data.conversation import (
+    Conversation,
+    FileItem,
+    Part,
+    SampleError,
+    Turn,
+    text,
+)
+from megatron.core.models.mimo.data.encoding import ChatEncoder, TemplateError
+from tests.unit_tests.mimo.data.small import PATCH, ROWS, SIDE, TEMPLATE, image, said, save_text
+
+SEVERAL = Conversation(
+    (
+        Turn("system", (text("it is a circle"),)),
+        *said([image(1), "what is this"], "a red circle"),
+        *said(["is it red", image(2), image(3)], "yes"),
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("text")
+    save_text(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def encoder(folder: Path) -> ChatEncoder:
+    return ChatEncoder(folder, 200)
+
+
+def theirs(encoder: ChatEncoder, conversation: Conversation, **how: bool) -> list[int]:
+    """What transformers makes of the same messages, images and all."""
+    messages = [
+        {
+            "role": turn.role,
+            "content": [
+                {"type": "text", "text": part.text}
+                if part.item is None
+                else {"type": "image", "image": Image.open(io.BytesIO(part.item.read()))}
+                for part in turn.parts
+            ],
+        }
+        for turn in conversation.turns
+    ]
+    made = encoder.processor.apply_chat_template(messages, tokenize=True, return_dict=True, **how)
+    return np.array(made["input_ids"]).reshape(-1).tolist()
+
+
+def test_tokens_are_those_of_transformers(encoder: ChatEncoder) -> None:
+    found = encoder.encode(SEVERAL)
+    whole = theirs(encoder, SEVERAL)
+    # The line break after the last answer is not learned, and is kept.
+    assert found.input_ids.tolist() == whole
+    assert found.rows.tolist() == [ROWS] * 3
+    places = found.input_ids == encoder.tokenizer.convert_tokens_to_ids("<image>")
+    assert places.sum() == 3 * ROWS
+
+
+def test_answers_are_learned_up_to_their_end_and_nothing_else(encoder: ChatEncoder) -> None:
+    found = encoder.encode(SEVERAL)
+    spoken = encoder.tokenizer.decode(found.input_ids[found.learned])
+    assert spoken == "a red circle<|im_end|>yes<|im_end|>"
+
+
+def test_a_question_ends_where_an_answer_begins(encoder: ChatEncoder) -> None:
+    asked = Conversation(SEVERAL.turns[:-1])
+    found = encoder.prompt(asked)
+    assert found.input_ids.tolist() == theirs(encoder, asked, add_generation_prompt=True)
+    whole = encoder.encode(SEVERAL)
+    count = len(found.input_ids)
+    assert whole.input_ids[:count].tolist() == found.input_ids.tolist()
+    assert whole.learned[count]
+    assert not found.learned.any()
+
+
+def test_text_alone(tmp_path: Path) -> None:
+    save_text(tmp_path).tokenizer.save_pretrained(tmp_path / "text")
+    (tmp_path / "text" / "chat_template.jinja").write_text(TEMPLATE)
+    encoder = ChatEncoder(tmp_path / "text", 50)
+    assert encoder.processor is None
+    found = encoder.encode(Conversation(said(["what is this"], "a circle")))
+    assert encoder.tokenizer.decode(found.input_ids[found.learned]) == "a circle<|im_end|>"
+    assert encoder.padding == encoder.tokenizer.pad_token_id
+    with pytest.raises(SampleError, match=r"the model sees text alone, the sample has \['image'\]"):
+        encoder.encode(SEVERAL)
+
+
+@pytest.mark.parametrize(
+    ("sample", "reason", "words"),
+    [
+        (Conversation(said(["red " * 300], "no")), "too_long", "tokens are more than 200"),
+        (Conversation(SEVERAL.turns[:2]), "no_supervision", "no token of an answer"),
+        (Conversation(said(["is <image> it"], "no")), "malformed", "more places than there are"),
+        (
+            Conversation(said([Part("audio", "", FileItem(Path("x.wav")))], "no")),
+            "malformed",
+            "the model sees images, the sample has",
+        ),
+    ],
+)
+def test_samples_that_cannot_be_used_say_why(
+    encoder: ChatEncoder, sample: Conversation, reason: str, words: str
+) -> None:
+    with pytest.raises(SampleError, match=words) as caught:
+        encoder.encode(sample)
+    assert caught.value.reason == reason
+
+
+def test_a_run_of_places_is_never_cut(folder: Path) -> None:
+    """One token less than it needs, and the sample is skipped whole."""
+    length = len(ChatEncoder(folder, 200).encode(SEVERAL).input_ids)
+    assert len(ChatEncoder(folder, length).encode(SEVERAL).input_ids) == length
+    with pytest.raises(SampleError, match=f"{length} tokens are more than {length - 1}"):
+        ChatEncoder(folder, length - 1).encode(SEVERAL)
+
+
+def test_templates_that_cannot_be_trained_with_are_refused(tmp_path: Path) -> None:
+    save_text(tmp_path / "none", template=None)
+    with pytest.raises(TemplateError, match="has no chat template; put one into"):
+        ChatEncoder(tmp_path / "none", 50)
+    # Drops what was said before, as some do with earlier thoughts.
+    forgetful = "{% for m in messages[-2:] %}" + TEMPLATE.removeprefix("{% for m in messages %}")
+    save_text(tmp_path / "forgetful", template=forgetful)
+    with pytest.raises(TemplateError, match="writes turns before turn 3 in another way"):
+        ChatEncoder(tmp_path / "forgetful", 99).encode(SEVERAL)
+
+
+def test_rows_by_the_size_of_an_image(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that makes more of larger images: their headers are read."""
+    encoder = ChatEncoder(folder, 200)
+    made: list[tuple[int, int]] = []
+
+    def rows(size: tuple[int, int]) -> int:
+        made.append(size)
+        return size[0] * size[1] // PATCH**2
+
+    monkeypatch.setattr(encoder, "_made", rows)
+    monkeypatch.setattr(encoder, "_any_size", False)
+    assert encoder.rows_of(image(1).item) == ROWS
+    assert made == [(SIDE, SIDE)]
+    broken = Part("image", "", FileItem(Path("nowhere.png")))
+    with pytest.raises(SampleError, match="nowhere.png cannot be read"):
+        encoder.rows_of(broken.item)
+
+
+def test_a_folder_is_known_by_its_text_and_its_length(folder: Path, tmp_path: Path) -> None:
+    first = ChatEncoder(folder, 200).fingerprint()
+    assert ChatEncoder(folder, 200).fingerprint() == first
+    assert ChatEncoder(folder, 201).fingerprint() != first
+    save_text(tmp_path, template=TEMPLATE.replace("assistant", "answer"))
+    assert ChatEncoder(tmp_path, 200).fingerprint() != first

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kind of data set gives the same conversations, by number, or says what is wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+
+from megatron.core.models.mimo.data import chat_jsonl
+from megatron.core.models.mimo.data.conversation import (
+    Conversation,
+    FileItem,
+    SampleError,
+    StretchItem,
+)
+from megatron.core.models.mimo.data.llava_json import LlavaJson
+from megatron.core.models.mimo.data.sources import Source, SourceError, open_source
+from megatron.core.models.mimo.data.tables import Tables
+from tests.unit_tests.mimo.data.small import png
+
+QUESTIONS = ["what is this", "is it red"]
+
+
+def messages(number: int, *shown: Any) -> list[dict[str, Any]]:
+    """Two turns each way; the first question shows what is given."""
+    parts = [*shown, {"type": "text", "text": f"{QUESTIONS[0]} {number}"}]
+    return [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": f"answer {number}"},
+        {"role": "user", "content": QUESTIONS[1]},
+        {"role": "assistant", "content": "no"},
+    ]
+
+
+def llava(folder: Path) -> Source:
+    samples = []
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(png(number))
+        said = [m["content"] for m in messages(number)]
+        said[0] = f"<image>\n{said[0][0]['text']}"
+        sides = ["human", "gpt"] * 2
+        turns = [{"from": side, "value": s} for side, s in zip(sides, said, strict=True)]
+        samples.append({"image": f"{number}.png", "conversations": turns})
+    (folder / "train.json").write_text(json.dumps(samples))
+    (folder / "json").mkdir()
+    (folder / "train.json").rename(folder / "json" / "train.json")
+    return LlavaJson(folder / "json" / "train.json", images=folder)
+
+
+def chat(folder: Path) -> Source:
+    (folder / "shown").mkdir()
+    lines = []
+    for number in range(3):
+        (folder / "shown" / f"{number}.png").write_bytes(png(number))
+        part = {"type": "image", "image": f"{number}.png"}
+        lines.append(json.dumps({"messages": messages(number, part)}))
+    # Blank lines are no samples, and the last line need not end.
+    (folder / "train.jsonl").write_text(f"{lines[0]}\n\n{lines[1]}\n  \n{lines[2]}")
+    return open_source("chat", {"path": folder / "train.jsonl", "media": folder / "shown"})
+
+
+def rows() -> datasets.Dataset:
+    shown = [[{"bytes": png(number), "path": None}] for number in range(3)]
+    talk = [messages(number, {"type": "image", "text": None}) for number in range(3)]
+    for said in talk:  # a column of a table has one type
+        for message in said:
+            if isinstance(message["content"], str):
+                message["content"] = [{"type": "text", "text": message["content"]}]
+    features = {"talk": datasets.features.features.generate_from_dict(
+        [{"role": {"dtype": "string", "_type": "Value"},
+          "content": [{"type": {"dtype": "string", "_type": "Value"},
+                       "text": {"dtype": "string", "_type": "Value"}}]}]
+    ), "shown": datasets.List(datasets.Image())}
+    return datasets.Dataset.from_dict(
+        {"talk": talk, "shown": shown}, features=datasets.Features(features)
+    )
+
+
+def arrow(folder: Path) -> Source:
+    rows().save_to_disk(str(folder / "saved"))
+    return Tables(folder / "saved", messages="talk", images="shown")
+
+
+def parquet(folder: Path) -> Source:
+    rows().to_parquet(str(folder / "a.parquet"))
+    how = {"path": folder / "*.parquet", "messages": "talk", "images": "shown"}
+    return open_source("datasets", how)
+
+
+def shards(folder: Path) -> Source:
+    for name, numbers in (("0.tar", (0, 1)), ("1.tar", (2,))):
+        with tarfile.open(folder / name, "w") as tar:
+            for number in numbers:
+                said = messages(number, {"type": "image", "image": "seen.png"})
+                add(tar, f"{number}.json", json.dumps({"messages": said}).encode())
+                add(tar, f"{number}.seen.png", png(number))
+    return open_source("webdataset", {"path": str(folder / "*.tar")})
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+KINDS = [llava, chat, arrow, parquet, shards]
+
+
+def words(conversation: Conversation) -> list[tuple[str, list[str]]]:
+    turns = conversation.turns
+    return [(turn.role, [part.kind + part.text for part in turn.parts]) for turn in turns]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
+def test_every_kind_gives_the_same_conversations(make: Any, tmp_path: Path) -> None:
+    source = make(tmp_path)
+    assert len(source) == 3
+    for number in (2, 0, 1):
+        found = source[number]
+        assert words(found) == [
+            ("user", ["image", f"textwhat is this {number}"]),
+            ("assistant", [f"textanswer {number}"]),
+            ("user", ["textis it red"]),
+            ("assistant", ["textno"]),
+        ]
+        assert [item.read() for item in found.items()] == [png(number)]
+    assert len(source.fingerprint()) == 16
+    assert source.fingerprint() == source.fingerprint()
+
+
+def test_easy_vqa_by_image_and_by_question() -> None:
+    together = open_source("easy-vqa", {"split": "train"})
+    assert len(together) == 4000
+    assert len(together[0].items()) == 1
+    assert len(together[0].turns) == 2 * len(together.questions[0])  # type: ignore[attr-defined]
+    alone = open_source("easy-vqa", {"split": "test", "together": False, "images": 3})
+    assert {len(alone[number].turns) for number in range(len(alone))} == {2}
+    assert {len(alone[number].items()) for number in range(len(alone))} == {1}
+    assert alone.fingerprint() != together.fingerprint()
+    with pytest.raises(SourceError, match="no split 'dev'; it has train, test"):
+        open_source("easy-vqa", {"split": "dev"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        ("csv", {}, "'csv' is no kind of data; the kinds are llava, chat, datasets"),
+        ("chat", {"paths": "x"}, "unexpected keyword argument 'paths'"),
+        ("chat", {"path": "/nowhere.jsonl"}, "/nowhere.jsonl cannot be read: No such file"),
+        ("llava", {"path": "/nowhere.json"}, "/nowhere.json cannot be read: No such file"),
+        ("webdataset", {"path": "/nowhere-*.tar"}, "no tar is called /nowhere"),
+        ("datasets", {"path": "/nowhere"}, "neither a folder of save_to_disk, with state.json"),
+    ],
+)
+def test_what_is_not_there_is_named(kind: str, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(SourceError, match=said):
+        open_source(kind, settings)
+
+
+def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text("{")
+    with pytest.raises(SourceError, match=r"a\.json is no JSON"):
+        open_source("llava", {"path": file})
+    file.write_text("{}")
+    with pytest.raises(SourceError, match="holds dict, not a list of conversations"):
+        open_source("llava", {"path": file})
+    (tmp_path / "a.tar").write_bytes(b"x" * 600)
+    with pytest.raises(SourceError, match=r"a\.tar is no tar"):
+        open_source("webdataset", {"path": str(tmp_path / "a.tar")})
+    datasets.Dataset.from_dict({"x": [1]}).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(SourceError, match="has no column 'messages'; it has x"):
+        open_source("datasets", {"path": tmp_path / "saved"})
+
+
+LINES = {
+    "{": "Expecting property name",
+    "[]": "has no messages",
+    '{"messages": 3}': "messages is no list but int",
+    '{"messages": []}': "a conversation has no turn",
+    '{"messages": [{"role": "user"}]}': "a message needs role and content",
+    '{"messages": [{"role": "tool", "content": "x"}]}': "role 'tool' is not known",
+    '{"messages": [{"role": "user", "content": 3}]}': "content is text or a list of parts",
+    '{"messages": [{"role": "user", "content": [{"type": "smell"}]}]}': "a part is text, or image",
+    '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}': "image names no file",
+    '{"messages": [{"role": "user", "content": [{"type": "image", "url": "http://x"}]}]}':
+        "image names no file",
+}  # fmt: skip
+
+
+def test_samples_that_are_malformed_say_why(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(LINES))
+    source = open_source("chat", {"path": file})
+    assert len(source) == len(LINES)
+    for number, said in enumerate(LINES.values()):
+        with pytest.raises(SampleError, match=said) as caught:
+            source[number]
+        assert caught.value.reason == "malformed"
+
+
+def test_images_that_do_not_fit_their_places_are_malformed(tmp_path: Path) -> None:
+    file, talk = tmp_path / "a.json", [{"from": "human", "value": "<image> <image>"}]
+    shown = (["a"], ["a"] * 3)
+    file.write_text(json.dumps([{"image": images, "conversations": talk} for images in shown]))
+    source = open_source("llava", {"path": file})
+    wrong = ["more <image> than there are images", "more images than <image>"]
+    for number, said in enumerate(wrong):
+        with pytest.raises(SampleError, match=said):
+            source[number]
+
+
+def test_lines_are_found_again_only_when_the_file_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, beside = tmp_path / "a.jsonl", tmp_path / "a.jsonl.offsets.npy"
+    line = json.dumps({"messages": messages(1)})
+    file.write_text(f"{line}\n" * 3)
+    open_source("chat", {"path": file})
+    assert not beside.exists(), "just written, it may still be"
+    os.utime(file, (1e9, 1e9))
+    monkeypatch.setattr(chat_jsonl, "_SETTLED_NS", -(10**9))
+    assert len(open_source("chat", {"path": file})) == 3
+    assert beside.exists()
+    searched: list[Path] = []
+    find = chat_jsonl.find_lines
+    monkeypatch.setattr(chat_jsonl, "find_lines", lambda path: searched.append(path) or find(path))
+    assert len(open_source("chat", {"path": file})) == 3
+    assert searched == []
+    # As long as before, and as old, but another file: lines lie elsewhere.
+    file.write_text(f"{line[:-1]} }}\n" + f"{line}\n" + line[:-1])
+    os.utime(file, (1e9, 1e9))
+    again = open_source("chat", {"path": file})
+    assert searched == [file]
+    assert words(again[1]) == words(again[0])
+    beside.write_bytes(b"cut short")
+    assert len(open_source("chat", {"path": file})) == 3
+    assert searched == [file, file]
+
+
+def test_lines_that_cross_blocks_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.jsonl"
+    lines = ["x" * length for length in (5, 1, 12, 7, 8)]
+    file.write_text("\n".join(lines))
+    for block in (1, 3, 8, 1 << 20):
+        monkeypatch.setattr(chat_jsonl, "_BLOCK", block)
+        found = chat_jsonl.find_lines(file)
+        content = file.read_text()
+        assert [content[start:stop] for start, stop in found.tolist()] == lines
+    file.write_text("")
+    assert chat_jsonl.find_lines(file).shape == (0, 2)
+    assert chat_jsonl.find_lines(file).dtype == np.int64
+
+
+def test_items_that_cannot_be_read_say_so(tmp_path: Path) -> None:
+    with pytest.raises(SampleError, match=r"nothing\.png cannot be read: No such file"):
+        FileItem(tmp_path / "nothing.png").read()
+    (tmp_path / "short").write_bytes(b"12345")
+    assert StretchItem(tmp_path / "short", 1, 3, "a").read() == b"234"
+    with pytest.raises(SampleError, match="a of .*short has 4 of its 9 bytes"):
+        StretchItem(tmp_path / "short", 1, 9, "a").read()

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny CLIP and a tiny Qwen2 that have not met, with LLaVA's data for them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import transformers
+from PIL import Image
+
+from mimo_colocated.train.makers import train_tokenizer
+
+TOKEN = "<image>"
+SIDE = 16
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+# As language models have it: text alone, which parts would be printed into.
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_folders(place: Path) -> None:
+    """Write ``images``, ``language`` and the data of both stages below a folder."""
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    vision = transformers.CLIPVisionConfig(
+        **sizes, num_hidden_layers=3, image_size=SIDE, patch_size=8
+    )
+    transformers.CLIPVisionModel(vision).save_pretrained(place / "images")
+    size = {"height": SIDE, "width": SIDE}
+    images = transformers.CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size)
+    images.save_pretrained(place / "images")
+    tokenizer = train_tokenizer([f"what colour is it {' '.join(COLOURS)} user assistant"] * 3)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(place / "language")
+    language = transformers.Qwen2Config(
+        **sizes,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    transformers.Qwen2ForCausalLM(language).save_pretrained(place / "language")
+    write_data(place)
+
+
+def write_data(place: Path) -> None:
+    samples = []
+    for number in range(24):
+        name = list(COLOURS)[number % 3]
+        Image.new("RGB", (SIDE + number, SIDE), COLOURS[name]).save(place / f"{number}.png")
+        asked = {"from": "human", "value": "<image>\nwhat colour is it"}
+        said = {"from": "gpt", "value": name}
+        samples.append({"image": f"{number}.png", "conversations": [asked, said]})
+    (place / "train.json").write_text(json.dumps(samples))

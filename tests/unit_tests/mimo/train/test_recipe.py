@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes are read, changed and refused in one sentence; nothing of them is guessed."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mimo_colocated.launch.errors import JobError
+from mimo_colocated.launch.layouts import Layout
+from mimo_colocated.train import command, plan
+from mimo_colocated.train.makers import make_model
+from mimo_colocated.train.reading import as_yaml, describe_shipped, read_recipe, shipped
+from mimo_colocated.train.recipe import Recipe
+from mimo_colocated.train.record import git_state
+
+# Every field, none with the value that it has by default.
+WHOLE: dict[str, Any] = {
+    "name": "mine",
+    "model": {"folder": "/models/mine", "dtype": "bfloat16", "freeze": ["images"]},
+    "layout": {
+        "language": "tp=2,cp=2,dp=2",
+        "encoders": {"images": "tp=2,dp=4"},
+        "sequence_parallel": True,
+    },
+    "data": {
+        "train": [
+            {"kind": "llava", "settings": {"path": "a.json"}, "weight": 0.5},
+            {"kind": "chat", "settings": {"path": "b.jsonl"}},
+        ],
+        "held_out": [{"kind": "chat", "settings": {"path": "c.jsonl"}}],
+        "max_tokens": 512,
+        "skip": False,
+        "look_at_images": False,
+        "packed": True,
+        "sequences": 8,
+        "capacity": 1024,
+        "workers": 2,
+        "ahead": 4,
+    },
+    "training": {
+        "steps": 10,
+        "global_batch_size": 16,
+        "micro_batches": 2,
+        "lr": 1e-4,
+        "min_lr": 1e-6,
+        "warmup_steps": 3,
+        "weight_decay": 0.1,
+        "clip_grad": 0.5,
+        "seed": 7,
+        "save_every": 5,
+        "max_skipped": 2,
+        "recompute": "full",
+    },
+    "evaluation": {"batch": 32, "answer_tokens": 16, "samples": 100, "without_images": True},
+    "run": {"out": "runs/mine", "export": False, "backend": "gloo", "timeout": 60},
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(WHOLE))
+    return path
+
+
+def test_a_file_becomes_a_recipe(file: Path) -> None:
+    recipe = read_recipe(str(file))
+    assert recipe.data.train[0].weight == 0.5
+    assert recipe.data.train[1].weight == 1.0
+    assert recipe.language == Layout(tp=2, cp=2, dp=2)
+    assert recipe.encoders() == {"images": Layout(tp=2, dp=4)}
+    for part, values in WHOLE.items():
+        found = dataclasses.asdict(recipe)[part]
+        if part != "data" and isinstance(values, dict):
+            assert {name: found[name] for name in values} == values
+
+
+def test_what_is_printed_is_the_same_recipe(file: Path, tmp_path: Path) -> None:
+    recipe = read_recipe(str(file))
+    again = tmp_path / "again.yaml"
+    again.write_text(as_yaml(recipe))
+    assert read_recipe(str(again)) == recipe
+    assert set(yaml.safe_load(as_yaml(recipe))["training"]) == set(WHOLE["training"])
+
+
+def test_fields_are_set_by_their_path(file: Path) -> None:
+    changes = ["training.lr=3", "data.train.1.weight=2", "model.settings.width=64", "run.out=x=y"]
+    recipe = read_recipe(str(file), changes)
+    assert (recipe.training.lr, recipe.data.train[1].weight) == (3.0, 2.0)
+    assert recipe.model.settings == {"width": 64}
+    assert recipe.run.out == "x=y"
+    assert read_recipe(str(file), ["data.train=[{kind: easy-vqa}]"]).data.train[0].settings == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("trainin.lr=1", "trainin is no field of a recipe; did you mean training?"),
+        ("training.larning_rate=1", "training.larning_rate is no field of a recipe; the fields of"),
+        ("training.stesp=1", r"did you mean training\.steps\? the fields of training are steps"),
+        ("data.train.0.wait=1", r"data\.train\.0\.wait is no field .* mean data\.train\.0\.weight"),
+        ("data.train.2.weight=1", "'2' is no number of a list of 2, from 0"),
+        ("training.lr.x=1", "--set training.lr.x: lr is a value and has no fields"),
+        ("training.lr", "'training.lr' is not of the form path.to.field=value"),
+        ("training.lr={", "is no YAML"),
+        ("training.steps=many", "training.steps.* many"),
+        ("training.steps=0", "training.steps=0; it must be at least 1"),
+        ("training.seed=-1", "training.seed=-1; it must be at least 0"),
+        ("model.dtype=int8", "model.dtype='int8' is none of float32, bfloat16, float16"),
+        ("model.make=easy-vqa", "model.folder='/models/mine' and model.make='easy-vqa'; set one"),
+        ("training.recompute=all", "training.recompute='all' is none, selective or full"),
+        ("data.held_out=[{kind: tokens}]", "kind tokens is not mixed with conversations"),
+        ("data.train=[]", "data.train names no data; give at least one"),
+        ("data.capacity=100", "data.capacity of at least data.max_tokens=512, got True and 100"),
+        ("data.packed=false", "needs data.packed=true and data.capacity"),
+        ("layout.encoders.images=dp=4", "images=tp=1,dp=4 spans 4 ranks and .* spans 8"),
+        ("layout.language=tp=2,pp=2,dp=2", "has pipeline stages, which recipes do not run yet"),
+        ("layout.language=tp=x", "tp must be a whole number"),
+    ],
+)
+def test_what_is_wrong_is_refused_in_one_sentence(file: Path, change: str, said: str) -> None:
+    with pytest.raises(JobError, match=said) as caught:
+        read_recipe(str(file), [change])
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_hold_no_recipe_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"nothing\.yaml cannot be read: No such file"):
+        read_recipe(str(tmp_path / "nothing.yaml"))
+    (tmp_path / "list.yaml").write_text("[1]")
+    with pytest.raises(JobError, match=r"list\.yaml holds list, not the fields of a recipe"):
+        read_recipe(str(tmp_path / "list.yaml"))
+    (tmp_path / "part.yaml").write_text("name: x\n")
+    with pytest.raises(JobError, match="part.yaml: .*required: data.train, training.steps"):
+        read_recipe(str(tmp_path / "part.yaml"))
+    with pytest.raises(JobError, match="no recipe is called 'easy-vqua'; did you mean easy-vqa"):
+        read_recipe("easy-vqua")
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_recipes_that_ship_can_be_read(name: str) -> None:
+    recipe = read_recipe(name)
+    assert recipe.name == name
+    assert f"{name}  " in describe_shipped()
+
+
+def typed(*argv: str) -> command.TrainCommand:
+    return command._parse(["train", *argv], None)
+
+
+def test_the_command_line(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = typed(str(file), "--set", "training.lr=2", "--fresh", "--dry-run", "--nodes", "4")
+    assert given.recipe.training.lr == 2.0
+    assert (given.fresh, given.dry_run, given.nodes) == (True, True, 4)
+    assert (given.world_size, given.backend, given.out) == (8, "gloo", Path("runs/mine"))
+    assert given.named == f"{file} --set training.lr=2"
+    for flag, said in (("--list", "easy-vqa  "), ("--print", "name: mine")):
+        with pytest.raises(SystemExit):
+            typed(str(file), flag)
+        assert said in capsys.readouterr().out
+    with pytest.raises(JobError, match="needs a RECIPE: a name that --list shows"):
+        typed()
+    with pytest.raises(JobError, match=r"--nodes.*whole number from 1"):
+        typed(str(file), "--nodes", "0")
+    with pytest.raises(JobError, match="spans 8 ranks, but the job has 4; set layout.language"):
+        command._parse(["train", str(file)], 4)
+
+
+def test_the_line_for_torchrun() -> None:
+    assert plan.torchrun_line(8, 1, "x") == "torchrun --nproc-per-node 8 -m mimo_colocated train x"
+    line = plan.torchrun_line(16, 4, "x --set a=1")
+    assert line.startswith("torchrun --nproc-per-node 4 --nnodes 4 --rdzv-backend c10d")
+    assert line.endswith("-m mimo_colocated train x --set a=1")
+
+
+def test_the_state_of_the_code(tmp_path: Path) -> None:
+    assert git_state(tmp_path) is None
+    for line in ("init -q", "-c user.name=a -c user.email=b commit -q --allow-empty -m x"):
+        subprocess.run(["git", "-C", str(tmp_path), *line.split()], check=True)
+    (tmp_path / "new").write_text("")
+    found = git_state(tmp_path)
+    assert found is not None
+    assert len(found["commit"]) == 40
+    assert found["changed"] == ["?? new"]
+
+
+def test_models_that_nobody_makes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"model\.make='gpt' is not known; known are easy-vqa"):
+        make_model("gpt", {}, tmp_path / "model")
+    with pytest.raises(JobError, match=r"model\.settings\.depth is not known; easy-vqa takes"):
+        make_model("easy-vqa", {"depth": 3}, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(JobError, match=r"cannot be written to .*file/model"):
+        make_model("easy-vqa", {}, tmp_path / "file" / "model")
+
+
+def test_a_model_that_is_there_is_not_made_again(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert make_model("easy-vqa", {}, tmp_path) == tmp_path
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_the_recipe_of_the_docs_can_be_read(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[4] / "docs" / "training.md").read_text()
+    file = tmp_path / "mine.yaml"
+    file.write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    recipe = read_recipe(str(file))
+    assert [part.kind for part in recipe.data.train] == ["llava", "chat"]
+
+
+def test_every_field_of_a_recipe_has_a_test() -> None:
+    """The recipe of these tests sets every field, none to what it is without."""
+    types = typing.get_type_hints(Recipe)
+    for name, kind in types.items():
+        for field in dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ():
+            if (name, field.name) in (("model", "make"), ("model", "settings")):
+                continue  # instead of a folder: tests/functional/test_recipes.py
+            value = WHOLE[name][field.name]
+            made = field.default_factory
+            default = field.default if made is dataclasses.MISSING else made()
+            assert value != default, f"{name}.{field.name}"
