@@ -22,6 +22,7 @@ from megatron.core.models.mimo.huggingface.folder import FolderError, ModelFolde
 from megatron.core.models.mimo.huggingface.target import Target, TargetError
 from mimo_colocated.cli.models import folder_dtype
 from mimo_colocated.launch.layouts import Layout
+from tests.imported.plan import Row, rows
 from tests.unit_tests.mimo.huggingface import models
 
 LLAMA = models.SIZES
@@ -180,6 +181,18 @@ def test_what_is_no_model_folder(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(FolderError, match=r"names \['model-00001-of-00002.safetensors'\]"):
         ModelFolder(tmp_path)
+
+
+@pytest.mark.parametrize("row", [row for row in rows() if row.world == 1], ids=str)
+def test_headers_of_every_kind_of_model_are_compared(
+    row: Row, tmp_path: Path, one_rank: None
+) -> None:
+    row.task().model.save_pretrained(tmp_path)
+    build.check_headers(tmp_path)
+    # The control.
+    _with(tmp_path, lambda tensors: tensors.pop(next(iter(tensors))))
+    with pytest.raises(FolderError, match="which the folder does not have"):
+        build.check_headers(tmp_path)
 
 
 def test_every_rank_says_what_one_rank_found(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
