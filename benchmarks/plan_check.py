@@ -60,9 +60,9 @@ def compare(row: Row, machine: Machine, virtual: Sequence[int] = VIRTUAL_STAGES)
     Args:
         row: as published.
         machine: with some constants.
-        virtual: stages of a rank that the homogeneous step may have.
+        virtual: numbers of stages of a rank to choose from.
     """
-    both = row.homogeneous_estimate(machine, virtual), row.estimates(machine)[1]
+    both = row.estimates(machine, virtual)
     first, second = (1000 * each.seconds.passes for each in both)
     low, high = (each.memory.expected / 1e9 for each in both)
     return Compared(row, (first, second), (low, high))

@@ -14,7 +14,7 @@ from dataclasses import astuple, dataclass, fields
 
 import numpy as np
 
-from megatron.core.models.mimo.plan.candidates import VIRTUAL_STAGES, Candidate
+from megatron.core.models.mimo.plan.candidates import VIRTUAL_STAGES, Candidate, problem
 from megatron.core.models.mimo.plan.estimates import Estimate, estimate
 from megatron.core.models.mimo.plan.machine import DATA_SHEETS, Machine, Reached, machine_of
 from megatron.core.models.mimo.plan.shapes import EncoderShape, LanguageShape, Shapes, Stack, Work
@@ -30,11 +30,11 @@ LANGUAGES = {
     "70B": LanguageShape(Stack(80, 8192, 28672, 64, 8, 128, gated=True), 128_256),
 }
 """Size -> language model."""
-_TOKENS = 1024
+_TOKENS = 256
 
 
 def _encoder(layers: int, hidden: int, ffn: int, heads: int) -> EncoderShape:
-    """Of items of 1,024 tokens, each of which is a row."""
+    """Of items of 256 tokens, each of which is a row."""
     stack = Stack.of(layers, hidden, ffn, heads)
     return EncoderShape(
         stack, _TOKENS, _TOKENS, 588, hidden, projected=4096, sequence_parallel=True
@@ -92,28 +92,37 @@ class Row:
         """The step."""
         return Work(self.sequence, self.samples, {"vision": self.share})
 
-    def estimates(self, machine: Machine) -> tuple[Estimate, Estimate]:
-        """Return those of the homogeneous and of the colocated step."""
-        return self.homogeneous_estimate(machine, VIRTUAL_STAGES), self._colocated(machine)
+    def estimates(
+        self, machine: Machine, virtual: Sequence[int] = VIRTUAL_STAGES
+    ) -> tuple[Estimate, Estimate]:
+        """Return those of the homogeneous and of the colocated step.
 
-    def homogeneous_estimate(self, machine: Machine, virtual: Sequence[int]) -> Estimate:
-        """Return the fastest estimate with one of these numbers of virtual stages.
+        The paper does not say how many virtual stages a pipeline has; a tuned one has those that
+        are fastest.
 
-        The paper does not say how many it has; a tuned baseline has those that are fastest.
+        Args:
+            machine: where.
+            virtual: numbers of stages of a rank to choose from.
         """
-        layout = Layout.parse(self.homogeneous, "language")
-        tried = [
-            Candidate(layout, {}, self.microbatches, count)
-            for count in (virtual if layout.pp > 1 else (1,))
-        ]
-        every = [estimate(each, self.shapes, self.work, machine) for each in tried]
-        return min(every, key=lambda each: each.seconds.passes)
-
-    def _colocated(self, machine: Machine) -> Estimate:
         encoder = {"vision": Layout.parse(self.encoder, "vision")}
-        layout = Layout.parse(self.colocated, "language")
-        candidate = Candidate(layout, encoder, self.microbatches)
-        return estimate(candidate, self.shapes, self.work, machine)
+        one = self._fastest(self.homogeneous, {}, machine, virtual)
+        return one, self._fastest(self.colocated, encoder, machine, virtual)
+
+    def _fastest(
+        self, layout: str, encoders: dict[str, Layout], machine: Machine, virtual: Sequence[int]
+    ) -> Estimate:
+        language = Layout.parse(layout, "language")
+        tried = [
+            Candidate(language, encoders, self.microbatches, count)
+            for count in (virtual if language.pp > 1 else (1,))
+        ]
+        # Stages that interleave need whole rounds of microbatches; without them there is one.
+        runs = [each for each in tried if problem(each, self.shapes, self.work) is None]
+        every = [
+            estimate(each, self.shapes, self.work, machine)
+            for each in runs or [Candidate(language, encoders, self.microbatches)]
+        ]
+        return min(every, key=lambda each: each.seconds.passes)
 
 
 ROWS = (

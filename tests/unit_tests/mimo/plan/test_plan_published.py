@@ -107,6 +107,14 @@ def test_wrong_rows(values: Any, message: str) -> None:
         published.rows_from(values)
 
 
+def test_rows_whose_microbatches_cannot_interleave() -> None:
+    """One microbatch of two stages: there is one stage a rank, whatever is offered."""
+    staged = replace(ROWS[3], microbatches=1, colocated="tp=4,cp=4,pp=2,dp=2")
+    both = staged.estimates(PRESETS["h100"])
+    assert [each.candidate.virtual_stages for each in both] == [1, 1]
+    assert [each.candidate.virtual_stages for each in ROWS[3].estimates(PRESETS["h100"])] == [4, 1]
+
+
 def test_colocated_layouts_span_the_same_ranks() -> None:
     for row in ROWS:
         sizes = {
