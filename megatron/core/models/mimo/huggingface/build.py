@@ -216,6 +216,7 @@ def check_headers(folder: str | Path) -> None:
     """
     options = BuildOptions(dtype=torch.get_default_dtype())
     opened, composite = _opened(folder, options)
+    composite = with_native_parts(composite, options.torch_native)
     modules = (LANGUAGE, *(part.modality for part in composite.encoders))
     layouts = dict.fromkeys(modules, Layout())
     with opened:
