@@ -264,6 +264,7 @@ class RecipeJob:
             recompute=recipe.training.recompute,
             seed=recipe.training.seed,
             freeze=self._freeze,
+            torch_native=recipe.model.torch_native,
         )
 
     def _freeze(self, model: Any) -> None:

@@ -25,6 +25,8 @@ class ModelPart:
         dtype: of weights and activations.
         freeze: what does not train: ``language``, ``images``, ``images.encoder``,
             ``images.projector``.
+        torch_native: modules, ``language`` or modalities, that stay transformers' own and are
+            sharded by PyTorch: docs/torch-native.md.
     """
 
     folder: str = ""
@@ -32,6 +34,7 @@ class ModelPart:
     settings: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     freeze: list[str] = field(default_factory=list)
+    torch_native: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -221,6 +224,11 @@ class Recipe:
             found.append(
                 f"layout.language={self.language} has pipeline stages, which recipes do not run "
                 "yet; give tp, cp and dp alone"
+            )
+        if "language" in model.torch_native and data.packed:
+            found.append(
+                "model.torch_native names language, which takes no packed samples; set "
+                "data.packed=false"
             )
         if bool(model.folder) is bool(model.make):
             found.append(

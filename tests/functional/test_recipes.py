@@ -301,3 +301,34 @@ def test_a_language_model_with_experts_learns_token_files(tmp_path: Path) -> Non
     held_out = [summary["held_out_loss"] for summary in summaries]
     assert held_out[0] == pytest.approx(held_out[1], rel=1e-4)
     assert summaries[1]["layouts"]["language"]["ep"] == 2
+
+
+def test_a_model_that_pytorch_shards_follows_megatrons_layers(
+    folders: Path, tmp_path: Path
+) -> None:
+    """The same folder and data: transformers' own modules on 4 ranks, Megatron's on one process."""
+    lines = [
+        [
+            {"role": "user", "content": f"what colour is {colour}"},
+            {"role": "assistant", "content": colour},
+        ]
+        for colour in [*strangers.COLOURS] * 8
+    ]
+    (tmp_path / "talk.jsonl").write_text("\n".join(json.dumps({"messages": m}) for m in lines))
+    talk = f"[{{kind: chat, settings: {{path: {tmp_path / 'talk.jsonl'}}}}}]"
+    changes = {
+        **of_strangers(folders, **{"data.train": talk, "training.steps": 8}),
+        "model.folder": folders / "language",
+        "training.lr": 1e-2,
+        "data.held_out": talk,
+    }
+    native = {"layout.language": "tp=2,dp=2"}
+    megatron = {"layout.language": "dp=1", "model.torch_native": "[]"}
+    for name, how in (("native", native), ("megatron", megatron)):
+        done = train(tmp_path / name, {**changes, **how}, recipe="torch-native-sft")
+        assert done.code == 0, done.err
+    assert losses(tmp_path / "native") == pytest.approx(losses(tmp_path / "megatron"), rel=1e-4)
+    assert answers(tmp_path / "native") == answers(tmp_path / "megatron")
+    assert len(answers(tmp_path / "native")) == len(lines)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "native" / "exported")
+    assert type(model).__name__ == "Qwen2ForCausalLM"

@@ -23,7 +23,12 @@ from mimo_colocated.train.record import git_state
 # Every field, none with the value that it has by default.
 WHOLE: dict[str, Any] = {
     "name": "mine",
-    "model": {"folder": "/models/mine", "dtype": "bfloat16", "freeze": ["images"]},
+    "model": {
+        "folder": "/models/mine",
+        "dtype": "bfloat16",
+        "freeze": ["images"],
+        "torch_native": ["images"],
+    },
     "layout": {
         "language": "tp=2,cp=2,dp=2",
         "encoders": {"images": "tp=2,dp=4"},
@@ -117,6 +122,7 @@ def test_fields_are_set_by_their_path(file: Path) -> None:
         ("model.make=easy-vqa", "model.folder='/models/mine' and model.make='easy-vqa'; set one"),
         ("training.recompute=all", "training.recompute='all' is none, selective or full"),
         ("data.held_out=[{kind: tokens}]", "kind tokens is not mixed with conversations"),
+        ("model.torch_native=[language]", "takes no packed samples; set data.packed=false"),
         ("data.train=[]", "data.train names no data; give at least one"),
         ("data.capacity=100", "data.capacity of at least data.max_tokens=512, got True and 100"),
         ("data.packed=false", "needs data.packed=true and data.capacity"),

@@ -120,9 +120,12 @@ class RankBatches:
 
     def __init__(self, stream: SampleStream, sources: Sequence[Source | None], side: Side) -> None:
         self._stream, self._sources, self._side = stream, list(sources), side
+        # Other exchange groups' items are no business of this rank.
+        known = side.encoders.items()
+        groups = {modality: own.layout.group_of(side.rank) for modality, own in known}
         self._groups = {
-            modality: [(tuple(g.src_dps), tuple(g.dest_dps)) for g in own.layout.groups()]
-            for modality, own in side.encoders.items()
+            modality: [(group.src_dps.tolist(), group.dest_dps.tolist())]
+            for modality, group in groups.items()
         }
 
     def at(self, position: int) -> RankBatch:
@@ -169,7 +172,7 @@ class RankBatches:
         items: dict[str, Inputs | None] = {}
         routes: dict[str, RoutePlan] = {}
         for modality, encoder in side.encoders.items():
-            share = next(s for s in plan.shares[modality] if encoder.replica in s.encoders)
+            (share,) = plan.shares[modality]
             items[modality] = self._inputs(batch, encoder, share)
             routes[modality] = self._routes(batch, plan, encoder, share)
         return Microbatch(plan.samples[side.replica], language, items, routes)
