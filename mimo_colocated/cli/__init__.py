@@ -5,7 +5,8 @@
     options.py   options of all commands, read from the command line or a YAML file
     models.py    folder and layouts: what can be said before ranks start
     importing.py, exporting.py, checking.py   one rank of a command
-    planning.py, drawing.py   commands that start no ranks; plan_table.py: what the first prints
+    planning.py, drawing.py   commands that start no ranks; plan_table.py: what the first prints;
+    planned_recipe.py         recipes and the planner
     doctor.py    what this machine has; needs none of the extras
     progress.py  a bar for what takes long
 

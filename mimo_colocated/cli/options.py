@@ -248,11 +248,19 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
 
 def _plan(parser: argparse.ArgumentParser) -> None:
     add, some = parser.add_argument, _number(parsers.whole(1))
-    add("source", metavar="HF_FOLDER_OR_SHAPES", help="config.json, or a YAML file of shapes")
+    add(
+        "source",
+        metavar="HF_FOLDER_OR_SHAPES",
+        nargs="?",
+        default=None,
+        help="config.json, or a YAML file of shapes",
+    )
+    add("--recipe", default=None, help="plan a recipe of `mimo train`, by name or YAML file")
+    add("--write-recipe", metavar="YAML", default=None, help="the recipe with the first row")
     add("--gpus", type=some, default=8, help="of the job, one rank each")
     add("--gpu", default="h100", help="a100, h100, h200, b200, or a file with a machine")
-    add("--seq", type=some, default=8192, help="tokens of a sample")
-    add("--global-batch", type=some, default=8, help="samples of a step")
+    add("--seq", type=some, default=None, help="tokens of a sample; without: the recipe's, or 8192")
+    add("--global-batch", type=some, default=None, help="samples of a step; likewise, or 8")
     for name in ENCODERS:
         add(
             f"--{name}-share",
@@ -262,6 +270,11 @@ def _plan(parser: argparse.ArgumentParser) -> None:
         )
     add("--item-tokens", type=some, default=1024, help="of an image, where it may have any size")
     add("--frozen", default=None, help="modules that do not train, such as vision+language")
+    add(
+        "--encoder-memory",
+        default="keep,recompute,offload",
+        help="what may become of encoders' activations",
+    )
     add("--replica-samples", default="1,2", help="samples of a replica in a microbatch, to try")
     add("--top", type=some, default=10, help="rows of the table")
     add("--why", metavar="LAYOUTS", default=None, help=_WHY)

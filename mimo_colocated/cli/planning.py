@@ -13,6 +13,8 @@ from mimo_colocated.launch.errors import JobError, write_atomically
 from mimo_colocated.launch.layouts import LANGUAGE, Layout
 
 _HALF = 0.5
+# Where neither the command line nor a recipe says.
+_SEQUENCE, _SAMPLES = 8192, 8
 
 
 def run(options: Any) -> None:
@@ -29,11 +31,26 @@ def run(options: Any) -> None:
     from megatron.core.models.mimo.plan.machine import find_machine
     from mimo_colocated.cli import plan_table
 
+    recipe, flags = None, {}
+    if options.recipe is not None:
+        recipe, flags = _with_recipe(options)
+    elif options.source is None or options.write_recipe is not None:
+        raise JobError(
+            "--write-recipe needs --recipe" if options.source else
+            "give a Hugging Face folder, a file of shapes, or --recipe"
+        )  # fmt: skip
     shapes = read_shapes(Path(options.source).expanduser(), options.item_tokens)
     try:
         work = work_of(shapes, options)
         machine = find_machine(options.gpu)
-        search = Search(options.gpus, machine.node, _numbers(options.replica_samples))
+        search = Search(
+            options.gpus,
+            machine.node,
+            _numbers(options.replica_samples),
+            # Recipes have no stages, and encoders keep what they keep.
+            stages=(1,) if recipe else (),
+            encoder_memory=("keep",) if recipe else tuple(options.encoder_memory.split(",")),
+        )
         found = plan(shapes, work, machine, search)
     except ValueError as error:
         raise JobError(str(error)) from error
@@ -46,6 +63,37 @@ def run(options: Any) -> None:
         _write_json(Path(options.json), found, machine)
     if options.picture is not None:
         _picture(Path(options.picture), found, options.top)
+    if options.write_recipe is not None:
+        if not found.colocated:
+            raise JobError("--write-recipe has nothing to write: no pair of layouts fits")
+        from mimo_colocated.cli.planned_recipe import write_recipe
+
+        path = Path(options.write_recipe).expanduser()
+        write_recipe(path, recipe, found.colocated[0].candidate, flags)
+        print(f"the first row is in {path}")
+
+
+def _with_recipe(options: Any) -> tuple[Any, dict[str, str]]:
+    """The recipe, and its encoders' options; fills in what the command line leaves out.
+
+    Raises:
+        JobError: a source beside it, or no such recipe.
+    """
+    from megatron.core.models.mimo.huggingface.composites import describe
+    from megatron.core.models.mimo.huggingface.configuration import read_config
+    from mimo_colocated.cli.models import flag_of, one_sentence
+    from mimo_colocated.cli.planned_recipe import open_recipe, options_of
+
+    if options.source is not None:
+        raise JobError(f"--recipe names its model; leave out {options.source}")
+    recipe, folder = open_recipe(options.recipe)
+    with one_sentence():
+        flags = flag_of(describe(read_config(folder)))
+    options.source = str(folder)
+    for name, value in options_of(recipe, flags).items():
+        if getattr(options, name, None) is None:
+            setattr(options, name, value)
+    return recipe, flags
 
 
 def read_shapes(source: Path, item_tokens: int) -> Any:
@@ -126,9 +174,10 @@ def work_of(shapes: Any, options: Any) -> Any:
             raise JobError(f"{option}: the model has {', '.join(known)}, no {unknown[0]}")
     usual = _HALF / max(1, len(names))
     return Work(
-        options.seq,
-        options.global_batch,
+        options.seq or _SEQUENCE,
+        options.global_batch or _SAMPLES,
         {name: shares.get(name, usual) for name in names},
+        itemsize=getattr(options, "itemsize", 2),
         frozen_modules=frozenset(frozen),
     )
 
@@ -156,7 +205,7 @@ def _explain(text: str, what: tuple[Any, Any, Any, Any], best: Any) -> str:
     layouts = {n: Layout.parse(each, n) for n, each in zip(names, encoders, strict=False)}
     if layout.size != search.ranks:
         raise JobError(f"--why {text!r} spans {layout.size} ranks, --gpus is {search.ranks}")
-    return why(variants(layout, layouts, work, search), shapes, work, machine, best)
+    return why(variants(layout, layouts, work, search), shapes, work, machine, search, best)
 
 
 def _write_json(path: Path, found: Any, machine: Any) -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from megatron.core.models.mimo.plan.machine import PRESETS, to_json
-from mimo_colocated.cli import drawing, planning
+from mimo_colocated.cli import drawing, planned_recipe, planning
 from mimo_colocated.cli.main import main
 from mimo_colocated.launch.layouts import Layout
+from mimo_colocated.train.reading import read_recipe
 from tests.unit_tests.mimo.huggingface import llava_models, qwen_vl_models, sounds
 from tests.unit_tests.mimo.plan.plan_cases import SHAPES
 
@@ -119,9 +120,69 @@ def test_frozen_modules_take_less_memory(
     assert "gradients 0.0" in capsys.readouterr().out
 
 
+def test_a_recipe_is_planned_and_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its model, batch, length, dtype and frozen parts count; nothing else of it changes."""
+    folder, mine, planned = tmp_path / "model", tmp_path / "mine.yaml", tmp_path / "planned.yaml"
+    llava_models.llava("clip-llama").config.save_pretrained(folder)
+    values = {
+        "name": "mine",
+        "model": {"folder": str(folder), "freeze": ["images.encoder"], "dtype": "bfloat16"},
+        "data": {"train": [{"kind": "chat", "settings": {"path": "a.jsonl"}}], "max_tokens": 512},
+        "training": {"steps": 3, "global_batch_size": 64, "lr": 0.5},
+        "run": {"out": str(tmp_path / "run")},
+    }
+    mine.write_text(json.dumps(values))
+    command = ["plan", "--recipe", str(mine), "--gpus", "8", "--vision-share", "0.25"]
+    out = tmp_path / "plan.json"
+    assert main([*command, "--write-recipe", str(planned), "--json", str(out)]) == 0
+    assert f"the first row is in {planned}" in capsys.readouterr().out
+    before, after = read_recipe(str(mine)), read_recipe(str(planned))
+    best = json.loads(out.read_text())["colocated"][0]
+    assert f"--language {after.language}" in best["layout"]
+    assert f"--vision {after.encoders()['images']}" in best["layout"]
+    assert after.training.micro_batches == best["microbatches"]
+    assert after.language.pp == 1
+    changed = replace(
+        after.training, micro_batches=before.training.micro_batches, recompute="none"
+    )
+    assert replace(after, layout=before.layout, training=changed) == before
+    flags = {"images": "vision"}
+    said = planned_recipe.options_of(before, flags)
+    assert said == {"seq": 512, "global_batch": 64, "frozen": "vision", "itemsize": 2}
+    packed = replace(before.data, sequences=4, capacity=2048, packed=True)
+    whole = replace(before, data=packed, model=replace(before.model, dtype="float32", freeze=[]))
+    said = planned_recipe.options_of(whole, flags)
+    assert said == {"seq": 2048, "global_batch": 4, "frozen": None, "itemsize": 4}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ([], "give a Hugging Face folder, a file of shapes, or --recipe"),
+        (["folder", "--recipe", "text"], "--recipe names its model; leave out folder"),
+        (["folder", "--write-recipe", "x.yaml"], "--write-recipe needs --recipe"),
+        (["--recipe", "text"], "runs/text/model is not there; `mimo train text --dry-run` makes"),
+        (["--recipe", "txt"], "no recipe is called 'txt'; did you mean text"),
+    ],
+)
+def test_wrong_recipes(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", *options]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--encoder-memory", "drop"], "encoder_memory must be one or more of .*'drop'"),
         (["--audio-share", "0.5"], "--audio-share: the model has vision, no audio"),
         (["--frozen", "tower"], "--frozen tower: the model has vision, language, no tower"),
         (["--gpu", "h1000"], "'h1000' is neither a preset nor a file"),

@@ -137,13 +137,21 @@ def test_what_does_not_fit_gets_a_policy() -> None:
     for each in saved[::7]:
         plain = replace(each.candidate, recompute="none", memory=EncoderMemory())
         assert not estimate(plain, SHAPES, WORK, small).fits
-        for other in policies(plain, SHAPES):
+        for other in policies(plain, SHAPES, EIGHT):
             tried = estimate(other, SHAPES, WORK, small)
             assert not tried.fits or tried.seconds.total >= each.seconds.total
     assert found.rejected
     nothing = planned(SHAPES, WORK, replace(H100, memory=1e9), Search(32, 8))
     assert not nothing.colocated
     assert nothing.gain is None
+
+
+def test_policies_that_are_not_wanted() -> None:
+    kept = replace(Search(32, 8), encoder_memory=("keep",))
+    found = planned(SHAPES, WORK, replace(H100, memory=50e9), kept)
+    assert {each.candidate.memory for each in found.colocated} == {EncoderMemory()}
+    with pytest.raises(ValueError, match=r"encoder_memory must be one or more of .*'drop'"):
+        Search(32, 8, encoder_memory=("drop",))
 
 
 def test_no_layout_at_all() -> None:
@@ -156,7 +164,7 @@ def test_text_alone_has_no_homogeneous_way() -> None:
     found = planned(shapes, Work(65_536, 4, {}), H100, Search(32, 8))
     assert found.colocated
     assert not found.homogeneous
-    assert len(list(policies(found.colocated[0].candidate, shapes))) == 2
+    assert len(list(policies(found.colocated[0].candidate, shapes, EIGHT))) == 2
 
 
 def test_experts_are_shared_out() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from megatron.core.models.mimo.memory.plan import LAYER_RECOMPUTE
-from megatron.core.models.mimo.memory.policy import EncoderMemory
+from megatron.core.models.mimo.memory.policy import POLICIES, EncoderMemory
 from megatron.core.models.mimo.plan.shapes import Shapes, Stack, Work
 from mimo_colocated.launch.layouts import LANGUAGE, Layout, Layouts, Limits, misfits
 
@@ -152,6 +152,10 @@ class Search:
         replica_samples: samples of a language replica in one microbatch.
         stages: pipeline sizes; none for all that divide the layers.
         experts: EP sizes of a model with experts.
+        encoder_memory: what may become of encoders' activations.
+
+    Raises:
+        ValueError: an unknown policy.
     """
 
     ranks: int
@@ -159,6 +163,14 @@ class Search:
     replica_samples: tuple[int, ...] = (1, 2)
     stages: tuple[int, ...] = ()
     experts: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    encoder_memory: tuple[str, ...] = POLICIES
+
+    def __post_init__(self) -> None:
+        unknown = [each for each in self.encoder_memory if each not in POLICIES]
+        if unknown or not self.encoder_memory:
+            raise ValueError(
+                f"encoder_memory must be one or more of {POLICIES}, got {self.encoder_memory}"
+            )
 
 
 def candidates(shapes: Shapes, work: Work, search: Search) -> Iterator[Candidate]:

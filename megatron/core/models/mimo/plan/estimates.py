@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron.core.models.mimo.memory.policy import KEEP, OFFLOAD, RECOMPUTE, EncoderMemory
+from megatron.core.models.mimo.memory.policy import KEEP, EncoderMemory
 from megatron.core.models.mimo.plan.bridge import Traffic, planned_traffic
 from megatron.core.models.mimo.plan.candidates import Candidate, Search, candidates, problem
 from megatron.core.models.mimo.plan.encoder_parts import spread
@@ -108,7 +108,7 @@ def plan(shapes: Shapes, work: Work, machine: Machine, search: Search) -> Plan:
         ValueError: no layout of that many ranks can run at all.
     """
     found = [
-        fastest_that_fits(each, shapes, work, machine)
+        fastest_that_fits(each, shapes, work, machine, search)
         for each in candidates(shapes, work, search)
     ]
     if not found:
@@ -125,18 +125,19 @@ def plan(shapes: Shapes, work: Work, machine: Machine, search: Search) -> Plan:
 
 
 def fastest_that_fits(
-    candidate: Candidate, shapes: Shapes, work: Work, machine: Machine
+    candidate: Candidate, shapes: Shapes, work: Work, machine: Machine, search: Search
 ) -> Estimate:
     """Return the estimate with the cheapest policy that fits; if none does, the smallest one.
 
     Args:
         candidate: without a policy of memory.
         shapes, work, machine: what runs, on what, and where.
+        search: which policies are tried.
     """
     kept = _estimate(candidate, shapes, work, machine)
     if kept.fits or _states_alone(kept) > machine.memory:
         return kept
-    tried = [_estimate(each, shapes, work, machine) for each in policies(candidate, shapes)]
+    tried = [_estimate(each, shapes, work, machine) for each in policies(candidate, shapes, search)]
     fitting = [each for each in tried if each.fits]
     if fitting:
         return min(fitting, key=lambda each: each.seconds.total)
@@ -149,14 +150,15 @@ def _states_alone(each: Estimate) -> float:
     return memory.weights + memory.gradients + memory.optimizer + memory.communicators
 
 
-def policies(candidate: Candidate, shapes: Shapes) -> Iterator[Candidate]:
+def policies(candidate: Candidate, shapes: Shapes, search: Search) -> Iterator[Candidate]:
     """Yield a candidate with every policy that saves memory.
 
     Args:
         candidate: with none.
         shapes: the model; without encoders there is nothing to do about theirs.
+        search: what may become of the encoders'.
     """
-    encoders = (KEEP, RECOMPUTE, OFFLOAD) if shapes.encoders else (KEEP,)
+    encoders = search.encoder_memory if shapes.encoders else (KEEP,)
     for layers, encoder in itertools.product(("none", "selective", "full"), encoders):
         if (layers, encoder) != ("none", KEEP):
             yield replace(candidate, recompute=layers, memory=EncoderMemory(encoder, encoder))

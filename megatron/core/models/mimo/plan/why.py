@@ -37,13 +37,19 @@ def variants(
 
 
 def why(
-    wanted: list[Candidate], shapes: Shapes, work: Work, machine: Machine, best: Estimate | None
+    wanted: list[Candidate],
+    shapes: Shapes,
+    work: Work,
+    machine: Machine,
+    search: Search,
+    best: Estimate | None,
 ) -> str:
     """Return why a pair cannot run, does not fit or is slower than the best one.
 
     Args:
         wanted: the pair, as :func:`variants` returns it.
         shapes, work, machine: what runs, on what, and where.
+        search: what is tried.
         best: the first choice; None if nothing fits.
     """
     problems = [problem(each, shapes, work) for each in wanted]
@@ -51,7 +57,7 @@ def why(
     if not runs:
         said = dict.fromkeys(wrong for wrong in problems if wrong)
         return f"{wanted[0]} cannot run: " + "; ".join(said)
-    tried = [fastest_that_fits(each, shapes, work, machine) for each in runs]
+    tried = [fastest_that_fits(each, shapes, work, machine, search) for each in runs]
     fitting = [each for each in tried if each.fits]
     if not fitting:
         return _too_large(min(tried, key=lambda each: each.memory.total))

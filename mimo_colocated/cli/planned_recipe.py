@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes and the planner: what a recipe trains, and the planner's first choice in a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mimo_colocated.launch.errors import JobError, write_atomically
+from mimo_colocated.train.reading import as_yaml, read_recipe
+from mimo_colocated.train.recipe import Recipe
+
+
+def open_recipe(named: str) -> tuple[Recipe, Path]:
+    """Return a recipe and the folder of its model.
+
+    Args:
+        named: one that ships, or a YAML file.
+
+    Raises:
+        JobError: there is none, or its model has not been made yet.
+    """
+    recipe = read_recipe(named)
+    folder = Path(recipe.model.folder or Path(recipe.run.out) / "model").expanduser()
+    if not (folder / "config.json").is_file():
+        made = "" if recipe.model.folder else f"; `mimo train {named} --dry-run` makes it"
+        raise JobError(f"recipe {recipe.name}: its model's folder {folder} is not there{made}")
+    return recipe, folder
+
+
+def options_of(recipe: Recipe, flags: dict[str, str]) -> dict[str, Any]:
+    """Return the values of options of ``mimo plan`` that a recipe says.
+
+    A packed sequence is as long as it may be, and so is a sample: what is planned is the fullest
+    step.
+
+    Args:
+        recipe: with data and training.
+        flags: modality -> the encoder's option.
+    """
+    data, training = recipe.data, recipe.training
+    frozen = []
+    for name in recipe.model.freeze:
+        # A projector that trains alone is little beside its frozen encoder.
+        module = name.removesuffix(".encoder")
+        if module in ("language", *flags):
+            frozen.append(flags.get(module, module))
+    return {
+        "seq": data.capacity if data.sequences else data.max_tokens,
+        "global_batch": data.sequences or training.global_batch_size,
+        "frozen": "+".join(dict.fromkeys(frozen)) or None,
+        "itemsize": 4 if recipe.model.dtype == "float32" else 2,
+    }
+
+
+def write_recipe(path: Path, recipe: Recipe, candidate: Any, flags: dict[str, str]) -> None:
+    """Write a recipe with the layouts, microbatches and recomputation of a candidate.
+
+    Args:
+        path: a YAML file.
+        recipe: that everything else is of.
+        candidate: the planner's choice; recipes keep what encoders keep.
+        flags: modality -> the encoder's option.
+
+    Raises:
+        JobError: the file cannot be written.
+    """
+    encoders = {
+        modality: str(candidate.encoder(flag))
+        for modality, flag in flags.items()
+        if flag in candidate.encoders
+    }
+    layout = replace(
+        recipe.layout,
+        language=str(candidate.language),
+        encoders=encoders,
+        sequence_parallel=candidate.language.tp > 1,
+    )
+    training = replace(
+        recipe.training,
+        micro_batches=candidate.microbatches,
+        recompute=candidate.recompute,
+    )
+    changed = replace(recipe, layout=layout, training=training)
+    changed.check()
+    write_atomically(path, as_yaml(changed).encode(), "the recipe")
