@@ -197,11 +197,22 @@ def test_the_state_of_the_code(tmp_path: Path) -> None:
     assert found["changed"] == ["?? new"]
 
 
-def test_models_that_nobody_makes_are_refused(tmp_path: Path) -> None:
+def test_models_that_nobody_makes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(JobError, match=r"model\.make='gpt' is not known; known are easy-vqa"):
         make_model("gpt", {}, tmp_path / "model")
     with pytest.raises(JobError, match=r"model\.settings\.depth is not known; easy-vqa takes"):
         make_model("easy-vqa", {"depth": 3}, tmp_path / "model")
+    said = "model.settings of llava are image_token, images, language, got images"
+    with pytest.raises(JobError, match=said):
+        make_model("llava", {"images": "a"}, tmp_path / "model")
+    with pytest.raises(JobError, match=r"model\.settings\.depth is not known; text takes width"):
+        make_model("text", {"depth": 3}, tmp_path / "model")
+    monkeypatch.setenv("RANK", "0")
+    folders = dict.fromkeys(("images", "language", "image_token"), "a")
+    with pytest.raises(JobError, match="folders are joined before ranks start: run the recipe"):
+        make_model("llava", folders, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(JobError, match=r"cannot be written to .*file/model"):
