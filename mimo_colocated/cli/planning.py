@@ -31,7 +31,8 @@ def run(options: Any) -> None:
     from megatron.core.models.mimo.plan.machine import find_machine
     from mimo_colocated.cli import plan_table
 
-    recipe, flags = None, {}
+    recipe: Any = None
+    flags: dict[str, str] = {}
     if options.recipe is not None:
         recipe, flags = _with_recipe(options)
     elif options.source is None or options.write_recipe is not None:
