@@ -259,6 +259,25 @@ def test_folders_that_cannot_be_joined_are_refused(folders: Path, tmp_path: Path
     assert list((tmp_path / "run").glob("*")) == []
 
 
+def test_images_of_any_size_train_packed_on_eight_ranks_as_in_rows_on_one(folders: Path) -> None:
+    """Qwen2.5-VL: positions count rows and columns, of every sample by itself."""
+    strangers.write_qwen_vl(folders / "qwen")
+    changes = {
+        **of_strangers(folders, **{"training.steps": 8, "training.lr": 3e-3}),
+        "model.folder": folders / "qwen",
+        "model.freeze": "[]",
+        "data.held_out": of_strangers(folders)["data.train"],
+    }
+    layouts = {"qwen-alone": {**ALONE, "data.packed": False}, "qwen-eight": {}}
+    for name, layout in layouts.items():
+        done = train(folders / name, {**changes, **layout}, recipe="qwen2.5-vl-sft")
+        assert done.code == 0, done.err
+    alone, eight = (folders / name for name in layouts)
+    assert losses(eight) == pytest.approx(losses(alone), rel=1e-4)
+    assert losses(alone)[-1] < losses(alone)[0] - 0.5
+    assert answers(eight) == answers(alone)
+
+
 # ---- text alone -----------------------------------------------------------------------------
 
 

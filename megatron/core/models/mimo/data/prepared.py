@@ -29,7 +29,7 @@ from megatron.core.models.mimo.data.encoding import Encoded
 from megatron.core.models.mimo.data.sources import Source, SourceError
 
 _META = "prepared.json"
-_ARRAYS = ("ids", "learned", "ends", "rows", "row_ends", "reasons")
+_ARRAYS = ("ids", "learned", "ends", "rows", "grids", "row_ends", "reasons")
 _KEPT = REASONS.index("kept")
 
 
@@ -41,6 +41,7 @@ class Piece:
         ids: int32, learned: bool; both ``(tokens,)``.
         lengths: tokens of each sample, int64 ``(n,)``; 0 of a skipped one.
         rows: of each item, int32 ``(items,)``.
+        grids: of each item, int32 ``(items, 3)``.
         items: of each sample, int64 ``(n,)``.
         reasons: of each sample, uint8 ``(n,)``, numbers of :data:`REASONS`.
         first: why the first skipped one is skipped, in words; empty if none is.
@@ -50,6 +51,7 @@ class Piece:
     learned: np.ndarray
     lengths: np.ndarray
     rows: np.ndarray
+    grids: np.ndarray
     items: np.ndarray
     reasons: np.ndarray
     first: str
@@ -83,7 +85,7 @@ def encode_piece(
             reasons.append(_KEPT)
         except SampleError as error:
             del found[len(reasons) :]
-            found.append(Encoded(nothing, nothing.astype(bool), nothing))
+            found.append(Encoded(nothing, nothing.astype(bool), nothing, nothing.reshape(0, 3)))
             reasons.append(REASONS.index(error.reason))
             first = first or f"sample {number} is {error.reason}: {error}"
     return Piece(
@@ -91,6 +93,7 @@ def encode_piece(
         learned=np.concatenate([nothing.astype(bool), *(each.learned for each in found)]),
         lengths=np.array([len(each.input_ids) for each in found], dtype=np.int64),
         rows=np.concatenate([nothing, *(each.rows for each in found)]),
+        grids=np.concatenate([nothing.reshape(0, 3), *(each.grids for each in found)]),
         items=np.array([len(each.rows) for each in found], dtype=np.int64),
         reasons=np.array(reasons, dtype=np.uint8),
         first=first,
@@ -129,6 +132,7 @@ def write(folder: Path, pieces: Sequence[Piece], key: str) -> None:
         "learned": np.concatenate([each.learned for each in pieces]),
         "ends": np.cumsum(np.concatenate([each.lengths for each in pieces])),
         "rows": np.concatenate([each.rows for each in pieces]),
+        "grids": np.concatenate([each.grids for each in pieces]),
         "row_ends": np.cumsum(np.concatenate([each.items for each in pieces])),
         "reasons": np.concatenate([each.reasons for each in pieces]),
     }
@@ -193,6 +197,11 @@ class Prepared:
         """Return the rows of a sample's items, int32 ``(items,)``."""
         start, stop = self._bounds("row_ends", self.numbers[sample])
         return self._arrays["rows"][start:stop]
+
+    def grids(self, sample: int) -> np.ndarray:
+        """Return the grids of a sample's items, int32 ``(items, 3)``."""
+        start, stop = self._bounds("row_ends", self.numbers[sample])
+        return self._arrays["grids"][start:stop]
 
     def tokens(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a sample's tokens and which of them are learned: int32, bool ``(n,)``."""
