@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,9 @@ from megatron.core.models.mimo.data.loader import (
 )
 from megatron.core.models.mimo.data.order import Order
 from megatron.core.models.mimo.data.prepared import (
-    Piece,
     Prepared,
     encode_piece,
+    keep,
     known_key,
     write,
 )
@@ -155,10 +156,12 @@ def _prepare(source: Source, encode: Encode, place: Path, key: str, *, look: boo
         return
     rank, world, count = dist.get_rank(), dist.get_world_size(), len(source)
     own = range(count * rank // world, count * (rank + 1) // world)
-    piece = on_all_ranks(lambda: encode_piece(source, encode, own, look), "encode samples")
-    pieces: list[Piece] | None = [piece] * world if rank == 0 else None
-    dist.gather_object(piece, pieces, dst=0)
-    on_all_ranks(lambda: write(place, pieces, key) if pieces else None, f"write {place}")
+    pieces = [place.with_name(f"{place.name}.rank_{number}") for number in range(world)]
+    on_all_ranks(
+        lambda: keep(encode_piece(source, encode, own, look), pieces[rank]), "encode samples"
+    )
+    on_all_ranks(lambda: write(place, pieces, key) if rank == 0 else None, f"write {place}")
+    shutil.rmtree(pieces[rank], ignore_errors=True)
 
 
 class InOrder:

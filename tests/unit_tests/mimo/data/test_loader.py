@@ -27,10 +27,10 @@ from megatron.core.models.mimo.data.loader import (
     Side,
 )
 from megatron.core.models.mimo.data.order import Order
-from megatron.core.models.mimo.data.prepared import Prepared, encode_piece, write
+from megatron.core.models.mimo.data.prepared import Prepared, encode_piece
 from megatron.core.models.mimo.data.readers import ImageReader
 from megatron.core.models.mimo.data.stream import BatchSize, SampleStream
-from tests.unit_tests.mimo.data.small import ROWS, SIDE, Listed, image, said, save_text
+from tests.unit_tests.mimo.data.small import ROWS, SIDE, Listed, image, said, save, save_text
 
 SHOWN = (2, 0, 1, 3, 0, 1, 1, 2, 0, 1)
 """Images of each sample."""
@@ -54,7 +54,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[ChatEncoder, Prepare
     place = tmp_path_factory.mktemp("loader")
     save_text(place / "text")
     encoder = ChatEncoder(place / "text", 200)
-    write(place / "made", [encode_piece(SOURCE, encoder.encode, range(len(SOURCE)), True)], "k")
+    save(place / "made", [encode_piece(SOURCE, encoder.encode, range(len(SOURCE)), True)], "k")
     return encoder, Prepared(place / "made")
 
 
