@@ -61,6 +61,8 @@ class Greedy:
         self._batches, self._places = batches, answer_tokens
         built: Any = trainer.built
         part = built.composite.language
+        # One that the model says stands for no row, and must not be taken for one.
+        self._stand_ins = [each.token_id for each in built.composite.encoders]
         self._vocabulary = part.family.params(part.config)["vocab_size"]
 
     @torch.no_grad()
@@ -95,8 +97,11 @@ class Greedy:
             next_ids = last[:, : len(self._encoder.tokenizer)].argmax(dim=-1).cpu().numpy()
             done = (said[:, :place] == end).any(axis=1)
             said[:, place] = np.where(done, end, next_ids)
+            fed = np.where(
+                np.isin(said[:, place], self._stand_ins), self._encoder.padding, said[:, place]
+            )
             for number, (row, start) in enumerate(rows):
-                ids[row, start + asked[number] + place] = said[number, place]
+                ids[row, start + asked[number] + place] = fed[number]
             if self._all_done((said[:, : place + 1] == end).any(axis=1).all()):
                 break
         return [_until(tokens.tolist(), end) for tokens in said]

@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from megatron.core.models.mimo.comm.plan.balance import TokenCost
+from megatron.core.models.mimo.data.arrays import Positions, count_up
 from megatron.core.models.mimo.data.batches import Cut
 from megatron.core.models.mimo.data.conversation import Conversation
 from megatron.core.models.mimo.data.encoding import ChatEncoder, Encoded
@@ -25,9 +28,9 @@ from megatron.core.models.mimo.data.loader import (
 )
 from megatron.core.models.mimo.data.order import Order
 from megatron.core.models.mimo.data.prepared import (
-    Piece,
     Prepared,
     encode_piece,
+    keep,
     known_key,
     write,
 )
@@ -36,6 +39,8 @@ from megatron.core.models.mimo.data.sources import TOKENS, Source, SourceError, 
 from megatron.core.models.mimo.data.stream import BatchSize, SampleStream
 from megatron.core.models.mimo.data.token_files import TokenFiles
 from megatron.core.models.mimo.huggingface.all_ranks import gathered, on_all_ranks
+from megatron.core.models.mimo.huggingface.configuration import read_config
+from megatron.core.models.mimo.huggingface.positions import multimodal_positions
 from megatron.core.models.mimo.job.built_model import LANGUAGE
 from megatron.core.models.mimo.job.trainer import Runner
 from mimo_colocated import phases
@@ -134,7 +139,7 @@ def _asked(encoder: ChatEncoder, answer_tokens: int) -> Encode:
     def encode(conversation: Conversation) -> Encoded:
         made = encoder.prompt(asked(conversation))
         ids = np.concatenate([made.input_ids, padding])
-        return Encoded(ids, np.zeros(len(ids), dtype=bool), made.rows)
+        return Encoded(ids, np.zeros(len(ids), dtype=bool), made.rows, made.grids)
 
     return encode
 
@@ -151,10 +156,12 @@ def _prepare(source: Source, encode: Encode, place: Path, key: str, *, look: boo
         return
     rank, world, count = dist.get_rank(), dist.get_world_size(), len(source)
     own = range(count * rank // world, count * (rank + 1) // world)
-    piece = on_all_ranks(lambda: encode_piece(source, encode, own, look), "encode samples")
-    pieces: list[Piece] | None = [piece] * world if rank == 0 else None
-    dist.gather_object(piece, pieces, dst=0)
-    on_all_ranks(lambda: write(place, pieces, key) if pieces else None, f"write {place}")
+    pieces = [place.with_name(f"{place.name}.rank_{number}") for number in range(world)]
+    on_all_ranks(
+        lambda: keep(encode_piece(source, encode, own, look), pieces[rank]), "encode samples"
+    )
+    on_all_ranks(lambda: write(place, pieces, key) if rank == 0 else None, f"write {place}")
+    shutil.rmtree(pieces[rank], ignore_errors=True)
 
 
 class InOrder:
@@ -234,11 +241,31 @@ def side_of(
         )
         for part in built.composite.encoders
     }
+    positions = positions_of(built)
     replicas = runner.groups.dp
     cut = Cut(
         micro_batches, replicas.size(), data.packed, multiple, data.sequences, data.capacity
     )
-    return Side(dist.get_rank(), replicas.rank(), cut, padding, encoders)
+    return Side(dist.get_rank(), replicas.rank(), cut, padding, positions, encoders)
+
+
+def positions_of(built: Any) -> Positions:
+    """Return what counts the positions of a sample's tokens: the text, or images' rows and columns.
+
+    Args:
+        built: the model.
+    """
+    part = built.composite.language
+    if part.family.params(part.config)["position_embedding_type"] != "mrope":
+        return count_up
+    config = read_config(built.source)
+
+    def positions(ids: np.ndarray, grids: np.ndarray) -> np.ndarray:
+        tokens = torch.from_numpy(ids)[None]
+        shown = torch.from_numpy(np.array(grids, dtype=np.int64)) if len(grids) else None
+        return multimodal_positions(config, tokens, shown)[:, 0].numpy()
+
+    return positions
 
 
 class StepData:

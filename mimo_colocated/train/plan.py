@@ -38,13 +38,6 @@ def check_model(recipe: Recipe, folder: Path) -> Mapping[str, Layout]:
                 f"layout.encoders.{unknown[0]}: the model has no such modality; it has "
                 f"{', '.join(modalities) or 'none'}"
             )
-        language_part = composite.language
-        kind = language_part.family.params(language_part.config)["position_embedding_type"]
-        if kind == "mrope":
-            raise JobError(
-                f"{folder} is a model whose positions count rows and columns of images, which "
-                "recipes do not make yet; LLaVA models and language models alone are trained"
-            )
         encoders = {name: named.get(name, Layout(dp=language.size)) for name in modalities}
         layouts = {**encoders, LANGUAGE: language}
         check_fits(composite, layouts, sequence_parallel=recipe.layout.sequence_parallel)

@@ -259,6 +259,26 @@ def test_folders_that_cannot_be_joined_are_refused(folders: Path, tmp_path: Path
     assert list((tmp_path / "run").glob("*")) == []
 
 
+def test_images_of_any_size_train_packed_on_ranks_as_in_rows_on_one(folders: Path) -> None:
+    """Qwen2.5-VL: positions count rows and columns, of every sample by itself."""
+    strangers.write_qwen_vl(folders / "qwen")
+    changes = {
+        **of_strangers(folders, **{"training.steps": 6, "training.lr": 3e-3}),
+        "model.folder": folders / "qwen",
+        "model.freeze": "[]",
+        "data.held_out": of_strangers(folders)["data.train"],
+    }
+    four = {"layout.language": "tp=2,cp=2", "layout.encoders": "{images: tp=2,dp=2}"}
+    layouts = {"qwen-alone": {**ALONE, "data.packed": False}, "qwen-four": four}
+    for name, layout in layouts.items():
+        done = train(folders / name, {**changes, **layout}, recipe="qwen2.5-vl-sft")
+        assert done.code == 0, done.err
+    alone, ranks = (folders / name for name in layouts)
+    assert losses(ranks) == pytest.approx(losses(alone), rel=1e-4)
+    assert losses(alone)[-1] < losses(alone)[0] - 0.5
+    assert answers(ranks) == answers(alone)
+
+
 # ---- text alone -----------------------------------------------------------------------------
 
 
@@ -298,7 +318,7 @@ def test_a_language_model_with_experts_learns_token_files(tmp_path: Path) -> Non
 def test_a_model_that_pytorch_shards_follows_megatrons_layers(
     folders: Path, tmp_path: Path
 ) -> None:
-    """The same folder and data: transformers' own modules on 2 ranks, Megatron's on one process."""
+    """The same folder and data: transformers' own modules on 4 ranks, Megatron's on one process."""
     lines = [
         [
             {"role": "user", "content": f"what colour is {colour}"},
@@ -314,7 +334,7 @@ def test_a_model_that_pytorch_shards_follows_megatrons_layers(
         "training.lr": 1e-2,
         "data.held_out": talk,
     }
-    native = {"layout.language": "tp=2,dp=1"}
+    native = {"layout.language": "tp=2,dp=2"}
     megatron = {"layout.language": "dp=1", "model.torch_native": "[]"}
     for name, how in (("native", native), ("megatron", megatron)):
         done = train(tmp_path / name, {**changes, **how}, recipe="torch-native-sft")

@@ -30,8 +30,8 @@ DATA = (
     Mutant(
         name="positions-run-through-a-pack",
         file=_ROOM + "arrays.py",
-        old="    return whole[:-1], whole[1:], np.arange(length, dtype=np.int64), mask",
-        new="    return whole[:-1], whole[1:], np.arange(1, length + 1, dtype=np.int64), mask",
+        old="    return np.arange(len(ids), dtype=np.int64)[None]",
+        new="    return np.arange(1, len(ids) + 1, dtype=np.int64)[None]",
         tests=(_LABELS,),
         why="a sample does not begin at position 0",
     ),

@@ -19,6 +19,7 @@ from megatron.core.models.mimo.data.conversation import (
     Turn,
     text,
 )
+from megatron.core.models.mimo.data.prepared import Piece, keep, write
 from mimo_colocated.train.makers import train_tokenizer
 
 TEMPLATE = (
@@ -79,3 +80,11 @@ def save_text(folder: Path, template: str | None = TEMPLATE) -> Any:
     )
     processor.save_pretrained(folder)
     return processor
+
+
+def save(folder: Path, pieces: Sequence[Piece], key: str) -> None:
+    """Write what ``Prepared`` opens, as the ranks of a job do."""
+    kept = [folder.with_name(f"{folder.name}.{number}") for number in range(len(pieces))]
+    for piece, place in zip(pieces, kept, strict=True):
+        keep(piece, place)
+    write(folder, kept, key)

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from PIL import Image
 
 from megatron.core.models.mimo.data.conversation import (
+    BytesItem,
     Conversation,
     FileItem,
     Part,
@@ -19,7 +22,17 @@ from megatron.core.models.mimo.data.conversation import (
     text,
 )
 from megatron.core.models.mimo.data.encoding import ChatEncoder, TemplateError
-from tests.unit_tests.mimo.data.small import PATCH, ROWS, SIDE, TEMPLATE, image, said, save_text
+from mimo_colocated.train.makers import train_tokenizer
+from tests.unit_tests.mimo.data.small import (
+    PATCH,
+    ROWS,
+    SIDE,
+    TEMPLATE,
+    image,
+    png,
+    said,
+    save_text,
+)
 
 SEVERAL = Conversation(
     (
@@ -56,7 +69,8 @@ def theirs(encoder: ChatEncoder, conversation: Conversation, **how: bool) -> lis
         }
         for turn in conversation.turns
     ]
-    made = encoder.processor.apply_chat_template(messages, tokenize=True, return_dict=True, **how)
+    processor = encoder.places._processor
+    made = processor.apply_chat_template(messages, tokenize=True, return_dict=True, **how)
     return np.array(made["input_ids"]).reshape(-1).tolist()
 
 
@@ -91,7 +105,7 @@ def test_text_alone(tmp_path: Path) -> None:
     save_text(tmp_path).tokenizer.save_pretrained(tmp_path / "text")
     (tmp_path / "text" / "chat_template.jinja").write_text(TEMPLATE)
     encoder = ChatEncoder(tmp_path / "text", 50)
-    assert encoder.processor is None
+    assert encoder.places is None
     found = encoder.encode(Conversation(said(["what is this"], "a circle")))
     assert encoder.tokenizer.decode(found.input_ids[found.learned]) == "a circle<|im_end|>"
     assert encoder.padding == encoder.tokenizer.pad_token_id
@@ -148,13 +162,36 @@ def test_rows_by_the_size_of_an_image(folder: Path, monkeypatch: pytest.MonkeyPa
         made.append(size)
         return size[0] * size[1] // PATCH**2
 
-    monkeypatch.setattr(encoder, "_made", rows)
-    monkeypatch.setattr(encoder, "_any_size", False)
-    assert encoder.rows_of(image(1).item) == ROWS
+    monkeypatch.setattr(encoder.places, "rows", rows)
+    monkeypatch.setattr(encoder.places, "any_size", False)
+    assert encoder.places.shown(image(1).item).rows == ROWS
     assert made == [(SIDE, SIDE)]
-    broken = Part("image", "", FileItem(Path("nowhere.png")))
     with pytest.raises(SampleError, match="nowhere.png cannot be read"):
-        encoder.rows_of(broken.item)
+        encoder.places.shown(FileItem(Path("nowhere.png")))
+
+
+def test_images_that_keep_their_shape(tmp_path: Path) -> None:
+    """Qwen2-VL's processor: rows and grid by the size of each image."""
+    tokenizer = train_tokenizer(["what is this"] * 3)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path)
+    size = {"shortest_edge": 64, "longest_edge": 64 * 64}
+    images = transformers.Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size=size)
+    images.save_pretrained(tmp_path)
+    token = tokenizer.convert_tokens_to_ids("<image>")
+    known = {"image_token_id": token, "vision_config": {"spatial_merge_size": 2}}
+    (tmp_path / "config.json").write_text(json.dumps(known))
+    encoder = ChatEncoder(tmp_path, 200)
+    shown = [Part("image", "", BytesItem(png(1, size), "x")) for size in ((16, 8), (24, 32))]
+    found = encoder.encode(Conversation(said([*shown, "what"], "red")))
+    opened = [Image.open(io.BytesIO(part.item.read())) for part in shown]
+    made = [images(images=[image])["image_grid_thw"][0] for image in opened]
+    assert found.grids.tolist() == [np.array(grid).tolist() for grid in made]
+    assert found.rows.tolist() == [int(np.prod(grid)) // 4 for grid in made]
+    assert found.rows.tolist() == [2, 12]
+    assert (found.input_ids == token).sum() == 14
+    with pytest.raises(SampleError, match="x is no image"):
+        encoder.places.shown(BytesItem(b"x", "x"))
 
 
 def test_a_folder_is_known_by_its_text_and_its_length(folder: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import transformers
 from megatron.core.hyper_comm_grid import GridShape
 from megatron.core.models.mimo.comm.plan.balance import TokenCost
 from megatron.core.models.mimo.comm.plan.routed_layout import RouteLayout
+from megatron.core.models.mimo.data.arrays import count_up
 from megatron.core.models.mimo.data.batches import Cut
 from megatron.core.models.mimo.data.conversation import Conversation
 from megatron.core.models.mimo.data.encoding import ChatEncoder
@@ -25,10 +27,10 @@ from megatron.core.models.mimo.data.loader import (
     Side,
 )
 from megatron.core.models.mimo.data.order import Order
-from megatron.core.models.mimo.data.prepared import Prepared, encode_piece, write
+from megatron.core.models.mimo.data.prepared import Prepared, encode_piece
 from megatron.core.models.mimo.data.readers import ImageReader
 from megatron.core.models.mimo.data.stream import BatchSize, SampleStream
-from tests.unit_tests.mimo.data.small import ROWS, SIDE, Listed, image, said, save_text
+from tests.unit_tests.mimo.data.small import ROWS, SIDE, Listed, image, said, save, save_text
 
 SHOWN = (2, 0, 1, 3, 0, 1, 1, 2, 0, 1)
 """Images of each sample."""
@@ -52,14 +54,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[ChatEncoder, Prepare
     place = tmp_path_factory.mktemp("loader")
     save_text(place / "text")
     encoder = ChatEncoder(place / "text", 200)
-    write(place / "made", [encode_piece(SOURCE, encoder.encode, range(len(SOURCE)), True)], "k")
+    save(place / "made", [encode_piece(SOURCE, encoder.encode, range(len(SOURCE)), True)], "k")
     return encoder, Prepared(place / "made")
 
 
 class Job:
     """All ranks of a job over one stream."""
 
-    def __init__(self, made: tuple[ChatEncoder, Prepared], layout: str, **how: bool | int) -> None:
+    def __init__(self, made: tuple[ChatEncoder, Prepared], layout: str, **how: Any) -> None:
         encoder, prepared = made
         self.images, self.language = LAYOUTS[layout]
         self.token = encoder.tokenizer.convert_tokens_to_ids("<image>")
@@ -69,6 +71,7 @@ class Job:
         order = Order((len(prepared),), (1.0,), 3)
         self.stream = SampleStream(order, [prepared], BatchSize(8, 0, 0, 1))
         self.readers: list[ImageReader] = []
+        self.positions: Any = how.get("positions", count_up)
 
     def rank(self, rank: int) -> RankBatches:
         size = {"height": SIDE, "width": SIDE}
@@ -80,7 +83,9 @@ class Job:
         cut = Cut(self.micro, self.language.dim_size("dp"), self.packed, 8, 0, 0)
         mine = self.language.coords(rank)["dp"]
         return RankBatches(
-            self.stream, [SOURCE], Side(rank, mine, cut, self.padding, {"images": encoder})
+            self.stream,
+            [SOURCE],
+            Side(rank, mine, cut, self.padding, self.positions, {"images": encoder}),
         )
 
     def all(self, position: int) -> list[RankBatch]:
@@ -213,3 +218,26 @@ def test_a_run_that_is_closed_early_ends_its_thread(made, tmp_path: Path) -> Non
     ahead.next()
     ahead.close()
     assert not ahead._thread.is_alive()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_positions_with_rows_and_columns_stand_sample_by_sample(made, packed: bool) -> None:
+    """Three axes, of each sample by itself, padding included."""
+    _, prepared = made
+
+    def three(ids: np.ndarray, grids: np.ndarray) -> np.ndarray:
+        return np.arange(len(ids)) * np.array([[1], [10], [100]]) + len(grids)
+
+    (found,) = Job(made, "alone", packed=packed, positions=three).all(0)
+    (microbatch,) = found.microbatches
+    language = microbatch.language
+    assert language.position_ids.shape == (3, *language.input_ids.shape)
+    at = 0
+    for number, place in enumerate(microbatch.samples):
+        sample = int(found.batch.samples[place])
+        count, shown = len(prepared.tokens(sample)[0]), len(prepared.grids(sample))
+        assert shown == SHOWN[sample]
+        row = language.position_ids[:, 0 if packed else number, at : at + count]
+        wanted = three(np.zeros(count), prepared.grids(sample))
+        assert row.tolist() == wanted.tolist()
+        at += int(language.padded[number]) if packed else 0

@@ -22,11 +22,10 @@ from megatron.core.models.mimo.data.prepared import (
     Prepared,
     encode_piece,
     known_key,
-    write,
 )
 from megatron.core.models.mimo.data.sources import SourceError
 from megatron.core.models.mimo.data.stream import BatchSize, SampleStream
-from tests.unit_tests.mimo.data.small import ROWS, Listed, image, said, save_text
+from tests.unit_tests.mimo.data.small import ROWS, Listed, image, said, save, save_text
 
 
 def broken(folder: Path) -> Conversation:
@@ -64,7 +63,7 @@ def prepared(place: Path, encoder: ChatEncoder) -> Prepared:
         encode_piece(source, encoder.encode, numbers, look=True)
         for numbers in (range(3), range(3, 4), range(4, 4), range(4, 7))
     ]
-    write(place / "made", pieces, "a key")
+    save(place / "made", pieces, "a key")
     return Prepared(place / "made")
 
 
@@ -103,7 +102,7 @@ def test_a_folder_is_known_by_its_key_and_replaced_whole(
     assert known_key(place / "nothing") is None
     piece = encode_piece(Listed(samples(place)[:1]), encoder.encode, [0], look=True)
     for key in ("first", "second"):
-        write(place / "again", [piece], key)
+        save(place / "again", [piece], key)
         assert known_key(place / "again") == key
     assert len(Prepared(place / "again")) == 1
     assert [path.name for path in place.glob(".*")] == []
@@ -111,7 +110,7 @@ def test_a_folder_is_known_by_its_key_and_replaced_whole(
 
 def test_data_of_which_nothing_is_kept_is_refused(place: Path, encoder: ChatEncoder) -> None:
     piece = encode_piece(Listed(samples(place)[1:2]), encoder.encode, [0], look=True)
-    write(place / "none", [piece], "key")
+    save(place / "none", [piece], "key")
     with pytest.raises(SourceError, match=r"no sample of 1 is kept: \{'too_long': 1\}; sample 0"):
         Prepared(place / "none")
 

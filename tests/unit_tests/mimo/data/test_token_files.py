@@ -32,6 +32,7 @@ def test_every_token_is_learned_once(files: Path, length: int) -> None:
         assert np.array_equal(np.diff(ids), np.ones(length)), "one file, in order"
         learned += ids[1:].tolist()
         assert source.rows(sample).shape == (0,)
+        assert source.grids(sample).shape == (0, 3)
     last = 10 // length * length
     assert learned == [*range(1, 20 // length * length + 1), *range(101, 101 + last)]
     assert source.lengths(np.arange(3)).tolist() == [length + 1] * 3

@@ -57,3 +57,44 @@ def write_data(place: Path) -> None:
         said = {"from": "gpt", "value": name}
         samples.append({"image": f"{number}.png", "conversations": [asked, said]})
     (place / "train.json").write_text(json.dumps(samples))
+
+
+def write_qwen_vl(folder: Path) -> None:
+    """Write a tiny Qwen2.5-VL with its tokenizer and its image processor."""
+    torch.manual_seed(3)
+    tokenizer = train_tokenizer([f"what colour is it {' '.join(COLOURS)} user assistant"] * 3)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    size = {"shortest_edge": 64, "longest_edge": 64 * 16}
+    images = transformers.Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size=size)
+    images.save_pretrained(folder)
+    number = tokenizer.convert_tokens_to_ids
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": 64,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "vocab_size": len(tokenizer),
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "rope_parameters": rope,
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 4,
+            "out_hidden_size": 64,
+            "patch_size": 4,
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
+        },
+        image_token_id=number(TOKEN),
+        video_token_id=number("~"),
+        vision_start_token_id=number("<|im_start|>"),
+        vision_end_token_id=number("<|im_end|>"),
+    )
+    transformers.Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)

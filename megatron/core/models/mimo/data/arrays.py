@@ -3,15 +3,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns
+from megatron.core.models.mimo.data.batches import Cut, padded
 
 Tokens = tuple[np.ndarray, np.ndarray]
 """A sample's ids, and which of them are learned."""
+Positions = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""From a sample's ids, padding included, and its items' grids to positions int64 ``(k, n)``."""
+
+
+def count_up(ids: np.ndarray, _grids: np.ndarray) -> np.ndarray:
+    """Return the positions of text: int64 ``(1, n)``."""
+    return np.arange(len(ids), dtype=np.int64)[None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +27,8 @@ class LanguageArrays:
     """What a language replica computes on in a microbatch; all ``(b, S)``, packed ``(1, T)``.
 
     Attributes:
-        input_ids, labels, position_ids: int64. A label is the next token of the same sample.
+        input_ids, labels: int64. A label is the next token of the same sample.
+        position_ids: int64, or ``(3, b, S)`` where images have rows and columns.
         loss_mask: float32; 1 where the next token is learned.
         lengths: tokens of each sample, padding left out.
         padded: tokens of each sample in the packed sequence; None without packing.
@@ -34,38 +43,50 @@ class LanguageArrays:
 
 
 def language_arrays(
-    samples: Sequence[Tokens], multiple: int, packed: bool, padding: int
+    samples: Sequence[Tokens],
+    grids: Sequence[np.ndarray],
+    cut: Cut,
+    padding: int,
+    positions: Positions,
 ) -> LanguageArrays:
     """Put samples together.
 
     Args:
         samples: of the replica, in order; at least one.
-        multiple: that a row, or a packed sample, is padded to.
-        packed: end to end.
+        grids: of the items of each.
+        cut: says how samples lie and what they are padded to.
         padding: token that fills up; it is not learned.
+        positions: of a sample's tokens.
     """
-    rows = _rounded([len(ids) for ids, _ in samples], multiple)
-    if not packed:
+    rows = padded([len(ids) for ids, _ in samples], cut.multiple)
+    if not cut.packed:
         rows = [max(rows)] * len(samples)
     made = [_row(*sample, length, padding) for sample, length in zip(samples, rows, strict=True)]
-    join = (lambda each: np.concatenate(each)[None]) if packed else np.stack
-    ids, labels, positions, mask = (join(each) for each in zip(*made, strict=True))
-    lengths = tuple(len(ids) for ids, _ in samples)
-    return LanguageArrays(ids, labels, positions, mask, lengths, np.array(rows) if packed else None)
+    places = [positions(ids, own) for (ids, _, _), own in zip(made, grids, strict=True)]
+    ids, labels, mask = (_joined(each, cut.packed) for each in zip(*made, strict=True))
+    axes = [_joined(each, cut.packed) for each in zip(*places, strict=True)]
+    return LanguageArrays(
+        ids,
+        labels,
+        axes[0] if len(axes) == 1 else np.stack(axes),
+        mask,
+        lengths=tuple(len(ids) for ids, _ in samples),
+        padded=np.array(rows) if cut.packed else None,
+    )
 
 
-def _rounded(lengths: Sequence[int], multiple: int) -> list[int]:
-    return [-(-length // multiple) * multiple for length in lengths]
+def _joined(each: Sequence[np.ndarray], packed: bool) -> np.ndarray:
+    return np.concatenate(each)[None] if packed else np.stack(each)
 
 
 def _row(ids: np.ndarray, learned: np.ndarray, length: int, padding: int) -> tuple[np.ndarray, ...]:
-    """A sample's input_ids, labels, position_ids and loss_mask, each ``(length,)``."""
+    """A sample's input_ids, labels and loss_mask, each ``(length,)``."""
     count = len(ids)
     whole = np.full(length + 1, padding, dtype=np.int64)
     whole[:count] = ids
     mask = np.zeros(length, dtype=np.float32)
     mask[: count - 1] = learned[1:]
-    return whole[:-1], whole[1:], np.arange(length, dtype=np.int64), mask
+    return whole[:-1], whole[1:], mask
 
 
 def places(
@@ -76,9 +97,9 @@ def places(
     Args:
         samples: ids of each, in order.
         token: of the modality.
-        multiple, packed: as of :func:`language_arrays`.
+        multiple, packed: of the cut.
     """
-    rows = _rounded([len(ids) for ids in samples], multiple)
+    rows = padded([len(ids) for ids in samples], multiple)
     starts = np.cumsum([0, *rows]) if packed else np.arange(len(rows)) * max(rows)
     found = [np.flatnonzero(ids == token) + at for ids, at in zip(samples, starts, strict=False)]
     positions = np.concatenate(found)

@@ -8,7 +8,6 @@ processor makes of an item of that size, and is never cut: what is too long is s
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron.core.models.mimo.data.conversation import AnyItem, Conversation, SampleError
+from megatron.core.models.mimo.data.conversation import Conversation, SampleError
+from megatron.core.models.mimo.data.places import Shown, places_of
 
-_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-_SIZES = ((48, 96), (224, 320))  # (height, width); do rows depend on it?
+_IMAGES = ("config.json", "preprocessor_config.json", "processor_config.json")
 
 
 class TemplateError(RuntimeError):
@@ -35,11 +34,14 @@ class Encoded:
         input_ids: int32 ``(n,)``; an item's tokens are placeholders, one per row.
         learned: bool ``(n,)``: the token is part of an answer.
         rows: of each item, int32 ``(items,)``.
+        grids: frames, rows and columns of patches of each item, int32 ``(items, 3)``; zeros where
+            positions do not count them.
     """
 
     input_ids: np.ndarray
     learned: np.ndarray
     rows: np.ndarray
+    grids: np.ndarray
 
 
 class ChatEncoder:
@@ -51,7 +53,7 @@ class ChatEncoder:
 
     Attributes:
         tokenizer: of transformers.
-        processor: of transformers; None for a language model alone.
+        places: what images are in its text; None for a language model alone.
 
     Raises:
         TemplateError: the folder has no chat template, or a tokenizer that does not tell where
@@ -59,18 +61,13 @@ class ChatEncoder:
     """
 
     def __init__(self, folder: Path, max_tokens: int) -> None:
-        from transformers import AutoProcessor, AutoTokenizer
+        from transformers import AutoTokenizer
 
         self._folder, self.max_tokens = folder, max_tokens
-        self.processor: Any = None
-        if any((folder / name).is_file() for name in _PROCESSORS):
-            self.processor = AutoProcessor.from_pretrained(folder)
-        if self.processor is None or not hasattr(self.processor, "tokenizer"):
-            self.processor, self.tokenizer = None, AutoTokenizer.from_pretrained(folder)
-        else:
-            self.tokenizer = self.processor.tokenizer
-        speaks: Any = self.processor or self.tokenizer
-        self._template = getattr(speaks, "chat_template", None)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.places = places_of(folder, self.tokenizer)
+        own = getattr(self.places, "chat_template", None)
+        self._template = own or self.tokenizer.chat_template
         if not self._template:
             raise TemplateError(
                 f"{folder} has no chat template; put one into chat_template.jinja there"
@@ -81,8 +78,6 @@ class ChatEncoder:
                 "its fast version (tokenizer.json) there"
             )
         self._in_parts = self._takes_parts()
-        self._rows: dict[tuple[int, int], int] = {}
-        self._any_size = self.processor is not None and len({self._made(s) for s in _SIZES}) == 1
 
     # ---- whole samples --------------------------------------------------------------------
 
@@ -114,7 +109,7 @@ class ChatEncoder:
         """Return text that changes when samples would be encoded in another way."""
         import hashlib
 
-        names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", *_PROCESSORS)
+        names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", *_IMAGES)
         state = hashlib.sha256(str(self.max_tokens).encode())
         for path in (self._folder / name for name in names):
             state.update(path.read_bytes() if path.is_file() else b"-")
@@ -156,7 +151,7 @@ class ChatEncoder:
                 {"type": "text", "text": part.text} if part.item is None else {"type": part.kind}
                 for part in turn.parts
             ]
-            place = self.place if self.processor else ""
+            place = self.places.place if self.places else ""
             text = "".join(part.text if part.item is None else place for part in turn.parts)
             found.append({"role": turn.role, "content": parts if self._in_parts else text})
         return found
@@ -168,7 +163,7 @@ class ChatEncoder:
             found = self._render([probe], answer_next=False)
         except Exception:  # whatever a template does to a list that it takes for text
             return False
-        return self.processor is not None and "probe" in found and "'type'" not in found
+        return self.places is not None and "probe" in found and "'type'" not in found
 
     def _answers_apart(self, messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
         """The text in pieces, and which of them are answers."""
@@ -203,7 +198,8 @@ class ChatEncoder:
         return answer[:stop], answer[stop:]
 
     def _tokens(self, pieces: list[tuple[str, bool]], conversation: Conversation) -> Encoded:
-        rows = [self.rows_of(item) for item in self._items(conversation)]
+        shown = self._shown(conversation)
+        rows = [each.rows for each in shown]
         text, learned, left = "", [], list(rows)
         for piece, answer in pieces:
             grown = self._with_places(piece, left)
@@ -222,60 +218,30 @@ class ChatEncoder:
             input_ids=np.array(made["input_ids"], dtype=np.int32),
             learned=_within(np.array(made["offset_mapping"]).reshape(-1, 2), learned),
             rows=np.array(rows, dtype=np.int32),
+            grids=np.array([each.grid for each in shown], dtype=np.int32).reshape(-1, 3),
         )
 
     def _with_places(self, piece: str, left: list[int]) -> str:
         """The text with every place grown to its item's rows, which are taken from ``left``."""
-        if self.processor is None:
+        if self.places is None:
             return piece
+        place = self.places.place
 
         def grown(_found: re.Match[str]) -> str:
             if not left:
                 raise SampleError("malformed", "the text has more places than there are items")
-            return self.place * left.pop(0)
+            return place * left.pop(0)
 
-        return re.sub(re.escape(self.place), grown, piece)
+        return re.sub(re.escape(place), grown, piece)
 
-    # ---- items ----------------------------------------------------------------------------
-
-    @property
-    def place(self) -> str:
-        """The text that stands for an image."""
-        return self.processor.image_token
-
-    def _items(self, conversation: Conversation) -> list[AnyItem]:
+    def _shown(self, conversation: Conversation) -> list[Shown]:
         kinds = {part.kind for part in conversation.item_parts()}
-        if kinds and (self.processor is None or kinds != {"image"}):
-            has = "text alone" if self.processor is None else "images"
+        if not kinds:
+            return []
+        if self.places is None or kinds != {"image"}:
+            has = "text alone" if self.places is None else "images"
             raise SampleError("malformed", f"the model sees {has}, the sample has {sorted(kinds)}")
-        return conversation.items()
-
-    def rows_of(self, item: AnyItem) -> int:
-        """Return an image's rows; its file is looked at only if they depend on its size.
-
-        Raises:
-            SampleError: ``unreadable``.
-        """
-        if self._any_size:
-            return self._made(_SIZES[0])
-        from PIL import Image, UnidentifiedImageError
-
-        try:
-            with Image.open(io.BytesIO(item.read())) as image:
-                return self._made((image.height, image.width))
-        except (UnidentifiedImageError, OSError) as error:
-            raise SampleError("unreadable", f"{item.name} is no image: {error}") from error
-
-    def _made(self, size: tuple[int, int]) -> int:
-        """Rows that the processor makes of a blank image of ``(height, width)``."""
-        if size not in self._rows:
-            from PIL import Image
-
-            blank = Image.new("RGB", (size[1], size[0]))
-            made = self.processor(text=self.place, images=blank, add_special_tokens=False)
-            ids = np.array(made["input_ids"]).reshape(-1)
-            self._rows[size] = int((ids == self.tokenizer.convert_tokens_to_ids(self.place)).sum())
-        return self._rows[size]
+        return [self.places.shown(item) for item in conversation.items()]
 
 
 def _within(places: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:

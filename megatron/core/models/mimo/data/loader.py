@@ -15,7 +15,12 @@ import numpy as np
 from megatron.core.models.mimo.comm.plan.balance import TokenCost
 from megatron.core.models.mimo.comm.plan.routed_layout import RouteLayout
 from megatron.core.models.mimo.comm.plan.routes import RoutePlan, plan_routes
-from megatron.core.models.mimo.data.arrays import LanguageArrays, language_arrays, places
+from megatron.core.models.mimo.data.arrays import (
+    LanguageArrays,
+    Positions,
+    language_arrays,
+    places,
+)
 from megatron.core.models.mimo.data.batches import Cut, ItemShare, MicrobatchPlan, plan_batch
 from megatron.core.models.mimo.data.conversation import AnyItem
 from megatron.core.models.mimo.data.readers import Inputs, Reader
@@ -51,6 +56,7 @@ class Side:
         replica: DP rank of its language replica.
         cut: of a global batch.
         padding: token that fills samples up.
+        positions: of a sample's tokens.
         encoders: modality -> of it.
     """
 
@@ -58,6 +64,7 @@ class Side:
     replica: int
     cut: Cut
     padding: int
+    positions: Positions
     encoders: Mapping[str, EncoderSide]
 
 
@@ -165,9 +172,10 @@ class RankBatches:
         own = [self._of(batch, place) for place in plan.samples[side.replica]]
         language = language_arrays(
             [prepared.tokens(sample) for prepared, sample in own],
-            side.cut.multiple,
-            side.cut.packed,
+            [prepared.grids(sample) for prepared, sample in own],
+            side.cut,
             side.padding,
+            side.positions,
         )
         items: dict[str, Inputs | None] = {}
         routes: dict[str, RoutePlan] = {}

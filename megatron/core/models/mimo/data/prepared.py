@@ -29,7 +29,9 @@ from megatron.core.models.mimo.data.encoding import Encoded
 from megatron.core.models.mimo.data.sources import Source, SourceError
 
 _META = "prepared.json"
-_ARRAYS = ("ids", "learned", "ends", "rows", "row_ends", "reasons")
+_ARRAYS = ("ids", "learned", "ends", "rows", "grids", "row_ends", "reasons")
+_PIECE = ("ids", "learned", "lengths", "rows", "grids", "items", "reasons")
+_ENDS = {"lengths": "ends", "items": "row_ends"}
 _KEPT = REASONS.index("kept")
 
 
@@ -41,6 +43,7 @@ class Piece:
         ids: int32, learned: bool; both ``(tokens,)``.
         lengths: tokens of each sample, int64 ``(n,)``; 0 of a skipped one.
         rows: of each item, int32 ``(items,)``.
+        grids: of each item, int32 ``(items, 3)``.
         items: of each sample, int64 ``(n,)``.
         reasons: of each sample, uint8 ``(n,)``, numbers of :data:`REASONS`.
         first: why the first skipped one is skipped, in words; empty if none is.
@@ -50,6 +53,7 @@ class Piece:
     learned: np.ndarray
     lengths: np.ndarray
     rows: np.ndarray
+    grids: np.ndarray
     items: np.ndarray
     reasons: np.ndarray
     first: str
@@ -83,7 +87,7 @@ def encode_piece(
             reasons.append(_KEPT)
         except SampleError as error:
             del found[len(reasons) :]
-            found.append(Encoded(nothing, nothing.astype(bool), nothing))
+            found.append(Encoded(nothing, nothing.astype(bool), nothing, nothing.reshape(0, 3)))
             reasons.append(REASONS.index(error.reason))
             first = first or f"sample {number} is {error.reason}: {error}"
     return Piece(
@@ -91,6 +95,7 @@ def encode_piece(
         learned=np.concatenate([nothing.astype(bool), *(each.learned for each in found)]),
         lengths=np.array([len(each.input_ids) for each in found], dtype=np.int64),
         rows=np.concatenate([nothing, *(each.rows for each in found)]),
+        grids=np.concatenate([nothing.reshape(0, 3), *(each.grids for each in found)]),
         items=np.array([len(each.rows) for each in found], dtype=np.int64),
         reasons=np.array(reasons, dtype=np.uint8),
         first=first,
@@ -116,31 +121,55 @@ def look_at(item: AnyItem) -> None:
         raise SampleError("unreadable", f"{item.name} is no image: {error}") from error
 
 
-def write(folder: Path, pieces: Sequence[Piece], key: str) -> None:
-    """Write what :class:`Prepared` opens, whole or not at all.
+def keep(piece: Piece, folder: Path) -> None:
+    """Write a piece for :func:`write`, which may run in another process.
+
+    Args:
+        piece: of a source.
+        folder: to write; what is there is replaced.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name in _PIECE:
+        np.save(folder / f"{name}.npy", getattr(piece, name))
+    (folder / _META).write_text(json.dumps({"first_skipped": piece.first}))
+
+
+def write(folder: Path, pieces: Sequence[Path], key: str) -> None:
+    """Write what :class:`Prepared` opens, whole or not at all; no piece is in memory as a whole.
 
     Args:
         folder: to write; what is there is replaced.
-        pieces: of all samples, in order.
+        pieces: folders of :func:`keep`, of all samples in order.
         key: says what the samples and their encoding were.
     """
-    arrays = {
-        "ids": np.concatenate([each.ids for each in pieces]),
-        "learned": np.concatenate([each.learned for each in pieces]),
-        "ends": np.cumsum(np.concatenate([each.lengths for each in pieces])),
-        "rows": np.concatenate([each.rows for each in pieces]),
-        "row_ends": np.cumsum(np.concatenate([each.items for each in pieces])),
-        "reasons": np.concatenate([each.reasons for each in pieces]),
-    }
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for name, values in arrays.items():
-        np.save(temporary / f"{name}.npy", values)
-    first = next((each.first for each in pieces if each.first), "")
+    for name in _PIECE:
+        parts = [_opened(piece / f"{name}.npy") for piece in pieces]
+        if name in _ENDS:
+            np.save(temporary / f"{_ENDS[name]}.npy", np.cumsum(np.concatenate(parts)))
+        else:
+            _join(temporary / f"{name}.npy", parts)
+    said = [json.loads((piece / _META).read_text())["first_skipped"] for piece in pieces]
+    first = next((words for words in said if words), "")
     (temporary / _META).write_text(json.dumps({"key": key, "first_skipped": first}))
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
+
+
+def _join(path: Path, parts: Sequence[np.ndarray]) -> None:
+    shape = (sum(map(len, parts)), *parts[0].shape[1:])
+    if not np.prod(shape):
+        np.save(path, np.empty(shape, dtype=parts[0].dtype))
+        return
+    whole = np.lib.format.open_memmap(path, "w+", dtype=parts[0].dtype, shape=shape)
+    at = 0
+    for part in parts:
+        whole[at : at + len(part)] = part
+        at += len(part)
+    whole.flush()
 
 
 def known_key(folder: Path) -> str | None:
@@ -168,8 +197,7 @@ class Prepared:
 
     def __init__(self, folder: Path) -> None:
         self._arrays: dict[str, np.ndarray] = {
-            name: np.load(folder / f"{name}.npy", mmap_mode=_mode(folder / f"{name}.npy"))
-            for name in _ARRAYS
+            name: _opened(folder / f"{name}.npy") for name in _ARRAYS
         }
         meta: dict[str, Any] = json.loads((folder / _META).read_text())
         self.first_skipped = meta["first_skipped"]
@@ -194,6 +222,11 @@ class Prepared:
         start, stop = self._bounds("row_ends", self.numbers[sample])
         return self._arrays["rows"][start:stop]
 
+    def grids(self, sample: int) -> np.ndarray:
+        """Return the grids of a sample's items, int32 ``(items, 3)``."""
+        start, stop = self._bounds("row_ends", self.numbers[sample])
+        return self._arrays["grids"][start:stop]
+
     def tokens(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a sample's tokens and which of them are learned: int32, bool ``(n,)``."""
         start, stop = self._bounds("ends", self.numbers[sample])
@@ -205,9 +238,9 @@ class Prepared:
         return np.where(np.asarray(number) > 0, ends[np.asarray(number) - 1], 0), stops
 
 
-def _mode(path: Path) -> Any:
-    """Files without elements cannot be mapped."""
+def _opened(path: Path) -> np.ndarray:
+    """An array, mapped; one without elements cannot be."""
     with path.open("rb") as file:
         version = np.lib.format.read_magic(file)
         shape = getattr(np.lib.format, f"read_array_header_{version[0]}_0")(file)[0]
-    return "r" if np.prod(shape) else None
+    return np.load(path, mmap_mode="r" if np.prod(shape) else None)

@@ -38,6 +38,10 @@ class Samples(Protocol):
         """Return the rows of a sample's items, int32 ``(items,)``."""
         ...
 
+    def grids(self, sample: int) -> np.ndarray:
+        """Return the grids of a sample's items, int32 ``(items, 3)``."""
+        ...
+
     def tokens(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a sample's tokens and which of them are learned: int32, bool ``(n,)``."""
         ...

@@ -67,6 +67,10 @@ class TokenFiles:
             raise IndexError(f"sample {sample} is not in 0..{len(self) - 1}")
         return np.zeros(0, dtype=np.int32)
 
+    def grids(self, sample: int) -> np.ndarray:
+        """Return the grids of a sample's items, of which it has none: int32 ``(0, 3)``."""
+        return self.rows(sample).reshape(0, 3)
+
     def tokens(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a sample's tokens and which of them are learned: int32, bool ``(n,)``.
 
