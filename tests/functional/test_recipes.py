@@ -318,7 +318,7 @@ def test_a_language_model_with_experts_learns_token_files(tmp_path: Path) -> Non
 def test_a_model_that_pytorch_shards_follows_megatrons_layers(
     folders: Path, tmp_path: Path
 ) -> None:
-    """The same folder and data: transformers' own modules on 4 ranks, Megatron's on one process."""
+    """The same folder and data: transformers' modules over TP alone, Megatron's on one process."""
     lines = [
         [
             {"role": "user", "content": f"what colour is {colour}"},
@@ -334,7 +334,7 @@ def test_a_model_that_pytorch_shards_follows_megatrons_layers(
         "training.lr": 1e-2,
         "data.held_out": talk,
     }
-    native = {"layout.language": "tp=2,dp=2"}
+    native = {"layout.language": "tp=2,dp=1"}
     megatron = {"layout.language": "dp=1", "model.torch_native": "[]"}
     for name, how in (("native", native), ("megatron", megatron)):
         done = train(tmp_path / name, {**changes, **how}, recipe="torch-native-sft")

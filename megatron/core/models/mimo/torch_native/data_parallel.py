@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import TorchFullyShardedDataParallel
@@ -180,8 +181,12 @@ def _taking(main_grad: torch.Tensor) -> Any:
     """A hook that adds a microbatch's gradient to ``main_grad`` and drops it."""
 
     def take(parameter: nn.Parameter) -> None:
-        assert parameter.grad is not None
-        main_grad.add_(local_part(parameter.grad))
+        gradient = parameter.grad
+        assert gradient is not None
+        if isinstance(gradient, DTensor):
+            # PyTorch may leave it whole, or as parts of a sum: a vocabulary's without FSDP.
+            gradient = gradient.redistribute(placements=cast(DTensor, parameter).placements)
+        main_grad.add_(local_part(gradient))
         parameter.grad = None
 
     return take
