@@ -280,6 +280,8 @@ _TORCH_NATIVE = (
         distributed_optimizer=True),
     Row("torch-native-both-tied-4mb-mixed", "tp=2,dp=4", "tp=4,dp=2", micro_batches=4, tied=True,
         masks="uneven", images="mixed", native=("images", "language")),
+    Row("torch-native-both-cp2-4mb-mixed", **FAN_IN, micro_batches=4, masks="uneven",
+        images="mixed", native=("images", "language")),
     Row("torch-native-both-frozen-language", **EQUAL, masks="uneven", freeze="language",
         native=("images", "language")),
 )  # fmt: skip

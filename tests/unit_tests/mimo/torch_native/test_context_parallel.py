@@ -209,6 +209,14 @@ def test_inputs_that_attention_would_not_follow_are_refused(
         cut(group)(tokens(2, 12)[0], **inputs)
 
 
+def test_attention_that_the_ring_does_not_do_is_refused(group: Any) -> None:
+    model = cut(group)
+    with pytest.raises(ValueError, match=r"Qwen3Attention attends with softcap=30.0, which ring a"):
+        model(tokens(2, 12)[0], softcap=30.0)
+    with pytest.raises(ValueError, match="needs input_ids or inputs_embeds, got neither"):
+        model(labels=tokens(2, 12)[1])
+
+
 def test_what_a_caller_who_cuts_has_to_give(group: Any) -> None:
     model, (ids, labels) = cut(group, cut_sequence=False), tokens(2, 12)
     positions = torch.arange(12).expand(2, 12)

@@ -32,7 +32,7 @@ BOTH = {"torch_native": ("images", "language")}
 NATIVE = harness.Case(
     Layout(tp=2, dp=4), {"images": Layout(tp=2, dp=4)}, {**BOTH, "sequence_parallel": True}
 )
-OTHER = harness.Case(Layout(tp=4, dp=2), {"images": Layout(tp=4, dp=2)}, BOTH)
+OTHER = harness.Case(Layout(cp=4, dp=2), {"images": Layout(tp=4, dp=2)}, BOTH)
 MEGATRON = harness.Case(Layout(tp=2, cp=2, dp=2), {"images": Layout(tp=2, dp=4)})
 CHANGE = 1e-3
 """Bound of the norm of an error over the norm of a weight's change: Adam divides by gradients of

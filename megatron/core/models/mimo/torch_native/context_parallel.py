@@ -136,7 +136,8 @@ def _cut(inputs: dict[str, Any], group: dist.ProcessGroup) -> dict[str, Tensor]:
     """This rank's chunks of all that has one entry per token."""
     ids, embedded = inputs.get("input_ids"), inputs.get("inputs_embeds")
     tokens = embedded if ids is None else ids
-    assert tokens is not None, "input_ids or inputs_embeds"
+    if tokens is None:
+        raise ValueError("a forward pass needs input_ids or inputs_embeds, got neither")
     whole = {"input_ids": ids, "inputs_embeds": embedded}
     samples, length = tokens.shape[:2]
     positions = inputs.get("position_ids")
