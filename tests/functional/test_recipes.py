@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron.core.models.mimo.data.easy_vqa import EasyVqa
 from tests.faults.starts import LAUNCH_VARIABLES
@@ -69,7 +70,7 @@ def losses(out: Path) -> list[float]:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process, images read by a process beside it."""
     out = tmp_path_factory.mktemp("alone") / "run"
-    done = train(out, {**ALONE, "data.workers": 1})
+    done = train(out, {**ALONE, "data.workers": 1, "run.tensorboard": True})
     assert done.code == 0, done.err
     return out
 
@@ -99,6 +100,15 @@ def test_eight_ranks_follow_one_process(alone: Path, eight: Path) -> None:
     for name in ("questions", "exact_match", "majority_answer", "skipped"):
         assert summaries[0][name] == summaries[1][name]
     assert summaries[1]["layouts"]["images"] == {"tp": 2, "cp": 1, "pp": 1, "dp": 4}
+
+
+def test_tensorboard_has_the_same_numbers(alone: Path) -> None:
+    events = EventAccumulator(str(alone / "tensorboard"))
+    events.Reload()
+    found = [(each.step, each.value) for each in events.Scalars("loss")]
+    assert [step for step, _ in found] == list(range(1, STEPS + 1))
+    # Events are in float32.
+    assert [value for _, value in found] == pytest.approx(losses(alone), rel=1e-6)
 
 
 def answers(out: Path) -> list[dict[str, str]]:
