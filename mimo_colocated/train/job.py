@@ -43,6 +43,7 @@ from mimo_colocated.train.data import (
     training_stream,
 )
 from mimo_colocated.train.makers import make_model
+from mimo_colocated.train.numbers import StepNumbers
 from mimo_colocated.train.plan import check_model
 from mimo_colocated.train.recipe import Recipe
 from mimo_colocated.train.record import write_record
@@ -95,8 +96,14 @@ class RecipeLoop(TrainingLoop):
 
     def _reporter(self, done: int, sequence_length: int) -> Reporter:
         options: Any = self.options
-        board = options.recipe.run.tensorboard
-        return RecipeReporter(options.out, done, options.steps, self.data, tensorboard=board)
+        model, run = options.recipe.model, options.recipe.run
+        built: Any = self.trainer.built
+        numbers = StepNumbers.of_model(
+            built.composite, options.language, model.freeze, model.dtype
+        )
+        return RecipeReporter(
+            options.out, done, self.trainer, self.data, numbers, tensorboard=run.tensorboard
+        )
 
     def more_to_save(self) -> dict[str, Any]:
         """Return the position in the data, and where the model came from."""

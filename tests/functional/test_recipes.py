@@ -94,6 +94,14 @@ def test_eight_ranks_follow_one_process(alone: Path, eight: Path) -> None:
             assert one[name] == other[name], name
         assert one["images"] == one["samples"] == 8
         assert one["waited_s"] >= 0
+        # The same work whatever the layout; two CP ranks would run every image.
+        assert one["tflop"] == other["tflop"]
+        assert one["tflop_repeated"] == 0
+        assert other["tflop_repeated"] == pytest.approx(other["tflop"]["images"])
+        assert "mfu" not in one
+        norms = one["grad_norms"]
+        assert norms == pytest.approx(other["grad_norms"], rel=1e-3)
+        assert sum(each**2 for each in norms.values()) == pytest.approx(one["grad_norm"] ** 2)
     assert answers(eight) == answers(alone)
     summaries = [json.loads((out / "summary.json").read_text()) for out in (alone, eight)]
     assert summaries[0]["held_out_loss"] == pytest.approx(summaries[1]["held_out_loss"], rel=1e-4)
@@ -109,6 +117,7 @@ def test_tensorboard_has_the_same_numbers(alone: Path) -> None:
     assert [step for step, _ in found] == list(range(1, STEPS + 1))
     # Events are in float32.
     assert [value for _, value in found] == pytest.approx(losses(alone), rel=1e-6)
+    assert {"tflop/images", "grad_norms/language", "peak_memory"} <= set(events.Tags()["scalars"])
 
 
 def answers(out: Path) -> list[dict[str, str]]:

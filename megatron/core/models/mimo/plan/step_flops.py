@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """FLOPs of one step, of the items that it encodes and the tokens that attend to one another.
 
-The formulas are those of :mod:`.flops`. Padding is no work, a token behind the diagonal is none, and
-a part that is frozen has no gradients of weights.
+The formulas are those of :mod:`.flops`. Padding is no work, a token behind the diagonal is none,
+and a part that is frozen has no gradients of weights.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def step_flops(
     rows: Mapping[str, Sequence[int]],
     frozen: Frozen,
     *,
-    causal: bool = True,
+    causal: bool,
 ) -> dict[str, float]:
     """Return module -> FLOPs of a forward and a backward pass over a global batch.
 
