@@ -11,6 +11,8 @@
     record.py      what is left beside a run: the whole recipe, versions, git state
     data.py        the recipe's data, prepared, and the batches of this rank
     trainer.py     steps over those batches
+    numbers.py     the work of a step: FLOPs by module, rate, what would be repeated
+    reporting.py   what is told of every step
     answers.py     greedy answers on held-out data, and how many are right
     job.py         one rank: build, train, evaluate, export
 

@@ -27,7 +27,7 @@ from megatron.core.models.mimo.job.built_model import LANGUAGE
 from megatron.core.models.mimo.job.loop import TrainingLoop
 from megatron.core.models.mimo.job.reporter import Reporter, versions
 from megatron.core.models.mimo.job.results import write_summary
-from megatron.core.models.mimo.job.trainer import StepResult, TrainOptions
+from megatron.core.models.mimo.job.trainer import TrainOptions
 from mimo_colocated.cli import models
 from mimo_colocated.cli.importing import RECORD, source_of
 from mimo_colocated.launch import JobError, connection_notes, init_distributed
@@ -43,9 +43,11 @@ from mimo_colocated.train.data import (
     training_stream,
 )
 from mimo_colocated.train.makers import make_model
+from mimo_colocated.train.numbers import StepNumbers
 from mimo_colocated.train.plan import check_model
 from mimo_colocated.train.recipe import Recipe
 from mimo_colocated.train.record import write_record
+from mimo_colocated.train.reporting import RecipeReporter
 from mimo_colocated.train.trainer import RecipeTrainer
 
 # Fields of a recipe that may not change in mid-run: it would train on other data than recorded.
@@ -89,47 +91,19 @@ class RunOptions(TrainingOptions):
         return {"recipe": dataclasses.asdict(self.recipe) if self.recipe else {}}
 
 
-class RecipeReporter(Reporter):
-    """Also tells tokens, images, and how long a step waited for its data.
-
-    Args:
-        out: folder of the results.
-        done: steps that are done already.
-        steps: in all.
-        data: of the run.
-    """
-
-    def __init__(self, out: Path, done: int, steps: int, data: StepData) -> None:
-        super().__init__(out, done, steps, 0)
-        self._data = data
-
-    def step(self, done: int, result: StepResult) -> None:
-        """Print and record the step after which ``done`` are done."""
-        batch = self._data.last
-        self.progress.tokens_per_step = batch.tokens
-        seconds = self.progress.step(done, result.loss, result.grad_norm)
-        if not result.success:
-            self.progress.say(f"step {done} skipped: {result.problem}")
-        self.metrics.write(
-            done,
-            loss=result.loss,
-            grad_norm=result.grad_norm,
-            learning_rate=result.learning_rate,
-            counted_tokens=result.counted_tokens,
-            tokens=batch.tokens,
-            samples=len(batch.batch.samples),
-            images=batch.images,
-            seconds=seconds,
-            waited_s=self._data.waited_s,
-            **({} if result.success else {"skipped": result.problem}),
-        )
-
-
 class RecipeLoop(TrainingLoop):
     """From the last checkpoint to the last step, over a recipe's data."""
 
     def _reporter(self, done: int, sequence_length: int) -> Reporter:
-        return RecipeReporter(self.options.out, done, self.options.steps, self.data)
+        options: Any = self.options
+        model, run = options.recipe.model, options.recipe.run
+        built: Any = self.trainer.built
+        numbers = StepNumbers.of_model(
+            built.composite, options.language, model.freeze, model.dtype
+        )
+        return RecipeReporter(
+            options.out, done, self.trainer, self.data, numbers, tensorboard=run.tensorboard
+        )
 
     def more_to_save(self) -> dict[str, Any]:
         """Return the position in the data, and where the model came from."""

@@ -156,12 +156,14 @@ class RunPart:
     Attributes:
         out: folder of checkpoints and results.
         export: write the trained model to ``OUT/exported`` as a Hugging Face folder.
+        tensorboard: also write what ``metrics.jsonl`` says to ``OUT/tensorboard``.
         backend: of process groups: ``auto``, ``nccl`` or ``gloo``.
         timeout: seconds after which a rank that does not answer is lost.
     """
 
     out: str
     export: bool = True
+    tensorboard: bool = False
     backend: str = "auto"
     timeout: int = 600
 

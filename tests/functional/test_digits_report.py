@@ -166,6 +166,14 @@ def test_a_line_per_step_and_no_bar_in_a_file(monkeypatch: pytest.MonkeyPatch) -
     assert progress.seconds_per_step == 2.0  # the first step warms up
 
 
+def test_a_line_has_further_words_from_the_seconds() -> None:
+    stream = io.StringIO()
+    progress = Progress(0, 1, 1024, stream)
+    progress.step(1, 1.0, 0.5, more=lambda seconds: f"{seconds >= 0} words")
+    progress.close()
+    assert " tokens/s  True words  00:00 left" in stream.getvalue()
+
+
 def test_a_bar_below_the_lines_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = _Terminal()
     _run(stream, monkeypatch)

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron.core.models.mimo.data.easy_vqa import EasyVqa
 from tests.faults.starts import LAUNCH_VARIABLES
@@ -69,7 +70,7 @@ def losses(out: Path) -> list[float]:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process, images read by a process beside it."""
     out = tmp_path_factory.mktemp("alone") / "run"
-    done = train(out, {**ALONE, "data.workers": 1})
+    done = train(out, {**ALONE, "data.workers": 1, "run.tensorboard": True})
     assert done.code == 0, done.err
     return out
 
@@ -93,12 +94,30 @@ def test_eight_ranks_follow_one_process(alone: Path, eight: Path) -> None:
             assert one[name] == other[name], name
         assert one["images"] == one["samples"] == 8
         assert one["waited_s"] >= 0
+        # The same work whatever the layout; two CP ranks would run every image.
+        assert one["tflop"] == other["tflop"]
+        assert one["tflop_repeated"] == 0
+        assert other["tflop_repeated"] == pytest.approx(other["tflop"]["images"])
+        assert "mfu" not in one
+        norms = one["grad_norms"]
+        assert norms == pytest.approx(other["grad_norms"], rel=1e-3)
+        assert sum(each**2 for each in norms.values()) == pytest.approx(one["grad_norm"] ** 2)
     assert answers(eight) == answers(alone)
     summaries = [json.loads((out / "summary.json").read_text()) for out in (alone, eight)]
     assert summaries[0]["held_out_loss"] == pytest.approx(summaries[1]["held_out_loss"], rel=1e-4)
     for name in ("questions", "exact_match", "majority_answer", "skipped"):
         assert summaries[0][name] == summaries[1][name]
     assert summaries[1]["layouts"]["images"] == {"tp": 2, "cp": 1, "pp": 1, "dp": 4}
+
+
+def test_tensorboard_has_the_same_numbers(alone: Path) -> None:
+    events = EventAccumulator(str(alone / "tensorboard"))
+    events.Reload()
+    found = [(each.step, each.value) for each in events.Scalars("loss")]
+    assert [step for step, _ in found] == list(range(1, STEPS + 1))
+    # Events are in float32.
+    assert [value for _, value in found] == pytest.approx(losses(alone), rel=1e-6)
+    assert {"tflop/images", "grad_norms/language", "peak_memory"} <= set(events.Tags()["scalars"])
 
 
 def answers(out: Path) -> list[dict[str, str]]:

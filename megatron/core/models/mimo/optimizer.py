@@ -96,6 +96,8 @@ class MimoOptimizer(MegatronOptimizer):
         nonfinite_modules: names of the modules whose gradients were not finite in the last step,
             the same on every rank; the step was skipped if there are any.
         nonfinite_gradients: which parameters' on which ranks; the same on every rank.
+        module_norms: module -> L2 norm of its gradients in the last step, before clipping; the
+            same on every rank.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class MimoOptimizer(MegatronOptimizer):
             note_built(inner)
         self.nonfinite_modules: tuple[str, ...] = ()
         self.nonfinite_gradients: tuple[NonFiniteGradients, ...] = ()
+        self.module_norms: dict[str, float] = {}
 
     # ---- the step -------------------------------------------------------------------------
 
@@ -179,7 +182,7 @@ class MimoOptimizer(MegatronOptimizer):
 
     def _step(self) -> tuple[bool, float | None, int | None]:
         found_inf = self.prepare_grads()
-        norms = self.get_module_grad_norms()
+        norms = self.module_norms = self.get_module_grad_norms()
         self._note_nonfinite(norms)
         if found_inf or self.nonfinite_modules:
             return False, None, None

@@ -111,6 +111,7 @@ def test_each_image_is_opened_by_one_encoder_replica(made, layout: str, packed: 
     wanted = Counter(item.name for sample in samples for item in SOURCE[sample].items())
     assert opened == wanted
     assert ranks[0].images == wanted.total()
+    assert ranks[0].rows.tolist() == [ROWS] * wanted.total()
     assert ranks[0].tokens == int(ranks[0].batch.lengths.sum())
 
 

@@ -136,6 +136,9 @@ def test_a_frozen_module_has_a_third_of_the_flops() -> None:
     flops = Flops(2, 3, 5)
     assert flops.of_step() == 30
     assert flops.of_step(trained=False) == 10
+    # What lies before it trains: no gradients of weights. Nothing before it does: none of inputs.
+    assert flops.of_step(trained=False, through=True) == 10 + 2 + 5 + 2 * 3
+    assert flops.of_step(trained=True, through=False) == 10 + 2 + 5 + 2 * 3
 
 
 def test_the_encoder_is_the_one_whose_memory_is_planned() -> None:

@@ -64,7 +64,13 @@ WHOLE: dict[str, Any] = {
         "recompute": "full",
     },
     "evaluation": {"batch": 32, "answer_tokens": 16, "samples": 100, "without_images": True},
-    "run": {"out": "runs/mine", "export": False, "backend": "gloo", "timeout": 60},
+    "run": {
+        "out": "runs/mine",
+        "export": False,
+        "tensorboard": True,
+        "backend": "gloo",
+        "timeout": 60,
+    },
 }
 
 

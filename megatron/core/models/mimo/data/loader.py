@@ -101,13 +101,14 @@ class RankBatch:
         microbatches: of this rank.
         images: items of the global batch.
         tokens: of the global batch, padding left out.
+        rows: of each item of the global batch, int64 ``(images,)``.
     """
 
     batch: GlobalBatch
     microbatches: tuple[Microbatch, ...]
     images: int
     tokens: int
-
+    rows: np.ndarray
 
     def only(self, count: int) -> RankBatch:
         """Return it with the loss of its first ``count`` samples alone: the rest fills it up."""
@@ -157,6 +158,7 @@ class RankBatches:
             tuple(self._microbatch(batch, plan) for plan in plans),
             images=sum(map(len, rows)),
             tokens=int(batch.lengths.sum()),
+            rows=np.concatenate([np.empty(0, dtype=np.int64), *rows]),
         )
 
     def _of(self, batch: GlobalBatch, place: int) -> tuple[Any, int]:

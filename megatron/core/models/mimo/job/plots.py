@@ -43,18 +43,25 @@ def plot_loss(
     """
     figure = Figure(figsize=(8, 5.2), layout="constrained")
     loss_axes, norm_axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    for axes, name, label in (
-        (loss_axes, "loss", "loss per answer digit"),
+    for axes, name, said in (
+        (loss_axes, "loss", label),
         (norm_axes, "grad_norm", "grad norm"),
     ):
-        _draw_series(axes, metrics, name)
-        axes.set_ylabel(label)
+        draw_series(axes, metrics, name)
+        axes.set_ylabel(said)
     norm_axes.set_xlabel("step")
     figure.suptitle(title, fontsize=11)
     save_figure(figure, path, "the loss curve")
 
 
-def _draw_series(axes: Axes, metrics: Sequence[Mapping[str, Any]], name: str) -> None:
+def draw_series(axes: Axes, metrics: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Draw one value of the lines over the steps, log scale if it is positive; a mean of many.
+
+    Args:
+        axes: to draw on.
+        metrics: lines of ``metrics.jsonl`` with ``step``.
+        name: of the value; lines without it are left out.
+    """
     points = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
     if points:
         steps, values = np.array(points).T

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -142,17 +142,31 @@ class Progress:
         steady = sorted(self.seconds[1:] or self.seconds)
         return steady[len(steady) // 2] if steady else math.nan
 
-    def step(self, done: int, loss: float, grad_norm: float) -> float:
-        """Report that ``done`` steps are done; return the seconds the last one took."""
+    def step(
+        self,
+        done: int,
+        loss: float,
+        grad_norm: float,
+        more: Callable[[float], str] = lambda _seconds: "",
+    ) -> float:
+        """Report that ``done`` steps are done; return the seconds the last one took.
+
+        Args:
+            done: steps in all.
+            loss: of the step.
+            grad_norm: of the step.
+            more: from the step's seconds to further words of its line; empty for none.
+        """
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self.seconds.append(seconds)
         left = tqdm.format_interval((self.steps - done) * self.seconds_per_step)
         width = len(str(self.steps))
         rate = self.tokens_per_step / max(seconds, 1e-9)
+        said = more(seconds)
         self.say(
             f"step {done:>{width}}/{self.steps}  loss {loss:.4f}  grad norm {grad_norm:.3f}  "
-            f"{rate:,.0f} tokens/s  {left} left"
+            f"{rate:,.0f} tokens/s  {said}{'  ' if said else ''}{left} left"
         )
         self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
         self._bar.update(1)

@@ -41,15 +41,18 @@ class Flops:
         """All of them."""
         return self.layers + self.attention + self.ends
 
-    def of_step(self, trained: bool = True) -> float:
+    def of_step(self, trained: bool = True, through: bool | None = None) -> float:
         """Return those that a forward pass and a backward pass need.
 
         What kernels compute again is not among them, as in a utilisation of the hardware's peak.
 
         Args:
-            trained: it has a backward pass.
+            trained: weights have gradients.
+            through: inputs have gradients, for what lies before; None for the same as ``trained``.
         """
-        return self.forward * (1 + BACKWARD_MATMUL * trained)
+        through = trained if through is None else through
+        weighed = (self.layers + self.ends) * (1 + trained + through)
+        return weighed + self.attention * (1 + BACKWARD_MATMUL * (trained or through))
 
     def __add__(self, other: Flops) -> Flops:
         return Flops(
@@ -111,6 +114,16 @@ def language_flops(shape: LanguageShape, lengths: Sequence[int], causal: bool = 
     )
 
 
+def patch_flops(shape: EncoderShape, items: float) -> float:
+    """Return FLOPs of the embedding of so many items' patches."""
+    return 2 * items * shape.tokens * shape.patch * shape.stack.hidden
+
+
+def projector_flops(shape: EncoderShape, items: float, width: int) -> float:
+    """Return FLOPs of an encoder's projector; arguments as of :func:`encoder_flops`."""
+    return 2 * items * shape.rows * shape.projector_weights(width)
+
+
 def encoder_flops(shape: EncoderShape, items: float, width: int) -> Flops:
     """Return an encoder's and its projector's FLOPs.
 
@@ -126,9 +139,8 @@ def encoder_flops(shape: EncoderShape, items: float, width: int) -> Flops:
         full_layers = shape.full_layers
         within = attention_flops(shape.stack, tokens * shape.window)
         windowed = (shape.stack.layers - full_layers) * within
-    projector = items * shape.rows * shape.projector_weights(width)
     return Flops(
         layers=layer_flops(shape.stack, tokens),
         attention=full_layers * full + windowed,
-        ends=2 * (tokens * shape.patch * shape.stack.hidden + projector),
+        ends=patch_flops(shape, items) + projector_flops(shape, items, width),
     )
