@@ -63,7 +63,7 @@ class StepNumbers:
             causal: as of :func:`.step_flops`.
         """
         of_items: list[int] = batch.rows.tolist()
-        rows = {name: of_items for name in self.shapes.encoders}
+        rows = dict.fromkeys(self.shapes.encoders, of_items)
         lengths = batch.batch.lengths.tolist()
         return step_flops(self.shapes, lengths, rows, self.frozen, causal=causal)
 
