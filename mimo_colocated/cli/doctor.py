@@ -29,6 +29,10 @@ _EXTRAS = {
     "safetensors": ("cli", "import, export and check"),
     "jsonargparse": ("cli", "import, export and check"),
     "tqdm": ("cli", "import, export and check"),
+    "pillow": ("train", "images of recipes"),
+    "datasets": ("train", "tables of recipes"),
+    "webdataset": ("train", "tar shards of recipes"),
+    "tensorboard": ("train", "run.tensorboard of recipes"),
     "rich": ("examples", "the examples"),
     "matplotlib": ("examples", "the examples"),
 }

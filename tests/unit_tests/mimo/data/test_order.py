@@ -43,6 +43,8 @@ def test_orders_differ_by_epoch_and_by_seed() -> None:
     assert first.tolist() != second.tolist()
     assert first.tolist() != Order((50,), (1.0,), 2).at(0, 50)[1].tolist()
     assert first.tolist() != sorted(first.tolist())
+    two = Order((30, 30), (1.0, 1.0), 1)
+    assert two.at(0, 60)[0].tolist() != two.at(60, 60)[0].tolist(), "sources meet in other batches"
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(0, 30))

@@ -241,8 +241,10 @@ def test_lines_are_found_again_only_when_the_file_has_changed(
     assert len(open_source("chat", {"path": file})) == 3
     assert searched == []
     # As long as before, and as old, but another file: lines lie elsewhere.
-    file.write_text(f"{line[:-1]} }}\n" + f"{line}\n" + line[:-1])
+    size = file.stat().st_size
+    file.write_text(f"{line[:-1]} }}\n" + f"{line}\n" + line)
     os.utime(file, (1e9, 1e9))
+    assert file.stat().st_size == size
     again = open_source("chat", {"path": file})
     assert searched == [file]
     assert words(again[1]) == words(again[0])
