@@ -35,6 +35,7 @@ _USAGE = """usage: mimo COMMAND ...
   plan     time and memory of all pairs of layouts, before anything runs
   draw     a picture of which rank holds what
   train    a recipe: data, model, layouts -> a trained model
+  report   a run of train -> a page with its curves, layouts, time, samples and answers
   doctor   what this machine has, and what to do about what it lacks
 
 `mimo COMMAND --help` lists the options."""

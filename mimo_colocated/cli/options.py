@@ -35,7 +35,7 @@ COMMANDS = {
     "calibrate": "calibrating",
 }
 """Command that runs on ranks -> module."""
-ALONE = {"plan": "planning", "draw": "drawing"}
+ALONE = {"plan": "planning", "draw": "drawing", "report": "reporting"}
 """Command that runs on none -> module."""
 ENCODERS = ("vision", "audio")
 """Options that give an encoder its layout."""
@@ -302,9 +302,14 @@ def _draw(parser: argparse.ArgumentParser) -> None:
     add("--sequence-parallel", action="store_true", help="the language model cuts over TP, too")
 
 
+def _report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="folder of a run of `mimo train`: its run.out")
+
+
 _OWN: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "plan": _plan,
     "draw": _draw,
+    "report": _report,
     "calibrate": _calibrate,
     "import": _import,
     "export": _export,
@@ -317,4 +322,5 @@ DESCRIPTIONS = {
     "calibrate": "Measure what `mimo plan` needs to know of this machine, in about a minute.",
     "plan": "Predict time and memory of all pairs of layouts, and of the best homogeneous ones.",
     "draw": "Draw which rank holds what on either side of the bridges.",
+    "report": "Write RUN/report.html: a run, also one under way, on a page that needs no network.",
 }

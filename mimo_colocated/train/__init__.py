@@ -13,6 +13,7 @@
     trainer.py     steps over those batches
     numbers.py     the work of a step: FLOPs by module, rate, what would be repeated
     reporting.py   what is told of every step
+    report.py      the page of a run; report_figures.py draws what stands on it
     answers.py     greedy answers on held-out data, and how many are right
     job.py         one rank: build, train, evaluate, export
 

@@ -30,6 +30,7 @@ PACKAGES = Packages(
         "yaml": "pyyaml",
         "tqdm": "tqdm",
         "PIL": "pillow",
+        "matplotlib": "matplotlib",
     },
     "install what `mimo train` needs with: pip install 'megatron-mimo-colocated[train]'",
 )

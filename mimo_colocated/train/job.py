@@ -179,7 +179,8 @@ class RecipeJob:
     def run(self) -> None:
         """Train, evaluate, export, and say how it went."""
         out = Path(self.recipe.run.out)
-        on_all_ranks(lambda: write_record(out, self.recipe), "write the record")
+        found = {"layouts": self.trainer.built.layouts(), "skipped": self.opened.skipped()}
+        on_all_ranks(lambda: write_record(out, self.recipe, found), "write the record")
         self._say_data()
         try:
             self.loop.train(0)
@@ -187,9 +188,8 @@ class RecipeJob:
             self.data.close()
         summary: dict[str, Any] = {
             "recipe": self.recipe.name,
-            "layouts": self.trainer.built.layouts(),
             "versions": versions(),
-            "skipped": self.opened.skipped(),
+            **found,
         }
         if self.recipe.data.held_out:
             summary |= self._evaluate()
@@ -198,6 +198,10 @@ class RecipeJob:
             self.loop.say(f"wrote {out / 'exported'}, a Hugging Face folder")
         if self.loop.rank == 0:
             write_summary(out / "summary.json", summary)
+            # Here: no other rank draws, and the library for it takes long to import.
+            from mimo_colocated.train.report import write_report
+
+            self.loop.say(f"wrote {write_report(out)}, the run on one page")
         self.loop.say(f"results are in {out}")
         dist.barrier()
 

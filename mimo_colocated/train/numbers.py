@@ -62,7 +62,8 @@ class StepNumbers:
             batch: with the lengths of its samples and the rows of its items.
             causal: as of :func:`.step_flops`.
         """
-        rows = dict.fromkeys(self.shapes.encoders, batch.rows.tolist())
+        of_items: list[int] = batch.rows.tolist()
+        rows = dict.fromkeys(self.shapes.encoders, of_items)
         lengths = batch.batch.lengths.tolist()
         return step_flops(self.shapes, lengths, rows, self.frozen, causal=causal)
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from mimo_colocated.train.recipe import Recipe
 _PACKAGES = ("torch", "megatron-core", "transformers", "megatron-mimo-colocated")
 
 
-def write_record(out: Path, recipe: Recipe) -> None:
+def write_record(out: Path, recipe: Recipe, more: Mapping[str, Any]) -> None:
     """Write ``recipe.yaml`` and ``run.json`` on rank 0; other ranks write nothing.
 
     Args:
         out: folder of the run.
         recipe: every field of it.
+        more: what else ``run.json`` says: layouts, what was skipped.
 
     Raises:
         JobError: they cannot be written.
@@ -34,6 +36,7 @@ def write_record(out: Path, recipe: Recipe) -> None:
         "ranks": int(os.environ.get("WORLD_SIZE", "1")),
         "versions": _versions(),
         "git": git_state(Path.cwd()),
+        **more,
     }
     write_atomically(out / "recipe.yaml", as_yaml(recipe).encode(), "the recipe")
     content = json.dumps(said, indent=2) + "\n"

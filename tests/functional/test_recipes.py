@@ -163,6 +163,11 @@ def test_what_is_left_beside_a_run(eight: Path) -> None:
     assert "kind: easy-vqa" in recipe
     record = json.loads((eight / "run.json").read_text())
     assert record["ranks"] == 8
+    assert record["layouts"]["language"]["cp"] == 2
+    assert record["skipped"] == {}
+    page = (eight / "report.html").read_text()
+    assert page.count("<img ") == 5
+    assert f"of {len(answers(eight))} are right" in page
     assert record["versions"]["transformers"] == transformers.__version__
     assert set(record["git"]) == {"commit", "changed"}
 

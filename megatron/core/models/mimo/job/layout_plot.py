@@ -137,10 +137,26 @@ def plot_layout(
     *,
     sequence_parallel: bool = False,
 ) -> None:
+    """Write what :func:`draw_layout` draws.
+
+    Args:
+        path: the PNG, or SVG by its suffix.
+        layouts, samples, sequence_length, sequence_parallel: as of :func:`draw_layout`.
+    """
+    figure = draw_layout(layouts, samples, sequence_length, sequence_parallel=sequence_parallel)
+    save_figure(figure, path, "the layout's plot")
+
+
+def draw_layout(
+    layouts: Sequence[BridgeLayout | RouteLayout],
+    samples: int,
+    sequence_length: int,
+    *,
+    sequence_parallel: bool,
+) -> Figure:
     """Draw bridges below each other: encoder ranks left, the same ranks' language side right.
 
     Args:
-        path: the PNG.
         layouts: the objects that the bridges execute, one per encoder.
         samples: of one global microbatch.
         sequence_length: tokens of a sample.
@@ -153,7 +169,7 @@ def plot_layout(
     panels = figure.subplots(len(plots), 1, height_ratios=heights, squeeze=False).flat
     for axes, plot in zip(panels, plots, strict=True):
         _draw_bridge(axes, plot)
-    save_figure(figure, path, "the layout's plot")
+    return figure
 
 
 def _draw_bridge(axes: Axes, plot: LayoutPlot) -> None:

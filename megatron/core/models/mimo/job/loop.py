@@ -24,8 +24,8 @@ from mimo_colocated.launch.errors import JobError, Stopped
 from mimo_colocated.launch.training_options import TrainingOptions
 from mimo_colocated.stop_requests import StopRequests
 
-_RESULTS = ("checkpoints", "metrics.jsonl", "summary.json", "errors")
-_PLOTS = ("loss.png", "predictions.png", "layout.png")
+_RESULTS = ("checkpoints", "metrics.jsonl", "summary.json", "answers.json", "errors", "tensorboard")
+_PLOTS = ("loss.png", "predictions.png", "layout.png", "report.html")
 
 
 class TrainingLoop:

@@ -33,7 +33,7 @@ def save_figure(figure: Figure, path: Path, what: str) -> None:
 def plot_loss(
     path: Path, metrics: Sequence[Mapping[str, Any]], title: str, label: str = "loss"
 ) -> None:
-    """Draw loss (log scale) and gradient norm over the steps.
+    """Draw loss and gradient norm over the steps.
 
     Args:
         path: the PNG.
@@ -55,7 +55,7 @@ def plot_loss(
 
 
 def draw_series(axes: Axes, metrics: Sequence[Mapping[str, Any]], name: str) -> None:
-    """Draw one value of the lines over the steps, log scale if it is positive; a mean of many.
+    """Draw one value over the steps, in log scale where it spans a decade; a moving mean of many.
 
     Args:
         axes: to draw on.
@@ -71,7 +71,8 @@ def draw_series(axes: Axes, metrics: Sequence[Mapping[str, Any]], name: str) -> 
         )
         if smooth:
             axes.plot(steps, _moving_mean(values, 15), color=RIGHT, lw=1.8)
-        if values.min() > 0:
+        if values.min() > 0 and values.max() >= 10 * values.min():
+            # Of less than a decade a log scale would have one label, or none.
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("")
