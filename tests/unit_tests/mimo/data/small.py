@@ -10,6 +10,7 @@ from typing import Any
 
 import transformers
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 
 from megatron.core.models.mimo.data.conversation import (
     BytesItem,
@@ -68,11 +69,22 @@ class Listed:
         return str(len(self))
 
 
-def save_text(folder: Path, template: str | None = TEMPLATE) -> Any:
-    """Tokenizer and LLaVA processor in a folder."""
+def begin_texts(tokenizer: Any, begin: str) -> None:
+    """Let a tokenizer put a token before every text, as Llama's does."""
+    tokenizer.add_special_tokens({"bos_token": begin})
+    known = [(begin, tokenizer.convert_tokens_to_ids(begin))]
+    added = TemplateProcessing(single=f"{begin} $A", special_tokens=known)
+    tokenizer.backend_tokenizer.post_processor = added
+
+
+def save_text(folder: Path, template: str | None = TEMPLATE, begin: str = "") -> Any:
+    """Tokenizer and LLaVA processor in a folder; ``begin``: put before every text."""
+    tokenizer = train_tokenizer(WORDS)
+    if begin:
+        begin_texts(tokenizer, begin)
     processor = transformers.LlavaProcessor(
         transformers.SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}),
-        train_tokenizer(WORDS),
+        tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="full",
         num_additional_image_tokens=0,

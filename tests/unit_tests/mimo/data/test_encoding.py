@@ -55,6 +55,15 @@ def encoder(folder: Path) -> ChatEncoder:
     return ChatEncoder(folder, 200)
 
 
+@pytest.fixture(scope="module", params=["nothing", "added", "written"])
+def begun(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ChatEncoder:
+    """Of texts that begin with nothing, a token of the tokenizer's, or one of the template's."""
+    place = tmp_path_factory.mktemp("begun")
+    template = "{{ bos_token }}" * (request.param == "written") + TEMPLATE
+    save_text(place, template, begin="" if request.param == "nothing" else "<s>")
+    return ChatEncoder(place, 200)
+
+
 def theirs(encoder: ChatEncoder, conversation: Conversation, **how: bool) -> list[int]:
     """What transformers makes of the same messages, images and all."""
     messages = [
@@ -74,27 +83,27 @@ def theirs(encoder: ChatEncoder, conversation: Conversation, **how: bool) -> lis
     return np.array(made["input_ids"]).reshape(-1).tolist()
 
 
-def test_tokens_are_those_of_transformers(encoder: ChatEncoder) -> None:
-    found = encoder.encode(SEVERAL)
-    whole = theirs(encoder, SEVERAL)
+def test_tokens_are_those_of_transformers(begun: ChatEncoder) -> None:
+    found = begun.encode(SEVERAL)
+    whole = theirs(begun, SEVERAL)
     # The line break after the last answer is not learned, and is kept.
     assert found.input_ids.tolist() == whole
     assert found.rows.tolist() == [ROWS] * 3
-    places = found.input_ids == encoder.tokenizer.convert_tokens_to_ids("<image>")
+    places = found.input_ids == begun.tokenizer.convert_tokens_to_ids("<image>")
     assert places.sum() == 3 * ROWS
 
 
-def test_answers_are_learned_up_to_their_end_and_nothing_else(encoder: ChatEncoder) -> None:
-    found = encoder.encode(SEVERAL)
-    spoken = encoder.tokenizer.decode(found.input_ids[found.learned])
+def test_answers_are_learned_up_to_their_end_and_nothing_else(begun: ChatEncoder) -> None:
+    found = begun.encode(SEVERAL)
+    spoken = begun.tokenizer.decode(found.input_ids[found.learned])
     assert spoken == "a red circle<|im_end|>yes<|im_end|>"
 
 
-def test_a_question_ends_where_an_answer_begins(encoder: ChatEncoder) -> None:
+def test_a_question_ends_where_an_answer_begins(begun: ChatEncoder) -> None:
     asked = Conversation(SEVERAL.turns[:-1])
-    found = encoder.prompt(asked)
-    assert found.input_ids.tolist() == theirs(encoder, asked, add_generation_prompt=True)
-    whole = encoder.encode(SEVERAL)
+    found = begun.prompt(asked)
+    assert found.input_ids.tolist() == theirs(begun, asked, add_generation_prompt=True)
+    whole = begun.encode(SEVERAL)
     count = len(found.input_ids)
     assert whole.input_ids[:count].tolist() == found.input_ids.tolist()
     assert whole.learned[count]

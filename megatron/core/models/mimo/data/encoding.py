@@ -209,7 +209,9 @@ class ChatEncoder:
         if left:
             has = len(rows) - len(left)
             raise SampleError("malformed", f"{len(rows)} items, and the text has places for {has}")
-        made = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        made = self.tokenizer(
+            text, add_special_tokens=self._adds_to(text), return_offsets_mapping=True
+        )
         if len(made["input_ids"]) > self.max_tokens:
             raise SampleError(
                 "too_long", f"{len(made['input_ids'])} tokens are more than {self.max_tokens}"
@@ -220,6 +222,14 @@ class ChatEncoder:
             rows=np.array(rows, dtype=np.int32),
             grids=np.array([each.grid for each in shown], dtype=np.int32).reshape(-1, 3),
         )
+
+    def _adds_to(self, text: str) -> bool:
+        """Whether the tokenizer adds what its texts begin with, which a template may have written.
+
+        Transformers' processors let it, and its tokenizers by themselves do not.
+        """
+        begin = self.tokenizer.bos_token
+        return self.places is not None and not (begin and text.startswith(begin))
 
     def _with_places(self, piece: str, left: list[int]) -> str:
         """The text with every place grown to its item's rows, which are taken from ``left``."""
