@@ -77,9 +77,15 @@ def begin_texts(tokenizer: Any, begin: str) -> None:
     tokenizer.backend_tokenizer.post_processor = added
 
 
-def save_text(folder: Path, template: str | None = TEMPLATE, begin: str = "") -> Any:
-    """Tokenizer and LLaVA processor in a folder; ``begin``: put before every text."""
+def save_text(
+    folder: Path, template: str | None = TEMPLATE, begin: str = "", end: str | None = "<|im_end|>"
+) -> Any:
+    """Tokenizer, which may put a token before every text, and LLaVA processor in a folder."""
     tokenizer = train_tokenizer(WORDS)
+    if end is None:
+        tokenizer.eos_token = None
+    else:
+        tokenizer.add_special_tokens({"eos_token": end})
     if begin:
         begin_texts(tokenizer, begin)
     processor = transformers.LlavaProcessor(
