@@ -41,6 +41,18 @@ def png(shade: int, size: tuple[int, int] = (SIDE, SIDE)) -> bytes:
     return file.getvalue()
 
 
+def photo(folder: Path, orientation: int) -> Path:
+    """A JPEG of a camera held in one of Exif's eight ways, each corner of another shade."""
+    made = Image.new("L", (40, 20), 0)
+    made.paste(80, (20, 0, 40, 10))
+    made.paste(160, (0, 10, 20, 20))
+    made.paste(240, (20, 10, 40, 20))
+    exif = made.getexif()
+    exif[0x0112] = orientation
+    made.save(folder / f"{orientation}.jpg", exif=exif)
+    return folder / f"{orientation}.jpg"
+
+
 def image(shade: int) -> Part:
     return Part("image", "", BytesItem(png(shade), f"image {shade}"))
 
