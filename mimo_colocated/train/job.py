@@ -94,6 +94,15 @@ class RunOptions(TrainingOptions):
 class RecipeLoop(TrainingLoop):
     """From the last checkpoint to the last step, over a recipe's data."""
 
+    results = (*TrainingLoop.results, "recipe.yaml", "run.json", "answers.json", "exported")
+
+    def start(self) -> int:
+        """Resume or start anew, and record the run, unless it is refused."""
+        done = super().start()
+        options: Any = self.options
+        on_all_ranks(lambda: write_record(options.out, options.recipe), "write the record")
+        return done
+
     def _reporter(self, done: int, sequence_length: int) -> Reporter:
         options: Any = self.options
         model, run = options.recipe.model, options.recipe.run
@@ -181,7 +190,6 @@ class RecipeJob:
     def run(self) -> None:
         """Train, export, evaluate, and say how it went."""
         out = Path(self.recipe.run.out)
-        on_all_ranks(lambda: write_record(out, self.recipe), "write the record")
         self._say_data()
         try:
             self.loop.train(0)
