@@ -25,7 +25,6 @@ from mimo_colocated.launch.training_options import TrainingOptions
 from mimo_colocated.stop_requests import StopRequests
 
 
-
 class TrainingLoop:
     """Trains on one rank, all ranks together.
 
