@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+from collections.abc import Iterator
 
 # A shell lets what it runs in the background ignore Ctrl-C, and so would all that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -16,6 +18,7 @@ os.environ.setdefault("MIMO_LAYERS", "local")
 os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 
 import hypothesis
+import pytest
 
 from tests.harness import gpus
 
@@ -37,3 +40,13 @@ if examples:
 hypothesis.settings.load_profile("many" if examples else "repo")
 
 pytest_plugins = ("tests.harness.plugin",)
+
+
+@pytest.fixture(autouse=True)
+def _what_a_command_silences_speaks_again() -> Iterator[None]:
+    """Commands of `mimo` that run in a test's process silence libraries, as they do for a user."""
+    loggers = [logging.getLogger(name) for name in ("megatron", "torch.utils.cpp_extension")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)

@@ -4,12 +4,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import subprocess
-import warnings
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,17 +39,6 @@ def close(self):
 SafetensorsFile.close = close
 sys.exit(main(sys.argv[1:]))
 """
-
-
-@pytest.fixture(autouse=True)
-def _as_loud_as_before() -> Iterator[None]:
-    """A command silences the libraries' notes in its process, which is this one."""
-    loggers = [logging.getLogger(name) for name in ("megatron", "torch.utils.cpp_extension")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        yield
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
 
 
 def mimo(

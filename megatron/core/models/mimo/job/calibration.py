@@ -83,7 +83,7 @@ def calibrate(probe: Probe, name: str) -> Machine:
         between=between[0],
         inside_latency=inside[1],
         between_latency=between[1],
-        host=_to_host(probe) if probe.device.type == "cuda" else copies,
+        host=copies if probe.device.type == "cpu" else _to_host(probe),
         communicator=_communicator(probe),
         fused=use_transformer_engine(),
     )
@@ -123,7 +123,7 @@ def _timed(probe: Probe, call: Callable[[], object], repeats: int) -> float:
 
 
 def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
+    if device.type != "cpu":
         torch.cuda.synchronize(device)
 
 
@@ -198,7 +198,7 @@ def _to_host(probe: Probe) -> float:
 
 def _memory(device: torch.device, ranks: int) -> float:
     """Bytes of an accelerator, or of the host that ranks share."""
-    if device.type == "cuda":
+    if device.type != "cpu":
         return float(torch.cuda.get_device_properties(device).total_memory)
     import psutil
 
@@ -207,7 +207,7 @@ def _memory(device: torch.device, ranks: int) -> float:
 
 def _communicator(probe: Probe) -> float:
     """Bytes of the accelerator's memory that a new group takes; nothing on the CPU."""
-    if probe.device.type != "cuda":
+    if probe.device.type == "cpu":
         return 0.0
     before = torch.cuda.mem_get_info(probe.device)[0]
     group: Any = dist.new_group(list(range(dist.get_world_size())))

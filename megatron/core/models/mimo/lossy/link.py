@@ -140,6 +140,6 @@ class Link:
 def _to(lost: np.ndarray, device: torch.device) -> torch.Tensor:
     """A mask on a device, in a copy that the host does not wait for."""
     mask = torch.from_numpy(lost.copy())
-    if device.type == "cuda":
+    if device.type not in ("cpu", "meta"):
         mask = mask.pin_memory()
     return mask.to(device, non_blocking=True)
