@@ -280,8 +280,7 @@ class RecipeJob:
     def _ask(self) -> dict[str, Any]:
         answers = self._answers()
         found: dict[str, Any] = {"questions": len(answers), "exact_match": _share(answers)}
-        if self.loop.rank == 0:  # it reads every answer of the training data
-            found["majority_answer"] = majority(self.opened.sources, answers)
+        found["majority_answer"] = majority(self.opened, answers)
         if self.recipe.evaluation.without_images:
             self.trainer.blank = True
             found["exact_match_without_images"] = _share(self._answers())
