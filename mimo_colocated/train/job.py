@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of a recipe: build, resume or start anew, train, evaluate, export."""
+"""One rank of a recipe: build, resume or start anew, train, export, evaluate."""
 
 from __future__ import annotations
 
@@ -154,6 +154,8 @@ class RecipeJob:
         data, training = recipe.data, recipe.training
         self._text = None if recipe.of_tokens else self._text_of(folder)
         self.opened = self._open(data.train, 0)
+        # What is wrong with it is not to be found when all is trained.
+        self._held_out, self._questions = self._open_held_out()
         layouts = on_all_ranks(lambda: check_model(recipe, folder), "read the model")
         built = from_folder(folder, layouts, self._build_options())
         steps = TrainOptions(
@@ -177,7 +179,7 @@ class RecipeJob:
         self.loop = RecipeLoop(options, self.trainer, self.data, requests)
 
     def run(self) -> None:
-        """Train, evaluate, export, and say how it went."""
+        """Train, export, evaluate, and say how it went."""
         out = Path(self.recipe.run.out)
         found = {"layouts": self.trainer.built.layouts(), "skipped": self.opened.skipped()}
         on_all_ranks(lambda: write_record(out, self.recipe, found), "write the record")
@@ -191,13 +193,13 @@ class RecipeJob:
             "versions": versions(),
             **found,
         }
-        if self.recipe.data.held_out:
-            summary |= self._evaluate()
         if self.recipe.run.export:
             to_folder(self.trainer.built, out / "exported", overwrite=True)  # type: ignore[arg-type]
             if self._text is not None and self.loop.rank == 0:
                 stop_at(out / "exported", self._text.end)
             self.loop.say(f"wrote {out / 'exported'}, a Hugging Face folder")
+        if self.recipe.data.held_out:
+            summary |= self._evaluate()
         if self.loop.rank == 0:
             write_summary(out / "summary.json", summary)
             # Here: no other rank draws, and the library for it takes long to import.
@@ -213,6 +215,15 @@ class RecipeJob:
         place = Path(self.recipe.run.out) / "prepared"
         text = self._text or self._vocabulary()
         return open_data(parts, self.recipe.data, text, place, answer_tokens)
+
+    def _open_held_out(self) -> tuple[Opened, Opened]:
+        """What the loss is measured on, and the same to be answered."""
+        parts, text = self.recipe.data.held_out, self._text
+        held_out = self._open(parts, 0)
+        if text is None or not parts:
+            return held_out, held_out
+        on_all_ranks(lambda: text.end, "find what ends an answer")
+        return held_out, self._open(parts, self.recipe.evaluation.answer_tokens)
 
     def _text_of(self, folder: Path) -> ChatEncoder:
         longest = self.recipe.data.max_tokens
@@ -299,7 +310,7 @@ class RecipeJob:
 
     def _held_out_loss(self) -> float:
         """Mean over the counted tokens of whole batches, and of the tail filled up."""
-        batches, count = self._batches(self._open(self.recipe.data.held_out, 0))
+        batches, count = self._batches(self._held_out)
         sums = torch.zeros(2, dtype=torch.float64)
         for start in range(0, count, self.recipe.evaluation.batch):
             self.loop.stop_if_told(self.recipe.training.steps)
@@ -310,8 +321,7 @@ class RecipeJob:
         return (sums[0] / sums[1].clamp(min=1)).item()
 
     def _answers(self) -> list[Answer]:
-        evaluation = self.recipe.evaluation
-        opened = self._open(self.recipe.data.held_out, evaluation.answer_tokens)
+        evaluation, opened = self.recipe.evaluation, self._questions
         batches, count = self._batches(opened)
         greedy = Greedy(self.trainer, self.encoder, batches, evaluation.answer_tokens)
         said: list[str] = []

@@ -3,19 +3,33 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from megatron.core.models.mimo.data.conversation import Conversation, SampleError
+from megatron.core.models.mimo.data.encoding import TemplateError
+from megatron.core.models.mimo.data.sources import SourceError
 from mimo_colocated.launch.errors import JobError
-from mimo_colocated.train import data
+from mimo_colocated.train import data, job
 from mimo_colocated.train.answers import Answer, majority
-from mimo_colocated.train.recipe import DataPart, SourcePart
-from tests.unit_tests.mimo.data.small import Listed, said
+from mimo_colocated.train.job import RecipeJob
+from mimo_colocated.train.makers import train_tokenizer
+from mimo_colocated.train.recipe import (
+    DataPart,
+    ModelPart,
+    Recipe,
+    RunPart,
+    SourcePart,
+    TrainingPart,
+)
+from tests.unit_tests.mimo.data.small import TEMPLATE, WORDS, Listed, said
 from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
 
 NO, YES = (Conversation(said(["is it red"], answer)) for answer in ("no", "yes"))
@@ -74,3 +88,61 @@ def test_ranks_that_see_other_files_are_one_error_on_all(
         f"rank 2 sees other files than rank 0 for data of kind {kind} at a.jsonl; put the data "
         "where all ranks see the same files"
     }
+
+
+def write_chat(path: Path, *answers: str) -> SourcePart:
+    """Write conversations, the malformed ones as an empty answer; return the data set."""
+    lines = [
+        {"messages": [{"role": "user", "content": "is it"}, {"role": "assistant", "content": each}]}
+        if each
+        else {"messages": 5}
+        for each in answers
+    ]
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return SourcePart("chat", {"path": str(path)})
+
+
+def write_language(folder: Path, **tokens: str | None) -> None:
+    """Write a language model's text, without its weights."""
+    tokenizer = train_tokenizer(WORDS)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "qwen2"}')
+    for name, value in tokens.items():
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, name: value}))
+
+
+def made(place: Path, held_out: list[SourcePart]) -> RecipeJob:
+    parts = DataPart([write_chat(place / "train.jsonl", "yes", "no")], held_out)
+    recipe = Recipe(
+        "mine", ModelPart(str(place)), parts, TrainingPart(1, 1), RunPart(str(place / "run"))
+    )
+    return RecipeJob(recipe, place, {}, cast(Any, None), fresh=False)
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One process, which stops where the model would be built."""
+
+    def stop(*_: object) -> None:
+        raise NotImplementedError("the model is built")
+
+    monkeypatch.setattr(job, "check_model", stop)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_is_evaluated_is_opened_before_the_model_is_built(tmp_path: Path) -> None:
+    write_language(tmp_path)
+    with pytest.raises(NotImplementedError, match="the model is built"):
+        made(tmp_path, [write_chat(tmp_path / "held_out.jsonl", "yes")])
+    with pytest.raises(SourceError, match=r"nothing\.jsonl cannot be read: No such file"):
+        made(tmp_path, [SourcePart("chat", {"path": str(tmp_path / "nothing.jsonl")})])
+    with pytest.raises(SourceError, match="no sample of 1 is kept: {'malformed': 1}"):
+        made(tmp_path, [write_chat(tmp_path / "bad.jsonl", "")])
+    write_language(tmp_path, eos_token=None)
+    with pytest.raises(TemplateError, match="has no eos_token; set it"):
+        made(tmp_path, [write_chat(tmp_path / "held_out.jsonl", "yes")])

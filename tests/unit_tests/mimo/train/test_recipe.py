@@ -132,6 +132,8 @@ def test_fields_are_set_by_their_path(file: Path) -> None:
         ("data.train=[]", "data.train names no data; give at least one"),
         ("data.capacity=100", "data.capacity of at least data.max_tokens=512, got True and 100"),
         ("data.packed=false", "needs data.packed=true and data.capacity"),
+        ("data.sequences=6", r"data\.sequences=6 does not divide over 2 micro.* a multiple of 4"),
+        ("layout.language=tp=1,dp=8", r"sequences=8 does not .* 8 language .* multiple of 16"),
         ("layout.encoders.images=dp=4", "images=tp=1,dp=4 spans 4 ranks and .* spans 8"),
         ("layout.language=tp=2,pp=2,dp=2", "has pipeline stages, which recipes do not run yet"),
         ("layout.language=tp=x", "tp must be a whole number"),
@@ -141,6 +143,41 @@ def test_what_is_wrong_is_refused_in_one_sentence(file: Path, change: str, said:
     with pytest.raises(JobError, match=said) as caught:
         read_recipe(str(file), [change])
     assert "\n" not in str(caught.value)
+
+
+ROWS = ["data.packed=false", "data.sequences=0", "data.capacity=0"]
+PACKED = ["data.sequences=0", "data.capacity=0"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            [*ROWS, "training.global_batch_size=6"],
+            "training.global_batch_size=6 does not divide over 2 microbatches and 2 language "
+            "replicas; use a multiple of 4",
+        ),
+        ([*ROWS, "evaluation.batch=3"], r"evaluation\.batch=3 does not .* a multiple of 2"),
+        (
+            [*PACKED, "training.global_batch_size=3"],
+            "training.global_batch_size=3 leaves some of 4 packed sequences empty; use at least 4",
+        ),
+        ([*PACKED, "evaluation.batch=1"], r"evaluation\.batch=1 leaves some of 2 packed"),
+        (["evaluation.batch=1"], r"evaluation\.batch=1 leaves some of 2 packed"),
+    ],
+)
+def test_batches_that_the_layout_cannot_share_out_are_refused(
+    file: Path, changes: list[str], said: str
+) -> None:
+    """Before anything starts, the batches of the evaluation too."""
+    with pytest.raises(JobError, match=said):
+        read_recipe(str(file), changes)
+
+
+def test_batches_that_can_just_be_shared_out(file: Path) -> None:
+    read_recipe(str(file), [*ROWS, "training.global_batch_size=4", "evaluation.batch=2"])
+    read_recipe(str(file), [*PACKED, "training.global_batch_size=5", "evaluation.batch=3"])
+    read_recipe(str(file), ["evaluation.batch=1", "data.held_out=[]"])
 
 
 def test_files_that_hold_no_recipe_are_refused(tmp_path: Path) -> None:
