@@ -92,7 +92,37 @@ class RunOptions(TrainingOptions):
 
 
 class RecipeLoop(TrainingLoop):
-    """From the last checkpoint to the last step, over a recipe's data."""
+    """From the last checkpoint to the last step, over a recipe's data.
+
+    Args:
+        options: of the recipe.
+        trainer: makes the steps.
+        data: what the trainer steps over.
+        requests: what tells this rank to stop.
+        opened: what is trained on.
+    """
+
+    results = (*TrainingLoop.results, "recipe.yaml", "run.json", "exported")
+
+    def __init__(
+        self,
+        options: RunOptions,
+        trainer: RecipeTrainer,
+        data: StepData,
+        requests: StopRequests,
+        opened: Opened,
+    ) -> None:
+        super().__init__(options, trainer, data, requests)
+        self.opened = opened
+
+    def start(self) -> int:
+        """Resume or start anew, and record the run, unless it is refused."""
+        done = super().start()
+        options: Any = self.options
+        built: Any = self.trainer.built
+        found = {"layouts": built.layouts(), "skipped": self.opened.skipped()}
+        on_all_ranks(lambda: write_record(options.out, options.recipe, found), "write the record")
+        return done
 
     def _reporter(self, done: int, sequence_length: int) -> Reporter:
         options: Any = self.options
@@ -176,13 +206,11 @@ class RecipeJob:
         batches = RankBatches(stream, self.opened.sources, side)
         self.data = StepData(batches, training.steps, data.ahead)
         options = RunOptions.of(recipe, fresh=fresh)
-        self.loop = RecipeLoop(options, self.trainer, self.data, requests)
+        self.loop = RecipeLoop(options, self.trainer, self.data, requests, self.opened)
 
     def run(self) -> None:
         """Train, export, evaluate, and say how it went."""
         out = Path(self.recipe.run.out)
-        found = {"layouts": self.trainer.built.layouts(), "skipped": self.opened.skipped()}
-        on_all_ranks(lambda: write_record(out, self.recipe, found), "write the record")
         self._say_data()
         try:
             self.loop.train(0)

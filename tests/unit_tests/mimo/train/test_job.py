@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +21,7 @@ from megatron.core.models.mimo.data.sources import SourceError
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.train import data, job
 from mimo_colocated.train.answers import Answer, majority
-from mimo_colocated.train.job import RecipeJob
+from mimo_colocated.train.job import RecipeJob, RecipeLoop, RunOptions
 from mimo_colocated.train.makers import train_tokenizer
 from mimo_colocated.train.recipe import (
     DataPart,
@@ -146,3 +148,62 @@ def test_what_is_evaluated_is_opened_before_the_model_is_built(tmp_path: Path) -
     write_language(tmp_path, eos_token=None)
     with pytest.raises(TemplateError, match="has no eos_token; set it"):
         made(tmp_path, [write_chat(tmp_path / "held_out.jsonl", "yes")])
+
+
+def recipe_loop(out: Path, *, fresh: bool, steps: int = 1, before: int = 1) -> Any:
+    """A loop over a run with a checkpoint of ``before`` steps in all; nothing is loaded."""
+    part = TrainingPart(steps, 1)
+    recipe = Recipe("mine", ModelPart("a"), DataPart([]), part, RunPart(str(out)))
+    was = dataclasses.replace(recipe, training=TrainingPart(before, 1))
+    found = object.__new__(RecipeLoop)
+    found.options, found.rank = RunOptions.of(recipe, fresh=fresh), 0
+    extra = {"options": {"recipe": dataclasses.asdict(was)}}
+    manifest = SimpleNamespace(step=1, extra=extra)
+    there = found.options.out / "checkpoints"
+    found.store = SimpleNamespace(
+        root=there, steps=lambda: [1] if there.exists() else [], manifest=lambda _step: manifest
+    )
+    found._load = lambda _manifest: None
+    found.trainer = SimpleNamespace(built=SimpleNamespace(source="a", layouts=dict))
+    found.opened = data.Opened([], [], ())
+    return found
+
+
+LEFT = ("recipe.yaml", "run.json", "answers.json", "summary.json", "exported", "checkpoints")
+
+
+@pytest.fixture
+def left(tmp_path: Path) -> Path:
+    """What a run left, and what every run of the folder may use again."""
+    for name in (*LEFT, "prepared", "model"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "old").write_text("")
+        if "." in name:
+            shutil.rmtree(tmp_path / name)
+            (tmp_path / name).write_text("old")
+    return tmp_path
+
+
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda *_, **__: None)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_what_a_run_left_is_set_aside_whole(left: Path) -> None:
+    recipe_loop(left, fresh=True).start()
+    aside = left / "previous" / "1"
+    assert sorted(path.name for path in aside.iterdir()) == sorted(LEFT)
+    assert (aside / "recipe.yaml").read_text() == "old"
+    assert (left / "recipe.yaml").read_text().startswith("name: mine")
+    assert json.loads((left / "run.json").read_text())["ranks"] == 1
+    assert (left / "prepared" / "old").exists()
+    assert (left / "model" / "old").exists()
+
+
+def test_a_refused_run_changes_nothing_of_the_one_that_is_there(left: Path) -> None:
+    with pytest.raises(JobError, match=r"holds a run with training\.steps=2, this one has 1"):
+        recipe_loop(left, fresh=False, before=2).start()
+    assert {(left / name).read_text() for name in LEFT if "." in name} == {"old"}
+    assert recipe_loop(left, fresh=False).start() == 1
+    assert (left / "recipe.yaml").read_text().startswith("name: mine")
