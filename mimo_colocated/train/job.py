@@ -411,7 +411,7 @@ def model_folder(recipe: Recipe) -> Path:
     if not recipe.model.make:
         return Path(recipe.model.folder).expanduser()
     place = Path(recipe.run.out) / "model"
-    return make_model(recipe.model.make, recipe.model.settings, place)
+    return make_model(recipe.model.make, recipe.model.settings, place, recipe.run.timeout)
 
 
 def _readers(recipe: Recipe, folder: Path, stack: contextlib.ExitStack) -> dict[str, Reader]:

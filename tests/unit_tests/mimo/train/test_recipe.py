@@ -15,7 +15,6 @@ import yaml
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.launch.layouts import Layout
 from mimo_colocated.train import command, plan
-from mimo_colocated.train.makers import make_model
 from mimo_colocated.train.reading import as_yaml, describe_shipped, read_recipe, shipped
 from mimo_colocated.train.recipe import Recipe
 from mimo_colocated.train.record import git_state
@@ -238,34 +237,6 @@ def test_the_state_of_the_code(tmp_path: Path) -> None:
     assert found is not None
     assert len(found["commit"]) == 40
     assert found["changed"] == ["?? new"]
-
-
-def test_models_that_nobody_makes_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(JobError, match=r"model\.make='gpt' is not known; known are easy-vqa"):
-        make_model("gpt", {}, tmp_path / "model")
-    with pytest.raises(JobError, match=r"model\.settings\.depth is not known; easy-vqa takes"):
-        make_model("easy-vqa", {"depth": 3}, tmp_path / "model")
-    said = "model.settings of llava are image_token, images, language, got images"
-    with pytest.raises(JobError, match=said):
-        make_model("llava", {"images": "a"}, tmp_path / "model")
-    with pytest.raises(JobError, match=r"model\.settings\.depth is not known; text takes width"):
-        make_model("text", {"depth": 3}, tmp_path / "model")
-    monkeypatch.setenv("RANK", "0")
-    folders = dict.fromkeys(("images", "language", "image_token"), "a")
-    with pytest.raises(JobError, match="folders are joined before ranks start: run the recipe"):
-        make_model("llava", folders, tmp_path / "model")
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file").write_text("")
-    with pytest.raises(JobError, match=r"cannot be written to .*file/model"):
-        make_model("easy-vqa", {}, tmp_path / "file" / "model")
-
-
-def test_a_model_that_is_there_is_not_made_again(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    assert make_model("easy-vqa", {}, tmp_path) == tmp_path
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_the_recipe_of_the_docs_can_be_read(tmp_path: Path) -> None:
