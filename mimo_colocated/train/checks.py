@@ -3,16 +3,103 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mimo_colocated.train.recipe import Recipe
 
+# Here, where nothing heavy is imported; those of ``megatron.core.models.mimo.data.sources``.
+DATA_KINDS = ("llava", "chat", "datasets", "webdataset", "easy-vqa", "tokens")
+SEQUENCE_MULTIPLE = 16
+"""What samples are padded to in sequences of one capacity: the same in every layout."""
+
 
 def problems(recipe: Recipe) -> Iterator[str]:
     """Yield what is wrong, most basic first, each with what to set instead."""
+    yield from _sources(recipe)
+    yield from _schedule(recipe)
+    yield from _model(recipe)
+    yield from _sequences(recipe)
     yield from _batches(recipe)
+
+
+def _sources(recipe: Recipe) -> Iterator[str]:
+    for name in ("train", "held_out"):
+        for number, part in enumerate(getattr(recipe.data, name)):
+            where = f"data.{name}.{number}"
+            if part.kind not in DATA_KINDS:
+                near = difflib.get_close_matches(part.kind, DATA_KINDS, 1)
+                meant = f"did you mean {near[0]}? " if near else ""
+                yield (
+                    f"{where}.kind: {part.kind!r} is no kind of data; {meant}the kinds are "
+                    f"{', '.join(DATA_KINDS)}"
+                )
+            weight = part.weight
+            if not math.isfinite(weight):
+                yield f"{where}.weight={weight} is no finite number"
+            elif weight <= 0:
+                yield f"{where}.weight={weight}; it must be above 0, or leave the data out"
+            elif name == "held_out" and weight != 1:
+                yield f"{where}.weight={weight}; held-out data is seen once, leave it out"
+
+
+def _schedule(recipe: Recipe) -> Iterator[str]:
+    training = recipe.training
+    for field in dataclasses.fields(training):
+        value = getattr(training, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"training.{field.name}={value} is no finite number"
+    if training.min_lr > training.lr:
+        yield (
+            f"training.min_lr={training.min_lr} is above training.lr={training.lr}; set it to at "
+            "most that"
+        )
+    if training.warmup_steps >= training.steps:
+        yield (
+            f"training.warmup_steps={training.warmup_steps} leaves none of "
+            f"training.steps={training.steps} after the warm-up; set it below that"
+        )
+
+
+def _model(recipe: Recipe) -> Iterator[str]:
+    model = recipe.model
+    if not model.folder:
+        return
+    if model.settings:
+        yield (
+            f"model.settings are of what model.make makes, and model.folder={model.folder!r} is "
+            "there already; leave one of them out"
+        )
+    if Path(model.folder) == Path(recipe.run.out) / "exported":
+        yield f"model.folder={model.folder!r} is what the run writes; use another run.out"
+
+
+def _sequences(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    if not data.sequences:
+        if data.capacity:
+            yield (
+                f"data.capacity={data.capacity} is of packed sequences; set data.sequences, or "
+                "leave it out"
+            )
+        return
+    longest, said = data.max_tokens, f"data.max_tokens={data.max_tokens}"
+    if recipe.of_tokens:
+        lengths = [part.settings.get("length") for part in data.train]
+        longest = 1 + max((each for each in lengths if isinstance(each, int)), default=0)
+        said = f"a sample's {longest} tokens"
+    needed = -(-longest // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
+    if not data.packed or data.capacity < needed:
+        yield (
+            f"data.sequences={data.sequences} needs data.packed=true and data.capacity of at "
+            f"least {needed} ({said}, padded to a multiple of {SEQUENCE_MULTIPLE}), got "
+            f"{data.packed} and {data.capacity}"
+        )
 
 
 def _batches(recipe: Recipe) -> Iterator[str]:

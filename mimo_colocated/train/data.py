@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core.models.mimo.comm.plan.balance import TokenCost
 from megatron.core.models.mimo.data.arrays import Positions, count_up
 from megatron.core.models.mimo.data.batches import Cut
-from megatron.core.models.mimo.data.conversation import Conversation
+from megatron.core.models.mimo.data.conversation import Conversation, SampleError
 from megatron.core.models.mimo.data.encoding import ChatEncoder, Encoded
 from megatron.core.models.mimo.data.loader import (
     Ahead,
@@ -45,6 +45,7 @@ from megatron.core.models.mimo.job.built_model import LANGUAGE
 from megatron.core.models.mimo.job.trainer import Runner
 from mimo_colocated import phases
 from mimo_colocated.launch.errors import JobError
+from mimo_colocated.train.checks import SEQUENCE_MULTIPLE
 from mimo_colocated.train.recipe import DataPart, SourcePart
 
 Encode = Callable[[Conversation], Encoded]
@@ -69,6 +70,20 @@ class Opened:
         reasons = [each.skipped for each in self.prepared]
         names = sorted({name for each in reasons for name in each})
         return {name: sum(each.get(name, 0) for each in reasons) for name in names}
+
+    def kept(self) -> list[dict[str, Any]]:
+        """Return of each data set how many samples are kept, and a digest of which and how long.
+
+        Where the order of a run stands is a number of these samples.
+        """
+        return [_kept(each) for each in self.prepared]
+
+
+def _kept(prepared: Prepared | TokenFiles) -> dict[str, Any]:
+    count = len(prepared)
+    state = hashlib.sha256(np.asarray(prepared.numbers, dtype=np.int64).tobytes())
+    state.update(np.asarray(prepared.lengths(np.arange(count)), dtype=np.int64).tobytes())
+    return {"samples": count, "digest": state.hexdigest()[:16]}
 
 
 def open_data(
@@ -153,6 +168,8 @@ def _asked(encoder: ChatEncoder, answer_tokens: int) -> Encode:
     padding = np.full(answer_tokens, encoder.padding, dtype=np.int32)
 
     def encode(conversation: Conversation) -> Encoded:
+        if conversation.turns[-1].role != "assistant":
+            raise SampleError("no_supervision", "the last turn is no answer")
         made = encoder.prompt(asked(conversation))
         ids = np.concatenate([made.input_ids, padding])
         return Encoded(ids, np.zeros(len(ids), dtype=bool), made.rows, made.grids)
@@ -162,8 +179,7 @@ def _asked(encoder: ChatEncoder, answer_tokens: int) -> Encode:
 
 def asked(conversation: Conversation) -> Conversation:
     """Return the conversation without its last answer."""
-    turns = conversation.turns
-    return Conversation(turns[:-1]) if turns[-1].role == "assistant" else conversation
+    return Conversation(conversation.turns[:-1])
 
 
 def _prepare(source: Source, encode: Encode, place: Path, key: str, *, look: bool) -> None:
@@ -208,12 +224,9 @@ def training_stream(opened: Opened, data: DataPart, seed: int, samples: int) -> 
         samples: of a global batch.
     """
     order = Order(tuple(map(len, opened.prepared)), opened.weights, seed)
-    size = BatchSize(0 if data.sequences else samples, data.sequences, data.capacity, _MULTIPLE)
+    counted = 0 if data.sequences else samples
+    size = BatchSize(counted, data.sequences, data.capacity, SEQUENCE_MULTIPLE)
     return SampleStream(order, opened.prepared, size)
-
-
-# What samples are padded to in sequences of one capacity: the same in every layout.
-_MULTIPLE = 16
 
 
 def held_out_stream(opened: Opened, samples: int) -> SampleStream:
@@ -241,12 +254,12 @@ def side_of(
     bridges: Any = runner.model.colocated_comms
     multiple = runner.multiple
     if data.sequences:
-        if _MULTIPLE % multiple:
+        if SEQUENCE_MULTIPLE % multiple:
             raise JobError(
-                f"data.sequences pads samples to {_MULTIPLE} tokens in every layout, and this one "
-                f"needs a multiple of {multiple}; use less cp or tp, or data.sequences=0"
+                f"data.sequences pads samples to {SEQUENCE_MULTIPLE} tokens in every layout, and "
+                f"this one needs a multiple of {multiple}; use less cp or tp, or data.sequences=0"
             )
-        multiple = _MULTIPLE
+        multiple = SEQUENCE_MULTIPLE
     encoders = {
         part.modality: EncoderSide(
             layout=bridges[(part.modality, LANGUAGE)].layout,

@@ -94,21 +94,38 @@ class RunOptions(TrainingOptions):
 class RecipeLoop(TrainingLoop):
     """From the last checkpoint to the last step, over a recipe's data.
 
-    Attributes:
-        found: what the record of the run says besides the recipe.
+    Args:
+        options: of the recipe.
+        trainer: makes the steps.
+        data: what the trainer steps over.
+        requests: what tells this rank to stop.
+        opened: what is trained on.
     """
 
-    results = (*TrainingLoop.results, "recipe.yaml", "run.json", "answers.json", "exported")
-    found: Mapping[str, Any] = {}
+    results = (*TrainingLoop.results, "recipe.yaml", "run.json", "exported")
+
+    def __init__(
+        self,
+        options: RunOptions,
+        trainer: RecipeTrainer,
+        data: StepData,
+        requests: StopRequests,
+        opened: Opened,
+    ) -> None:
+        super().__init__(options, trainer, data, requests)
+        self.opened = opened
 
     def start(self) -> int:
         """Resume or start anew, and record the run, unless it is refused."""
         done = super().start()
         options: Any = self.options
-        on_all_ranks(
-            lambda: write_record(options.out, options.recipe, self.found), "write the record"
-        )
+        found = self.found()
+        on_all_ranks(lambda: write_record(options.out, options.recipe, found), "write the record")
         return done
+
+    def found(self) -> dict[str, Any]:
+        """Return what the record and the summary tell: layouts, and what was skipped."""
+        return {"layouts": self.trainer.built.layouts(), "skipped": self.opened.skipped()}
 
     def _reporter(self, done: int, sequence_length: int) -> Reporter:
         options: Any = self.options
@@ -124,9 +141,22 @@ class RecipeLoop(TrainingLoop):
     def more_to_save(self) -> dict[str, Any]:
         """Return the position in the data, and where the model came from."""
         built: Any = self.trainer.built
-        return {"position": self.data.position, RECORD: source_of(built.source, built)}
+        return {
+            "position": self.data.position,
+            "kept": self.opened.kept(),
+            RECORD: source_of(built.source, built),
+        }
 
     def _load(self, manifest: Manifest) -> None:
+        before = manifest.extra.get("kept")  # not in what older versions saved
+        kept = self.opened.kept()
+        if before is not None and before != kept:
+            was, now = ([each["samples"] for each in one] for one in (before, kept))
+            raise JobError(
+                f"{self.options.out} holds a run over {was} samples, and its data has {now} now"
+                f"{', other ones' if was == now else ''}; put the data back to resume it, give "
+                "--fresh to start anew, or another run.out"
+            )
         super()._load(manifest)
         self.data.position = manifest.extra["position"]
 
@@ -192,8 +222,7 @@ class RecipeJob:
         batches = RankBatches(stream, self.opened.sources, side)
         self.data = StepData(batches, training.steps, data.ahead)
         options = RunOptions.of(recipe, fresh=fresh)
-        self.loop = RecipeLoop(options, self.trainer, self.data, requests)
-        self.loop.found = {"layouts": built.layouts(), "skipped": self.opened.skipped()}
+        self.loop = RecipeLoop(options, self.trainer, self.data, requests, self.opened)
 
     def run(self) -> None:
         """Train, export, evaluate, and say how it went."""
@@ -206,7 +235,7 @@ class RecipeJob:
         summary: dict[str, Any] = {
             "recipe": self.recipe.name,
             "versions": versions(),
-            **self.loop.found,
+            **self.loop.found(),
         }
         if self.recipe.run.export:
             to_folder(self.trainer.built, out / "exported", overwrite=True)  # type: ignore[arg-type]
@@ -214,6 +243,8 @@ class RecipeJob:
                 stop_at(out / "exported", self._text.end)
             self.loop.say(f"wrote {out / 'exported'}, a Hugging Face folder")
         if self.recipe.data.held_out:
+            summary["held_out_skipped"] = self._held_out.skipped()
+            summary["questions_skipped"] = self._questions.skipped()
             summary |= self._evaluate()
         if self.loop.rank == 0:
             write_summary(out / "summary.json", summary)
@@ -233,11 +264,10 @@ class RecipeJob:
 
     def _open_held_out(self) -> tuple[Opened, Opened]:
         """What the loss is measured on, and the same to be answered."""
-        parts, text = self.recipe.data.held_out, self._text
+        parts = self.recipe.data.held_out
         held_out = self._open(parts, 0)
-        if text is None or not parts:
+        if self._text is None or not parts:
             return held_out, held_out
-        on_all_ranks(lambda: text.end, "find what ends an answer")
         return held_out, self._open(parts, self.recipe.evaluation.answer_tokens)
 
     def _text_of(self, folder: Path) -> ChatEncoder:
@@ -287,10 +317,15 @@ class RecipeJob:
                 module.requires_grad_(False)
 
     def _say_data(self) -> None:
-        counts = [len(each) for each in self.opened.prepared]
-        skipped = self.opened.skipped()
-        said = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "none"
-        self.loop.say(f"training data: {sum(counts)} samples, skipped: {said}")
+        for name, opened in (
+            ("training data", self.opened),
+            ("held-out data", self._held_out),
+            ("questions", self._questions),
+        ):
+            count, skipped = sum(len(each) for each in opened.prepared), opened.skipped()
+            if count:
+                said = ", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "none"
+                self.loop.say(f"{name}: {count} samples, skipped: {said}")
 
     # ---- evaluation -----------------------------------------------------------------------
 

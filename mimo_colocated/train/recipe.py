@@ -123,7 +123,7 @@ class TrainingPart:
     global_batch_size: int
     micro_batches: int = 1
     lr: float = 1e-3
-    min_lr: float = 1e-4
+    min_lr: float = 0.0
     warmup_steps: int = 20
     weight_decay: float = 0.01
     clip_grad: float = 1.0
@@ -244,11 +244,6 @@ class Recipe:
             found.append("data of kind tokens is not mixed with conversations; give one of them")
         if not data.train:
             found.append("data.train names no data; give at least one")
-        if data.sequences and not (data.packed and data.capacity >= data.max_tokens):
-            found.append(
-                f"data.sequences={data.sequences} needs data.packed=true and data.capacity of at "
-                f"least data.max_tokens={data.max_tokens}, got {data.packed} and {data.capacity}"
-            )
         if training.recompute not in ("none", "selective", "full"):
             found.append(f"training.recompute={training.recompute!r} is none, selective or full")
         lows = [each for each in self._lows() if each[1] < each[2]]
@@ -262,6 +257,10 @@ class Recipe:
             ("training.global_batch_size", training.global_batch_size, 1),
             ("training.micro_batches", training.micro_batches, 1),
             ("training.lr", training.lr, 0),
+            ("training.min_lr", training.min_lr, 0),
+            ("training.warmup_steps", training.warmup_steps, 0),
+            ("training.weight_decay", training.weight_decay, 0),
+            ("training.clip_grad", training.clip_grad, 0),
             ("training.save_every", training.save_every, 0),
             ("training.max_skipped", training.max_skipped, 1),
             ("training.seed", training.seed, 0),

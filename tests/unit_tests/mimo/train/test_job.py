@@ -16,8 +16,9 @@ import pytest
 import torch.distributed as dist
 
 from megatron.core.models.mimo.data.conversation import Conversation, SampleError
-from megatron.core.models.mimo.data.encoding import TemplateError
+from megatron.core.models.mimo.data.encoding import ChatEncoder
 from megatron.core.models.mimo.data.sources import SourceError
+from megatron.core.models.mimo.job.loop import TrainingLoop
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.train import data, job
 from mimo_colocated.train.answers import Answer, majority
@@ -43,7 +44,7 @@ def test_the_most_frequent_answer_is_that_of_samples_that_are_kept(ranks: int) -
     samples = [YES, SampleError("malformed", "no list"), NO, NO, YES]
     kept: Any = SimpleNamespace(numbers=np.array([0, 2, 3, 4]))
     tokens: Any = SimpleNamespace(numbers=np.arange(7))
-    answers = [Answer("", "no", ""), Answer("", "yes", ""), Answer("", "yes ", "")]
+    answers = [Answer(question="", wanted=each, said="") for each in ("no", "yes", "yes ")]
 
     def share(more: list[Any]) -> list[float]:
         whole: Any = SimpleNamespace(numbers=np.arange(len(more)))
@@ -104,15 +105,12 @@ def write_chat(path: Path, *answers: str) -> SourcePart:
     return SourcePart("chat", {"path": str(path)})
 
 
-def write_language(folder: Path, template: str = TEMPLATE, **tokens: str | None) -> None:
+def write_language(folder: Path) -> None:
     """Write a language model's text, without its weights."""
     tokenizer = train_tokenizer(WORDS)
-    tokenizer.chat_template = template
+    tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text('{"model_type": "qwen2"}')
-    for name, value in tokens.items():
-        config = json.loads((folder / "tokenizer_config.json").read_text())
-        (folder / "tokenizer_config.json").write_text(json.dumps({**config, name: value}))
 
 
 def made(place: Path, held_out: list[SourcePart]) -> RecipeJob:
@@ -145,9 +143,6 @@ def test_what_is_evaluated_is_opened_before_the_model_is_built(tmp_path: Path) -
         made(tmp_path, [SourcePart("chat", {"path": str(tmp_path / "nothing.jsonl")})])
     with pytest.raises(SourceError, match="no sample of 1 is kept: {'malformed': 1}"):
         made(tmp_path, [write_chat(tmp_path / "bad.jsonl", "")])
-    write_language(tmp_path, TEMPLATE.replace("<|im_end|>", ""), eos_token=None)
-    with pytest.raises(TemplateError, match="has no eos_token; set it"):
-        made(tmp_path, [write_chat(tmp_path / "held_out.jsonl", "yes")])
 
 
 def recipe_loop(out: Path, *, fresh: bool, steps: int = 1, before: int = 1) -> Any:
@@ -164,6 +159,8 @@ def recipe_loop(out: Path, *, fresh: bool, steps: int = 1, before: int = 1) -> A
         root=there, steps=lambda: [1] if there.exists() else [], manifest=lambda _step: manifest
     )
     found._load = lambda _manifest: None
+    found.trainer = SimpleNamespace(built=SimpleNamespace(source="a", layouts=dict))
+    found.opened = data.Opened([], [], ())
     return found
 
 
@@ -205,3 +202,51 @@ def test_a_refused_run_changes_nothing_of_the_one_that_is_there(left: Path) -> N
     assert {(left / name).read_text() for name in LEFT if "." in name} == {"old"}
     assert recipe_loop(left, fresh=False).start() == 1
     assert (left / "recipe.yaml").read_text().startswith("name: mine")
+
+
+@pytest.mark.usefixtures("alone")
+def test_samples_that_are_asked_nothing_are_no_questions(tmp_path: Path) -> None:
+    """Their last turn is no answer; they are counted, and what was asked is not what is wanted."""
+    write_language(tmp_path)
+    source = write_chat(tmp_path / "held_out.jsonl", "yes", "")
+    turns = [json.loads((tmp_path / "held_out.jsonl").read_text().splitlines()[0])["messages"][0]]
+    with (tmp_path / "held_out.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"messages": turns}))
+    encoder = ChatEncoder(tmp_path, 100)
+    opened = data.open_data([source], DataPart([source]), encoder, tmp_path / "prepared", 4)
+    assert opened.prepared[0].numbers.tolist() == [0]
+    assert opened.skipped() == {"malformed": 1, "no_supervision": 1}
+
+
+@pytest.mark.usefixtures("alone", "one_rank")
+@pytest.mark.parametrize(
+    "answers", [["yes", "no", "yes"], ["yes", ""], ["", "no"], ["no no", "no"]]
+)
+def test_a_run_does_not_go_on_in_the_midst_of_other_samples(
+    answers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A position counts samples that are kept: other ones would be seen twice, or never."""
+    write_language(tmp_path)
+    encoder, loaded = ChatEncoder(tmp_path, 100), []
+
+    def opened(*said: str) -> data.Opened:
+        source = write_chat(tmp_path / f"{len(said)}{said}.jsonl", *said)
+        return data.open_data([source], DataPart([source]), encoder, tmp_path / "prepared", 0)
+
+    def loop(*said: str) -> Any:
+        found = recipe_loop(tmp_path, fresh=False)
+        del found._load
+        found.data = SimpleNamespace(position=7)
+        found.opened = opened(*said)
+        return found
+
+    monkeypatch.setattr(job, "source_of", lambda *_: {})
+    monkeypatch.setattr(TrainingLoop, "_load", lambda _self, manifest: loaded.append(manifest))
+    saved = SimpleNamespace(step=1, extra=json.loads(json.dumps(loop("yes", "no").more_to_save())))
+    again = loop("yes", "no")
+    again.data.position = 0
+    again._load(saved)
+    assert again.data.position == 7
+    with pytest.raises(JobError, match=r"over \[2\] samples, and its data has .* put the data"):
+        loop(*answers)._load(saved)
+    assert len(loaded) == 1  # nothing of a refused one

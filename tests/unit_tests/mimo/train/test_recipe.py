@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron.core.models.mimo.data import sources
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.launch.layouts import Layout
 from mimo_colocated.train import command, plan
+from mimo_colocated.train.checks import DATA_KINDS
 from mimo_colocated.train.reading import as_yaml, describe_shipped, read_recipe, shipped
 from mimo_colocated.train.recipe import Recipe
 from mimo_colocated.train.record import git_state
@@ -44,7 +46,7 @@ WHOLE: dict[str, Any] = {
         "look_at_images": False,
         "packed": True,
         "sequences": 8,
-        "capacity": 1024,
+        "capacity": 1000,
         "workers": 2,
         "ahead": 4,
     },
@@ -101,10 +103,10 @@ def test_what_is_printed_is_the_same_recipe(file: Path, tmp_path: Path) -> None:
 
 
 def test_fields_are_set_by_their_path(file: Path) -> None:
-    changes = ["training.lr=3", "data.train.1.weight=2", "model.settings.width=64", "run.out=x=y"]
+    changes = ["training.lr=3", "data.train.1.weight=2", "data.train.1.settings.a=6", "run.out=x=y"]
     recipe = read_recipe(str(file), changes)
     assert (recipe.training.lr, recipe.data.train[1].weight) == (3.0, 2.0)
-    assert recipe.model.settings == {"width": 64}
+    assert recipe.data.train[1].settings == {"path": "b.jsonl", "a": 6}
     assert recipe.run.out == "x=y"
     assert read_recipe(str(file), ["data.train=[{kind: easy-vqa}]"]).data.train[0].settings == {}
 
@@ -129,7 +131,24 @@ def test_fields_are_set_by_their_path(file: Path) -> None:
         ("data.held_out=[{kind: tokens}]", "kind tokens is not mixed with conversations"),
         ("model.torch_native=[language]", "takes no packed samples; set data.packed=false"),
         ("data.train=[]", "data.train names no data; give at least one"),
-        ("data.capacity=100", "data.capacity of at least data.max_tokens=512, got True and 100"),
+        ("data.capacity=100", r"at least 512 \(data\.max_tokens=512, .* got True and 100"),
+        ("data.max_tokens=1023", r"at least 1024 .*=1023, padded to a multiple .* True and 1000"),
+        ("data.sequences=0", "data.capacity=1000 is of packed sequences; set data.sequences, or"),
+        ("data.train.0.kind=lava", "'lava' is no kind of data; did you mean llava.* webdataset"),
+        ("data.held_out.0.kind=json", "'json' is no kind of data; the kinds are llava, chat"),
+        ("data.train.0.weight=0", r"data\.train\.0\.weight=0\.0; it must be above 0"),
+        ("data.train.1.weight=-1", r"data\.train\.1\.weight=-1\.0; it must be above 0"),
+        ("data.train.1.weight=.inf", r"data\.train\.1\.weight=inf is no finite number"),
+        ("data.held_out.0.weight=2", r"data\.held_out\.0\.weight=2\.0; .* seen once, leave it out"),
+        ("training.lr=.nan", r"training\.lr=nan is no finite number"),
+        ("training.weight_decay=.nan", r"training\.weight_decay=nan is no finite number"),
+        ("training.weight_decay=-1", r"training\.weight_decay=-1\.0; it must be at least 0"),
+        ("training.clip_grad=-1", r"training\.clip_grad=-1\.0; it must be at least 0"),
+        ("training.warmup_steps=-5", r"training\.warmup_steps=-5; it must be at least 0"),
+        ("training.warmup_steps=10", r"warmup_steps=10 leaves none of training\.steps=10 .* below"),
+        ("training.min_lr=1", r"training\.min_lr=1\.0 is above training\.lr=0\.0001; set it to at"),
+        ("model.settings.width=64", "are of what model.make makes, and model.folder="),
+        ("model.folder=runs/./mine/exported", "is what the run writes; use another run.out"),
         ("data.packed=false", "needs data.packed=true and data.capacity"),
         ("data.sequences=6", r"data\.sequences=6 does not divide over 2 micro.* a multiple of 4"),
         ("layout.language=tp=1,dp=8", r"sequences=8 does not .* 8 language .* multiple of 16"),
@@ -171,6 +190,24 @@ def test_batches_that_the_layout_cannot_share_out_are_refused(
     """Before anything starts, the batches of the evaluation too."""
     with pytest.raises(JobError, match=said):
         read_recipe(str(file), changes)
+
+
+@pytest.mark.parametrize(("capacity", "fits"), [(47, False), (48, True)])
+def test_sequences_have_room_for_a_sample_of_tokens(
+    file: Path, capacity: int, fits: bool
+) -> None:
+    """Of 33 tokens with its last label, padded to 48; ``max_tokens`` is of conversations."""
+    source = "[{kind: tokens, settings: {path: a.bin, length: 32}}]"
+    changes = [f"data.train={source}", f"data.held_out={source}", f"data.capacity={capacity}"]
+    if fits:
+        assert read_recipe(str(file), changes).of_tokens
+        return
+    with pytest.raises(JobError, match=r"at least 48 \(a sample's 33 tokens, padded .* and 47"):
+        read_recipe(str(file), changes)
+
+
+def test_the_kinds_of_data_are_those_that_can_be_opened() -> None:
+    assert sorted(DATA_KINDS) == sorted([*sources.KINDS, sources.TOKENS])
 
 
 def test_batches_that_can_just_be_shared_out(file: Path) -> None:

@@ -50,7 +50,7 @@ class TrainingLoop:
     )
     """Options that may not change in mid-run: it would train on other data than recorded."""
     results: tuple[str, ...] = (
-        *("checkpoints", "metrics.jsonl", "summary.json", "errors", "tensorboard"),
+        *("checkpoints", "metrics.jsonl", "summary.json", "answers.json", "errors", "tensorboard"),
         *("loss.png", "predictions.png", "layout.png", "report.html"),
     )
     """What a run leaves in ``options.out``; ``--fresh`` sets it aside."""
