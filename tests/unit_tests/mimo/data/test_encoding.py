@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -291,3 +292,34 @@ def test_a_folder_is_known_by_its_text_and_its_length(folder: Path, tmp_path: Pa
     assert ChatEncoder(folder, 201).fingerprint() != first
     save_text(tmp_path, template=TEMPLATE.replace("<|im_end|>\n", "<|im_end|>"))
     assert ChatEncoder(tmp_path, 200).fingerprint() != first
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "chat_template.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "tokenizer.model",
+        "merges.txt",
+        "chat_template.jinja",
+        "chat_templates/tool_use.jinja",
+        "preprocessor_config.json",
+    ],
+)
+def test_every_file_that_text_is_made_with_counts(
+    encoder: ChatEncoder, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    monkeypatch.setattr(encoder, "_folder", tmp_path / "copy")
+    before, file = encoder.fingerprint(), tmp_path / "copy" / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("{}")
+    changed = encoder.fingerprint()
+    assert changed != before
+    for weights in ("model.safetensors.index.json", "pytorch_model.bin.index.json", "model.bin"):
+        (tmp_path / "copy" / weights).write_text("{}")
+    assert encoder.fingerprint() == changed, "weights are no text"
+    file.rename(file.with_name(f"other-{file.name}"))
+    assert encoder.fingerprint() != changed, "names count"

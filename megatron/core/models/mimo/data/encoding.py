@@ -22,7 +22,8 @@ from megatron.core.models.mimo.data.places import Shown, foreign_tokens, places_
 
 _SAID = "fine"
 _PROBE = Conversation((Turn("user", (text("how"),)), Turn("assistant", (text(_SAID),))))
-_IMAGES = ("config.json", "preprocessor_config.json", "processor_config.json")
+_TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "chat_templates/*")
+_MADE = 2  # goes up when the same files make other tokens or rows than before
 
 
 class TemplateError(RuntimeError):
@@ -116,10 +117,12 @@ class ChatEncoder:
         """Return text that changes when samples would be encoded in another way."""
         import hashlib
 
-        names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", *_IMAGES)
-        state = hashlib.sha256(str(self.max_tokens).encode())
-        for path in (self._folder / name for name in names):
-            state.update(path.read_bytes() if path.is_file() else b"-")
+        state = hashlib.sha256(f"{_MADE} {self.max_tokens}".encode())
+        for path in sorted({path for how in _TEXT_FILES for path in self._folder.glob(how)}):
+            if not path.name.endswith(".index.json"):
+                name = path.relative_to(self._folder).as_posix()
+                content = path.read_bytes()
+                state.update(f"{name} {len(content)} ".encode() + content)
         return state.hexdigest()[:16]
 
     @property

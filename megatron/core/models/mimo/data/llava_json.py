@@ -67,10 +67,10 @@ class LlavaJson:
         return fingerprint_of([self._path], {"images": self._images})
 
     def _turn(self, said: Any, images: Iterator[str]) -> Turn:
-        needed = [said.get(name) for name in ("from", "value")] if isinstance(said, Mapping) else []
-        if not needed or not all(isinstance(each, str) for each in needed):
+        side = said.get("from") if isinstance(said, Mapping) else None
+        if not isinstance(side, str) or not isinstance(said.get("value"), str):
             raise SampleError("malformed", f"a turn needs from and value, got {said!r:.80}")
-        role = _ROLES.get(said["from"], said["from"])
+        role = _ROLES.get(side, side)
         parts: list[Part] = []
         for place, piece in enumerate(_PLACE.split(said["value"])):
             if place:
