@@ -30,6 +30,7 @@ from megatron.core.models.mimo.data.order import Order
 from megatron.core.models.mimo.data.prepared import (
     Prepared,
     encode_piece,
+    is_current,
     keep,
     known_key,
     write,
@@ -92,6 +93,7 @@ def open_data(
     text: ChatEncoder | int,
     folder: Path,
     answer_tokens: int,
+    retry: bool,
 ) -> Opened:
     """Open data sets and prepare them, all ranks together.
 
@@ -102,6 +104,8 @@ def open_data(
         folder: for what is prepared; a subfolder per data set.
         answer_tokens: 0 to train; else samples end before their last answer, with so many places
             for one.
+        retry: look again at what was unreadable when it was prepared; not for a run that goes on,
+            whose samples are to stay those that it began with.
 
     Raises:
         FolderError: a data set cannot be opened or prepared.
@@ -112,7 +116,7 @@ def open_data(
         if isinstance(text, int):
             opened.append((None, _tokens(part, text)))
         else:
-            opened.append(_conversations(part, data, text, folder, answer_tokens))
+            opened.append(_conversations(part, data, text, folder, answer_tokens, retry))
         skipped = opened[-1][1]
         if skipped.skipped and not data.skip:
             raise JobError(
@@ -135,12 +139,24 @@ def _tokens(part: SourcePart, vocabulary: int) -> TokenFiles:
 
 
 def _conversations(
-    part: SourcePart, data: DataPart, encoder: ChatEncoder, folder: Path, answer_tokens: int
+    part: SourcePart,
+    data: DataPart,
+    encoder: ChatEncoder,
+    folder: Path,
+    answer_tokens: int,
+    retry: bool,
 ) -> tuple[Source, Prepared]:
     encode = _asked(encoder, answer_tokens) if answer_tokens else encoder.encode
     source = on_all_ranks(lambda: open_source(part.kind, part.settings), f"open {part.kind}")
     key = _same_everywhere(lambda: _key(source, encoder, data, answer_tokens), part)
-    _prepare(source, encode, folder / key, key, look=data.look_at_images)
+    place, look = folder / key, data.look_at_images
+    found = on_all_ranks(
+        lambda: dist.get_rank() == 0
+        and (is_current(place, key, source, encode, look) if retry else known_key(place) == key),
+        f"open {place}",
+    )
+    if not gathered(found)[0]:
+        _prepare(source, encode, place, key, look=look)
     return source, on_all_ranks(lambda: Prepared(folder / key), "open prepared data")
 
 
@@ -183,9 +199,7 @@ def asked(conversation: Conversation) -> Conversation:
 
 
 def _prepare(source: Source, encode: Encode, place: Path, key: str, *, look: bool) -> None:
-    """Prepare a source unless it is; every rank encodes a part."""
-    if gathered(known_key(place))[0] == key:
-        return
+    """Prepare a source; every rank encodes a part."""
     rank, world, count = dist.get_rank(), dist.get_world_size(), len(source)
     own = range(count * rank // world, count * (rank + 1) // world)
     pieces = [place.with_name(f"{place.name}.rank_{number}") for number in range(world)]

@@ -198,6 +198,7 @@ class RecipeJob:
     ) -> None:
         self.recipe, self.folder, self.readers = recipe, folder, readers
         data, training = recipe.data, recipe.training
+        self._retry = fresh or not any((Path(recipe.run.out) / "checkpoints").glob("*"))
         self._text = None if recipe.of_tokens else self._text_of(folder)
         self.opened = self._open(data.train, 0)
         # What is wrong with it is not to be found when all is trained.
@@ -260,7 +261,7 @@ class RecipeJob:
     def _open(self, parts: Any, answer_tokens: int) -> Opened:
         place = Path(self.recipe.run.out) / "prepared"
         text = self._text or self._vocabulary()
-        return open_data(parts, self.recipe.data, text, place, answer_tokens)
+        return open_data(parts, self.recipe.data, text, place, answer_tokens, self._retry)
 
     def _open_held_out(self) -> tuple[Opened, Opened]:
         """What the loss is measured on, and the same to be answered."""

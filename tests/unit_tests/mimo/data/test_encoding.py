@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,7 @@ def test_text_alone(tmp_path: Path) -> None:
             "malformed",
             "the model sees images, the sample has",
         ),
+        (Conversation(said(["is it \ud800"], "no")), "malformed", "takes no such text"),
     ],
 )
 def test_samples_that_cannot_be_used_say_why(
@@ -178,6 +180,37 @@ def test_samples_that_cannot_be_used_say_why(
     with pytest.raises(SampleError, match=words) as caught:
         encoder.encode(sample)
     assert caught.value.reason == reason
+
+
+def test_what_an_assistant_says_first_is_learned(encoder: ChatEncoder) -> None:
+    greeting = Turn("assistant", (text("yes it is"),))
+    first = Conversation((greeting, *said(["what is this"], "a circle")))
+    found = encoder.encode(first)
+    spoken = encoder.tokenizer.decode(found.input_ids[found.learned])
+    assert spoken == "yes it is<|im_end|>a circle<|im_end|>"
+    assert found.input_ids.tolist() == theirs(encoder, first)
+    alone = encoder.encode(Conversation((greeting,)))
+    spoken = encoder.tokenizer.decode(alone.input_ids[alone.learned])
+    assert spoken == "yes it is<|im_end|>"
+
+
+def test_turns_that_a_template_refuses_are_malformed(tmp_path: Path) -> None:
+    """As Mistral's and Gemma's refuse two questions in a row."""
+    refusing = (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
+    )
+    save_text(tmp_path, template=refusing + TEMPLATE)
+    encoder = ChatEncoder(tmp_path, 200)
+    assert encoder.encode(Conversation(said(["what is this"], "a circle"))).learned.any()
+    twice = Conversation((SEVERAL.turns[1], *said(["is it red"], "yes")))
+    first = Conversation((SEVERAL.turns[2], *said(["is it red"], "yes")))
+    for sample in (twice, first):
+        with pytest.raises(SampleError, match="chat template refuses .*roles must") as caught:
+            encoder.encode(sample)
+        assert caught.value.reason == "malformed"
+    with pytest.raises(SampleError, match="chat template refuses .*roles must alternate"):
+        encoder.prompt(Conversation((SEVERAL.turns[1], SEVERAL.turns[1])))
 
 
 def test_a_run_of_places_is_never_cut(folder: Path) -> None:
@@ -234,8 +267,9 @@ def test_images_that_keep_their_shape(tmp_path: Path) -> None:
     images = transformers.Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size=size)
     images.save_pretrained(tmp_path)
     token = tokenizer.convert_tokens_to_ids("<image>")
+    film = tokenizer.convert_tokens_to_ids("<|pad|>")  # stands for what the model also sees
     known = {"image_token_id": token, "vision_config": {"spatial_merge_size": 2}}
-    (tmp_path / "config.json").write_text(json.dumps(known))
+    (tmp_path / "config.json").write_text(json.dumps({**known, "video_token_id": film}))
     encoder = ChatEncoder(tmp_path, 200)
     shown = [Part("image", "", BytesItem(png(1, size), "x")) for size in ((16, 8), (24, 32))]
     found = encoder.encode(Conversation(said([*shown, "what"], "red")))
@@ -247,6 +281,9 @@ def test_images_that_keep_their_shape(tmp_path: Path) -> None:
     assert (found.input_ids == token).sum() == 14
     with pytest.raises(SampleError, match="x is no image"):
         encoder.places.shown(BytesItem(b"x", "x"))
+    with pytest.raises(SampleError, match=r"the text has '<\|pad\|>', which stands for a v") as it:
+        encoder.encode(Conversation(said([shown[0], "what is <|pad|>"], "red")))
+    assert it.value.reason == "malformed"
 
 
 def test_a_folder_is_known_by_its_text_and_its_length(folder: Path, tmp_path: Path) -> None:
@@ -255,3 +292,34 @@ def test_a_folder_is_known_by_its_text_and_its_length(folder: Path, tmp_path: Pa
     assert ChatEncoder(folder, 201).fingerprint() != first
     save_text(tmp_path, template=TEMPLATE.replace("<|im_end|>\n", "<|im_end|>"))
     assert ChatEncoder(tmp_path, 200).fingerprint() != first
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "chat_template.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "tokenizer.model",
+        "merges.txt",
+        "chat_template.jinja",
+        "chat_templates/tool_use.jinja",
+        "preprocessor_config.json",
+    ],
+)
+def test_every_file_that_text_is_made_with_counts(
+    encoder: ChatEncoder, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    monkeypatch.setattr(encoder, "_folder", tmp_path / "copy")
+    before, file = encoder.fingerprint(), tmp_path / "copy" / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("{}")
+    changed = encoder.fingerprint()
+    assert changed != before
+    for weights in ("model.safetensors.index.json", "pytorch_model.bin.index.json", "model.bin"):
+        (tmp_path / "copy" / weights).write_text("{}")
+    assert encoder.fingerprint() == changed, "weights are no text"
+    file.rename(file.with_name(f"other-{file.name}"))
+    assert encoder.fingerprint() != changed, "names count"

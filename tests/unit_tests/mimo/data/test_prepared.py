@@ -21,11 +21,12 @@ from megatron.core.models.mimo.data.order import Order
 from megatron.core.models.mimo.data.prepared import (
     Prepared,
     encode_piece,
+    is_current,
     known_key,
 )
 from megatron.core.models.mimo.data.sources import SourceError
 from megatron.core.models.mimo.data.stream import BatchSize, SampleStream
-from tests.unit_tests.mimo.data.small import ROWS, Listed, image, said, save, save_text
+from tests.unit_tests.mimo.data.small import ROWS, Listed, image, png, said, save, save_text
 
 
 def broken(folder: Path) -> Conversation:
@@ -106,6 +107,22 @@ def test_a_folder_is_known_by_its_key_and_replaced_whole(
         assert known_key(place / "again") == key
     assert len(Prepared(place / "again")) == 1
     assert [path.name for path in place.glob(".*")] == []
+
+
+def test_what_was_unreadable_is_tried_again(tmp_path: Path, encoder: ChatEncoder) -> None:
+    """Images that are fetched later are trained on, though no file of text has changed."""
+    late = Conversation(said([Part("image", "", FileItem(tmp_path / "late.png"))], "yes"))
+    source = Listed([samples(tmp_path)[0], late, samples(tmp_path)[2], broken(tmp_path)])
+    save(tmp_path / "made", [encode_piece(source, encoder.encode, range(4), look=True)], "key")
+    how = {"key": "key", "source": source, "encode": encoder.encode, "look": True}
+    assert is_current(tmp_path / "made", **how)
+    assert not is_current(tmp_path / "made", **{**how, "key": "another"})
+    assert not is_current(tmp_path / "nothing", **how)
+    (tmp_path / "late.png").write_bytes(png(1))
+    assert not is_current(tmp_path / "made", **how)
+    save(tmp_path / "made", [encode_piece(source, encoder.encode, range(4), look=True)], "key")
+    assert is_current(tmp_path / "made", **how)
+    assert Prepared(tmp_path / "made").numbers.tolist() == [0, 1]
 
 
 def test_data_of_which_nothing_is_kept_is_refused(place: Path, encoder: ChatEncoder) -> None:

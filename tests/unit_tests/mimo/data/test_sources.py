@@ -223,6 +223,34 @@ def test_images_that_do_not_fit_their_places_are_malformed(tmp_path: Path) -> No
             source[number]
 
 
+LLAVA = (
+    ({"image": 5}, {}, "image is a name or a list of names, got 5"),
+    ({"image": [5]}, {}, r"image is a name or a list of names, got \[5\]"),
+    ({"image": {"a": "b"}}, {}, "image is a name or a list of names, got {"),
+    ({}, {"from": ["human"]}, r"needs from and value, got {'from': \['human'\]"),
+    ({}, {"value": 3}, "needs from and value"),
+)
+
+
+@pytest.mark.parametrize(("sample", "turn", "said"), LLAVA)
+def test_llava_samples_that_are_malformed_say_why(
+    tmp_path: Path, sample: dict[str, Any], turn: dict[str, Any], said: str
+) -> None:
+    file, whole = tmp_path / "a.json", {"from": "human", "value": "<image>x", **turn}
+    file.write_text(json.dumps([{"image": "a.png", **sample, "conversations": [whole]}]))
+    with pytest.raises(SampleError, match=said) as caught:
+        open_source("llava", {"path": file})[0]
+    assert caught.value.reason == "malformed"
+
+
+def test_members_that_are_no_names_are_malformed(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        said = messages(0, {"type": "image", "image": ["seen.png"]})
+        add(tar, "0.json", json.dumps({"messages": said}).encode())
+    with pytest.raises(SampleError, match=r"image \['seen.png'\] is no member; there are json"):
+        open_source("webdataset", {"path": str(tmp_path / "a.tar")})[0]
+
+
 def test_lines_are_found_again_only_when_the_file_has_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +298,10 @@ def test_lines_that_cross_blocks_are_found(tmp_path: Path, monkeypatch: pytest.M
 def test_items_that_cannot_be_read_say_so(tmp_path: Path) -> None:
     with pytest.raises(SampleError, match=r"nothing\.png cannot be read: No such file"):
         FileItem(tmp_path / "nothing.png").read()
+    for name, said in (("a\0.png", "embedded null"), ("\ud800.png", "surrogates not allowed")):
+        with pytest.raises(SampleError, match=f"cannot be read: .*{said}") as caught:
+            FileItem(tmp_path / name).read()
+        assert caught.value.reason == "unreadable"
     (tmp_path / "short").write_bytes(b"12345")
     assert StretchItem(tmp_path / "short", 1, 3, "a").read() == b"234"
     with pytest.raises(SampleError, match="a of .*short has 4 of its 9 bytes"):

@@ -82,7 +82,7 @@ def test_ranks_that_see_other_files_are_one_error_on_all(
     def open_it(rank: int) -> None:
         text = 7 if kind == "tokens" else encoder
         with pytest.raises(JobError) as caught:
-            data.open_data(parts, DataPart(parts), text, tmp_path, 0)
+            data.open_data(parts, DataPart(parts), text, tmp_path, 0, False)
         raised.append(str(caught.value))
 
     world.run(open_it)
@@ -213,7 +213,7 @@ def test_samples_that_are_asked_nothing_are_no_questions(tmp_path: Path) -> None
     with (tmp_path / "held_out.jsonl").open("a") as file:
         file.write("\n" + json.dumps({"messages": turns}))
     encoder = ChatEncoder(tmp_path, 100)
-    opened = data.open_data([source], DataPart([source]), encoder, tmp_path / "prepared", 4)
+    opened = data.open_data([source], DataPart([source]), encoder, tmp_path / "prepared", 4, False)
     assert opened.prepared[0].numbers.tolist() == [0]
     assert opened.skipped() == {"malformed": 1, "no_supervision": 1}
 
@@ -231,7 +231,7 @@ def test_a_run_does_not_go_on_in_the_midst_of_other_samples(
 
     def opened(*said: str) -> data.Opened:
         source = write_chat(tmp_path / f"{len(said)}{said}.jsonl", *said)
-        return data.open_data([source], DataPart([source]), encoder, tmp_path / "prepared", 0)
+        return data.open_data([source], DataPart([source]), encoder, tmp_path / "prepared", 0, False)
 
     def loop(*said: str) -> Any:
         found = recipe_loop(tmp_path, fresh=False)

@@ -132,8 +132,8 @@ def _bytes_of(path: Path, name: str, start: int, size: int) -> bytes:
         with path.open("rb") as file:
             file.seek(start)
             return file.read(size)
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, ValueError) as error:  # the latter for names that no file can have
+        reason = getattr(error, "strerror", None) or str(error)
         raise SampleError("unreadable", f"{name} cannot be read: {reason}") from error
 
 

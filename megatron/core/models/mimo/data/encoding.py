@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from megatron.core.models.mimo.data.conversation import Conversation, SampleError, Turn, text
-from megatron.core.models.mimo.data.places import Shown, places_of
+from megatron.core.models.mimo.data.places import Shown, foreign_tokens, places_of
 
 _SAID = "fine"
 _PROBE = Conversation((Turn("user", (text("how"),)), Turn("assistant", (text(_SAID),))))
-_IMAGES = ("config.json", "preprocessor_config.json", "processor_config.json")
+_TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "chat_templates/*")
+_MADE = 2  # goes up when the same files make other tokens or rows than before
 
 
 class TemplateError(RuntimeError):
@@ -82,7 +83,8 @@ class ChatEncoder:
                 "its fast version (tokenizer.json) there"
             )
         self._in_parts = self._takes_parts()
-        self._behind = self._behind_answers()
+        self._foreign = foreign_tokens(folder)
+        self._before, self._behind = self._around_answers()
         self.end, self._is_ended = self._end_of_answers()
 
     # ---- whole samples --------------------------------------------------------------------
@@ -115,10 +117,12 @@ class ChatEncoder:
         """Return text that changes when samples would be encoded in another way."""
         import hashlib
 
-        names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", *_IMAGES)
-        state = hashlib.sha256(str(self.max_tokens).encode())
-        for path in (self._folder / name for name in names):
-            state.update(path.read_bytes() if path.is_file() else b"-")
+        state = hashlib.sha256(f"{_MADE} {self.max_tokens}".encode())
+        for path in sorted({path for how in _TEXT_FILES for path in self._folder.glob(how)}):
+            if not path.name.endswith(".index.json"):
+                name = path.relative_to(self._folder).as_posix()
+                content = path.read_bytes()
+                state.update(f"{name} {len(content)} ".encode() + content)
         return state.hexdigest()[:16]
 
     @property
@@ -131,12 +135,17 @@ class ChatEncoder:
 
     def _render(self, messages: Sequence[dict[str, Any]], *, answer_next: bool) -> str:
         # The processor's own method looks for files to open, which takes most of its time.
-        return self.tokenizer.apply_chat_template(
-            list(messages),
-            chat_template=self._template,
-            tokenize=False,
-            add_generation_prompt=answer_next,
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=answer_next,
+            )
+        except MemoryError:
+            raise
+        except Exception as error:  # a template is a program, and may raise anything
+            raise SampleError("malformed", f"the chat template refuses it: {error}") from error
 
     def _messages(self, conversation: Conversation) -> list[dict[str, Any]]:
         """What the chat template reads: parts, or text in which places stand for images."""
@@ -156,19 +165,18 @@ class ChatEncoder:
         probe = {"role": "user", "content": [{"type": "text", "text": "probe"}]}
         try:
             found = self._render([probe], answer_next=False)
-        except Exception:  # whatever a template does to a list that it takes for text
+        except SampleError:  # whatever a template does to a list that it takes for text
             return False
         return self.places is not None and "probe" in found and "'type'" not in found
 
-    def _behind_answers(self) -> str:
-        """What the template writes behind an answer."""
+    def _around_answers(self) -> tuple[str, str]:
+        """What the template writes before an answer that follows a question, and behind it."""
         asked = self._messages(_PROBE)
         try:
+            question = self._render(asked[:1], answer_next=False)
             before = self._render(asked[:1], answer_next=True)
             whole = self._after(before, asked, answer_next=False)
-        except TemplateError:
-            raise
-        except Exception as error:  # a template is a program, and may raise anything
+        except SampleError as error:
             raise TemplateError(
                 f"the chat template of {self._folder} cannot write a question and its answer: "
                 f"{error}"
@@ -179,7 +187,7 @@ class ChatEncoder:
                 f"the chat template of {self._folder} does not write what an assistant says; use "
                 "one that does"
             )
-        return behind
+        return before.removeprefix(question) if before.startswith(question) else "", behind
 
     def _end_of_answers(self) -> tuple[int, bool]:
         """The token that ends an answer, and whether the template writes it."""
@@ -213,7 +221,7 @@ class ChatEncoder:
         done = ""
         for number, message in enumerate(messages):
             if message["role"] == "assistant":
-                before = self._after(done, messages[:number], answer_next=True)
+                before = self._asked_for(done, messages[: number + 1])
                 after = self._after(before, messages[: number + 1], answer_next=False)
                 answer, rest = self._cut_after_end(after[len(before) :])
                 pieces += [(before[len(done) :], False), (answer, True), (rest, False)]
@@ -221,6 +229,15 @@ class ChatEncoder:
         if messages[-1]["role"] != "assistant":
             pieces.append((self._after(done, messages, answer_next=False)[len(done) :], False))
         return pieces
+
+    def _asked_for(self, done: str, messages: list[dict[str, Any]]) -> str:
+        """The text up to the answer that is the last message."""
+        if len(messages) > 1:
+            return self._after(done, messages[:-1], answer_next=True)
+        # Nothing was asked, and templates write no text without messages.
+        whole = self._render(messages, answer_next=False)
+        at = whole.find(self._before)
+        return "" if at < 0 else whole[: at + len(self._before)]
 
     def _after(self, done: str, messages: list[dict[str, Any]], *, answer_next: bool) -> str:
         """The text of messages, which goes on where that of fewer ended."""
@@ -234,12 +251,12 @@ class ChatEncoder:
         return found
 
     def _cut_after_end(self, answer: str) -> tuple[str, str]:
-        if not self._is_ended:
+        if self._is_ended:
+            end = self.tokenizer.convert_ids_to_tokens(self.end)
+            at = answer.rfind(end)
+            stop = len(answer) if at < 0 else at + len(end)
+        else:
             stop = len(answer) - len(self._behind) * answer.endswith(self._behind)
-            return answer[:stop], answer[stop:]
-        end = self.tokenizer.convert_ids_to_tokens(self.end)
-        at = answer.rfind(end)
-        stop = len(answer) if at < 0 else at + len(end)
         return answer[:stop], answer[stop:]
 
     def _tokens(self, pieces: list[tuple[str, bool]], conversation: Conversation) -> Encoded:
@@ -254,9 +271,7 @@ class ChatEncoder:
         if left:
             has = len(rows) - len(left)
             raise SampleError("malformed", f"{len(rows)} items, and the text has places for {has}")
-        made = self.tokenizer(
-            text, add_special_tokens=self._adds_to(text), return_offsets_mapping=True
-        )
+        made = self._tokenized(text)
         if len(made["input_ids"]) > self.max_tokens:
             raise SampleError(
                 "too_long", f"{len(made['input_ids'])} tokens are more than {self.max_tokens}"
@@ -267,6 +282,21 @@ class ChatEncoder:
             rows=np.array(rows, dtype=np.int32),
             grids=np.array([each.grid for each in shown], dtype=np.int32).reshape(-1, 3),
         )
+
+    def _tokenized(self, text: str) -> Any:
+        try:
+            made = self.tokenizer(
+                text, add_special_tokens=self._adds_to(text), return_offsets_mapping=True
+            )
+        except (TypeError, ValueError) as error:  # halves of characters, which JSON can hold
+            raise SampleError("malformed", f"the tokenizer takes no such text: {error}") from error
+        for kind, token in self._foreign.items():
+            if token in made["input_ids"]:
+                said = self.tokenizer.convert_ids_to_tokens(token)
+                raise SampleError(
+                    "malformed", f"the text has {said!r}, which stands for a {kind}, and has none"
+                )
+        return made
 
     def _adds_to(self, text: str) -> bool:
         """Whether the tokenizer adds what its texts begin with, which a template may have written.

@@ -56,8 +56,7 @@ class LlavaJson:
         sample = self._samples[number]
         if not isinstance(sample, Mapping) or not isinstance(sample.get("conversations"), list):
             raise SampleError("malformed", f"sample {number} has no list of conversations")
-        named = sample.get("image") or []
-        images = iter([named] if isinstance(named, str) else named)
+        images = iter(_named(sample.get("image") or []))
         turns = tuple(self._turn(said, images) for said in sample["conversations"])
         if next(images, None) is not None:
             raise SampleError("malformed", f"sample {number} has more images than <image>")
@@ -68,9 +67,10 @@ class LlavaJson:
         return fingerprint_of([self._path], {"images": self._images})
 
     def _turn(self, said: Any, images: Iterator[str]) -> Turn:
-        if not isinstance(said, Mapping) or not isinstance(said.get("value"), str):
+        side = said.get("from") if isinstance(said, Mapping) else None
+        if not isinstance(side, str) or not isinstance(said.get("value"), str):
             raise SampleError("malformed", f"a turn needs from and value, got {said!r:.80}")
-        role = _ROLES.get(said.get("from", ""), str(said.get("from")))
+        role = _ROLES.get(side, side)
         parts: list[Part] = []
         for place, piece in enumerate(_PLACE.split(said["value"])):
             if place:
@@ -81,3 +81,10 @@ class LlavaJson:
             if piece:
                 parts.append(text(piece))
         return Turn(role, tuple(parts))
+
+
+def _named(image: Any) -> list[str]:
+    names = [image] if isinstance(image, str) else image
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise SampleError("malformed", f"image is a name or a list of names, got {image!r:.80}")
+    return names

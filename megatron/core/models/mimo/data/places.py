@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron.core.models.mimo.data.conversation import AnyItem, SampleError
+from megatron.core.models.mimo.data.conversation import ITEM_KINDS, AnyItem, SampleError
 from megatron.core.models.mimo.data.images import Size, size_of
 
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -68,6 +68,22 @@ def places_of(folder: Path, tokenizer: Any) -> Places | None:
 
     processor = AutoProcessor.from_pretrained(folder)
     return ProcessorPlaces(processor) if hasattr(processor, "tokenizer") else None
+
+
+def foreign_tokens(folder: Path) -> dict[str, int]:
+    """Return kind -> token of what a model sees or hears besides images, by its configuration.
+
+    Args:
+        folder: of the model.
+    """
+    config = folder / "config.json"
+    known = json.loads(config.read_text()) if config.is_file() else {}
+    found = {
+        kind: known.get(f"{kind}_token_id", known.get(f"{kind}_token_index"))
+        for kind in ITEM_KINDS
+        if kind != "image"
+    }
+    return {kind: token for kind, token in found.items() if token is not None}
 
 
 class ProcessorPlaces:

@@ -32,7 +32,7 @@ _META = "prepared.json"
 _ARRAYS = ("ids", "learned", "ends", "rows", "grids", "row_ends", "reasons")
 _PIECE = ("ids", "learned", "lengths", "rows", "grids", "items", "reasons")
 _ENDS = {"lengths": "ends", "items": "row_ends"}
-_KEPT = REASONS.index("kept")
+_KEPT, _UNREADABLE = REASONS.index("kept"), REASONS.index("unreadable")
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +159,31 @@ def known_key(folder: Path) -> str | None:
         return json.loads((folder / _META).read_text())["key"]
     except (OSError, ValueError, KeyError):
         return None
+
+
+def is_current(
+    folder: Path,
+    key: str,
+    source: Source,
+    encode: Callable[[Conversation], Encoded],
+    look: bool,
+) -> bool:
+    """Return whether what is prepared is of a key, and what was unreadable then still is.
+
+    Images are no part of a key; those that could not be read may have been fetched since.
+
+    Args:
+        folder: where it is.
+        key: that it should have.
+        source: of the samples.
+        encode: makes a sample into tokens.
+        look: whether every image's file is looked at.
+    """
+    if known_key(folder) != key:
+        return False
+    reasons = np.asarray(_opened(folder / "reasons.npy"))
+    numbers = np.flatnonzero(reasons == _UNREADABLE).tolist()
+    return bool((encode_piece(source, encode, numbers, look).reasons == _UNREADABLE).all())
 
 
 class Prepared:

@@ -89,7 +89,7 @@ def _samples(shard: Path) -> list[dict[str, StretchItem]]:
 
 
 def _member(members: Mapping[str, StretchItem], kind: str, said: Any) -> StretchItem:
-    if said not in members:
+    if not isinstance(said, str) or said not in members:
         has = ", ".join(sorted(members))
         raise SampleError("malformed", f"{kind} {said!r:.80} is no member; there are {has}")
     return members[said]
