@@ -207,9 +207,8 @@ def _taking(main_grad: torch.Tensor) -> Any:
     """A hook that adds a microbatch's gradient to ``main_grad`` and drops it."""
 
     def take(parameter: nn.Parameter) -> None:
-        gradient = parameter.grad
-        assert gradient is not None
-        main_grad.add_(local_part(gradient))
+        assert parameter.grad is not None
+        main_grad.add_(local_part(parameter.grad))
         parameter.grad = None
 
     return take
