@@ -6,11 +6,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mimo_colocated.cli import models
-from mimo_colocated.cli.importing import RECORD
+from mimo_colocated.cli.importing import RECORD, TORCH_NATIVE
 from mimo_colocated.cli.options import CommandOptions
 from mimo_colocated.launch.errors import JobError
+from mimo_colocated.launch.layouts import LANGUAGE
 
 _STEP = re.compile(r"step_(\d{8,})")
 
@@ -55,11 +57,9 @@ def source_of(options: CommandOptions, found: Found) -> Path:
     Raises:
         JobError: neither the user nor the checkpoint names it, or it is gone.
     """
-    from megatron.core.models.mimo.checkpoint.history import History
-
     if options.source is not None:
         return options.source
-    recorded = History(found.root, 1).manifest(found.step).extra.get(RECORD, {}).get("source")
+    recorded = _recorded(found).get("source")
     if recorded is None:
         raise JobError(
             f"the checkpoint in {found.root} does not say which Hugging Face folder its model "
@@ -72,6 +72,27 @@ def source_of(options: CommandOptions, found: Found) -> Path:
     return Path(recorded)
 
 
+def torch_native_of(options: CommandOptions, found: Found) -> list[str]:
+    """Return the checkpoint's torch-native modules.
+
+    Raises:
+        JobError: a layout that they do not take.
+    """
+    native = _recorded(found).get(TORCH_NATIVE, [])
+    if LANGUAGE in native and options.language.pp > 1:
+        raise JobError(
+            f"the language model of {found.root} is torch-native, which has no pipeline stages, "
+            f"and --language gives pp={options.language.pp}; give those ranks to tp, cp or dp"
+        )
+    return native
+
+
+def _recorded(found: Found) -> dict[str, Any]:
+    from megatron.core.models.mimo.checkpoint.history import History
+
+    return History(found.root, 1).manifest(found.step).extra.get(RECORD, {})
+
+
 def check_first(options: CommandOptions) -> None:
     """Refuse what can be refused before ranks start.
 
@@ -82,7 +103,9 @@ def check_first(options: CommandOptions) -> None:
     from megatron.core.models.mimo.huggingface.target import Target, TargetError
 
     with models.one_sentence():
-        source = source_of(options, find(options.checkpoint))
+        found = find(options.checkpoint)
+        source = source_of(options, found)
+        torch_native_of(options, found)
         models.check_source(source, options)
         with ModelFolder(source) as opened:
             target = Target(options.target, overwrite=options.more["overwrite"], source=opened)
@@ -101,7 +124,10 @@ def work(options: CommandOptions) -> None:
     found = find(options.checkpoint)
     with models.one_sentence():
         source = source_of(options, found)
-        built = models.build(source, options, load_weights=False, dtype=options.dtype)
+        native = torch_native_of(options, found)
+        built = models.build(
+            source, options, load_weights=False, dtype=options.dtype, torch_native=native
+        )
         CheckpointStore(found.root, built.layouts()).load(found.step, built.model)
         dtype = models.torch_dtype(options.dtype) if options.dtype else None
         with bar("writing") as tick:

@@ -13,6 +13,8 @@ from mimo_colocated.launch.errors import JobError
 
 RECORD = "huggingface"
 """What a checkpoint's manifest says of its source, among ``extra``."""
+TORCH_NATIVE = "torch_native"
+"""Field of it: the modules that are transformers' own, whose tensors have other names."""
 
 
 class NoOptimizer:
@@ -59,7 +61,7 @@ def work(options: CommandOptions) -> None:
 
 
 def source_of(folder: Path, built: Any) -> dict[str, Any]:
-    """Return what a checkpoint records of the folder that its model came from.
+    """Return what a checkpoint records of its model: where it came from, what it is built of.
 
     Args:
         folder: the Hugging Face folder.
@@ -68,4 +70,5 @@ def source_of(folder: Path, built: Any) -> dict[str, Any]:
     return {
         "source": str(folder.resolve()),
         "model_type": built.composite.language.config.model_type,
+        TORCH_NATIVE: list(built.torch_native),
     }

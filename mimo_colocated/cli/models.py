@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,12 @@ def layouts_of(composite: Any, options: CommandOptions) -> Mapping[str, Layout]:
 
 
 def build(
-    folder: Path, options: CommandOptions, *, load_weights: bool = True, dtype: str | None = None
+    folder: Path,
+    options: CommandOptions,
+    *,
+    load_weights: bool = True,
+    dtype: str | None = None,
+    torch_native: Collection[str] = (),
 ) -> Any:
     """Build the model on this rank, nothing of it to train; a bar shows how far it is.
 
@@ -155,6 +160,7 @@ def build(
         options: of the command.
         load_weights: read them.
         dtype: of the weights; the folder's by default.
+        torch_native: modules that are transformers' own.
     """
     from megatron.core.models.mimo.huggingface.build import BuildOptions, from_folder
     from mimo_colocated.cli.progress import bar
@@ -163,6 +169,7 @@ def build(
         dtype=torch_dtype(dtype or folder_dtype(folder)),
         sequence_parallel=sequence_parallel(options),
         freeze=_freeze,
+        torch_native=torch_native,
     )
     layouts = layouts_of(described(folder), options)
     with bar("reading") as tick:

@@ -85,6 +85,7 @@ def test_a_folder_goes_through_a_checkpoint_and_comes_back(
 ) -> None:
     manifest = json.loads((imported / "checkpoints" / "step_00000000" / "mimo.json").read_text())
     assert manifest["extra"]["huggingface"]["source"] == str(folder)
+    assert manifest["extra"]["huggingface"]["torch_native"] == []
     assert manifest["layouts"] == {"language": {"tp": 2, "cp": 1, "pp": 1, "dp": 1}}
     killed = mimo("export", imported, tmp_path / "out", program=("-c", KILLED))
     assert (killed.code, "was killed by SIGKILL" in killed.err) == (1, True)
@@ -227,10 +228,17 @@ def test_an_export_is_refused_before_a_rank_starts(
     for extra, said in (
         ({}, "does not say which Hugging Face folder its model came from; name it with --source"),
         ({"huggingface": {"source": "/gone"}}, "the model came from /gone, which is not there"),
+        (
+            {"huggingface": {"source": str(folder), "torch_native": ["language"]}},
+            "run is torch-native, which has no pipeline stages, and --language gives pp=2; give",
+        ),
     ):
         changed = {**entries, "extra": extra, "digest": None}
         (run / step.name / "mimo.json").write_text(json.dumps(changed))
-        assert said in refused(capsys, "export", run / step.name, tmp_path / "out")
+        words = refused(
+            capsys, "export", run / step.name, tmp_path / "out", "--language", "tp=1,pp=2"
+        )
+        assert said in words
 
 
 @pytest.mark.parametrize(

@@ -342,7 +342,8 @@ def test_a_language_model_with_experts_learns_token_files(tmp_path: Path) -> Non
 def test_a_model_that_pytorch_shards_follows_megatrons_layers(
     folders: Path, tmp_path: Path
 ) -> None:
-    """The same folder and data: transformers' modules over TP alone, Megatron's on one process."""
+    """The same folder and data: transformers' modules over TP alone and with FSDP, Megatron's on
+    one process. A checkpoint of the former is exported by a rank that needs no layout of theirs."""
     lines = [
         [
             {"role": "user", "content": f"what colour is {colour}"},
@@ -358,13 +359,24 @@ def test_a_model_that_pytorch_shards_follows_megatrons_layers(
         "training.lr": 1e-2,
         "data.held_out": talk,
     }
-    native = {"layout.language": "tp=2,dp=1"}
-    megatron = {"layout.language": "dp=1", "model.torch_native": "[]"}
-    for name, how in (("native", native), ("megatron", megatron)):
+    hows = {
+        "megatron": {"layout.language": "dp=1", "model.torch_native": "[]"},
+        "native": {"layout.language": "tp=2,dp=1"},
+        "fsdp": {"layout.language": "tp=2,dp=2"},
+    }
+    for name, how in hows.items():
         done = train(tmp_path / name, {**changes, **how}, recipe="torch-native-sft")
         assert done.code == 0, done.err
-    assert losses(tmp_path / "native") == pytest.approx(losses(tmp_path / "megatron"), rel=1e-4)
-    assert answers(tmp_path / "native") == answers(tmp_path / "megatron")
-    assert len(answers(tmp_path / "native")) == len(lines)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "native" / "exported")
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "megatron"), rel=1e-4)
+        assert answers(tmp_path / name) == answers(tmp_path / "megatron")
+        assert len(answers(tmp_path / name)) == len(lines)
+    exported = tmp_path / "fsdp" / "exported"
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported)
     assert type(model).__name__ == "Qwen2ForCausalLM"
+    given = ["-m", "mimo_colocated", "export", str(tmp_path / "fsdp"), str(tmp_path / "out")]
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES}
+    done = programs.run(given, Path.cwd(), environment, timeout=TIMEOUT_S)
+    assert done.returncode == 0, done.stderr
+    one, other = (load_file(each / "model.safetensors") for each in (exported, tmp_path / "out"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -85,8 +85,8 @@ TORCH_NATIVE_INSIDE = (
     Mutant(
         name="a-native-language-model-over-cp-counts-its-chunks-from-zero",
         file=_LANGUAGE,
-        old="        return own_chunks(whole, self._grid[0].get_pg(\"cp\"))",
-        new="        return whole[:, :length]",
+        old="            return own_chunks(positions, group)",
+        new="            return positions[:, :length]",
         tests=(_CUT + "test_over_the_gather_bridge",),
         why="rotary positions of a CP rank's tokens are those of the first ones",
         ranks=8,

@@ -277,6 +277,41 @@ def test_an_export_does_not_lose_the_tower(tmp_path: Path) -> None:
     built.destroy()
 
 
+def settings(**changes: Any) -> Any:
+    """What is read of Megatron's configuration of a modality."""
+    known = {"params_dtype": torch.float32, "recompute_granularity": None}
+    return SimpleNamespace(**{**known, "sequence_parallel": False, **changes})
+
+
+@pytest.mark.parametrize("granularity", [None, "selective", "full"])
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_tower_follows_the_model_s_options(granularity: str | None, asked: bool) -> None:
+    """What is given to the tower itself goes before."""
+    part = tower_part("images", DINO, token_id=98)
+    if asked:
+        part = tower_part("images", DINO, token_id=98, gradient_checkpointing=True)
+    groups = SimpleNamespace(tp=StubGroup(1), dp=StubGroup(1))
+    config = settings(recompute_granularity=granularity, sequence_parallel=True)
+    assert part.sequence_parallel
+    assert part.native is not None
+    whole = part.spec(config, groups, 24).submodules["encoders"][TOWER]
+    native = part.native.spec(config, groups, 24, grid=None).submodules["encoders"][TOWER]
+    for spec in (whole, native):
+        assert spec.params["gradient_checkpointing"] is (asked or granularity == "full")
+    assert native.params["sequence_parallel"] is True
+    assert "sequence_parallel" not in whole.params
+
+
+def test_a_tower_that_cannot_compute_again_is_refused() -> None:
+    groups = SimpleNamespace(tp=StubGroup(1), dp=StubGroup(1))
+    config = settings(recompute_granularity="full")
+    part = tower_part("images", DINO, token_id=98, part="embeddings")
+    with pytest.raises(UnsupportedModelError, match="Dinov2Embeddings cannot .*=False to keep"):
+        part.spec(config, groups, 24)
+    kept = tower_part("images", DINO, token_id=98, part="embeddings", gradient_checkpointing=False)
+    assert kept.spec(config, groups, 24) is not None
+
+
 @pytest.mark.parametrize(
     ("rows", "given", "width"),
     [
@@ -293,7 +328,7 @@ def test_a_projector_is_as_wide_as_the_rows_of_all_layers(
 ) -> None:
     part = tower_part("images", DINO, token_id=98, rows=rows, width=given)
     groups = SimpleNamespace(tp=StubGroup(1), dp=StubGroup(1))
-    spec = part.spec(SimpleNamespace(params_dtype=torch.float32), groups, 24)
+    spec = part.spec(settings(), groups, 24)
     (projector,) = spec.submodules["input_projections"]
     assert projector.params["in_features"] == width
     assert projector.params["out_features"] == 24

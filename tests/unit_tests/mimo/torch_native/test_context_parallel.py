@@ -170,7 +170,7 @@ def test_further_results_of_a_kernel_reach_its_backward(
 
 def cut(group: Any, *, cut_sequence: bool = True) -> Any:
     model = build("qwen3")
-    attend_over_cp(model, group, cut_sequence=cut_sequence)
+    attend_over_cp(model, group, cut_sequence=cut_sequence, together=group)
     return model
 
 
@@ -179,7 +179,7 @@ def test_a_model_of_one_rank_is_what_it_was(group: Any) -> None:
     whole = build("qwen3")
     model = copy.deepcopy(whole)
     theirs = model.config
-    attend_over_cp(model, group, cut_sequence=True)
+    attend_over_cp(model, group, cut_sequence=True, together=group)
     assert theirs._attn_implementation == "sdpa"
     ids, labels = tokens(2, 12)
     expected, found = whole(ids, labels=labels), model(ids, labels=labels)
@@ -195,6 +195,8 @@ def test_a_model_of_one_rank_is_what_it_was(group: Any) -> None:
     ("inputs", "words"),
     [
         ({"attention_mask": torch.ones(2, 12)}, "attention_mask is given, .*labels of -100, or"),
+        ({"logits_to_keep": 1}, "logits_to_keep=1 would count within each cp rank's chunks; leave"),
+        ({"logits_to_keep": torch.tensor([0])}, r"logits_to_keep=tensor\(\[0\]\) would count"),
         ({"past_key_values": object()}, "past_key_values is given, and over cp attention is"),
         (
             {"position_ids": torch.arange(6).repeat(2, 2)},

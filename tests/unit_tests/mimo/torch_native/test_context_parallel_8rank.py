@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.core.models.mimo.partition.sequence_order import SequenceShardError
 from megatron.core.models.mimo.torch_native import (
     clip_grad_norm,
     context_parallel,
@@ -17,7 +16,9 @@ from megatron.core.models.mimo.torch_native import (
     own_chunks,
     parallelize,
 )
+from megatron.core.models.mimo.torch_native.language_model import TorchNativeLanguageModel
 from megatron.core.models.mimo.torch_native.ring_attention import ring_attention
+from megatron.core.transformer.transformer_config import TransformerConfig
 from tests.harness.backend import own_device
 from tests.unit_tests.mimo.torch_native.native_cases import (
     BOUND,
@@ -68,10 +69,9 @@ def test_over_tp_cp_and_dp_everything_is_the_unsharded_model_s(monkeypatch) -> N
             patch.setattr(context_parallel, "ring_attention", dropping)
             with pytest.raises(AssertionError):
                 step(both)
-        # Each rank gives its chunks the other rank's positions; what checks them is off, too.
+        # Each rank gives its chunks the other rank's positions, after whole ones were checked.
         with monkeypatch.context() as patch:
             patch.setattr(context_parallel, "own_chunks", with_wrong_positions)
-            patch.setattr(context_parallel, "_check_cut", lambda *_: None)
             with pytest.raises(AssertionError):
                 step(both)
 
@@ -133,7 +133,59 @@ def test_what_does_not_fit_is_refused_alike() -> None:
         wanted = rf"inputs of ranks \[{first + 2}\] are not those of rank {first}; ranks of a TP gr"
         with pytest.raises(ValueError, match=wanted + r"oup and of a CP group take the same"):
             model(ids)
-        with pytest.raises(SequenceShardError, match="divisible by 4 .*got 14; pad it to 16"):
+        with pytest.raises(ValueError, match="^Sequence .* divisible by 4 .*got 14; pad it to 16"):
             model(ids)
         with pytest.raises(ValueError, match="under tp and cp a rank has .*heads and tokens only"):
             model(ids, output_attentions=True)
+
+
+def boundary_at(*starts: int) -> torch.Tensor:
+    """Positions of two packed rows that begin anew at these tokens."""
+    ends = [*starts[1:], LENGTH]
+    lengths = [end - start for start, end in zip(starts, ends, strict=True)]
+    counts = [torch.arange(length, device=own_device()) for length in lengths]
+    return torch.cat(counts).expand(2, LENGTH)
+
+
+@pytest.mark.parametrize("cut_sequence", [True, False])
+def test_what_one_rank_refuses_no_rank_enters(cut_sequence: bool) -> None:
+    """The boundary is in the last chunk, which CP rank 0 of one data rank has."""
+    with grid_of(2, 2, cp=2) as grid:
+        here, group = grid.coords(dist.get_rank()), grid.get_pg("cp")
+        model = parallelize(build("qwen2"), grid, cut_sequence=cut_sequence)
+        counted = torch.arange(LENGTH, device=own_device()).expand(2, LENGTH)
+        given = {"input_ids": tokens(2, LENGTH)[0], "position_ids": counted}
+        packed = given | {"position_ids": boundary_at(0, 14)}
+        for inputs in (given, packed, given):  # not in the first forward only
+            own = packed if inputs is packed and here["dp"] == 1 else given
+            if not cut_sequence:
+                own = {name: own_chunks(each, group) for name, each in own.items()}
+            if inputs is given:
+                assert model(**own).logits.shape == (2, LENGTH // 2, 99)
+                continue
+            ranks = "4, 5, 6, 7" if cut_sequence else "4, 5"
+            wanted = rf"^on ranks \[{ranks}\]: position_ids do not count the tokens of one"
+            with pytest.raises(ValueError, match=wanted):
+                model(**own)
+
+
+def test_a_language_model_judges_whole_positions() -> None:
+    """Also a boundary between chunks, after which each chunk counts on."""
+    with grid_of(2, 2, cp=2) as grid:
+        config = TransformerConfig(
+            num_layers=2,
+            hidden_size=40,
+            num_attention_heads=8,
+            tensor_model_parallel_size=2,
+            context_parallel_size=2,
+        )
+        model = TorchNativeLanguageModel(config, build("qwen2"), grid)
+        model.shard()
+        counted = torch.arange(LENGTH, device=own_device()).expand(2, LENGTH)
+        jump = counted + 5 * ((counted >= 4) & (counted < 12))
+        ids = own_chunks(tokens(2, LENGTH)[0], grid.get_pg("cp"))
+        assert model(ids, counted, None).shape == (2, LENGTH // 2, 50)
+        for wrong in (boundary_at(0, 4, 12, 14), jump):
+            own = wrong if grid.coords(dist.get_rank())["dp"] == 0 else counted
+            with pytest.raises(ValueError, match=r"^on ranks \[0, 1, 2, 3\]: position_ids do not"):
+                model(ids, own, None)

@@ -63,7 +63,7 @@ def test_over_the_routed_bridge_with_mistakes_and_what_norms_keep(
         dropped = _gradient_error(built, trainer, task, expected)
     with monkeypatch.context() as patch:
         patch.setattr(language_model, "own_chunks", lambda whole, group: _flipped(whole, group))
-        patch.setattr(context_parallel, "_check_cut", lambda *_: None)
+        patch.setattr(context_parallel, "_check_chunks", lambda *_: None)
         misplaced = _gradient_error(built, trainer, task, expected)
     built.destroy()
     assert min(dropped, misplaced) > 0.01

@@ -166,14 +166,22 @@ def test_inputs_that_it_would_ignore_are_refused(inputs: dict[str, Any], message
 )
 def test_modules_without_a_native_form_are_refused(model: Any, names: Any, message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
-        with_native_parts(describe(model()), names)
+        with_native_parts(describe(model()), names, "full")
 
 
 def test_only_named_encoders_are_native() -> None:
     composite = describe(llava("clip-llama").config)
     assert composite.encoders[0].native is not None
-    assert with_native_parts(composite, ["images"]).encoders[0].native is not None
-    assert with_native_parts(composite, ["language"]).encoders[0].native is None
+    assert with_native_parts(composite, ["images"], "full").encoders[0].native is not None
+    assert with_native_parts(composite, ["language"], "full").encoders[0].native is None
+    assert with_native_parts(composite, [], "selective").encoders[0].native is None
+
+
+@pytest.mark.parametrize("name", ["images", "language"])
+def test_selective_recomputation_is_refused(name: str) -> None:
+    words = rf"recompute='selective' is of Megatron's .*names \['{name}'\], .*take 'full' or 'none'"
+    with pytest.raises(UnsupportedModelError, match=words):
+        with_native_parts(describe(llava("clip-llama").config), [name], "selective")
 
 
 @pytest.fixture

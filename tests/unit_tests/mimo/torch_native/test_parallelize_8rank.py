@@ -59,11 +59,13 @@ def step(both: Pair, length: int, **more: Any) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("dp, tp", [(1, 2), (1, 4), (2, 2), (4, 2)])
+@pytest.mark.parametrize("dp, tp", [(1, 2), (1, 4), (2, 2), (4, 2), (8, 1)])
 def test_loss_and_every_gradient_are_those_of_the_unsharded_model(dp, tp, tied) -> None:
     with side_by_side(dp, tp) as grid:
         both = pair("qwen2", grid, tie_word_embeddings=tied)
         step(both, 13)
+        # A rank keeps of a gradient what it keeps of the weight, with FSDP and without.
+        assert all(p.grad.placements == p.placements for p in both.sharded.parameters())
 
 
 @pytest.mark.parametrize("dp, tp", [(2, 4)])

@@ -72,7 +72,9 @@ class BuildOptions:
         bridge: ``"routed"`` or ``"gather"``.
         packed: the language model takes packed sequences.
         virtual_stages: stages per rank of a pipelined language model.
-        recompute: ``"none"``, ``"selective"`` or ``"full"``, in all modules.
+        recompute: ``"none"``, ``"selective"`` or ``"full"``, in all modules. Of transformers' own
+            there is no selective: torch-native ones refuse it, whole towers of one's own keep what
+            they compute.
         seed: of weights that no folder has, and of dropout.
         freeze: stops the training of parts before gradient buffers are made; called with the
             ``MimoModel``.
@@ -111,12 +113,14 @@ class ImportedModel(BuiltModel):
         parts: its modules with their tables, in the folder's spelling.
         source: the folder, or the folders that it was put together from.
         config_fields: that have other values than in the source's configuration.
+        torch_native: names of its torch-native modules, sorted.
     """
 
     composite: Composite
     parts: tuple[Part, ...]
     source: Path | Folders
     config_fields: Mapping[str, Any]
+    torch_native: tuple[str, ...]
 
 
 def from_folder(
@@ -173,7 +177,7 @@ def import_from(
         composite: what it is made of.
         layouts, options, load_weights, tick: as there.
     """
-    composite = with_native_parts(composite, options.torch_native)
+    composite = with_native_parts(composite, options.torch_native, options.recompute)
     check_fits(
         composite,
         layouts,
@@ -199,6 +203,7 @@ def import_from(
         parts=known,
         source=opened.source,
         config_fields=dict(options.config_fields),
+        torch_native=tuple(sorted(options.torch_native)),
     )
 
 
@@ -216,7 +221,7 @@ def check_headers(folder: str | Path) -> None:
     """
     options = BuildOptions(dtype=torch.get_default_dtype())
     opened, composite = _opened(folder, options)
-    composite = with_native_parts(composite, options.torch_native)
+    composite = with_native_parts(composite, options.torch_native, options.recompute)
     modules = (LANGUAGE, *(part.modality for part in composite.encoders))
     layouts = dict.fromkeys(modules, Layout())
     with opened:

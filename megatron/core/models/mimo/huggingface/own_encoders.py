@@ -65,7 +65,9 @@ def tower_part(
         rows: what of the tower's output are rows.
         width: of a row; None for the configuration's ``hidden_size``, once per hidden state.
         projector: makes the spec of what leads to the language model's width.
-        **encoder: further arguments of :class:`.HuggingFaceEncoder`.
+        **encoder: further arguments of :class:`.HuggingFaceEncoder`, split over TP of
+            :class:`.TorchNativeEncoder`. Without ``gradient_checkpointing`` among them blocks are
+            computed again where the model is built with ``recompute="full"``.
     """
     config, rows = _config_of(source), rows or Rows()
     given = {"source": source, "rows": rows, **encoder}
@@ -87,6 +89,7 @@ def tower_part(
         native=NativeForm(functools.partial(_native_spec, **known), {}),
         family=family,
         config=config,
+        sequence_parallel=True,  # where PyTorch splits it; at TP 1 there is nothing to cut
         drawn=("encoders.", "input_projections."),
     )
 
@@ -151,7 +154,7 @@ def _spec(
             f"BuildOptions(torch_native=[{modality!r}])"
         )
     dtype = config.params_dtype
-    tower = ModuleSpec(module=HuggingFaceEncoder, params=_read(given, dtype))
+    tower = ModuleSpec(module=HuggingFaceEncoder, params=_read(given, config))
     return _modality(tower, projector(width, language_hidden, dtype), groups)
 
 
@@ -167,14 +170,29 @@ def _native_spec(
 ) -> ModuleSpec:
     """The modality: the tower, cut over TP, and its projector, whole on every rank."""
     dtype = config.params_dtype
-    tower = ModuleSpec(module=TorchNativeEncoder, params={"grid": grid, **_read(given, dtype)})
+    more = {"grid": grid, "sequence_parallel": config.sequence_parallel}
+    tower = ModuleSpec(module=TorchNativeEncoder, params={**more, **_read(given, config)})
     return _modality(tower, projector(width, language_hidden, dtype), groups)
 
 
-def _read(given: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """An encoder's arguments with the tower, read here: a rank that cannot is heard by others."""
-    own = {**given, "dtype": dtype}
-    own["source"] = read_tower(own["source"], own.pop("tower_class", None), dtype)
+def _read(given: Mapping[str, Any], config: TransformerConfig) -> dict[str, Any]:
+    """An encoder's arguments with the tower, read here: a rank that cannot is heard by others.
+
+    Raises:
+        UnsupportedModelError: the tower cannot compute its blocks again, and is to.
+    """
+    dtype = config.params_dtype
+    again = config.recompute_granularity == "full"
+    own = {"gradient_checkpointing": again, **given, "dtype": dtype}
+    read = own["source"] = read_tower(own["source"], own.pop("tower_class", None), dtype)
+    tower = read.model.get_submodule(own.get("part", ""))
+    can = getattr(tower, "supports_gradient_checkpointing", False)
+    if own["gradient_checkpointing"] and not can:
+        raise UnsupportedModelError(
+            f"{type(tower).__name__} cannot compute its blocks again in backward, as "
+            "gradient_checkpointing or recompute='full' asks; give tower_part "
+            "gradient_checkpointing=False to keep its activations"
+        )
     return own
 
 

@@ -34,7 +34,9 @@ _MODEL = "model."
 """Prefix of transformers' names in a :class:`.TorchNativeLanguageModel`."""
 
 
-def with_native_parts(composite: Composite, names: Collection[str]) -> Composite:
+def with_native_parts(
+    composite: Composite, names: Collection[str], recompute: str
+) -> Composite:
     """Return the model with encoders that are built of transformers' own modules.
 
     Those that are not named lose their native form.
@@ -42,9 +44,11 @@ def with_native_parts(composite: Composite, names: Collection[str]) -> Composite
     Args:
         composite: the model.
         names: of the torch-native modules.
+        recompute: of all modules.
 
     Raises:
-        UnsupportedModelError: a module that the model lacks, or whose native form is not known.
+        UnsupportedModelError: a module that the model lacks, or whose native form is not known;
+            recomputation that transformers' modules do not have.
     """
     if isinstance(names, str):
         raise UnsupportedModelError(f"torch_native={names!r} is a name; give several: [{names!r}]")
@@ -53,6 +57,12 @@ def with_native_parts(composite: Composite, names: Collection[str]) -> Composite
     if unknown:
         raise UnsupportedModelError(
             f"torch_native names {unknown}, but the model's modules are {sorted(known)}"
+        )
+    if names and recompute == "selective":
+        raise UnsupportedModelError(
+            f"recompute='selective' is of Megatron's layers, and torch_native names "
+            f"{sorted(names)}, whose blocks are computed again whole or not at all; take 'full' or "
+            "'none'"
         )
     for part in composite.encoders:
         if part.modality in names and part.native is None:

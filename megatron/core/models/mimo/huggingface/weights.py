@@ -167,8 +167,9 @@ def _held(part: Part, name: str, parameter: Parameter) -> Held:
             "add a line for it (docs/models.md)"
         )
     if isinstance(parameter, DTensor):
-        # First of its grid: TP, then DP, of a module that is cut by nothing else.
-        first = part.groups.tp.rank() == part.groups.dp.rank() == 0
+        # First of its grid, by all that cuts such a module; a module without CP may lack its group.
+        cutting = (part.groups.tp, part.groups.cp, part.groups.dp)
+        first = all(group is None or group.rank() == 0 for group in cutting)
         parameter = Parameter(gathered_tensor(parameter.detach()), requires_grad=False)
         return Held(join(part.name, name), parameter, source, Shard(), part.heads, first)
     expert = ".experts." in name

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+_Judged = TypeVar("_Judged")
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -35,6 +36,33 @@ def raise_on_all(problem: str, groups: list[dist.ProcessGroup]) -> None:
         ranks = [rank for rank, each in problems.items() if each == first]
         where = "" if len(ranks) == len(found) else f"on ranks {ranks}: "
         raise ValueError(where + first)
+
+
+def judged_together(
+    judge: Callable[[], _Judged], group: dist.ProcessGroup, device: torch.device
+) -> _Judged:
+    """Return what ``judge`` returns, or raise on all ranks of a group what it raises on any.
+
+    All ranks call it together. Where nothing is wrong one number is exchanged.
+
+    Args:
+        judge: without communication; raises a ``ValueError`` for what does not fit.
+        group: the ranks.
+        device: that the group communicates from.
+
+    Raises:
+        ValueError: the first rank's problem that has one, with its ranks.
+    """
+    judged, problem = [], ""
+    try:
+        judged.append(judge())
+    except ValueError as error:
+        problem = str(error)
+    refused = torch.tensor([int(bool(problem))], device=device)
+    dist.all_reduce(refused, op=dist.ReduceOp.MAX, group=group)
+    if int(refused):
+        raise_on_all(problem, [group])
+    return judged[0]
 
 
 def raise_if_different(what: str, digest: str, remedy: str, groups: list[Any]) -> None:

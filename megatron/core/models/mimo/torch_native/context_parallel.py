@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron.core.models.mimo.partition.utils import get_batch_on_this_cp_rank
+from megatron.core.models.mimo.torch_native.agreed import judged_together
 from megatron.core.models.mimo.torch_native.ring_attention import ring_attention, ring_problem
 
 _ATTENTION = "mimo_ring_attention"
@@ -93,7 +94,13 @@ def _problems(model: Any, precision: torch.dtype | None) -> Iterator[str]:
         yield ring_problem(weight.device, precision or weight.dtype, width)
 
 
-def attend_over_cp(model: Any, group: dist.ProcessGroup, *, cut_sequence: bool) -> None:
+def attend_over_cp(
+    model: Any,
+    group: dist.ProcessGroup,
+    *,
+    cut_sequence: bool,
+    together: dist.ProcessGroup,
+) -> None:
     """Put ring attention in the place of a model's own, and cut what the model is called with.
 
     Args:
@@ -101,6 +108,8 @@ def attend_over_cp(model: Any, group: dist.ProcessGroup, *, cut_sequence: bool) 
         group: the CP ranks.
         cut_sequence: the model is called with whole sequences, the same on all ranks of the
             group; else with a rank's chunks, with ``position_ids`` and ``shift_labels``.
+        together: ranks that run every forward together, which refuse what one of them has to
+            refuse: those of ``group``, with FSDP all of its.
     """
     from transformers import AttentionInterface
 
@@ -118,11 +127,16 @@ def attend_over_cp(model: Any, group: dist.ProcessGroup, *, cut_sequence: bool) 
     def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = signature.bind_partial(*args, **kwargs).arguments
         inputs = {**inputs.pop("kwargs", {}), **inputs}
-        _refuse_inputs(inputs)
-        if cut_sequence:
-            inputs |= _cut(inputs, group)
-        _check_cut(inputs, group)
-        return (), inputs
+
+        def judged() -> dict[str, Any]:
+            _refuse_inputs(inputs)
+            if cut_sequence:
+                return inputs | _cut(inputs, group)
+            _check_chunks(inputs, group)
+            return inputs
+
+        # In every forward: one rank that stops alone leaves the others in attention or in FSDP.
+        return (), judged_together(judged, together, model.device)
 
     model.register_forward_pre_hook(take, with_kwargs=True, prepend=True)
 
@@ -143,6 +157,8 @@ def _cut(inputs: dict[str, Any], group: dist.ProcessGroup) -> dict[str, Tensor]:
     positions = inputs.get("position_ids")
     if positions is None:
         positions = torch.arange(length, device=tokens.device)[None]
+    else:
+        check_one_sequence(positions)
     whole["position_ids"] = positions.expand(samples, length)
     labels, shifted = inputs.get("labels"), inputs.get("shift_labels")
     if shifted is None and labels is not None:
@@ -160,10 +176,28 @@ def _refuse_inputs(inputs: dict[str, Any]) -> None:
                 f"{name} is given, and over cp attention is causal over whole sequences without "
                 "one; pad at the end, with labels of -100, or take cp 1"
             )
+    kept = inputs.get("logits_to_keep")
+    if torch.is_tensor(kept) or kept:
+        raise ValueError(
+            f"logits_to_keep={kept} would count within each cp rank's chunks; leave it out, and "
+            "choose from the logits of own_chunks' tokens, or take cp 1"
+        )
 
 
-def _check_cut(inputs: dict[str, Any], group: dist.ProcessGroup) -> None:
-    """Refuse chunks that are not those of one sequence; what attends looks at no position."""
+def check_one_sequence(whole: Tensor) -> None:
+    """Refuse positions that are not those of one sequence; what attends looks at no position.
+
+    Args:
+        whole: position ids ``(B, S)`` before they are cut, from any first one.
+
+    Raises:
+        ValueError: a row does not count its tokens.
+    """
+    _check_counted(whole, torch.arange(whole.shape[-1], device=whole.device)[None])
+
+
+def _check_chunks(inputs: dict[str, Any], group: dist.ProcessGroup) -> None:
+    """Refuse chunks that a caller has cut and that are not those of one sequence."""
     positions = inputs.get("position_ids")
     if positions is None:
         raise ValueError(
@@ -175,8 +209,11 @@ def _check_cut(inputs: dict[str, Any], group: dist.ProcessGroup) -> None:
             "labels of a chunk lack the token after it; give shift_labels, the next token of each, "
             "as well: own_chunks(shift_labels, group)"
         )
-    length = positions.shape[-1] * group.size()
-    wanted = own_chunks(torch.arange(length, device=positions.device)[None], group)
+    counted = torch.arange(positions.shape[-1] * group.size(), device=positions.device)
+    _check_counted(positions, own_chunks(counted[None], group))
+
+
+def _check_counted(positions: Tensor, wanted: Tensor) -> None:
     if not torch.equal(positions - positions[:, :1], (wanted - wanted[:, :1]).expand_as(positions)):
         raise ValueError(
             "position_ids do not count the tokens of one sequence, as of packed samples or of "

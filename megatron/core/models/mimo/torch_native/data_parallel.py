@@ -17,19 +17,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import TorchFullyShardedDataParallel
 from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.models.mimo.torch_native.local_shards import LocalShards, local_part
 from megatron.core.models.mimo.torch_native.part import native_parts
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 
 
 class TorchNativeParallel(TorchFullyShardedDataParallel):
@@ -43,6 +47,10 @@ class TorchNativeParallel(TorchFullyShardedDataParallel):
         module: with weights as they are to be, and with what trains chosen.
         pg_collection: the module's groups.
 
+    Raises:
+        ValueError: Megatron's layers cut a weight over TP, too; or what :func:`.parallelize`
+            refuses.
+
     Attributes:
         local_shards: what this rank holds, for optimizers and checkpoints.
     """
@@ -54,6 +62,7 @@ class TorchNativeParallel(TorchFullyShardedDataParallel):
         self.ddp_config.overlap_param_gather = False
         self.ddp_config.use_distributed_optimizer = False
         self.pg_collection = pg_collection
+        _refuse_megatron_s_cuts(module, pg_collection.tp.size())
         for part in native_parts(module):
             part.shard()
         self.fsdp = any(isinstance(part, FSDPModule) for part in module.modules())
@@ -151,6 +160,8 @@ class TorchNativeParallel(TorchFullyShardedDataParallel):
         for name, tensor in nn.Module.state_dict(self, keep_vars=True).items():
             if f"{prefix}{name}" in known or id(tensor) in tied:
                 continue
+            if not torch.is_tensor(tensor):  # Megatron's layers have an empty _extra_state
+                continue
             state[f"{prefix}{name}"] = self._sharded(f"{prefix}{name}", tensor, None)
         return state
 
@@ -177,16 +188,27 @@ class TorchNativeParallel(TorchFullyShardedDataParallel):
         )
 
 
+def _refuse_megatron_s_cuts(module: nn.Module, tp: int) -> None:
+    """Refuse weights of which a TP rank holds a part that no ``DTensor`` tells of."""
+    if tp == 1:
+        return
+    for path, owner in module.named_modules():
+        cut = isinstance(owner, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding))
+        for key, parameter in owner.named_parameters(recurse=False):
+            if getattr(parameter, "tensor_model_parallel", False) or (cut and key == "weight"):
+                raise ValueError(
+                    f"{path}.{key} is cut over tp {tp} by Megatron's layers, beside a torch-native "
+                    "part of the same module, which would be taken for whole; take a projector "
+                    "that is whole on each rank, such as torch.nn.Linear, or tp 1"
+                )
+
+
 def _taking(main_grad: torch.Tensor) -> Any:
     """A hook that adds a microbatch's gradient to ``main_grad`` and drops it."""
 
     def take(parameter: nn.Parameter) -> None:
-        gradient = parameter.grad
-        assert gradient is not None
-        if isinstance(gradient, DTensor):
-            # PyTorch may leave it whole, or as parts of a sum: a vocabulary's without FSDP.
-            gradient = gradient.redistribute(placements=cast(DTensor, parameter).placements)
-        main_grad.add_(local_part(gradient))
+        assert parameter.grad is not None
+        main_grad.add_(local_part(parameter.grad))
         parameter.grad = None
 
     return take

@@ -14,8 +14,13 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate
 
 from megatron.core.hyper_comm_grid import HyperCommGrid
-from megatron.core.models.mimo.torch_native.context_parallel import own_chunks
+from megatron.core.models.mimo.torch_native.agreed import judged_together
+from megatron.core.models.mimo.torch_native.context_parallel import (
+    check_one_sequence,
+    own_chunks,
+)
 from megatron.core.models.mimo.torch_native.loss import cross_entropy
+from megatron.core.models.mimo.torch_native.meshes import FSDP, mesh_in
 from megatron.core.models.mimo.torch_native.parallelize import parallelize
 from megatron.core.models.mimo.torch_native.part import TorchNativePart
 from megatron.core.models.mimo.torch_native.plans import Plan
@@ -160,10 +165,16 @@ class TorchNativeLanguageModel(TorchNativePart, MegatronModule):
         cp = self.config.context_parallel_size
         if cp == 1:
             return whole
-        if whole is None:
-            device = next(self.model.parameters()).device
-            whole = torch.arange(length * cp, device=device).expand(samples, -1)
-        return own_chunks(whole, self._grid[0].get_pg("cp"))
+        device, group = next(self.model.parameters()).device, self._grid[0].get_pg("cp")
+        counted = torch.arange(length * cp, device=device).expand(samples, -1)
+        positions = counted if whole is None else whole
+
+        def judged() -> Tensor:
+            # The whole: a boundary may lie in the chunks of some ranks only.
+            check_one_sequence(positions)
+            return own_chunks(positions, group)
+
+        return judged_together(judged, mesh_in(self.model).get_group(FSDP), device)
 
 
 class TokenEmbedding(nn.Module):

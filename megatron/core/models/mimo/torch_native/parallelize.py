@@ -84,7 +84,9 @@ def parallelize(
 
     With ``cp`` above 1 the ranks of a CP group are called with the same samples, too, and each
     runs its chunks of them: logits and other outputs are those of its chunks, ``(B, S/cp, ...)``.
-    FSDP then shards over ``cp`` times ``dp``, and loss and gradients are still those of all.
+    FSDP then shards over ``cp`` times ``dp``, and loss and gradients are still those of all. In
+    every forward what one rank has to refuse is refused by all that FSDP connects, without FSDP
+    by the ranks of the CP group.
 
     Args:
         model: as transformers builds it, with the same weights on every rank.
@@ -92,8 +94,9 @@ def parallelize(
         plan: how modules are split; None takes the family's.
         sequence_parallel: norms and residuals on 1/tp of the sequence; else on each rank.
         loss_parallel: logits come back as a ``DTensor`` split by vocabulary; else whole.
-        fsdp: shard weights over ``dp`` (FSDP2), block by block. Without it every data rank keeps
-            its TP part, and adding up gradients over ``dp`` is the caller's.
+        fsdp: shard weights over ``cp`` times ``dp`` (FSDP2), block by block. Without it every
+            rank of them keeps its TP part, and adding up gradients over both is the caller's:
+            over ``grid.get_or_create_pg(["cp", "dp"])``, or ``"dp"`` without ``cp``.
         activation_checkpointing: compute blocks again in backward; dropout is replayed.
         precision: in which FSDP computes, such as ``torch.bfloat16``; gradients are summed in
             fp32, weights keep their dtype. A policy of FSDP's is taken as it is.
@@ -125,7 +128,8 @@ def parallelize(
         model.loss_function = causal_loss(mesh.get_group(FSDP))
     alike = {"a TP group": mesh.get_group(TP)} if mesh[TP].size() > 1 else {}
     if cp is not None:
-        attend_over_cp(model, cp, cut_sequence=cut_sequence)
+        together = mesh.get_group(FSDP) if fsdp else cp
+        attend_over_cp(model, cp, cut_sequence=cut_sequence, together=together)
         alike |= {"a CP group": cp} if cut_sequence else {}
     if alike:
         _check_first_batch(model, alike)

@@ -82,8 +82,8 @@ class TensorParallel:
             # Every rank has the same weights (checked before), so nothing is sent.
             data = distribute_tensor(parameter.data, self.mesh, [placement], src_data_rank=None)
             made = nn.Parameter(data)
-            if isinstance(placement, Replicate):  # also of a frozen one, which may train later
-                made.register_post_accumulate_grad_hook(_finish_sum)
+            # Also of a frozen one, which may train later.
+            made.register_post_accumulate_grad_hook(_place_gradient)
             made.requires_grad_(parameter.requires_grad)
             self._distributed[parameter] = made
         return self._distributed[parameter]
@@ -208,8 +208,12 @@ def _argument_hook(
     return before
 
 
-def _finish_sum(parameter: Any) -> None:
-    """Sum a gradient over TP whose ranks have each their part of it."""
+def _place_gradient(parameter: Any) -> None:
+    """Bring a gradient to its parameter's placements.
+
+    PyTorch leaves that of a whole parameter as each TP rank's part of a sum, and an untied
+    vocabulary's whole on every TP rank.
+    """
     gradient = parameter.grad
     if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
         parameter.grad = gradient.redistribute(parameter.device_mesh, parameter.placements)
