@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from mimo_colocated.launch import errors
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.launch.layouts import Layout
 from mimo_colocated.train import command, plan
@@ -183,6 +184,15 @@ def test_the_command_line(file: Path, capsys: pytest.CaptureFixture[str]) -> Non
         typed(str(file), "--nodes", "0")
     with pytest.raises(JobError, match="spans 8 ranks, but the job has 4; set layout.language"):
         command._parse(["train", str(file)], 4)
+
+
+def test_tensorboard_is_looked_for_before_ranks_start(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(errors, "_is_installed", lambda name: name != "tensorboard")
+    assert typed(str(file), "--set", "run.tensorboard=false").recipe.run.tensorboard is False
+    with pytest.raises(JobError, match="package is missing: tensorboard; .* run.tensorboard=false"):
+        typed(str(file))
 
 
 def test_the_line_for_torchrun() -> None:
