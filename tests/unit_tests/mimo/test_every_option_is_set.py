@@ -86,7 +86,6 @@ EXCEPTIONS = {
             "EncoderPart(sequence_parallel)",
             "EncoderPart(drawn)",
             "EncoderPart(level_layers)",
-            "EncoderPart(features)",
             "Composite(encoders)",
             "Composite(unused)",
             "Family(ignores)",

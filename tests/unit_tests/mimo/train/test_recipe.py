@@ -204,13 +204,15 @@ def test_the_line_for_torchrun() -> None:
 
 def test_the_state_of_the_code(tmp_path: Path) -> None:
     assert git_state(tmp_path) is None
-    for line in ("init -q", "-c user.name=a -c user.email=b commit -q --allow-empty -m x"):
+    (tmp_path / "old").write_text("")
+    for line in ("init -q", "add old", "-c user.name=a -c user.email=b commit -q -m x"):
         subprocess.run(["git", "-C", str(tmp_path), *line.split()], check=True)
     (tmp_path / "new").write_text("")
+    (tmp_path / "old").write_text("changed")
     found = git_state(tmp_path)
     assert found is not None
     assert len(found["commit"]) == 40
-    assert found["changed"] == ["?? new"]
+    assert found["changed"] == [" M old", "?? new"]
 
 
 def test_models_that_nobody_makes_are_refused(
