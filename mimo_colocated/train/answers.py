@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -129,6 +131,27 @@ class Greedy:
 
 def _until(tokens: Sequence[int], end: int) -> list[int]:
     return list(tokens[: tokens.index(end)]) if end in tokens else list(tokens)
+
+
+def stop_at(folder: Path, end: int) -> None:
+    """Let transformers' ``generate`` stop at what ends an answer, besides what it stops at.
+
+    A base model's folder says what ends a text, and its chat template may end answers otherwise.
+
+    Args:
+        folder: of a Hugging Face model; its ``generation_config.json`` is written if that lacks it.
+        end: the token.
+    """
+    path = folder / "generation_config.json"
+    own = json.loads((path if path.is_file() else folder / "config.json").read_text())
+    known = own.get("eos_token_id", own.get("text_config", {}).get("eos_token_id"))
+    ends = known if isinstance(known, list) else [known] if known is not None else []
+    if end in ends:
+        return
+    kept = own if path.is_file() else {}
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps({**kept, "eos_token_id": [*ends, end]}, indent=2) + "\n")
+    temporary.replace(path)
 
 
 def wanted(conversation: Conversation) -> tuple[str, str]:

@@ -33,7 +33,7 @@ from mimo_colocated.cli.importing import RECORD, source_of
 from mimo_colocated.launch import JobError, connection_notes, init_distributed
 from mimo_colocated.launch.training_options import TrainingOptions
 from mimo_colocated.stop_requests import StopRequests
-from mimo_colocated.train.answers import Answer, Greedy, majority, wanted
+from mimo_colocated.train.answers import Answer, Greedy, majority, stop_at, wanted
 from mimo_colocated.train.data import (
     Opened,
     StepData,
@@ -195,6 +195,8 @@ class RecipeJob:
             summary |= self._evaluate()
         if self.recipe.run.export:
             to_folder(self.trainer.built, out / "exported", overwrite=True)  # type: ignore[arg-type]
+            if self._text is not None and self.loop.rank == 0:
+                stop_at(out / "exported", self._text.end)
             self.loop.say(f"wrote {out / 'exported'}, a Hugging Face folder")
         if self.loop.rank == 0:
             write_summary(out / "summary.json", summary)

@@ -292,7 +292,7 @@ def test_images_of_any_size_train_packed_on_ranks_as_in_rows_on_one(folders: Pat
         "model.freeze": "[]",
         "data.held_out": of_strangers(folders)["data.train"],
     }
-    four = {"layout.language": "tp=2,cp=2", "layout.encoders": "{images: tp=2,dp=2}"}
+    four = {"layout.language": "tp=2,cp=2", "layout.encoders": "{images: 'tp=2,dp=2'}"}
     layouts = {"qwen-alone": {**ALONE, "data.packed": False}, "qwen-four": four}
     for name, layout in layouts.items():
         done = train(folders / name, {**changes, **layout}, recipe="qwen2.5-vl-sft")

@@ -10,6 +10,7 @@ from typing import Any
 
 import transformers
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 
 from megatron.core.models.mimo.data.conversation import (
     BytesItem,
@@ -40,6 +41,18 @@ def png(shade: int, size: tuple[int, int] = (SIDE, SIDE)) -> bytes:
     return file.getvalue()
 
 
+def photo(folder: Path, orientation: int) -> Path:
+    """A JPEG of a camera held in one of Exif's eight ways, each corner of another shade."""
+    made = Image.new("L", (40, 20), 0)
+    made.paste(80, (20, 0, 40, 10))
+    made.paste(160, (0, 10, 20, 20))
+    made.paste(240, (20, 10, 40, 20))
+    exif = made.getexif()
+    exif[0x0112] = orientation
+    made.save(folder / f"{orientation}.jpg", exif=exif)
+    return folder / f"{orientation}.jpg"
+
+
 def image(shade: int) -> Part:
     return Part("image", "", BytesItem(png(shade), f"image {shade}"))
 
@@ -68,11 +81,28 @@ class Listed:
         return str(len(self))
 
 
-def save_text(folder: Path, template: str | None = TEMPLATE) -> Any:
-    """Tokenizer and LLaVA processor in a folder."""
+def begin_texts(tokenizer: Any, begin: str) -> None:
+    """Let a tokenizer put a token before every text, as Llama's does."""
+    tokenizer.add_special_tokens({"bos_token": begin})
+    known = [(begin, tokenizer.convert_tokens_to_ids(begin))]
+    added = TemplateProcessing(single=f"{begin} $A", special_tokens=known)
+    tokenizer.backend_tokenizer.post_processor = added
+
+
+def save_text(
+    folder: Path, template: str | None = TEMPLATE, begin: str = "", end: str | None = "<|im_end|>"
+) -> Any:
+    """Tokenizer, which may put a token before every text, and LLaVA processor in a folder."""
+    tokenizer = train_tokenizer(WORDS)
+    if end is None:
+        tokenizer.eos_token = None
+    else:
+        tokenizer.add_special_tokens({"eos_token": end})
+    if begin:
+        begin_texts(tokenizer, begin)
     processor = transformers.LlavaProcessor(
         transformers.SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}),
-        train_tokenizer(WORDS),
+        tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="full",
         num_additional_image_tokens=0,

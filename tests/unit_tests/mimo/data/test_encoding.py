@@ -55,6 +55,15 @@ def encoder(folder: Path) -> ChatEncoder:
     return ChatEncoder(folder, 200)
 
 
+@pytest.fixture(scope="module", params=["nothing", "added", "written"])
+def begun(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ChatEncoder:
+    """Of texts that begin with nothing, a token of the tokenizer's, or one of the template's."""
+    place = tmp_path_factory.mktemp("begun")
+    template = "{{ bos_token }}" * (request.param == "written") + TEMPLATE
+    save_text(place, template, begin="" if request.param == "nothing" else "<s>")
+    return ChatEncoder(place, 200)
+
+
 def theirs(encoder: ChatEncoder, conversation: Conversation, **how: bool) -> list[int]:
     """What transformers makes of the same messages, images and all."""
     messages = [
@@ -74,27 +83,64 @@ def theirs(encoder: ChatEncoder, conversation: Conversation, **how: bool) -> lis
     return np.array(made["input_ids"]).reshape(-1).tolist()
 
 
-def test_tokens_are_those_of_transformers(encoder: ChatEncoder) -> None:
-    found = encoder.encode(SEVERAL)
-    whole = theirs(encoder, SEVERAL)
+def test_tokens_are_those_of_transformers(begun: ChatEncoder) -> None:
+    found = begun.encode(SEVERAL)
+    whole = theirs(begun, SEVERAL)
     # The line break after the last answer is not learned, and is kept.
     assert found.input_ids.tolist() == whole
     assert found.rows.tolist() == [ROWS] * 3
-    places = found.input_ids == encoder.tokenizer.convert_tokens_to_ids("<image>")
+    places = found.input_ids == begun.tokenizer.convert_tokens_to_ids("<image>")
     assert places.sum() == 3 * ROWS
 
 
-def test_answers_are_learned_up_to_their_end_and_nothing_else(encoder: ChatEncoder) -> None:
-    found = encoder.encode(SEVERAL)
-    spoken = encoder.tokenizer.decode(found.input_ids[found.learned])
+def test_answers_are_learned_up_to_their_end_and_nothing_else(begun: ChatEncoder) -> None:
+    found = begun.encode(SEVERAL)
+    spoken = begun.tokenizer.decode(found.input_ids[found.learned])
     assert spoken == "a red circle<|im_end|>yes<|im_end|>"
 
 
-def test_a_question_ends_where_an_answer_begins(encoder: ChatEncoder) -> None:
+# As LLaVA-1.5's: an answer is followed by a blank, and by nothing that ends it.
+ENDLESS = (
+    "{% for m in messages %}{{ m.role | upper }}: {% for p in m.content %}"
+    "{% if p.type == 'image' %}<image>{% else %}{{ p.text }}{% endif %}{% endfor %} {% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def test_the_end_of_an_answer_is_that_of_the_template(tmp_path: Path) -> None:
+    """A base model's tokenizer ends texts in another way than its chat template ends answers."""
+    save_text(tmp_path, end="<|endoftext|>")
+    encoder = ChatEncoder(tmp_path, 200)
+    assert encoder.end == encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    found = encoder.encode(SEVERAL)
+    spoken = encoder.tokenizer.decode(found.input_ids[found.learned])
+    assert spoken == "a red circle<|im_end|>yes<|im_end|>"
+    assert found.input_ids.tolist() == theirs(encoder, SEVERAL)
+
+
+def test_an_answer_that_a_template_does_not_end_is_ended(tmp_path: Path) -> None:
+    """All is as transformers writes it; behind it the last answer ends, so a model learns to."""
+    save_text(tmp_path, ENDLESS, begin="<s>")
+    encoder = ChatEncoder(tmp_path, 200)
+    found = encoder.encode(SEVERAL)
+    spoken = encoder.tokenizer.decode(found.input_ids[found.learned])
+    assert spoken == " a red circle yes<|im_end|>"
+    assert encoder.end == encoder.tokenizer.eos_token_id == found.input_ids[-1]
     asked = Conversation(SEVERAL.turns[:-1])
-    found = encoder.prompt(asked)
-    assert found.input_ids.tolist() == theirs(encoder, asked, add_generation_prompt=True)
-    whole = encoder.encode(SEVERAL)
+    prompt = theirs(encoder, asked, add_generation_prompt=True)
+    assert encoder.prompt(asked).input_ids.tolist() == prompt
+    assert found.input_ids[: len(prompt)].tolist() == prompt
+    assert encoder.tokenizer.decode(found.input_ids[len(prompt) :]) == " yes<|im_end|>"
+    # What is said after the last answer stays unlearned, and the end stands behind the answer.
+    on = encoder.encode(Conversation((*SEVERAL.turns, Turn("user", (text("what"),)))))
+    assert encoder.tokenizer.decode(on.input_ids[on.learned]) == " a red circle yes"
+
+
+def test_a_question_ends_where_an_answer_begins(begun: ChatEncoder) -> None:
+    asked = Conversation(SEVERAL.turns[:-1])
+    found = begun.prompt(asked)
+    assert found.input_ids.tolist() == theirs(begun, asked, add_generation_prompt=True)
+    whole = begun.encode(SEVERAL)
     count = len(found.input_ids)
     assert whole.input_ids[:count].tolist() == found.input_ids.tolist()
     assert whole.learned[count]
@@ -146,6 +192,15 @@ def test_templates_that_cannot_be_trained_with_are_refused(tmp_path: Path) -> No
     save_text(tmp_path / "none", template=None)
     with pytest.raises(TemplateError, match="has no chat template; put one into"):
         ChatEncoder(tmp_path / "none", 50)
+    save_text(tmp_path / "endless", template=ENDLESS, end=None)
+    with pytest.raises(TemplateError, match="writes no end after an answer, and .* no eos_token"):
+        ChatEncoder(tmp_path / "endless", 50)
+    save_text(tmp_path / "silent", template="{{ messages[0].role }}")
+    with pytest.raises(TemplateError, match="does not write what an assistant says"):
+        ChatEncoder(tmp_path / "silent", 50)
+    save_text(tmp_path / "broken", template="{{ messages[0].role }}{{ raise_exception('no') }}")
+    with pytest.raises(TemplateError, match="cannot write a question and its answer: .*no"):
+        ChatEncoder(tmp_path / "broken", 50)
     # Drops what was said before, as some do with earlier thoughts.
     forgetful = "{% for m in messages[-2:] %}" + TEMPLATE.removeprefix("{% for m in messages %}")
     save_text(tmp_path / "forgetful", template=forgetful)
@@ -198,5 +253,5 @@ def test_a_folder_is_known_by_its_text_and_its_length(folder: Path, tmp_path: Pa
     first = ChatEncoder(folder, 200).fingerprint()
     assert ChatEncoder(folder, 200).fingerprint() == first
     assert ChatEncoder(folder, 201).fingerprint() != first
-    save_text(tmp_path, template=TEMPLATE.replace("assistant", "answer"))
+    save_text(tmp_path, template=TEMPLATE.replace("<|im_end|>\n", "<|im_end|>"))
     assert ChatEncoder(tmp_path, 200).fingerprint() != first

@@ -4,6 +4,7 @@
 The chat template, the tokenizer and the processor are those of the model's folder. Of each answer
 the tokens up to its end are learned, nothing else. An item's place becomes as many tokens as the
 processor makes of an item of that size, and is never cut: what is too long is skipped whole.
+Where the template ends no answer, the tokenizer's ``eos_token`` ends a sample that ends with one.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron.core.models.mimo.data.conversation import Conversation, SampleError
+from megatron.core.models.mimo.data.conversation import Conversation, SampleError, Turn, text
 from megatron.core.models.mimo.data.places import Shown, places_of
 
+_SAID = "fine"
+_PROBE = Conversation((Turn("user", (text("how"),)), Turn("assistant", (text(_SAID),))))
 _IMAGES = ("config.json", "preprocessor_config.json", "processor_config.json")
 
 
@@ -54,10 +57,11 @@ class ChatEncoder:
     Attributes:
         tokenizer: of transformers.
         places: what images are in its text; None for a language model alone.
+        end: the token that ends an answer: the template's, else the tokenizer's ``eos_token``.
 
     Raises:
-        TemplateError: the folder has no chat template, or a tokenizer that does not tell where
-            its tokens stand in the text.
+        TemplateError: the folder has no chat template, or one that does not write answers, nothing
+            ends them, or the tokenizer does not tell where its tokens stand in the text.
     """
 
     def __init__(self, folder: Path, max_tokens: int) -> None:
@@ -78,6 +82,8 @@ class ChatEncoder:
                 "its fast version (tokenizer.json) there"
             )
         self._in_parts = self._takes_parts()
+        self._behind = self._behind_answers()
+        self.end, self._is_ended = self._end_of_answers()
 
     # ---- whole samples --------------------------------------------------------------------
 
@@ -90,7 +96,7 @@ class ChatEncoder:
             TemplateError: the template does not write turns one after another.
         """
         messages = self._messages(conversation)
-        pieces = self._answers_apart(messages)
+        pieces = self._ended(self._answers_apart(messages))
         encoded = self._tokens(pieces, conversation)
         if not encoded.learned[1:].any():
             raise SampleError("no_supervision", "no token of an answer")
@@ -114,17 +120,6 @@ class ChatEncoder:
         for path in (self._folder / name for name in names):
             state.update(path.read_bytes() if path.is_file() else b"-")
         return state.hexdigest()[:16]
-
-    @property
-    def end(self) -> int:
-        """The token that ends an answer.
-
-        Raises:
-            TemplateError: the tokenizer has none.
-        """
-        if self.tokenizer.eos_token_id is None:
-            raise TemplateError(f"the tokenizer in {self._folder} has no eos_token; set it")
-        return self.tokenizer.eos_token_id
 
     @property
     def padding(self) -> int:
@@ -165,6 +160,53 @@ class ChatEncoder:
             return False
         return self.places is not None and "probe" in found and "'type'" not in found
 
+    def _behind_answers(self) -> str:
+        """What the template writes behind an answer."""
+        asked = self._messages(_PROBE)
+        try:
+            before = self._render(asked[:1], answer_next=True)
+            whole = self._after(before, asked, answer_next=False)
+        except TemplateError:
+            raise
+        except Exception as error:  # a template is a program, and may raise anything
+            raise TemplateError(
+                f"the chat template of {self._folder} cannot write a question and its answer: "
+                f"{error}"
+            ) from error
+        _, found, behind = whole[len(before) :].rpartition(_SAID)
+        if not found:
+            raise TemplateError(
+                f"the chat template of {self._folder} does not write what an assistant says; use "
+                "one that does"
+            )
+        return behind
+
+    def _end_of_answers(self) -> tuple[int, bool]:
+        """The token that ends an answer, and whether the template writes it."""
+        own = self.tokenizer.eos_token
+        if own and own in self._behind:
+            return self.tokenizer.eos_token_id, True
+        added = self.tokenizer.added_tokens_decoder
+        for token in self.tokenizer(self._behind, add_special_tokens=False)["input_ids"]:
+            if token in added:
+                return token, True
+        if own is None:
+            raise TemplateError(
+                f"the chat template of {self._folder} writes no end after an answer, and the "
+                "tokenizer there has no eos_token; set it"
+            )
+        return self.tokenizer.eos_token_id, False
+
+    def _ended(self, pieces: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
+        """The pieces of a sample, with an end behind its last answer if the template writes none.
+
+        Earlier turns stay what transformers makes of them, which a model will be asked with.
+        """
+        *before, (answer, learned), _ = [("", False), *pieces]
+        if self._is_ended or not learned:
+            return pieces
+        return [*before, (answer + self.tokenizer.eos_token, True)]
+
     def _answers_apart(self, messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
         """The text in pieces, and which of them are answers."""
         pieces: list[tuple[str, bool]] = []
@@ -192,8 +234,11 @@ class ChatEncoder:
         return found
 
     def _cut_after_end(self, answer: str) -> tuple[str, str]:
-        end = self.tokenizer.eos_token
-        at = answer.rfind(end) if end else -1
+        if not self._is_ended:
+            stop = len(answer) - len(self._behind) * answer.endswith(self._behind)
+            return answer[:stop], answer[stop:]
+        end = self.tokenizer.convert_ids_to_tokens(self.end)
+        at = answer.rfind(end)
         stop = len(answer) if at < 0 else at + len(end)
         return answer[:stop], answer[stop:]
 
@@ -209,7 +254,9 @@ class ChatEncoder:
         if left:
             has = len(rows) - len(left)
             raise SampleError("malformed", f"{len(rows)} items, and the text has places for {has}")
-        made = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        made = self.tokenizer(
+            text, add_special_tokens=self._adds_to(text), return_offsets_mapping=True
+        )
         if len(made["input_ids"]) > self.max_tokens:
             raise SampleError(
                 "too_long", f"{len(made['input_ids'])} tokens are more than {self.max_tokens}"
@@ -220,6 +267,14 @@ class ChatEncoder:
             rows=np.array(rows, dtype=np.int32),
             grids=np.array([each.grid for each in shown], dtype=np.int32).reshape(-1, 3),
         )
+
+    def _adds_to(self, text: str) -> bool:
+        """Whether the tokenizer adds what its texts begin with, which a template may have written.
+
+        Transformers' processors let it, and its tokenizers by themselves do not.
+        """
+        begin = self.tokenizer.bos_token
+        return self.places is not None and not (begin and text.startswith(begin))
 
     def _with_places(self, piece: str, left: list[int]) -> str:
         """The text with every place grown to its item's rows, which are taken from ``left``."""

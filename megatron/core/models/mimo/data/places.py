@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-import io
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron.core.models.mimo.data.conversation import AnyItem, SampleError
+from megatron.core.models.mimo.data.images import Size, size_of
 
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _SIZES = ((48, 96), (224, 320))  # (height, width); do rows depend on it?
-Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,11 @@ class ProcessorPlaces:
         Raises:
             SampleError: ``unreadable``.
         """
-        return Shown(self.rows(_SIZES[0] if self.any_size else size_of(item)), (0, 0, 0))
+        if self.any_size:
+            return Shown(self.rows(_SIZES[0]), (0, 0, 0))
+        size = size_of(item)
+        with _of_its_size(item, size):
+            return Shown(self.rows(size), (0, 0, 0))
 
     def rows(self, size: Size) -> int:
         """Return the rows of an image of ``(height, width)``."""
@@ -128,26 +133,24 @@ class GridPlaces:
         """
         size = size_of(item)
         if size not in self._shown:
-            made = self._processor(images=[_blank(size)], return_tensors="np")
+            with _of_its_size(item, size):
+                made = self._processor(images=[_blank(size)], return_tensors="np")
             frames, high, wide = (int(count) for count in made["image_grid_thw"][0])
             rows = frames * high * wide // self._merge**2
             self._shown[size] = Shown(rows, (frames, high, wide))
         return self._shown[size]
 
 
-def size_of(item: AnyItem) -> Size:
-    """Return the height and width of an image, by its header.
-
-    Raises:
-        SampleError: ``unreadable``.
-    """
-    from PIL import Image, UnidentifiedImageError
-
+@contextlib.contextmanager
+def _of_its_size(item: AnyItem, size: Size) -> Iterator[None]:
+    """Take a processor that refuses images of a size for one that says the image is unreadable."""
     try:
-        with Image.open(io.BytesIO(item.read())) as image:
-            return image.height, image.width
-    except (UnidentifiedImageError, OSError) as error:
-        raise SampleError("unreadable", f"{item.name} is no image: {error}") from error
+        yield
+    except ValueError as error:
+        raise SampleError(
+            "unreadable",
+            f"{item.name} has {size[0]} x {size[1]} pixels, which its processor refuses: {error}",
+        ) from error
 
 
 def _blank(size: Size) -> Any:

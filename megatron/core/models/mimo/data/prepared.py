@@ -21,11 +21,11 @@ import numpy as np
 
 from megatron.core.models.mimo.data.conversation import (
     REASONS,
-    AnyItem,
     Conversation,
     SampleError,
 )
 from megatron.core.models.mimo.data.encoding import Encoded
+from megatron.core.models.mimo.data.images import look_at
 from megatron.core.models.mimo.data.sources import Source, SourceError
 
 _META = "prepared.json"
@@ -100,25 +100,6 @@ def encode_piece(
         reasons=np.array(reasons, dtype=np.uint8),
         first=first,
     )
-
-
-def look_at(item: AnyItem) -> None:
-    """Read an image's header.
-
-    Raises:
-        SampleError: ``unreadable``.
-    """
-    import io
-
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(item.read())) as image:
-            image.verify()
-    except SampleError:
-        raise
-    except Exception as error:  # PIL raises many kinds for broken files
-        raise SampleError("unreadable", f"{item.name} is no image: {error}") from error
 
 
 def keep(piece: Piece, folder: Path) -> None:

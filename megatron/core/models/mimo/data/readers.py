@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import multiprocessing
 import os
 import signal
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron.core.models.mimo.data.conversation import AnyItem, SampleError
+from megatron.core.models.mimo.data.images import read_image
 
 Inputs = Mapping[str, np.ndarray]
 """Name -> the encoder's input of some items."""
@@ -62,14 +62,11 @@ class ImageReader:
         return {name: np.asarray(made[name]) for name in self._names if name in made}
 
     def _image(self, item: AnyItem) -> Any:
-        from PIL import Image
-
         if self.opened is not None:
             self.opened.append(item.name)
         try:
-            with Image.open(io.BytesIO(item.read())) as image:
-                return image.convert("RGB")
-        except (SampleError, OSError, ValueError, SyntaxError) as error:
+            return read_image(item)
+        except SampleError as error:
             raise ReadError(
                 f"{item.name} cannot be read as an image: {error}; it was taken for one when the "
                 "data was prepared, perhaps by its name alone: prepare it anew with "
