@@ -18,6 +18,40 @@ PLANNED = (
         why="long sequences look twice as slow as they are, and CP twice as well hidden",
     ),
     Mutant(
+        name="gradients-through-a-frozen-language-model-are-no-work",
+        file=_PLAN + "step_flops.py",
+        old="through = trained or frozen.any_encoder_trains(shapes)",
+        new="through = trained",
+        tests=(UNIT + "train/test_numbers.py::test_what_does_not_train_has_no_gradients",),
+        why="the first stage of LLaVA looks half as fast as it is",
+    ),
+    Mutant(
+        name="every-image-of-one-size",
+        file=_PLAN + "step_flops.py",
+        old="    if rows == shape.rows:\n        return shape",
+        new="    if rows:\n        return shape",
+        tests=(UNIT + "train/test_numbers.py::test_an_item_of_another_size_is_counted_by_its"
+               "_rows",),
+        why="the work of large images is not seen",
+    ),
+    Mutant(
+        name="a-projector-reads-one-hidden-state",
+        file=MIMO + "huggingface/plan_shapes.py",
+        old="row=stack.hidden * part.features,",
+        new="row=stack.hidden,",
+        tests=(UNIT + "train/test_numbers.py::test_flops_are_those_that_pytorch_counts"
+               "[clip-qwen3]",),
+        why="such a projector is planned with a part of its weights",
+    ),
+    Mutant(
+        name="answers-are-code",
+        file="mimo_colocated/train/report.py",
+        old="<td>{escape(t)}</td>",
+        new="<td>{t}</td>",
+        tests=(UNIT + "train/test_report.py::test_the_first_answers_are_shown_right_or_wrong",),
+        why="what a model says runs in the browser of who reads the page",
+    ),
+    Mutant(
         name="an-encoder-fills-no-bubble",
         file=_PLAN + "pipeline.py",
         old="filling + last - (some - 1) * (short_f + e_f)",
