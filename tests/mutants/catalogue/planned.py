@@ -39,8 +39,7 @@ PLANNED = (
         file=MIMO + "huggingface/plan_shapes.py",
         old="row=stack.hidden * part.features,",
         new="row=stack.hidden,",
-        tests=(UNIT + "train/test_numbers.py::test_flops_are_those_that_pytorch_counts"
-               "[clip-qwen3]",),
+        tests=(UNIT + "train/test_numbers.py::test_flops_are_those_that_pytorch_counts",),
         why="such a projector is planned with a part of its weights",
     ),
     Mutant(
