@@ -154,9 +154,9 @@ def _from_file() -> type[argparse.Action]:
     return ActionConfigFile
 
 
-def _number(read_text: Callable[[str], Any]) -> Callable[[Any], Any]:
-    """A parser of text that takes numbers, too: jsonargparse checks defaults, and YAML has them."""
-    return lambda value: read_text(str(value))
+WHOLE = parsers.Number(parsers.whole(1), "whole number from 1")
+_ABOVE_ZERO = parsers.Number(parsers.real(0.0, low_included=False), "number above 0")
+_SHARE = parsers.Number(parsers.share, "number from 0 to below 1")
 
 
 def _path(text: str | None) -> Path | None:
@@ -190,7 +190,7 @@ def _of_ranks(parser: argparse.ArgumentParser, command: str) -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=_number(parsers.whole(1)),
+        type=WHOLE,
         default=1800,
         help="seconds after which a rank that does not answer is lost",
     )
@@ -223,7 +223,7 @@ def _check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="HF_FOLDER", help="config.json and safetensors")
     parser.add_argument(
         "--bound",
-        type=_number(parsers.real(0.0, low_included=False)),
+        type=_ABOVE_ZERO,
         default=None,
         help="largest difference over the largest logit; without: 1e-5, 2e-2 in half precision",
     )
@@ -235,19 +235,18 @@ def _check(parser: argparse.ArgumentParser) -> None:
 
 
 def _calibrate(parser: argparse.ArgumentParser) -> None:
-    add, some = parser.add_argument, _number(parsers.whole(1))
+    add, some = parser.add_argument, WHOLE
     add("target", metavar="OUT", help="file for the machine, which `mimo plan --gpu OUT` reads")
     add("--ranks", type=some, default=8, help="of the job: as many as will train")
     add("--tokens", type=some, default=1024, help="of a rank, in every measurement")
     add("--width", type=some, default=1024, help="of the language model")
     add("--encoder-width", type=some, default=512, help="of the encoder")
     add("--heads", type=some, default=8, help="of the attention")
-    seconds = _number(parsers.real(0.0, low_included=False))
-    add("--seconds", type=seconds, default=4.0, help="for each of about ten measurements")
+    add("--seconds", type=_ABOVE_ZERO, default=4.0, help="for each of about ten measurements")
 
 
 def _plan(parser: argparse.ArgumentParser) -> None:
-    add, some = parser.add_argument, _number(parsers.whole(1))
+    add, some = parser.add_argument, WHOLE
     add(
         "source",
         metavar="HF_FOLDER_OR_SHAPES",
@@ -264,7 +263,7 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     for name in ENCODERS:
         add(
             f"--{name}-share",
-            type=_number(parsers.share),
+            type=_SHARE,
             default=None,
             help=f"part of the tokens that are rows of {name}; without: a half, shared evenly",
         )
@@ -289,7 +288,7 @@ _WHY = (
 
 
 def _draw(parser: argparse.ArgumentParser) -> None:
-    add, some = parser.add_argument, _number(parsers.whole(1))
+    add, some = parser.add_argument, WHOLE
     add("target", metavar="OUT", help="the picture: PNG, or SVG by its suffix")
     for name in (*ENCODERS, "language"):
         axes = "tp=2,cp=2,dp=2" if name == "language" else "tp=2,dp=4"

@@ -85,6 +85,28 @@ def share(text: str) -> float:
     return value
 
 
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """Read an option from text or a number: jsonargparse checks defaults, and YAML has numbers.
+
+    Its ``--help`` names a type by ``str``, which of a function is an address.
+
+    Attributes:
+        read_text: one of the parsers above.
+        said: what it takes, in words.
+    """
+
+    read_text: Callable[[str], Any]
+    said: str
+
+    def __call__(self, value: Any) -> Any:
+        """Return the value; raise ``argparse.ArgumentTypeError`` as the parser does."""
+        return self.read_text(str(value))
+
+    def __str__(self) -> str:
+        return self.said
+
+
 def parse(
     options: type[_Options],
     argv: Sequence[str],

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from megatron.core.models.mimo.data.conversation import Conversation
 from megatron.core.models.mimo.data.encoding import ChatEncoder
 from megatron.core.models.mimo.data.loader import Microbatch, RankBatches
-from megatron.core.models.mimo.data.sources import Source
+from megatron.core.models.mimo.huggingface.all_ranks import gathered, on_all_ranks
 from mimo_colocated import phases
+from mimo_colocated.train.data import Opened
 from mimo_colocated.train.trainer import RecipeTrainer
 
 
@@ -162,23 +163,38 @@ def wanted(conversation: Conversation) -> tuple[str, str]:
     return "".join(asked), said
 
 
-def majority(sources: Sequence[Source | None], answers: Sequence[Answer]) -> float:
+def majority(opened: Opened, answers: Sequence[Answer]) -> float:
     """Return how many of the answers the most frequent one of the training data gets right.
 
+    All ranks call it together; each reads a part of the samples that are trained on.
+
     Args:
-        sources: of the training data.
+        opened: the training data.
         answers: of the model, for what was wanted.
+
+    Raises:
+        FolderError: a rank cannot read its part.
     """
+    own = on_all_ranks(lambda: _counted(opened), "read the answers of the training data")
     counts: Counter[str] = Counter()
-    for source in sources:
+    for each in gathered(own):
+        counts.update(each)
+    # Of equally frequent ones the same, however many ranks counted.
+    usual = max(counts, key=lambda said: (counts[said], said))
+    return sum(each.wanted.strip() == usual for each in answers) / max(len(answers), 1)
+
+
+def _counted(opened: Opened) -> Counter[str]:
+    """How often each answer stands in this rank's part of the training data."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    counts: Counter[str] = Counter()
+    for source, prepared in zip(opened.sources, opened.prepared, strict=True):
         if source is None:
             continue
-        for number in range(len(source)):
-            turns = source[number].turns
+        for number in prepared.numbers[rank::world].tolist():
             counts.update(
                 "".join(part.text for part in turn.parts).strip()
-                for turn in turns
+                for turn in source[number].turns
                 if turn.role == "assistant"
             )
-    ((usual, _),) = counts.most_common(1)
-    return sum(each.wanted.strip() == usual for each in answers) / max(len(answers), 1)
+    return counts

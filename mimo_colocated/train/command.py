@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mimo_colocated.cli.options import Parser
+from mimo_colocated.cli.options import WHOLE, Parser
 from mimo_colocated.launch import Job, JobError, Packages, hush, run
-from mimo_colocated.launch.options import whole
 from mimo_colocated.train import reading
 from mimo_colocated.train.recipe import Recipe
 
@@ -96,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--nodes",
-        type=lambda text: whole(1)(str(text)),
+        type=WHOLE,
         default=1,
         help="machines, for the line that --dry-run prints",
     )

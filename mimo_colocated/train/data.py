@@ -114,7 +114,9 @@ def _tokens(part: SourcePart, vocabulary: int) -> TokenFiles:
         except TypeError as error:
             raise SourceError(f"data of kind {TOKENS!r}: {error}") from error
 
-    return on_all_ranks(opening, f"open {part.kind}")
+    found = on_all_ranks(opening, f"open {part.kind}")
+    _same_everywhere(found.fingerprint, part)
+    return found
 
 
 def _conversations(
@@ -122,9 +124,23 @@ def _conversations(
 ) -> tuple[Source, Prepared]:
     encode = _asked(encoder, answer_tokens) if answer_tokens else encoder.encode
     source = on_all_ranks(lambda: open_source(part.kind, part.settings), f"open {part.kind}")
-    key = _key(source, encoder, data, answer_tokens)
+    key = _same_everywhere(lambda: _key(source, encoder, data, answer_tokens), part)
     _prepare(source, encode, folder / key, key, look=data.look_at_images)
     return source, on_all_ranks(lambda: Prepared(folder / key), "open prepared data")
+
+
+def _same_everywhere(say: Callable[[], str], part: SourcePart) -> str:
+    """What all ranks say of the files that they see; else they would not go the same way."""
+    everywhere = gathered(on_all_ranks(say, f"read {part.kind}"))
+    other = next((at for at, said in enumerate(everywhere) if said != everywhere[0]), None)
+    if other is not None:
+        where = part.settings.get("path")
+        at = f" at {where}" if where else ""
+        raise JobError(
+            f"rank {other} sees other files than rank 0 for data of kind {part.kind}{at}; put the "
+            "data where all ranks see the same files"
+        )
+    return everywhere[0]
 
 
 def _key(source: Source, encoder: ChatEncoder, data: DataPart, answer_tokens: int) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of a recipe: build, resume or start anew, train, evaluate, export."""
+"""One rank of a recipe: build, resume or start anew, train, export, evaluate."""
 
 from __future__ import annotations
 
@@ -92,7 +92,23 @@ class RunOptions(TrainingOptions):
 
 
 class RecipeLoop(TrainingLoop):
-    """From the last checkpoint to the last step, over a recipe's data."""
+    """From the last checkpoint to the last step, over a recipe's data.
+
+    Attributes:
+        found: what the record of the run says besides the recipe.
+    """
+
+    results = (*TrainingLoop.results, "recipe.yaml", "run.json", "answers.json", "exported")
+    found: Mapping[str, Any] = {}
+
+    def start(self) -> int:
+        """Resume or start anew, and record the run, unless it is refused."""
+        done = super().start()
+        options: Any = self.options
+        on_all_ranks(
+            lambda: write_record(options.out, options.recipe, self.found), "write the record"
+        )
+        return done
 
     def _reporter(self, done: int, sequence_length: int) -> Reporter:
         options: Any = self.options
@@ -154,6 +170,8 @@ class RecipeJob:
         data, training = recipe.data, recipe.training
         self._text = None if recipe.of_tokens else self._text_of(folder)
         self.opened = self._open(data.train, 0)
+        # What is wrong with it is not to be found when all is trained.
+        self._held_out, self._questions = self._open_held_out()
         layouts = on_all_ranks(lambda: check_model(recipe, folder), "read the model")
         built = from_folder(folder, layouts, self._build_options())
         steps = TrainOptions(
@@ -175,12 +193,11 @@ class RecipeJob:
         self.data = StepData(batches, training.steps, data.ahead)
         options = RunOptions.of(recipe, fresh=fresh)
         self.loop = RecipeLoop(options, self.trainer, self.data, requests)
+        self.loop.found = {"layouts": built.layouts(), "skipped": self.opened.skipped()}
 
     def run(self) -> None:
-        """Train, evaluate, export, and say how it went."""
+        """Train, export, evaluate, and say how it went."""
         out = Path(self.recipe.run.out)
-        found = {"layouts": self.trainer.built.layouts(), "skipped": self.opened.skipped()}
-        on_all_ranks(lambda: write_record(out, self.recipe, found), "write the record")
         self._say_data()
         try:
             self.loop.train(0)
@@ -189,15 +206,15 @@ class RecipeJob:
         summary: dict[str, Any] = {
             "recipe": self.recipe.name,
             "versions": versions(),
-            **found,
+            **self.loop.found,
         }
-        if self.recipe.data.held_out:
-            summary |= self._evaluate()
         if self.recipe.run.export:
             to_folder(self.trainer.built, out / "exported", overwrite=True)  # type: ignore[arg-type]
             if self._text is not None and self.loop.rank == 0:
                 stop_at(out / "exported", self._text.end)
             self.loop.say(f"wrote {out / 'exported'}, a Hugging Face folder")
+        if self.recipe.data.held_out:
+            summary |= self._evaluate()
         if self.loop.rank == 0:
             write_summary(out / "summary.json", summary)
             # Here: no other rank draws, and the library for it takes long to import.
@@ -213,6 +230,15 @@ class RecipeJob:
         place = Path(self.recipe.run.out) / "prepared"
         text = self._text or self._vocabulary()
         return open_data(parts, self.recipe.data, text, place, answer_tokens)
+
+    def _open_held_out(self) -> tuple[Opened, Opened]:
+        """What the loss is measured on, and the same to be answered."""
+        parts, text = self.recipe.data.held_out, self._text
+        held_out = self._open(parts, 0)
+        if text is None or not parts:
+            return held_out, held_out
+        on_all_ranks(lambda: text.end, "find what ends an answer")
+        return held_out, self._open(parts, self.recipe.evaluation.answer_tokens)
 
     def _text_of(self, folder: Path) -> ChatEncoder:
         longest = self.recipe.data.max_tokens
@@ -280,8 +306,7 @@ class RecipeJob:
     def _ask(self) -> dict[str, Any]:
         answers = self._answers()
         found: dict[str, Any] = {"questions": len(answers), "exact_match": _share(answers)}
-        if self.loop.rank == 0:  # it reads every answer of the training data
-            found["majority_answer"] = majority(self.opened.sources, answers)
+        found["majority_answer"] = majority(self.opened, answers)
         if self.recipe.evaluation.without_images:
             self.trainer.blank = True
             found["exact_match_without_images"] = _share(self._answers())
@@ -300,7 +325,7 @@ class RecipeJob:
 
     def _held_out_loss(self) -> float:
         """Mean over the counted tokens of whole batches, and of the tail filled up."""
-        batches, count = self._batches(self._open(self.recipe.data.held_out, 0))
+        batches, count = self._batches(self._held_out)
         sums = torch.zeros(2, dtype=torch.float64)
         for start in range(0, count, self.recipe.evaluation.batch):
             self.loop.stop_if_told(self.recipe.training.steps)
@@ -311,8 +336,7 @@ class RecipeJob:
         return (sums[0] / sums[1].clamp(min=1)).item()
 
     def _answers(self) -> list[Answer]:
-        evaluation = self.recipe.evaluation
-        opened = self._open(self.recipe.data.held_out, evaluation.answer_tokens)
+        evaluation, opened = self.recipe.evaluation, self._questions
         batches, count = self._batches(opened)
         greedy = Greedy(self.trainer, self.encoder, batches, evaluation.answer_tokens)
         said: list[str] = []
@@ -374,7 +398,7 @@ def model_folder(recipe: Recipe) -> Path:
     if not recipe.model.make:
         return Path(recipe.model.folder).expanduser()
     place = Path(recipe.run.out) / "model"
-    return make_model(recipe.model.make, recipe.model.settings, place)
+    return make_model(recipe.model.make, recipe.model.settings, place, recipe.run.timeout)
 
 
 def _readers(recipe: Recipe, folder: Path, stack: contextlib.ExitStack) -> dict[str, Reader]:

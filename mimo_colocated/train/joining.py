@@ -16,6 +16,32 @@ from mimo_colocated.launch.starts import CAN_FORK
 _SETTINGS = ("image_token", "images", "language")
 
 
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse other settings than :func:`join` takes.
+
+    Raises:
+        JobError: which it takes.
+    """
+    if sorted(settings) != sorted(_SETTINGS):
+        raise JobError(
+            f"model.settings of llava are {', '.join(_SETTINGS)}, got "
+            f"{', '.join(sorted(settings)) or 'none'}"
+        )
+
+
+def check_before_ranks() -> None:
+    """Refuse to join folders in a rank, whose process does not survive it.
+
+    Raises:
+        JobError: ranks are there already, and what to do.
+    """
+    if "RANK" in os.environ:
+        raise JobError(
+            "folders are joined before ranks start: run the recipe once with --dry-run, which "
+            "writes the model, and then under torchrun"
+        )
+
+
 def join(settings: Mapping[str, Any], folder: Path) -> None:
     """Write the whole model, its projector drawn; a process does it that leaves nothing here.
 
@@ -25,18 +51,9 @@ def join(settings: Mapping[str, Any], folder: Path) -> None:
         folder: to write into.
 
     Raises:
-        JobError: a setting or a folder is wrong; ranks are there already.
+        JobError: a folder or the token is wrong; ranks are there already.
     """
-    if sorted(settings) != sorted(_SETTINGS):
-        raise JobError(
-            f"model.settings of llava are {', '.join(_SETTINGS)}, got "
-            f"{', '.join(sorted(settings)) or 'none'}"
-        )
-    if "RANK" in os.environ:
-        raise JobError(
-            "folders are joined before ranks start: run the recipe once with --dry-run, which "
-            "writes the model, and then under torchrun"
-        )
+    check_before_ranks()
     # CUDA, which the launcher may have asked for devices, does not survive a fork.
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
     context: Any = multiprocessing.get_context("fork" if hidden and CAN_FORK else "spawn")

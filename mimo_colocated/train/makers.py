@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mimo_colocated.launch.errors import JobError
-from mimo_colocated.train.joining import join
+from mimo_colocated.train.joining import check_before_ranks, check_settings, join
 
 _TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -32,34 +34,118 @@ _SIZES: dict[str, int] = {
     "heads": 4,
     "seed": 0,
 }
+_TEXT_SIZES: dict[str, int] = {
+    "width": 1024,
+    "layers": 24,
+    "heads": 16,
+    "inner": 4096,
+    "vocabulary": 50304,
+    "experts": 0,
+    "chosen": 2,
+    "expert_layers": 2,
+    "positions": 1024,
+    "seed": 0,
+}
+_DEFAULTS: dict[str, dict[str, int]] = {"easy-vqa": _SIZES, "text": _TEXT_SIZES}
+_MADE = "made.json"
 
 
-def make_model(name: str, settings: Mapping[str, Any], folder: Path) -> Path:
+def make_model(
+    name: str, settings: Mapping[str, Any], folder: Path, wait_s: float = 600.0
+) -> Path:
     """Make a recipe's model, unless it is there; the folder appears when it is whole.
+
+    Under a launcher rank 0 makes it and the others wait.
 
     Args:
         name: of the maker.
         settings: of the model, such as its sizes.
         folder: to write.
+        wait_s: seconds that a rank waits for it.
 
     Raises:
-        JobError: no such maker or setting, or the folder cannot be written.
+        JobError: no such maker or setting, what is in the folder was made in another way, or it
+            cannot be written.
     """
+    whole = _whole(name, settings)
+    if not _is_there(folder):
+        if name == "llava":
+            check_before_ranks()
+        rank = int(os.environ.get("RANK", "0"))
+        if rank:
+            _wait(folder, rank, wait_s)
+        else:
+            _make(name, whole, folder)
+    _check_made(name, whole, folder)
+    return folder
+
+
+def _whole(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with what is not given."""
     if name not in MAKERS:
         raise JobError(f"model.make={name!r} is not known; known are {', '.join(MAKERS)}")
-    if (folder / "config.json").is_file():
-        return folder
+    if name == "llava":
+        check_settings(settings)
+        return dict(settings)
+    known = _DEFAULTS[name]
+    unknown = settings.keys() - known.keys()
+    if unknown:
+        raise JobError(
+            f"model.settings.{min(unknown)} is not known; {name} takes {', '.join(known)}"
+        )
+    return {**known, **settings}
+
+
+def _is_there(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def _make(name: str, settings: Mapping[str, Any], folder: Path) -> None:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
         MAKERS[name](settings, temporary)
+        said = {"make": name, "settings": settings}
+        (temporary / _MADE).write_text(json.dumps(said, default=str, indent=2) + "\n")
         temporary.replace(folder)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise JobError(f"the model cannot be written to {folder} ({reason})") from error
+        if not _is_there(folder):  # else another process was faster
+            reason = error.strerror or str(error)
+            raise JobError(f"the model cannot be written to {folder} ({reason})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+
+
+def _wait(folder: Path, rank: int, wait_s: float) -> None:
+    end = time.monotonic() + wait_s
+    while not _is_there(folder):
+        if time.monotonic() > end:
+            raise JobError(
+                f"rank {rank} sees no model in {folder} after {wait_s:g} s; rank 0 makes it, in a "
+                "folder that all ranks have to see: set run.out to one, or a longer run.timeout"
+            )
+        time.sleep(0.05)
+
+
+def _check_made(name: str, settings: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a model that was made in another way; settings that came later had their defaults."""
+    try:
+        said = json.loads((folder / _MADE).read_text())
+        made, had = said["make"], {**_DEFAULTS.get(name, {}), **said["settings"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise JobError(
+            f"{folder} holds a model that does not say how it was made; move it away, or use "
+            "another run.out"
+        ) from error
+    wanted = json.loads(json.dumps(settings, default=str))
+    pairs = [("model.make", made, name)]
+    pairs += [(f"model.settings.{each}", had.get(each), wanted[each]) for each in wanted]
+    for field, was, now in pairs:
+        if was != now:
+            raise JobError(
+                f"{folder} holds a model that has {field}={was}, this recipe has {now}; use "
+                "another run.out, or move it away"
+            )
 
 
 def train_tokenizer(texts: Iterable[str]) -> Any:
@@ -94,12 +180,7 @@ def _easy_vqa(settings: Mapping[str, Any], folder: Path) -> None:
 
     from megatron.core.models.mimo.data.easy_vqa import EasyVqa
 
-    unknown = settings.keys() - _SIZES.keys()
-    if unknown:
-        raise JobError(
-            f"model.settings.{min(unknown)} is not known; easy-vqa takes {', '.join(_SIZES)}"
-        )
-    sizes = {**_SIZES, **settings}
+    sizes = settings
     asked = EasyVqa("train").questions
     words = [text for pairs in asked for pair in pairs for text in pair]
     tokenizer = train_tokenizer([*words, "user", "assistant", "system"])
@@ -159,14 +240,7 @@ def _text(settings: Mapping[str, Any], folder: Path) -> None:
     import torch
     import transformers
 
-    sizes = {"width": 1024, "layers": 24, "heads": 16, "inner": 4096, "vocabulary": 50304}
-    sizes |= {"experts": 0, "chosen": 2, "expert_layers": 2, "positions": 1024, "seed": 0}
-    unknown = settings.keys() - sizes.keys()
-    if unknown:
-        raise JobError(
-            f"model.settings.{min(unknown)} is not known; text takes {', '.join(sizes)}"
-        )
-    sizes |= settings
+    sizes = settings
     shape = {
         "hidden_size": sizes["width"],
         "num_hidden_layers": sizes["layers"],

@@ -8,6 +8,7 @@ from typing import Any
 
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.launch.layouts import LANGUAGE, Layout
+from mimo_colocated.train import checks
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -251,7 +252,8 @@ class Recipe:
         if training.recompute not in ("none", "selective", "full"):
             found.append(f"training.recompute={training.recompute!r} is none, selective or full")
         lows = [each for each in self._lows() if each[1] < each[2]]
-        return found + [f"{name}={value}; it must be at least {low}" for name, value, low in lows]
+        found += [f"{name}={value}; it must be at least {low}" for name, value, low in lows]
+        return found or list(checks.problems(self))
 
     def _lows(self) -> list[tuple[str, float, float]]:
         data, training, evaluation = self.data, self.training, self.evaluation

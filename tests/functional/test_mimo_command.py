@@ -20,9 +20,10 @@ import transformers
 
 from mimo_colocated.cli import doctor
 from mimo_colocated.cli.main import main
-from mimo_colocated.cli.options import read
+from mimo_colocated.cli.options import ALONE, COMMANDS, parser_of, read
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.launch.layouts import Layout
+from mimo_colocated.train import command as train
 from tests.faults.starts import LAUNCH_VARIABLES
 from tests.harness import programs
 from tests.unit_tests.mimo.huggingface import harness, models
@@ -254,7 +255,7 @@ def test_an_export_is_refused_before_a_rank_starts(
         ("import a b --timeout 0", "--timeout: must be a whole number from 1 to 2147483647"),
         ("import a b --frob", "unrecognized arguments: --frob"),
         ("check a --bound -1", "must be a number above 0, got '-1'"),
-        ("frob", "'frob' is no command; the commands are import, export, check, doctor"),
+        ("frob", "'frob' is no command; the commands are import, export, check, calibrate"),
         ("doctor --frob", "unrecognized arguments: --frob"),
     ],
 )
@@ -262,6 +263,15 @@ def test_a_wrong_command_line_is_one_sentence(
     line: str, said: str, capsys: pytest.CaptureFixture
 ) -> None:
     assert said in refused(capsys, *line.split())
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *ALONE, "train"])
+def test_help_names_types_in_words(command: str) -> None:
+    parser = train.parser() if command == "train" else parser_of(command)
+    text = " ".join(parser.format_help().split())
+    assert not re.search(r"<function|<locals>| at 0x|Number\(", text)
+    whole = {"draw": "samples", "plan": "gpus", "train": "nodes"}.get(command, "timeout")
+    assert re.search(rf"--{whole} \S+ [^()]*\(type: whole number from 1, default: \d+\)", text)
 
 
 def test_options_come_from_a_file_too(tmp_path: Path) -> None:

@@ -28,6 +28,9 @@ SPARSE = {
     "CP2 DP4 EP4, bf16": Case(Layout(cp=2, dp=4, ep=4, etp=1), settings=BF16),
     "CP2 DP4 EP4": Case(Layout(cp=2, dp=4, ep=4, etp=1)),
     "PP2 DP4 EP2, expert TP2": Case(Layout(pp=2, dp=4, ep=2, etp=2)),
+    "TP2 CP2 DP2 EP2, expert TP2, SP, packed": Case(
+        Layout(tp=2, cp=2, dp=2, ep=2, etp=2), settings={**SP, "packed": True}
+    ),
 }
 LLAVA = {
     "one process": Case(Layout(), {"images": Layout()}),
@@ -59,8 +62,18 @@ QWEN_VL = {
     "fan-out: images TP4 DP2, language CP2 DP4": Case(
         Layout(cp=2, dp=4), {"images": Layout(tp=4, dp=2)}
     ),
+    "equal: images and language TP2 DP4": Case(Layout(tp=2, dp=4), {"images": Layout(tp=2, dp=4)}),
     "stages: images TP4 DP2, SP, language PP2 CP2 DP2": Case(
         Layout(pp=2, cp=2, dp=2), {"images": Layout(tp=4, dp=2)}, SP
+    ),
+    "fan-in: images TP2 DP4, language TP2 CP2 DP2, SP, bf16": Case(
+        Layout(tp=2, cp=2, dp=2), {"images": Layout(tp=2, dp=4)}, {**SP, **BF16}
+    ),
+}
+SOUNDS = {
+    **sounds.CASES,
+    "fan-in: TP2 DP4, TP2 CP2 DP2, SP, bf16": Case(
+        Layout(tp=2, cp=2, dp=2), {"audio": Layout(tp=2, dp=4)}, {**SP, **BF16}
     ),
 }
 
@@ -95,16 +108,14 @@ def rows() -> Iterator[Row]:
     for kinds, cases in ((models.DENSE, DENSE), (models.SPARSE, SPARSE)):
         for name, make in kinds.items():
             for layout, case in cases.items():
-                # Learned positions of a packed batch are those of the whole pack.
-                if not (name == "gpt2" and case.settings.get("packed")):
-                    yield Row(name, layout, case, _text(make))
+                yield Row(name, layout, case, _text(make))
     for name in llava_models.MODELS:
         for layout, case in LLAVA.items():
             yield Row(f"llava {name}", layout, case, _llava(name))
     for name, make in qwen_vl_models.MODELS.items():
         for layout, case in QWEN_VL.items():
             yield Row(name, layout, case, _qwen_vl(make))
-    for layout, case in sounds.CASES.items():
+    for layout, case in SOUNDS.items():
         yield Row("qwen2_audio", layout, case, sounds.task)
 
 

@@ -65,7 +65,7 @@ def test_results_that_cannot_be_set_aside_are_one_error_on_all_ranks(
     """Rank 0 says it to the others before it raises."""
     told: list[Any] = []
 
-    def move(_out: Path, _say: Any) -> None:
+    def move(_out: Path, _names: Any, _say: Any) -> None:
         if full:
             raise OSError(28, "No space left on device")
 

@@ -33,7 +33,7 @@ ROWS = [
     ("qwen2-tied", "pp2-cp2-dp2"),
     ("qwen3", "tp4-dp2"),
     ("qwen3", "tp2-cp2-dp2-sp"),
-    ("gpt2", "tp2-cp2-dp2-sp"),
+    ("gpt2", "packed"),
     ("gpt2", "pp2-cp2-dp2"),
     ("qwen3_moe", "tp2-cp2-dp2-ep2"),
     ("qwen3_moe-normalised", "pp2-dp4-ep2"),

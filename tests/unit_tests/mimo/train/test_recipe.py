@@ -16,7 +16,6 @@ from mimo_colocated.launch import errors
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.launch.layouts import Layout
 from mimo_colocated.train import command, plan
-from mimo_colocated.train.makers import make_model
 from mimo_colocated.train.reading import as_yaml, describe_shipped, read_recipe, shipped
 from mimo_colocated.train.recipe import Recipe
 from mimo_colocated.train.record import git_state
@@ -133,6 +132,8 @@ def test_fields_are_set_by_their_path(file: Path) -> None:
         ("data.train=[]", "data.train names no data; give at least one"),
         ("data.capacity=100", "data.capacity of at least data.max_tokens=512, got True and 100"),
         ("data.packed=false", "needs data.packed=true and data.capacity"),
+        ("data.sequences=6", r"data\.sequences=6 does not divide over 2 micro.* a multiple of 4"),
+        ("layout.language=tp=1,dp=8", r"sequences=8 does not .* 8 language .* multiple of 16"),
         ("layout.encoders.images=dp=4", "images=tp=1,dp=4 spans 4 ranks and .* spans 8"),
         ("layout.language=tp=2,pp=2,dp=2", "has pipeline stages, which recipes do not run yet"),
         ("layout.language=tp=x", "tp must be a whole number"),
@@ -142,6 +143,41 @@ def test_what_is_wrong_is_refused_in_one_sentence(file: Path, change: str, said:
     with pytest.raises(JobError, match=said) as caught:
         read_recipe(str(file), [change])
     assert "\n" not in str(caught.value)
+
+
+ROWS = ["data.packed=false", "data.sequences=0", "data.capacity=0"]
+PACKED = ["data.sequences=0", "data.capacity=0"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            [*ROWS, "training.global_batch_size=6"],
+            "training.global_batch_size=6 does not divide over 2 microbatches and 2 language "
+            "replicas; use a multiple of 4",
+        ),
+        ([*ROWS, "evaluation.batch=3"], r"evaluation\.batch=3 does not .* a multiple of 2"),
+        (
+            [*PACKED, "training.global_batch_size=3"],
+            "training.global_batch_size=3 leaves some of 4 packed sequences empty; use at least 4",
+        ),
+        ([*PACKED, "evaluation.batch=1"], r"evaluation\.batch=1 leaves some of 2 packed"),
+        (["evaluation.batch=1"], r"evaluation\.batch=1 leaves some of 2 packed"),
+    ],
+)
+def test_batches_that_the_layout_cannot_share_out_are_refused(
+    file: Path, changes: list[str], said: str
+) -> None:
+    """Before anything starts, the batches of the evaluation too."""
+    with pytest.raises(JobError, match=said):
+        read_recipe(str(file), changes)
+
+
+def test_batches_that_can_just_be_shared_out(file: Path) -> None:
+    read_recipe(str(file), [*ROWS, "training.global_batch_size=4", "evaluation.batch=2"])
+    read_recipe(str(file), [*PACKED, "training.global_batch_size=5", "evaluation.batch=3"])
+    read_recipe(str(file), ["evaluation.batch=1", "data.held_out=[]"])
 
 
 def test_files_that_hold_no_recipe_are_refused(tmp_path: Path) -> None:
@@ -213,34 +249,6 @@ def test_the_state_of_the_code(tmp_path: Path) -> None:
     assert found is not None
     assert len(found["commit"]) == 40
     assert found["changed"] == [" M old", "?? new"]
-
-
-def test_models_that_nobody_makes_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(JobError, match=r"model\.make='gpt' is not known; known are easy-vqa"):
-        make_model("gpt", {}, tmp_path / "model")
-    with pytest.raises(JobError, match=r"model\.settings\.depth is not known; easy-vqa takes"):
-        make_model("easy-vqa", {"depth": 3}, tmp_path / "model")
-    said = "model.settings of llava are image_token, images, language, got images"
-    with pytest.raises(JobError, match=said):
-        make_model("llava", {"images": "a"}, tmp_path / "model")
-    with pytest.raises(JobError, match=r"model\.settings\.depth is not known; text takes width"):
-        make_model("text", {"depth": 3}, tmp_path / "model")
-    monkeypatch.setenv("RANK", "0")
-    folders = dict.fromkeys(("images", "language", "image_token"), "a")
-    with pytest.raises(JobError, match="folders are joined before ranks start: run the recipe"):
-        make_model("llava", folders, tmp_path / "model")
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file").write_text("")
-    with pytest.raises(JobError, match=r"cannot be written to .*file/model"):
-        make_model("easy-vqa", {}, tmp_path / "file" / "model")
-
-
-def test_a_model_that_is_there_is_not_made_again(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    assert make_model("easy-vqa", {}, tmp_path) == tmp_path
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_the_recipe_of_the_docs_can_be_read(tmp_path: Path) -> None:

@@ -24,9 +24,6 @@ from mimo_colocated.launch.errors import JobError, Stopped
 from mimo_colocated.launch.training_options import TrainingOptions
 from mimo_colocated.stop_requests import StopRequests
 
-_RESULTS = ("checkpoints", "metrics.jsonl", "summary.json", "answers.json", "errors", "tensorboard")
-_PLOTS = ("loss.png", "predictions.png", "layout.png", "report.html")
-
 
 class TrainingLoop:
     """Trains on one rank, all ranks together.
@@ -52,6 +49,11 @@ class TrainingLoop:
         "dropout",
     )
     """Options that may not change in mid-run: it would train on other data than recorded."""
+    results: tuple[str, ...] = (
+        *("checkpoints", "metrics.jsonl", "summary.json", "errors", "tensorboard"),
+        *("loss.png", "predictions.png", "layout.png", "report.html"),
+    )
+    """What a run leaves in ``options.out``; ``--fresh`` sets it aside."""
 
     def __init__(
         self,
@@ -130,7 +132,7 @@ class TrainingLoop:
         failure = [None]
         if self.rank == 0:
             try:
-                _move_results(self.options.out, self.say)
+                _move_results(self.options.out, self.results, self.say)
             except OSError as error:
                 failure = [f"earlier results in {self.options.out} cannot be moved: {error}"]
         dist.broadcast_object_list(failure, src=0)
@@ -278,8 +280,7 @@ class TrainingLoop:
             raise JobError(f"{error}; training stopped after step {done}") from error
 
 
-def _move_results(out: Path, say: Callable[[str], None]) -> None:
-    names: Sequence[str] = _RESULTS + _PLOTS
+def _move_results(out: Path, names: Sequence[str], say: Callable[[str], None]) -> None:
     present = [out / name for name in names if (out / name).exists()]
     if not present:
         return

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a recipe's ranks decide together: one outcome on all of them, before anything is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from megatron.core.models.mimo.data.conversation import Conversation, SampleError
+from megatron.core.models.mimo.data.encoding import TemplateError
+from megatron.core.models.mimo.data.sources import SourceError
+from mimo_colocated.launch.errors import JobError
+from mimo_colocated.train import data, job
+from mimo_colocated.train.answers import Answer, majority
+from mimo_colocated.train.job import RecipeJob, RecipeLoop, RunOptions
+from mimo_colocated.train.makers import train_tokenizer
+from mimo_colocated.train.recipe import (
+    DataPart,
+    ModelPart,
+    Recipe,
+    RunPart,
+    SourcePart,
+    TrainingPart,
+)
+from tests.unit_tests.mimo.data.small import TEMPLATE, WORDS, Listed, said
+from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
+
+NO, YES = (Conversation(said(["is it red"], answer)) for answer in ("no", "yes"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_most_frequent_answer_is_that_of_samples_that_are_kept(ranks: int) -> None:
+    """Every rank reads a part of them and none of what was skipped; a tie has one winner."""
+    samples = [YES, SampleError("malformed", "no list"), NO, NO, YES]
+    kept: Any = SimpleNamespace(numbers=np.array([0, 2, 3, 4]))
+    tokens: Any = SimpleNamespace(numbers=np.arange(7))
+    answers = [Answer("", "no", ""), Answer("", "yes", ""), Answer("", "yes ", "")]
+
+    def share(more: list[Any]) -> list[float]:
+        whole: Any = SimpleNamespace(numbers=np.arange(len(more)))
+        sources = [Listed(samples), None, Listed(more)]
+        opened = data.Opened(sources, [kept, tokens, whole], (1.0, 1.0, 1.0))
+        return InProcessWorld(ranks).run(lambda rank: majority(opened, answers))
+
+    assert share([NO]) == [pytest.approx(1 / 3)] * ranks
+    assert share([YES]) == [pytest.approx(2 / 3)] * ranks
+    assert share([YES, NO]) == [pytest.approx(2 / 3)] * ranks
+
+
+class Local(Listed):
+    """A data set whose files each rank has for itself."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__([NO])
+        self._rank = rank
+
+    def fingerprint(self) -> str:
+        return f"of rank {self._rank}"
+
+
+@pytest.mark.parametrize("kind", ["chat", "tokens"])
+def test_ranks_that_see_other_files_are_one_error_on_all(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any of them encodes: those that think the data is prepared would wait elsewhere."""
+    world, raised = InProcessWorld(3), []
+    monkeypatch.setattr(data, "open_source", lambda *_: Local(data.dist.get_rank() // 2))
+    monkeypatch.setattr(data, "TokenFiles", lambda **_: Local(data.dist.get_rank() // 2))
+    encoder: Any = SimpleNamespace(fingerprint=lambda: "one", encode=None)
+    parts = [SourcePart(kind, {"path": "a.jsonl"})]
+
+    def open_it(rank: int) -> None:
+        text = 7 if kind == "tokens" else encoder
+        with pytest.raises(JobError) as caught:
+            data.open_data(parts, DataPart(parts), text, tmp_path, 0)
+        raised.append(str(caught.value))
+
+    world.run(open_it)
+    assert len(raised) == 3
+    assert set(raised) == {
+        f"rank 2 sees other files than rank 0 for data of kind {kind} at a.jsonl; put the data "
+        "where all ranks see the same files"
+    }
+
+
+def write_chat(path: Path, *answers: str) -> SourcePart:
+    """Write conversations, the malformed ones as an empty answer; return the data set."""
+    lines = [
+        {"messages": [{"role": "user", "content": "is it"}, {"role": "assistant", "content": each}]}
+        if each
+        else {"messages": 5}
+        for each in answers
+    ]
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return SourcePart("chat", {"path": str(path)})
+
+
+def write_language(folder: Path, template: str = TEMPLATE, **tokens: str | None) -> None:
+    """Write a language model's text, without its weights."""
+    tokenizer = train_tokenizer(WORDS)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "qwen2"}')
+    for name, value in tokens.items():
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, name: value}))
+
+
+def made(place: Path, held_out: list[SourcePart]) -> RecipeJob:
+    parts = DataPart([write_chat(place / "train.jsonl", "yes", "no")], held_out)
+    recipe = Recipe(
+        "mine", ModelPart(str(place)), parts, TrainingPart(1, 1), RunPart(str(place / "run"))
+    )
+    return RecipeJob(recipe, place, {}, cast(Any, None), fresh=False)
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One process, which stops where the model would be built."""
+
+    def stop(*_: object) -> None:
+        raise NotImplementedError("the model is built")
+
+    monkeypatch.setattr(job, "check_model", stop)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_is_evaluated_is_opened_before_the_model_is_built(tmp_path: Path) -> None:
+    write_language(tmp_path)
+    with pytest.raises(NotImplementedError, match="the model is built"):
+        made(tmp_path, [write_chat(tmp_path / "held_out.jsonl", "yes")])
+    with pytest.raises(SourceError, match=r"nothing\.jsonl cannot be read: No such file"):
+        made(tmp_path, [SourcePart("chat", {"path": str(tmp_path / "nothing.jsonl")})])
+    with pytest.raises(SourceError, match="no sample of 1 is kept: {'malformed': 1}"):
+        made(tmp_path, [write_chat(tmp_path / "bad.jsonl", "")])
+    write_language(tmp_path, TEMPLATE.replace("<|im_end|>", ""), eos_token=None)
+    with pytest.raises(TemplateError, match="has no eos_token; set it"):
+        made(tmp_path, [write_chat(tmp_path / "held_out.jsonl", "yes")])
+
+
+def recipe_loop(out: Path, *, fresh: bool, steps: int = 1, before: int = 1) -> Any:
+    """A loop over a run with a checkpoint of ``before`` steps in all; nothing is loaded."""
+    part = TrainingPart(steps, 1)
+    recipe = Recipe("mine", ModelPart("a"), DataPart([]), part, RunPart(str(out)))
+    was = dataclasses.replace(recipe, training=TrainingPart(before, 1))
+    found = object.__new__(RecipeLoop)
+    found.options, found.rank = RunOptions.of(recipe, fresh=fresh), 0
+    extra = {"options": {"recipe": dataclasses.asdict(was)}}
+    manifest = SimpleNamespace(step=1, extra=extra)
+    there = found.options.out / "checkpoints"
+    found.store = SimpleNamespace(
+        root=there, steps=lambda: [1] if there.exists() else [], manifest=lambda _step: manifest
+    )
+    found._load = lambda _manifest: None
+    return found
+
+
+LEFT = ("recipe.yaml", "run.json", "answers.json", "summary.json", "exported", "checkpoints")
+
+
+@pytest.fixture
+def left(tmp_path: Path) -> Path:
+    """What a run left, and what every run of the folder may use again."""
+    for name in (*LEFT, "prepared", "model"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "old").write_text("")
+        if "." in name:
+            shutil.rmtree(tmp_path / name)
+            (tmp_path / name).write_text("old")
+    return tmp_path
+
+
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda *_, **__: None)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_what_a_run_left_is_set_aside_whole(left: Path) -> None:
+    recipe_loop(left, fresh=True).start()
+    aside = left / "previous" / "1"
+    assert sorted(path.name for path in aside.iterdir()) == sorted(LEFT)
+    assert (aside / "recipe.yaml").read_text() == "old"
+    assert (left / "recipe.yaml").read_text().startswith("name: mine")
+    assert json.loads((left / "run.json").read_text())["ranks"] == 1
+    assert (left / "prepared" / "old").exists()
+    assert (left / "model" / "old").exists()
+
+
+def test_a_refused_run_changes_nothing_of_the_one_that_is_there(left: Path) -> None:
+    with pytest.raises(JobError, match=r"holds a run with training\.steps=2, this one has 1"):
+        recipe_loop(left, fresh=False, before=2).start()
+    assert {(left / name).read_text() for name in LEFT if "." in name} == {"old"}
+    assert recipe_loop(left, fresh=False).start() == 1
+    assert (left / "recipe.yaml").read_text().startswith("name: mine")
