@@ -270,6 +270,8 @@ def test_help_names_types_in_words(command: str) -> None:
     parser = train.parser() if command == "train" else parser_of(command)
     text = " ".join(parser.format_help().split())
     assert not re.search(r"<function|<locals>| at 0x|Number\(", text)
+    if command == "report":
+        return  # it takes no number
     whole = {"draw": "samples", "plan": "gpus", "train": "nodes"}.get(command, "timeout")
     assert re.search(rf"--{whole} \S+ [^()]*\(type: whole number from 1, default: \d+\)", text)
 
