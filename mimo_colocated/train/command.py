@@ -33,6 +33,11 @@ PACKAGES = Packages(
     },
     "install what `mimo train` needs with: pip install 'megatron-mimo-colocated[train]'",
 )
+BOARD = Packages(
+    {"tensorboard": "tensorboard"},
+    "install it with: pip install 'megatron-mimo-colocated[train]', or set run.tensorboard=false",
+)
+"""What ``run.tensorboard`` needs, looked for before a rank starts."""
 DESCRIPTION = "Train a model by a recipe; RECIPE is the name of one that ships, or a .yaml file."
 
 
@@ -126,6 +131,8 @@ def _parse(argv: Sequence[str], world: int | None) -> TrainCommand:
     if given.recipe is None:
         raise JobError("mimo train needs a RECIPE: a name that --list shows, or a .yaml file")
     recipe = reading.read_recipe(given.recipe, given.set)
+    if recipe.run.tensorboard:
+        BOARD.check()
     if given.print:
         print(reading.as_yaml(recipe), end="")
         raise SystemExit(0)

@@ -67,7 +67,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return done.stdout.rstrip()  # lines of a status begin with blanks
 
 
 def _versions() -> dict[str, str]:

@@ -9,7 +9,6 @@ from typing import Any
 
 from megatron.core.models.mimo.job.reporter import Reporter
 from megatron.core.models.mimo.job.trainer import StepResult, Trainer
-from mimo_colocated.launch import JobError
 from mimo_colocated.train.data import StepData
 from mimo_colocated.train.numbers import StepNumbers, said
 
@@ -23,10 +22,7 @@ class RecipeReporter(Reporter):
         trainer: of the model, for the gradient norms of its modules.
         data: of the run.
         numbers: count the work.
-        tensorboard: write there, too.
-
-    Raises:
-        JobError: TensorBoard is asked for and not installed.
+        tensorboard: write there, too; the command has looked for the package.
     """
 
     def __init__(
@@ -92,11 +88,6 @@ def _scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 def _board(folder: Path, first: int) -> Any:
     """What writes for TensorBoard, from a step on; what was written of later steps goes."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise JobError(
-            "run.tensorboard=true needs the package tensorboard: pip install "
-            "'megatron-mimo-colocated[train]', or set it to false"
-        ) from error
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder), purge_step=first)

@@ -70,8 +70,8 @@ DATA = (
     Mutant(
         name="what-follows-an-answer-is-learned",
         file=_ROOM + "encoding.py",
-        old="        return answer[:stop], answer[stop:]",
-        new="        return answer, answer[:0]",
+        old="        stop = len(answer) if at < 0 else at + len(end)",
+        new="        stop = len(answer)",
         tests=(_ANSWERS,),
         why="line breaks after the end of an answer are learned",
     ),

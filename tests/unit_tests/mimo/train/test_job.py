@@ -231,7 +231,8 @@ def test_a_run_does_not_go_on_in_the_midst_of_other_samples(
 
     def opened(*said: str) -> data.Opened:
         source = write_chat(tmp_path / f"{len(said)}{said}.jsonl", *said)
-        return data.open_data([source], DataPart([source]), encoder, tmp_path / "prepared", 0, False)
+        place = tmp_path / "prepared"
+        return data.open_data([source], DataPart([source]), encoder, place, 0, False)
 
     def loop(*said: str) -> Any:
         found = recipe_loop(tmp_path, fresh=False)

@@ -22,7 +22,7 @@ from megatron.core.models.mimo.plan.step_flops import Frozen, homogeneous_runs, 
 from mimo_colocated.launch.layouts import Layout
 from mimo_colocated.train import numbers
 from mimo_colocated.train.numbers import StepNumbers, said
-from tests.unit_tests.mimo.huggingface import harness, llava_models
+from tests.unit_tests.mimo.huggingface import harness, llava_models, models, qwen_vl_models
 
 # Both count products of matrices. Ours leave out rotary frequencies, PyTorch's the input gradients
 # of the first layer where nothing before it trains.
@@ -46,6 +46,8 @@ def one_rank() -> Iterator[None]:
 
 def freezing(names: Sequence[str]) -> Callable[[Any], None]:
     def freeze(model: Any) -> None:
+        if not names:
+            return
         images = model.modality_submodules["images"]
         parts = {
             "language": [model.language_model],
@@ -59,41 +61,83 @@ def freezing(names: Sequence[str]) -> Callable[[Any], None]:
     return freeze
 
 
-@pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize(
-    "freeze", [(), ("images",), ("language", "images.encoder"), ("language", "images.projector")]
-)
-def test_flops_are_those_that_pytorch_counts(freeze: tuple[str, ...], tmp_path: Path) -> None:
-    """Eight packed samples of 37 to 40 tokens with ten images, forward and backward."""
-    model = llava_models.llava("clip-llama")
-    task = llava_models.llava_task(model)
-    task.model.save_pretrained(tmp_path / "model")
+def counted(
+    task: harness.Task, place: Path, freeze: Sequence[str] = ()
+) -> tuple[int, Callable[..., float]]:
+    """PyTorch's count of one packed step, and ours of a batch with a choice of what is frozen."""
+    task.model.save_pretrained(place / "model")
     one = Layout()
+    images = dict.fromkeys(task.items, one)
     settings = {"packed": True, "freeze": freezing(freeze)}
-    case = harness.Case(one, {"images": one}, settings)
-    built = harness.built_case(tmp_path / "model", case)
+    built = harness.built_case(place / "model", harness.Case(one, images, settings))
     trainer = harness.trainer_of(built, task)
     trainer.model.train()
     # The one whose products are visible; samples stay apart in it, the causal half does not.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         trainer.gradients(task, 0)
-    theirs = counter.get_total_flops()
     built.destroy()
-    count = StepNumbers.of_model(built.composite, one, freeze, "float32")
+
+    def ours(batch: RankBatch, freeze: Sequence[str] = freeze) -> float:
+        count = StepNumbers.of_model(built.composite, one, freeze, "float32")
+        flops = count.flops(batch, causal=False)
+        assert count.flops(batch)["language"] < flops["language"]
+        return sum(flops.values())
+
+    return counter.get_total_flops(), ours
+
+
+def of_llava(name: str) -> tuple[harness.Task, list[int]]:
+    """A task and the rows of its ten images."""
+    model = llava_models.llava(name)
     rows = [llava_models.rows_per_image(model.config)] * sum(llava_models.IMAGES)
+    if name == "siglip2-llama":
+        rows = [height * width for height, width in llava_models.SHAPES]
+    return llava_models.llava_task(model), rows
+
+
+def of_qwen_vl(name: str) -> tuple[harness.Task, list[int]]:
+    """Images of four sizes, windows that do not divide them."""
+    task = qwen_vl_models.task(qwen_vl_models.MODELS[name]())
+    return task, [qwen_vl_models.tokens_of(g) for own in qwen_vl_models.GRIDS for g in own]
+
+
+def of_text(name: str) -> tuple[harness.Task, list[int]]:
+    return harness.text_task(models.SPARSE[name](), models.VOCABULARY), []
+
+
+FAMILIES = {
+    "clip-llama": of_llava,
+    "clip-qwen3": of_llava,  # its projector reads four hidden states
+    "siglip2-llama": of_llava,
+    **dict.fromkeys(qwen_vl_models.MODELS, of_qwen_vl),
+    "mixtral": of_text,
+}
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_flops_are_those_that_pytorch_counts(name: str, tmp_path: Path) -> None:
+    """Packed samples of several lengths, forward and backward."""
+    task, rows = FAMILIES[name](name)
+    theirs, ours = counted(task, tmp_path)
+    assert ours(batch_of(task.lengths, rows)) == pytest.approx(theirs, rel=BOUND)
+    # Padding counted as tokens, as a batch in rows would compute it; two images too many.
+    longest = [max(task.lengths) + 2] * len(task.lengths)
+    assert ours(batch_of(longest, rows)) != pytest.approx(theirs, rel=BOUND)
+    if rows:
+        assert ours(batch_of(task.lengths, [*rows, *rows[:2]])) > theirs * (1 + BOUND)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(
+    "freeze", [("images",), ("language", "images.encoder"), ("language", "images.projector")]
+)
+def test_what_does_not_train_has_no_gradients(freeze: tuple[str, ...], tmp_path: Path) -> None:
+    task, rows = of_llava("clip-llama")
+    theirs, ours = counted(task, tmp_path, freeze)
     batch = batch_of(task.lengths, rows)
-    ours = count.flops(batch, causal=False)
-    assert sum(ours.values()) == pytest.approx(theirs, rel=BOUND)
-    assert count.flops(batch)["language"] < ours["language"]
-    # Padding counted as tokens, as a batch in rows would compute it.
-    padded = batch_of([llava_models.LENGTH] * len(task.lengths), rows)
-    wrong = sum(count.flops(padded, causal=False).values())
-    assert wrong != pytest.approx(theirs, rel=BOUND)
-    # What does not train counted as if it did.
-    if freeze:
-        everything = StepNumbers.of_model(built.composite, one, (), "float32")
-        wrong = sum(everything.flops(batch, causal=False).values())
-        assert wrong > theirs * 1.1
+    assert ours(batch) == pytest.approx(theirs, rel=BOUND)
+    assert ours(batch, ()) > theirs * 1.1  # counted as if all of it trained
 
 
 def test_an_item_of_another_size_is_counted_by_its_rows() -> None:

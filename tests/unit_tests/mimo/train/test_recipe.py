@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from megatron.core.models.mimo.data import sources
+from mimo_colocated.launch import errors
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.launch.layouts import Layout
 from mimo_colocated.train import command, plan
@@ -258,6 +259,15 @@ def test_the_command_line(file: Path, capsys: pytest.CaptureFixture[str]) -> Non
         command._parse(["train", str(file)], 4)
 
 
+def test_tensorboard_is_looked_for_before_ranks_start(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(errors, "_is_installed", lambda name: name != "tensorboard")
+    assert typed(str(file), "--set", "run.tensorboard=false").recipe.run.tensorboard is False
+    with pytest.raises(JobError, match="package is missing: tensorboard; .* run.tensorboard=false"):
+        typed(str(file))
+
+
 def test_the_line_for_torchrun() -> None:
     assert plan.torchrun_line(8, 1, "x") == "torchrun --nproc-per-node 8 -m mimo_colocated train x"
     line = plan.torchrun_line(16, 4, "x --set a=1")
@@ -267,13 +277,15 @@ def test_the_line_for_torchrun() -> None:
 
 def test_the_state_of_the_code(tmp_path: Path) -> None:
     assert git_state(tmp_path) is None
-    for line in ("init -q", "-c user.name=a -c user.email=b commit -q --allow-empty -m x"):
+    (tmp_path / "old").write_text("")
+    for line in ("init -q", "add old", "-c user.name=a -c user.email=b commit -q -m x"):
         subprocess.run(["git", "-C", str(tmp_path), *line.split()], check=True)
     (tmp_path / "new").write_text("")
+    (tmp_path / "old").write_text("changed")
     found = git_state(tmp_path)
     assert found is not None
     assert len(found["commit"]) == 40
-    assert found["changed"] == ["?? new"]
+    assert found["changed"] == [" M old", "?? new"]
 
 
 def test_the_recipe_of_the_docs_can_be_read(tmp_path: Path) -> None:

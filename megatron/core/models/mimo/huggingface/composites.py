@@ -67,6 +67,7 @@ class EncoderPart:
         drawn: prefixes of our names of parameters that no folder has yet.
         level_layers: layers of the language model, counted from 0, after which the levels in its
             rows are added (DeepStack); none for plain rows.
+        features: hidden states that lie side by side in what the projector reads.
         native: the same of transformers' own modules; None where that is not known.
     """
 
@@ -81,6 +82,7 @@ class EncoderPart:
     sequence_parallel: bool = False
     drawn: tuple[str, ...] = ()
     level_layers: tuple[int, ...] = ()
+    features: int = 1
     native: NativeForm | None = None
 
 

@@ -120,7 +120,7 @@ def _images(part: EncoderPart, stack: Stack, width: int) -> EncoderShape:
         tokens=patches + clip,
         rows=patches,
         patch=config.num_channels * side**2,
-        row=stack.hidden,
+        row=stack.hidden * part.features,
         projected=width,
         sequence_parallel=part.sequence_parallel,
     )

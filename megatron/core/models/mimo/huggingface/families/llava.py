@@ -87,6 +87,7 @@ def _llava(config: Any) -> Composite:
         config=vision,
         spellings=_TOWER_SPELLINGS,
         sequence_parallel=True,
+        features=len(features.depths),
         native=NativeForm(
             functools.partial(_native_spec, features=features, whole=config), _NATIVE_NAMES
         ),
