@@ -81,16 +81,16 @@ class Listed:
         return str(len(self))
 
 
-def begin_texts(tokenizer: Any, begin: str) -> None:
+def begin_texts(tokenizer: Any, opening: str) -> None:
     """Let a tokenizer put a token before every text, as Llama's does."""
-    tokenizer.add_special_tokens({"bos_token": begin})
-    known = [(begin, tokenizer.convert_tokens_to_ids(begin))]
-    added = TemplateProcessing(single=f"{begin} $A", special_tokens=known)
+    tokenizer.add_special_tokens({"bos_token": opening})
+    known = [(opening, tokenizer.convert_tokens_to_ids(opening))]
+    added = TemplateProcessing(single=f"{opening} $A", special_tokens=known)
     tokenizer.backend_tokenizer.post_processor = added
 
 
 def save_text(
-    folder: Path, template: str | None = TEMPLATE, begin: str = "", end: str | None = "<|im_end|>"
+    folder: Path, template: str | None = TEMPLATE, opening: str = "", end: str | None = "<|im_end|>"
 ) -> Any:
     """Tokenizer, which may put a token before every text, and LLaVA processor in a folder."""
     tokenizer = train_tokenizer(WORDS)
@@ -98,8 +98,8 @@ def save_text(
         tokenizer.eos_token = None
     else:
         tokenizer.add_special_tokens({"eos_token": end})
-    if begin:
-        begin_texts(tokenizer, begin)
+    if opening:
+        begin_texts(tokenizer, opening)
     processor = transformers.LlavaProcessor(
         transformers.SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}),
         tokenizer,

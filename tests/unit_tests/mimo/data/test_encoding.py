@@ -61,7 +61,7 @@ def begun(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """Of texts that begin with nothing, a token of the tokenizer's, or one of the template's."""
     place = tmp_path_factory.mktemp("begun")
     template = "{{ bos_token }}" * (request.param == "written") + TEMPLATE
-    save_text(place, template, begin="" if request.param == "nothing" else "<s>")
+    save_text(place, template, opening="" if request.param == "nothing" else "<s>")
     return ChatEncoder(place, 200)
 
 
@@ -121,7 +121,7 @@ def test_the_end_of_an_answer_is_that_of_the_template(tmp_path: Path) -> None:
 
 def test_an_answer_that_a_template_does_not_end_is_ended(tmp_path: Path) -> None:
     """All is as transformers writes it; behind it the last answer ends, so a model learns to."""
-    save_text(tmp_path, ENDLESS, begin="<s>")
+    save_text(tmp_path, ENDLESS, opening="<s>")
     encoder = ChatEncoder(tmp_path, 200)
     found = encoder.encode(SEVERAL)
     spoken = encoder.tokenizer.decode(found.input_ids[found.learned])

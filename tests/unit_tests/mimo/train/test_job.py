@@ -16,7 +16,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron.core.models.mimo.data.conversation import Conversation, SampleError
-from megatron.core.models.mimo.data.encoding import ChatEncoder
+from megatron.core.models.mimo.data.encoding import ChatEncoder, Encoded
 from megatron.core.models.mimo.data.sources import SourceError
 from megatron.core.models.mimo.job.loop import TrainingLoop
 from mimo_colocated.launch.errors import JobError
@@ -251,3 +251,31 @@ def test_a_run_does_not_go_on_in_the_midst_of_other_samples(
     with pytest.raises(JobError, match=r"over \[2\] samples, and its data has .* put the data"):
         loop(*answers)._load(saved)
     assert len(loaded) == 1  # nothing of a refused one
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_what_was_unreadable_is_tried_again_by_a_run_that_begins(
+    ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that goes on keeps the samples that it began with."""
+    late = [SampleError("unreadable", "not there yet")]
+    source = Listed([NO, *late, YES])
+    monkeypatch.setattr(data, "open_source", lambda *_: source)
+    nothing, two = np.zeros((0, 3), dtype=np.int32), np.array([1, 2], dtype=np.int32)
+    made = Encoded(two, two > 1, nothing[:, 0], nothing)
+    encoder: Any = SimpleNamespace(fingerprint=lambda: "one", encode=lambda _: made)
+    parts = [SourcePart("chat", {})]
+
+    def kept(retry: bool) -> list[int]:
+        def open_it(_rank: int) -> list[int]:
+            opened = data.open_data(parts, DataPart(parts), encoder, tmp_path, 0, retry)
+            return np.asarray(opened.prepared[0].numbers).tolist()
+
+        first, *others = InProcessWorld(ranks).run(open_it)
+        assert all(other == first for other in others)
+        return first
+
+    assert kept(True) == [0, 2]
+    source.samples[1] = NO
+    assert kept(False) == [0, 2]
+    assert kept(True) == [0, 1, 2]
