@@ -25,8 +25,8 @@ TORCH_NATIVE_INSIDE = (
     Mutant(
         name="a-microbatch-replaces-the-one-before",
         file=_PARALLEL,
-        old="        main_grad.add_(local_part(gradient))",
-        new="        main_grad.copy_(local_part(gradient))",
+        old="        main_grad.add_(local_part(parameter.grad))",
+        new="        main_grad.copy_(local_part(parameter.grad))",
         tests=(_STEPS,),
         why="of several microbatches the last one's gradient counts alone",
         ranks=8,
