@@ -67,6 +67,11 @@ def _schedule(recipe: Recipe) -> Iterator[str]:
 
 
 def _model(recipe: Recipe) -> Iterator[str]:
+    if recipe.model.torch_native and recipe.training.recompute == "selective":
+        yield (
+            "training.recompute=selective is of Megatron's layers, and model.torch_native names "
+            f"{recipe.model.torch_native}; set training.recompute to full or none"
+        )
     model = recipe.model
     if not model.folder:
         return

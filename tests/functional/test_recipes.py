@@ -362,7 +362,7 @@ def test_a_model_that_pytorch_shards_follows_megatrons_layers(
     hows = {
         "megatron": {"layout.language": "dp=1", "model.torch_native": "[]"},
         "native": {"layout.language": "tp=2,dp=1"},
-        "fsdp": {"layout.language": "tp=2,dp=2"},
+        "fsdp": {"layout.language": "tp=2,dp=2", "training.save_every": 8},
     }
     for name, how in hows.items():
         done = train(tmp_path / name, {**changes, **how}, recipe="torch-native-sft")

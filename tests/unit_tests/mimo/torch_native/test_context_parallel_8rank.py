@@ -163,7 +163,9 @@ def test_what_one_rank_refuses_no_rank_enters(cut_sequence: bool) -> None:
             if inputs is given:
                 assert model(**own).logits.shape == (2, LENGTH // 2, 99)
                 continue
-            ranks = "4, 5, 6, 7" if cut_sequence else "4, 5"
+            # All have the error, which names those that FSDP connects with this TP rank.
+            first = 4 + here["tp"]
+            ranks = f"{first}, {first + 2}" if cut_sequence else first
             wanted = rf"^on ranks \[{ranks}\]: position_ids do not count the tokens of one"
             with pytest.raises(ValueError, match=wanted):
                 model(**own)
@@ -181,11 +183,13 @@ def test_a_language_model_judges_whole_positions() -> None:
         )
         model = TorchNativeLanguageModel(config, build("qwen2"), grid)
         model.shard()
+        here = grid.coords(dist.get_rank())
         counted = torch.arange(LENGTH, device=own_device()).expand(2, LENGTH)
         jump = counted + 5 * ((counted >= 4) & (counted < 12))
         ids = own_chunks(tokens(2, LENGTH)[0], grid.get_pg("cp"))
         assert model(ids, counted, None).shape == (2, LENGTH // 2, 50)
         for wrong in (boundary_at(0, 4, 12, 14), jump):
-            own = wrong if grid.coords(dist.get_rank())["dp"] == 0 else counted
-            with pytest.raises(ValueError, match=r"^on ranks \[0, 1, 2, 3\]: position_ids do not"):
+            own = wrong if here["dp"] == 0 else counted
+            ranks = f"{here['tp']}, {here['tp'] + 2}"
+            with pytest.raises(ValueError, match=rf"^on ranks \[{ranks}\]: position_ids do not"):
                 model(ids, own, None)

@@ -129,6 +129,7 @@ def test_fields_are_set_by_their_path(file: Path) -> None:
         ("model.dtype=int8", "model.dtype='int8' is none of float32, bfloat16, float16"),
         ("model.make=easy-vqa", "model.folder='/models/mine' and model.make='easy-vqa'; set one"),
         ("training.recompute=all", "training.recompute='all' is none, selective or full"),
+        ("training.recompute=selective", r"names \['images'\]; set training.recompute to full or"),
         ("data.held_out=[{kind: tokens}]", "kind tokens is not mixed with conversations"),
         ("model.torch_native=[language]", "takes no packed samples; set data.packed=false"),
         ("data.train=[]", "data.train names no data; give at least one"),
