@@ -107,7 +107,7 @@ EXCEPTIONS = {
         ),
         "a family of the package says it, and each is compared with transformers' own model",
     ),
-    "Line(cure)": _RECORD,
+    **dict.fromkeys(("Described(begin)", "Line(cure)"), _RECORD),
 }
 
 
