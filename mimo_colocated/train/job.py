@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -205,15 +206,12 @@ class RecipeJob:
         self._held_out, self._questions = self._open_held_out()
         layouts = on_all_ranks(lambda: check_model(recipe, folder), "read the model")
         built = from_folder(folder, layouts, self._build_options())
-        steps = TrainOptions(
-            steps=training.steps,
-            global_batch_size=training.global_batch_size,
-            micro_batches=training.micro_batches,
-            lr=training.lr,
+        options = RunOptions.of(recipe, fresh=fresh)
+        steps = dataclasses.replace(
+            TrainOptions.of(options),
             min_lr=training.min_lr,
             warmup_steps=training.warmup_steps,
             weight_decay=training.weight_decay,
-            clip_grad=training.clip_grad,
         )
         self.trainer = RecipeTrainer(built, steps, distributed_optimizer=True)
         stream = training_stream(
@@ -222,7 +220,6 @@ class RecipeJob:
         side = side_of(self.trainer, data, self._padding, readers, training.micro_batches)
         batches = RankBatches(stream, self.opened.sources, side)
         self.data = StepData(batches, training.steps, data.ahead)
-        options = RunOptions.of(recipe, fresh=fresh)
         self.loop = RecipeLoop(options, self.trainer, self.data, requests, self.opened)
 
     def run(self) -> None:
@@ -380,13 +377,15 @@ class RecipeJob:
             self.loop.stop_if_told(self.recipe.training.steps)
             tokens = greedy.answers(start)
             said += self.encoder.tokenizer.batch_decode(tokens)
-        asked = [
+        asked = (
             wanted(source[number])
             for source, prepared in zip(opened.sources, opened.prepared, strict=True)
             if source is not None
             for number in prepared.numbers.tolist()
-        ]
-        return [Answer(*pair, text) for pair, text in zip(asked[:count], said, strict=False)]
+        )
+        # What is not asked is not read either.
+        pairs = itertools.islice(asked, count)
+        return [Answer(*pair, text) for pair, text in zip(pairs, said, strict=False)]
 
     def _write_answers(self, answers: list[Answer]) -> None:
         rows = [dataclasses.asdict(each) for each in answers]

@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron.core.models.mimo.job.reporter import versions
 from mimo_colocated.launch.errors import write_atomically
 from mimo_colocated.train.reading import as_yaml
 from mimo_colocated.train.recipe import Recipe
-
-_PACKAGES = ("torch", "megatron-core", "transformers", "megatron-mimo-colocated")
 
 
 def write_record(out: Path, recipe: Recipe, more: Mapping[str, Any]) -> None:
@@ -34,7 +33,7 @@ def write_record(out: Path, recipe: Recipe, more: Mapping[str, Any]) -> None:
     said = {
         "command": sys.argv,
         "ranks": int(os.environ.get("WORLD_SIZE", "1")),
-        "versions": _versions(),
+        "versions": versions("transformers"),
         "git": git_state(Path.cwd()),
         **more,
     }
@@ -68,15 +67,3 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.rstrip()  # lines of a status begin with blanks
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": sys.version.split()[0]}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found

@@ -106,10 +106,10 @@ class Reporter:
         print(f"results are in {self.out}", flush=True)
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of what the job stands on."""
+def versions(*more: str) -> dict[str, str]:
+    """Return the versions of Python and of what the job stands on, ``more`` packages too."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("megatron-core", "megatron-mimo-colocated"):
+    for name in ("megatron-core", *more, "megatron-mimo-colocated"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
