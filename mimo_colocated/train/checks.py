@@ -59,7 +59,7 @@ def _schedule(recipe: Recipe) -> Iterator[str]:
             f"training.min_lr={training.min_lr} is above training.lr={training.lr}; set it to at "
             "most that"
         )
-    if training.warmup_steps >= training.steps:
+    if training.warmup_steps is not None and training.warmup_steps >= training.steps:
         yield (
             f"training.warmup_steps={training.warmup_steps} leaves none of "
             f"training.steps={training.steps} after the warm-up; set it below that"

@@ -210,7 +210,7 @@ class RecipeJob:
         steps = dataclasses.replace(
             TrainOptions.of(options),
             min_lr=training.min_lr,
-            warmup_steps=training.warmup_steps,
+            warmup_steps=training.warmup,
             weight_decay=training.weight_decay,
         )
         self.trainer = RecipeTrainer(built, steps, distributed_optimizer=True)

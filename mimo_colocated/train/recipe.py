@@ -110,7 +110,7 @@ class TrainingPart:
         micro_batches: of a step.
         lr: peak learning rate.
         min_lr: the last one.
-        warmup_steps: until the peak.
+        warmup_steps: until the peak; None for 20, or a tenth of the steps if that is less.
         weight_decay: of all weights.
         clip_grad: largest gradient norm, 0 for none.
         seed: of drawn weights, dropout and the order of the data.
@@ -124,13 +124,18 @@ class TrainingPart:
     micro_batches: int = 1
     lr: float = 1e-3
     min_lr: float = 0.0
-    warmup_steps: int = 20
+    warmup_steps: int | None = None
     weight_decay: float = 0.01
     clip_grad: float = 1.0
     seed: int = 1234
     save_every: int = 100
     max_skipped: int = 10
     recompute: str = "none"
+
+    @property
+    def warmup(self) -> int:
+        """Steps until the peak, whether they are set or not: a short trial sets nothing."""
+        return min(20, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
 
 
 @dataclass(frozen=True)
@@ -258,7 +263,7 @@ class Recipe:
             ("training.micro_batches", training.micro_batches, 1),
             ("training.lr", training.lr, 0),
             ("training.min_lr", training.min_lr, 0),
-            ("training.warmup_steps", training.warmup_steps, 0),
+            ("training.warmup_steps", training.warmup, 0),
             ("training.weight_decay", training.weight_decay, 0),
             ("training.clip_grad", training.clip_grad, 0),
             ("training.save_every", training.save_every, 0),

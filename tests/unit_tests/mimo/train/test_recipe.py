@@ -19,7 +19,7 @@ from mimo_colocated.launch.layouts import Layout
 from mimo_colocated.train import command, plan
 from mimo_colocated.train.checks import DATA_KINDS
 from mimo_colocated.train.reading import as_yaml, describe_shipped, read_recipe, shipped
-from mimo_colocated.train.recipe import Recipe
+from mimo_colocated.train.recipe import Recipe, TrainingPart
 from mimo_colocated.train.record import git_state
 
 # Every field, none with the value that it has by default.
@@ -308,3 +308,13 @@ def test_every_field_of_a_recipe_has_a_test() -> None:
             made = field.default_factory
             default = field.default if made is dataclasses.MISSING else made()
             assert value != default, f"{name}.{field.name}"
+
+
+@pytest.mark.parametrize(
+    "steps, given, warmup",
+    [(1, None, 0), (3, None, 0), (50, None, 5), (1500, None, 20), (50, 30, 30), (1500, 0, 0)],
+)
+def test_a_short_trial_sets_no_warmup(steps: int, given: int | None, warmup: int) -> None:
+    """The default fits the steps; what is set stays as it is."""
+    part = TrainingPart(steps=steps, global_batch_size=1, warmup_steps=given)
+    assert part.warmup == warmup
