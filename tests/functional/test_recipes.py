@@ -221,6 +221,7 @@ def of_strangers(folders: Path, **more: Any) -> dict[str, Any]:
         "model.dtype": "float32",
         "training.steps": STEPS,
         "training.global_batch_size": 8,
+        "training.warmup_steps": 1,
         "training.save_every": 0,
         **more,
     }
@@ -320,6 +321,7 @@ def test_a_language_model_with_experts_learns_token_files(tmp_path: Path) -> Non
         "training.steps": 6,
         "training.global_batch_size": 16,
         "training.micro_batches": 2,
+        "training.warmup_steps": 1,
         "training.save_every": 0,
         "run.export": False,
     }
