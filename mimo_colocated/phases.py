@@ -17,7 +17,7 @@ import os
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,16 @@ PHASES = (
 
 _MAGIC = b"MIMOPH01"
 # Magic; rank, pid, the process's start in clock ticks; when, step, microbatch, kind of step, phase,
-# wait (JSON). Fixed places: a mark overwrites its part and nothing has to be flushed.
+# wait (JSON), then the latest marks in turn. Fixed places: a mark overwrites its part and nothing
+# has to be flushed.
 _OWNER = struct.Struct("<8siiq")
 _PLACE = struct.Struct("<dqi16s40s")
 _WAIT = struct.Struct("<256s")
 _PLACE_AT, _WAIT_AT = _OWNER.size, _OWNER.size + _PLACE.size
-SIZE = _WAIT_AT + _WAIT.size
+_PAST_AT = _WAIT_AT + _WAIT.size
+# Marks that are remembered: a step of 30 microbatches has about so many.
+_PAST = 400
+SIZE = _PAST_AT + _PAST * _PLACE.size
 _NAME = "phase_{rank}.bin"
 
 
@@ -82,6 +86,7 @@ class Place:
         microbatch: of the step, -1 outside of any.
         phase: one of :data:`PHASES`, or the job's own.
         wait: what it waits in, see :class:`Wait`; usually ``None``.
+        past: where it was at its latest 400 marks, the oldest first.
     """
 
     rank: int
@@ -93,6 +98,15 @@ class Place:
     microbatch: int = -1
     phase: str = START
     wait: Wait | None = None
+    past: tuple[Place, ...] = field(default=(), repr=False, compare=False)
+
+    def as_of(self, seconds: float) -> Place | None:
+        """Return where the rank was at a time (since the epoch); ``None`` before its past."""
+        return next((each for each in reversed(self.past) if each.at <= seconds), None)
+
+    def passed(self, place: Place) -> Place | None:
+        """Return when the rank was last in the same phase of the same microbatch, if it was."""
+        return next((each for each in reversed(self.past) if each.words() == place.words()), None)
 
     def words(self) -> str:
         """Return the place in words.
@@ -122,14 +136,17 @@ class _Own:
         self.step = self.microbatch = -1
         self.forwards = 0
         self.wait: Wait | None = None
+        self.marks = 0
         self._encoded: dict[str, bytes] = {}
 
     def write(self) -> None:
         names = self._encoded.get(self.phase) or self._encode(self.phase)
         kind = self._encoded.get(self.kind) or self._encode(self.kind)
-        _PLACE.pack_into(
-            self.buffer, _PLACE_AT, time.time(), self.step, self.microbatch, kind, names
-        )
+        now, past_at = time.time(), _PAST_AT + self.marks % _PAST * _PLACE.size
+        self.marks += 1
+        # The past first: who is killed in between is where the last whole mark says.
+        for at in (past_at, _PLACE_AT):
+            _PLACE.pack_into(self.buffer, at, now, self.step, self.microbatch, kind, names)
 
     def write_wait(self) -> None:
         wait = self.wait
@@ -240,10 +257,17 @@ def read_places(folder: str | Path) -> dict[int, Place]:
 
 def _read(content: bytes) -> Place:
     _, rank, pid, started = _OWNER.unpack_from(content, 0)
-    at, step, microbatch, kind, phase = _PLACE.unpack_from(content, _PLACE_AT)
     (wait,) = _WAIT.unpack_from(content, _WAIT_AT)
-    return Place(
-        rank, pid, started, at, step, _text(kind), microbatch, _text(phase), _read_wait(wait)
+
+    def marked(at: int) -> Place:
+        at_s, step, microbatch, kind, phase = _PLACE.unpack_from(content, at)
+        return Place(rank, pid, started, at_s, step, _text(kind), microbatch, _text(phase))
+
+    past = map(marked, range(_PAST_AT, SIZE, _PLACE.size))
+    return replace(
+        marked(_PLACE_AT),
+        wait=_read_wait(wait),
+        past=tuple(sorted((each for each in past if each.at), key=lambda each: each.at)),
     )
 
 

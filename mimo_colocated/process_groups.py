@@ -124,9 +124,9 @@ def _make_own_group(
     timeout = timeout or c10d._get_default_timeout(own_backend)
     # A fake group has no other members to meet, and its store keeps nothing.
     meet = _meet_nobody if own_backend == _FAKE_BACKEND else meet_members
-    with phases.waiting("the making", ranks, group_desc or ""):
+    # Connecting may wait as meeting does: a member may be lost in between.
+    with phases.waiting("the making", ranks, group_desc or ""), _unbound(world) as device:
         group_name: Any = meet(store, ranks, world.rank(), timeout)
-    with _unbound(world) as device:
         pg, _ = c10d._new_process_group_helper(
             len(ranks),
             ranks.index(world.rank()),

@@ -35,6 +35,7 @@ class Call:
         shapes: of its inputs, in words.
         at: when it was entered, in nanoseconds.
         under_way: it had not ended.
+        on_device: it waits on the device, while the host that entered it goes on.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Call:
     shapes: str = ""
     at: int = 0
     under_way: bool = False
+    on_device: bool = False
 
     @property
     def key(self) -> tuple[str, tuple[int, ...]]:
@@ -82,6 +84,7 @@ def calls_of(dump: Mapping[str, Any]) -> list[Call]:
                 shapes=_shapes(entry),
                 at=int(entry.get("time_created_ns") or 0),
                 under_way=not entry.get("retired") and entry.get("state") != "completed",
+                on_device=str(entry.get("profiling_name", "")).startswith("nccl"),
             )
         )
     return sorted(found, key=lambda call: call.at)
@@ -163,15 +166,37 @@ class WhoWaits:
         lost = set(self.lost)
         return {rank: call for rank, call in self.waits.items() if lost & set(call.ranks)}
 
+    def place_of(self, rank: int) -> str:
+        """Return where a rank was, in words; where the device was, if its host had gone on."""
+        host, device = self.places[rank].words(), self._device_place(rank)
+        if device is None or device.words() == host:
+            return host
+        return f"{device.words()} on the device, while its host was in {host}"
+
+    def _device_place(self, rank: int) -> Place | None:
+        """The phase in which the host entered what the device had not ended; ``None``: nothing."""
+        place = self.places[rank]
+        if rank in self.calls:
+            found = [c for c in self.calls[rank] if c.under_way and c.on_device]
+            waits = self.waits.get(rank, next(iter(found), None))
+            return place.as_of(waits.at / 1e9) if waits is not None and waits.on_device else None
+        # Lost without a word: others tell what it did not end. If its host has been past that
+        # phase, the device was still there.
+        if rank in self.lost and self.direct:
+            other, call = min(self.direct.items(), key=self._remoteness)
+            theirs = self.places[other].as_of(call.at / 1e9) if other in self.places else None
+            return place.passed(theirs) if theirs is not None and call.on_device else None
+        return None
+
     def where(self, ranks: Sequence[int]) -> str:
         """Say `` in the phase ...`` of ranks that were in one; empty if nothing is known."""
-        words = {self.places[rank].words() for rank in ranks if rank in self.places}
+        words = {self.place_of(rank) for rank in ranks if rank in self.places}
         if len(words) == 1:
             return f" in {words.pop()}"
         return (
             " in "
             + " and ".join(
-                f"{self.places[rank].words()} (rank {rank})"
+                f"{self.place_of(rank)} (rank {rank})"
                 for rank in ranks
                 if rank in self.places
             )
@@ -267,7 +292,7 @@ class WhoWaits:
         ranks = sorted({*self.places, *self.dumps, *self.culprits})
         lines = ["Every rank:"] if ranks else []
         for rank in ranks[:_RANKS_SHOWN]:
-            place = self.places[rank].words() if rank in self.places else "no phase recorded"
+            place = self.place_of(rank) if rank in self.places else "no phase recorded"
             if rank in self.waits:
                 doing = f"waiting in {self.waits[rank].words()}"
             elif rank in self.culprits:

@@ -200,6 +200,49 @@ def test_multi_token_prediction_is_refused(options):
         built(**options)
 
 
+@pytest.mark.parametrize("part", ["language", "virtual_stage", "encoder", "projection"])
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"fp8": "hybrid"}, "fp8='hybrid' with fp8_recipe='delayed', .* 'tensorwise', 'block"),
+        ({"cp_comm_type": "a2a+p2p"}, r"cp_comm_type='a2a\+p2p', .* 'p2p', 'all_gather' or 'a2a'"),
+        ({"cp_comm_type": ["a2a+p2p"]}, r"cp_comm_type='a2a\+p2p', whose two levels"),
+        ({"use_transformer_engine_op_fuser": True}, "sets use_transformer_engine_op_fuser, .* Fal"),
+        ({"cuda_graph_impl": "local"}, r"CUDA graphs \(cuda_graph_impl='local'\), .*='none'"),
+        ({"enable_cuda_graph": True}, r"CUDA graphs \(.*enable_cuda_graph=True\), which cannot"),
+        ({"external_cuda_graph": True}, "CUDA graphs .*external_cuda_graph=True"),
+    ],
+)
+def test_what_needs_ranks_outside_the_module_and_graphs_are_refused(part, asked, message):
+    """Set on a config that is made: making one with CUDA graphs asks for Transformer Engine."""
+    config = language_config()
+    vars(config).update(asked)
+    options, where = {
+        "language": ({"config": config}, "the language model"),
+        "virtual_stage": (
+            {"virtual_stage_specs": [ModuleSpec(object, params={"config": config})]},
+            "the language model",
+        ),
+        "encoder": ({"modalities": {"images": modality_spec()}}, "images"),
+        "projection": ({"modalities": {"images": modality_spec()}}, "images"),
+    }[part]
+    if part == "encoder":
+        spec = options["modalities"]["images"].submodules["encoders"]["linear"]
+        spec.params = {"transformer_config": config}
+    elif part == "projection":
+        options["modalities"]["images"].submodules["input_projections"][0].params["config"] = config
+    with pytest.raises(ValueError, match=f"^The config of {where} .*{message}"):
+        built(**options)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
+def test_fp8_whose_scales_stay_in_the_module_is_taken(recipe):
+    config = language_config(fp8_recipe=recipe)
+    config.fp8 = "hybrid"
+    built(config=config)
+    built(config=language_config(fp8_recipe="delayed"))  # the default says nothing without fp8
+
+
 def test_tokens_of_a_modality_that_was_not_built():
     """One vocabulary for several models is fine, rows of zeros are not."""
     with pytest.warns(UserWarning, match=r"names \['sounds'\], but the model's modalities are"):

@@ -53,8 +53,6 @@ EXCEPTIONS = {
             "Answer(problem)",
             "LanguageBatch(problem)",
             "LanguageBatch(packed)",
-            "Call(at)",
-            "Call(under_way)",
             "Reason(log)",
             "Reason(waits)",
             "StepResult(modules)",

@@ -153,25 +153,30 @@ def test_fewer_query_groups_than_tp_ranks_are_refused(layer_spec: Any) -> None:
         layer_spec(config)
 
 
-def test_transformer_engine_attends_over_cp_in_16_bits_only() -> None:
+def test_transformer_engine_attends_in_16_bits_only() -> None:
     for size, changes, attends in (
-        (1, {}, True), (2, {}, False), (2, {"bf16": True}, True), (2, {"fp16": True}, True),
+        (1, {}, False), (2, {}, False), (1, {"bf16": True}, True), (2, {"fp16": True}, True),
+        (2, {"params_dtype": torch.bfloat16}, True), (1, {"params_dtype": torch.float64}, False),
     ):  # fmt: skip
         assert layer_specs.te_attends(tiny_config(context_parallel_size=size, **changes)) is attends
 
 
 def test_transformer_engine_needs_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_specs.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(layer_specs.gpt_layer_specs, "HAVE_TE", True)
     monkeypatch.delenv("MIMO_LAYERS")  # tests say "local": see tests/conftest.py
     for cuda in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         assert layer_specs.use_transformer_engine() is cuda
+    # Installed, but built for another PyTorch: stock could not import it.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(layer_specs.gpt_layer_specs, "HAVE_TE", False)
+    assert layer_specs.use_transformer_engine() is False
 
 
 def test_layers_are_the_local_ones_where_the_environment_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(layer_specs.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(layer_specs.gpt_layer_specs, "HAVE_TE", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert layer_specs.use_transformer_engine() is False
     monkeypatch.setenv("MIMO_LAYERS", "te")

@@ -22,7 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.training.groups import create_process_groups, make_grid
-from mimo_colocated import process_groups
+from mimo_colocated import phases, process_groups
 from mimo_colocated.process_groups import make_groups, meet_members, release_group
 
 LONG, SHORT = timedelta(seconds=30), timedelta(seconds=0.2)
@@ -201,6 +201,8 @@ def test_nothing_is_split_off_a_default_group_with_a_device(
 
     def helper(*args: Any, device_id: torch.device | None, backend_options: Any, **kwargs: Any):
         seen.append((device_id, c10d._get_default_group().bound_device_id, kwargs["group_name"]))
+        # Connecting waits for members as meeting does, and is said to.
+        assert phases.here().wait == phases.Wait("the making", (0, 1), "")
         raise RuntimeError("cannot connect")
 
     monkeypatch.setattr(process_groups, "_NEEDED_OF_TORCH", set())

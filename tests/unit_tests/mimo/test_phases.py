@@ -89,6 +89,25 @@ def test_names_and_waits_that_just_fit_and_do_not(tmp_path: Path):
     assert read_places(tmp_path)[0].phase == "p" * 40
 
 
+def test_the_latest_marks_are_remembered(tmp_path: Path):
+    phases.record_into(tmp_path, 4)
+    phases.at_step(1)
+    times = []
+    for number in range(2 * phases._PAST):
+        phases.mark(phases.LANGUAGE_FORWARD, number)
+        times.append(phases.here().at)
+    place = read_places(tmp_path)[4]
+    assert [each.microbatch for each in place.past] == list(range(phases._PAST, 2 * phases._PAST))
+    assert {each.rank for each in place.past} == {4}
+    assert place.as_of(times[phases._PAST + 7]).words() == (
+        f"the phase 'language forward' of step 1, microbatch {phases._PAST + 7}"
+    )
+    assert place.as_of(times[-1] + 60) == place
+    assert place.as_of(times[0]) is None  # forgotten
+    assert place.passed(Place(0, step=1, microbatch=phases._PAST, phase="language forward"))
+    assert place.passed(Place(0, step=1, microbatch=7, phase="language forward")) is None
+
+
 def test_rank_step_and_microbatch_0_are_told_like_others(tmp_path: Path):
     phases.record_into(tmp_path, 0)
     phases.at_step(0)

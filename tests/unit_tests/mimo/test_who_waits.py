@@ -7,11 +7,18 @@ The form itself is compared with PyTorch's in ``test_flight_recorder.py``.
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mimo_colocated.forensics.evidence import Evidence, clear_dumps, read_dumps
-from mimo_colocated.forensics.who_waits import WhoWaits, calls_of, group_in_words, ranks_in_words
+from mimo_colocated.forensics.who_waits import (
+    Call,
+    WhoWaits,
+    calls_of,
+    group_in_words,
+    ranks_in_words,
+)
 from mimo_colocated.phases import Place, Wait
 
 KILLED = "was killed by SIGKILL"
@@ -168,6 +175,41 @@ def test_a_wait_that_the_recorder_does_not_record():
     }
     waits = WhoWaits({1: KILLED}, places, {})
     assert waits.waited() == "rank 0 waited for it in receive of the group pp [0, 1]"
+
+
+def _ran_ahead(rank: int, *marks: tuple[float, int, str]) -> Place:
+    """A host that made these marks (seconds, microbatch, phase) of step 3, one after the other."""
+    past = tuple(Place(rank, at=at, step=3, microbatch=m, phase=p) for at, m, p in marks)
+    return replace(past[-1], past=past)
+
+
+def test_the_phase_is_that_of_the_device_where_the_host_has_gone_on():
+    """Over NCCL a host enqueues and goes on: rank 0's device waits in what was enqueued before."""
+    marks = [(1.0, 0, "bridge backward"), (2.0, 0, "encoder backward"), (3.0, -1, "optimizer step")]
+    places = {rank: _ran_ahead(rank, *marks) for rank in (0, 1, 2)}
+    call = {**under_way("a/0", "all_gather", 17, int(1.5e9)), "profiling_name": "nccl:all_gather"}
+    later = {**under_way("c/0", "all_reduce", 9, int(2.5e9)), "profiling_name": "nccl:all_reduce"}
+    device = "the phase 'bridge backward' of step 3, microbatch 0 on the device, while its host "
+    host = "the phase 'optimizer step' of step 3"
+    waits = WhoWaits({1: KILLED}, places, {0: dump(call, later), 2: dump(entry("c/0", "x", 9, 1))})
+    assert waits.place_of(0) == f"{device}was in {host}"
+    # Rank 1 left no dump. It has been where rank 0 waits, so its device has not got past it.
+    assert waits.where([1]) == f" in {device}was in {host}"
+    enqueued = Call(
+        "all_gather", "cp", (0, 1), 17, "Float [3, 4]", int(1.5e9), under_way=True, on_device=True
+    )
+    assert waits.waits[0] == enqueued
+    assert waits.place_of(2) == host  # nothing under way
+    # A rank that never came there: its host is what others wait for.
+    places[1] = _ran_ahead(1, (0.5, 0, "language backward"))
+    stopped = WhoWaits({1: "was stopped (SIGSTOP)"}, places, {0: dump(call)})
+    assert stopped.where([1]) == " in the phase 'language backward' of step 3, microbatch 0"
+    # Gloo's collectives hold the host itself: no other phase is made up.
+    on_host = WhoWaits({1: KILLED}, places, {0: dump(under_way("a/0", "x", 17, int(1.5e9)))})
+    assert on_host.place_of(0) == host
+    # A recorder that reaches further back than the marks do.
+    old = WhoWaits({1: KILLED}, places, {0: dump({**call, "time_created_ns": 1})})
+    assert old.place_of(0) == host
 
 
 def test_several_lost_ranks_in_one_and_in_two_places():

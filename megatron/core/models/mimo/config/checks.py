@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron.core.models.mimo.config.base_configs import MimoModelConfig, option_of
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 _NO_IDS = (bool, float, str, bytes, list, tuple, type(None))
 
@@ -19,7 +20,9 @@ def check_model_config(config: MimoModelConfig) -> None:
     Raises:
         TypeError: a spec that is none.
         ValueError: special tokens that are no ids, shared, or misnamed; multi-token prediction;
-            levels of rows for layers that do not exist, or not in ascending order.
+            levels of rows for layers that do not exist, or not in ascending order; what waits
+            for ranks outside the module's own groups (fp8 scales over steps, attention over
+            two levels of CP groups, fused operations), or CUDA graphs.
 
     Warns:
         UserWarning: an id without a modality, or outside the vocabulary. Stock takes both and
@@ -39,6 +42,11 @@ def check_model_config(config: MimoModelConfig) -> None:
     for spec in (config.language_model_spec, *option_of(config, "virtual_stage_specs")):
         _refuse_token_prediction(spec)
     _check_levels(option_of(config, "deepstack_layers"), modalities, config.language_model_spec)
+    language = (config.language_model_spec, *option_of(config, "virtual_stage_specs"))
+    for where, spec in (("the language model", language), *modalities.items()):
+        for found in _configs(spec):
+            _refuse_other_groups(where, found)
+            _refuse_cuda_graphs(where, found)
 
 
 def _check_ids(token_ids: Mapping[str, Any]) -> None:
@@ -128,6 +136,59 @@ def _refuse_token_prediction(spec: ModuleSpec) -> None:
             f"Multi-token prediction (mtp_num_layers={layers}) embeds the tokens to come by the "
             "language model's own embedding, which has none for rows of a modality; set "
             "mtp_num_layers=None and leave mtp_block_spec out"
+        )
+
+
+def _configs(spec: Any) -> Iterator[TransformerConfig]:
+    """The layer configs that stand anywhere in a spec."""
+    if isinstance(spec, TransformerConfig):
+        yield spec
+    elif isinstance(spec, ModuleSpec):
+        yield from _configs((spec.params, spec.submodules))
+    elif isinstance(spec, Mapping):
+        yield from _configs(tuple(spec.values()))
+    elif isinstance(spec, (list, tuple)):
+        for each in spec:
+            yield from _configs(each)
+
+
+def _refuse_other_groups(where: str, config: TransformerConfig) -> None:
+    """Refuse what Transformer Engine or stock does over groups that are not the module's.
+
+    Such a collective meets ranks that run another module at that time, or none: it never ends.
+    """
+    if config.fp8 and config.fp8_recipe == "delayed":
+        raise ValueError(
+            f"The config of {where} asks for fp8={config.fp8!r} with fp8_recipe='delayed', whose "
+            "scales are summed over all ranks of the job each time the module has run, and not "
+            "all of them run it at the same time; set fp8_recipe to 'tensorwise', 'blockwise' or "
+            "'mxfp8', whose scales need no other module's ranks"
+        )
+    kinds = config.cp_comm_type
+    if "a2a+p2p" in (kinds if isinstance(kinds, (list, tuple)) else [kinds]):
+        raise ValueError(
+            f"The config of {where} asks for cp_comm_type='a2a+p2p', whose two levels of groups "
+            "exist for one layout of all modules only; set it to 'p2p', 'all_gather' or 'a2a'"
+        )
+    if getattr(config, "use_transformer_engine_op_fuser", False):
+        raise ValueError(
+            f"The config of {where} sets use_transformer_engine_op_fuser, which asks for the TP "
+            "size of one layout of all modules; leave it False"
+        )
+
+
+def _refuse_cuda_graphs(where: str, config: TransformerConfig) -> None:
+    """Refuse graphs: a replay moves one batch's rows for ever, from host memory that is freed."""
+    asked = [
+        f"{name}={value!r}"
+        for name in ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph")
+        if (value := getattr(config, name, None)) not in (None, False, "none")
+    ]
+    if asked:
+        raise ValueError(
+            f"The config of {where} asks for CUDA graphs ({', '.join(asked)}), which cannot "
+            "replay an exchange whose sizes differ between batches, nor the random numbers of "
+            "each module; set cuda_graph_impl='none'"
         )
 
 

@@ -10,13 +10,12 @@ Megatron-Core 0.16 the router of experts is, too.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 from typing import Any
 
 import torch
 
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.mimo import compat
 from megatron.core.models.mimo.transformer.context_parallel_attention import (
     ContextParallelAttention,
@@ -39,8 +38,9 @@ _KEPT_NORMS = (IdentityOp, L2Norm)
 
 
 def use_transformer_engine() -> bool:
-    """Return whether layers are Transformer Engine's: it is installed, and a device can run it.
+    """Return whether layers are Transformer Engine's: stock imports it, and a device can run it.
 
+    One that is installed and fails to import (built for another PyTorch, say) is not used.
     ``MIMO_LAYERS=local`` in the environment prefers Megatron's local layers there, too.
 
     Raises:
@@ -51,16 +51,17 @@ def use_transformer_engine() -> bool:
         raise ValueError(f"MIMO_LAYERS={wanted!r} is neither 'local' nor 'te'; unset it for 'te'")
     if wanted == "local":
         return False
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    return torch.cuda.is_available() and gpt_layer_specs.HAVE_TE
 
 
 def te_attends(config: TransformerConfig) -> bool:
     """Return whether Transformer Engine has attention for this config, where it is used.
 
-    Over context parallel ranks it has that of 16-bit numbers only.
+    That is in 16 bits only. For wider numbers it has none over context parallel ranks and none
+    for packed sequences, and otherwise one that keeps every score.
     """
     halves = config.params_dtype in (torch.bfloat16, torch.float16)
-    return config.context_parallel_size == 1 or config.bf16 or config.fp16 or halves
+    return config.bf16 or config.fp16 or halves
 
 
 def language_layer_spec(
@@ -120,7 +121,7 @@ def _block_spec(
             )
         pp_rank = 0
     with_te = use_transformer_engine()
-    block: Any = get_gpt_decoder_block_spec(
+    block: Any = gpt_layer_specs.get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=with_te,
         qk_l2_norm=config.qk_l2_norm,
