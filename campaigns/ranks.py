@@ -182,11 +182,12 @@ def _end_with_the_command() -> None:
 def _process_group(rank: int, world: int, folder: str, backend: str) -> Iterator[None]:
     import torch.distributed as dist
 
-    from tests.harness.backend import choose, device_for
+    from tests.harness.backend import choose, device_for, share_gloo_device
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     if backend != "gloo":
         device_for(rank, world)
+    share_gloo_device()
     dist.init_process_group(
         choose(world)[0] if backend == "auto" else backend,
         init_method=f"file://{folder}/store",

@@ -53,9 +53,23 @@ LIBRARIES = (
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel",
 )
-OURS = ("megatron.core.models.mimo", "megatron.core.models.mimo.job")
+OURS = (
+    "megatron.core.models.mimo",
+    "megatron.core.models.mimo.job",
+    "examples.mimo.digits.job",
+    "mimo_colocated.cli.main",
+    "mimo_colocated.train.job",
+)
 """Of this project: what a server may import whose starts all run this checkout's code."""
-_ALL = (*LIBRARIES, "matplotlib.pyplot", "transformers.modeling_utils", *OURS)
+_ALL = (
+    *LIBRARIES,
+    "matplotlib.pyplot",
+    "transformers.models.llava.modeling_llava",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+    "datasets",
+    "peft",
+    *OURS,
+)
 CAN_FORK = sys.platform == "linux"
 _OURS = ("tests", "mimo_colocated", "megatron.core.hyper_comm_grid", "megatron.core.models.mimo")
 _FINDERS = ("MimoFinder", "MissingFinder")
@@ -212,6 +226,8 @@ def main(address: str, *libraries: str) -> None:
         others = [name for name in libraries if not name.startswith("megatron.")]
         command = [sys.executable, "-W", "ignore", "-m", "tests.harness.fork_server", address]
         os.execv(sys.executable, [*command, *others])
+    if "torch.distributed" in sys.modules:
+        importlib.import_module("tests.harness.backend").share_gloo_device()
     if threading.active_count() > 1 or len(os.listdir("/proc/self/task")) > 1:
         raise RuntimeError("an import has started a thread, which a fork would not have")
     gc.collect()

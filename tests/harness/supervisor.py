@@ -4,7 +4,7 @@
 A launch runs in the background while pytest asks for its tests one after the other; each is
 reported as soon as every rank has finished it. When a launch ends early, the test it was in is
 reported and the rest goes into a new launch. The largest launch begins at once, beside the tests of
-one process, which leave cores idle.
+one process: these come first, one after the other, and its ranks get what they leave idle.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ from tests.harness.reports import RankFailure, error, merge
 _POLL = 0.05
 # Seconds beyond every other deadline before a launch is stopped from here.
 _MARGIN = 30.0
+# Of ranks beside the tests of one process. Eight of them weigh as much as one process then; as they
+# were they took all cores first, and those tests went on alone, on one core.
+_NICE = 10
 # What torchrun sets: a launch started from inside another must not inherit it.
 _LAUNCH_VARIABLES = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|LOCAL_WORLD_SIZE|ROLE_NAME|MASTER_(ADDR|PORT)"
@@ -85,6 +88,11 @@ class Launch:
         for override in config.getoption("override_ini") or ():
             arguments += ["-o", override]
         return arguments + list(dict.fromkeys(str(i.path) for i in self.items))
+
+    def give_way(self) -> None:
+        """Let what else runs go first."""
+        with contextlib.suppress(ProcessLookupError):
+            os.setpriority(os.PRIO_PGRP, self.process.pid, _NICE)
 
     def environment(self) -> dict[str, str]:
         """The environment of the ranks."""
@@ -278,6 +286,8 @@ class SupervisorPlugin:
                 self.groups[size].waiting[item.nodeid] = item
         if self.groups and not session.config.option.collectonly:
             self.groups[max(self.groups)].start()
+            if any(ranks_of(item) is None for item in session.items):
+                self.groups[max(self.groups)].launch.give_way()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:

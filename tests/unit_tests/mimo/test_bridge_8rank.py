@@ -32,7 +32,8 @@ from tests.unit_tests.mimo.collective_calls import Calls, calls
 
 __all__ = ["calls"]  # a fixture
 
-pytestmark = pytest.mark.ranks(8)
+# Nothing of Megatron-Core's is in them.
+pytestmark = [pytest.mark.ranks(8), pytest.mark.once]
 
 WORLD = 8
 POWERS = (1, 2, 4, 8)

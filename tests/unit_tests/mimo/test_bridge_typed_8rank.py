@@ -23,7 +23,8 @@ import torch.distributed as dist
 from megatron.core.models.mimo.comm.gather_bridge import ColocatedBridgeCommunicator
 from tests.unit_tests.mimo.bridge_cases import BridgeCase
 
-pytestmark = pytest.mark.ranks(8)
+# Nothing of Megatron-Core's is in them.
+pytestmark = [pytest.mark.ranks(8), pytest.mark.once]
 
 
 def dims(**sizes: int) -> tuple[tuple[str, int], ...]:

@@ -30,7 +30,8 @@ from tests.unit_tests.mimo.routed_cases import (
     random_masks,
 )
 
-pytestmark = pytest.mark.ranks(8, timeout=90)
+# Nothing of Megatron-Core's is in them.
+pytestmark = [pytest.mark.ranks(8, timeout=90), pytest.mark.once]
 
 ONE_SAMPLE = ((1, 8), (2, 4, 1))
 
