@@ -77,6 +77,7 @@ class RunOptions(TrainingOptions):
             seed=training.seed,
             global_batch_size=training.global_batch_size,
             micro_batches=training.micro_batches,
+            encode_ahead=training.encode_ahead,
             lr=training.lr,
             clip_grad=training.clip_grad,
             max_skipped=training.max_skipped,
@@ -294,6 +295,8 @@ class RecipeJob:
         return BuildOptions(
             dtype=models.torch_dtype(recipe.model.dtype),
             sequence_parallel=recipe.layout.sequence_parallel,
+            virtual_stages=recipe.layout.virtual_stages,
+            lengths_differ=recipe.lengths_differ,
             packed=recipe.data.packed,
             recompute=recipe.training.recompute,
             seed=recipe.training.seed,
@@ -348,17 +351,17 @@ class RecipeJob:
             self._write_answers(answers)
         return found
 
-    def _batches(self, opened: Opened) -> tuple[RankBatches, int]:
+    def _batches(self, opened: Opened, micro_batches: int = 1) -> tuple[RankBatches, int]:
         evaluation = self.recipe.evaluation
         data = dataclasses.replace(self.recipe.data, sequences=0)
-        side = side_of(self.trainer, data, self._padding, self.readers, 1)
+        side = side_of(self.trainer, data, self._padding, self.readers, micro_batches)
         stream = held_out_stream(opened, evaluation.batch)
         total = sum(len(each) for each in opened.prepared)
         return RankBatches(stream, opened.sources, side), min(evaluation.samples or total, total)
 
     def _held_out_loss(self) -> float:
         """Mean over the counted tokens of whole batches, and of the tail filled up."""
-        batches, count = self._batches(self._held_out)
+        batches, count = self._batches(self._held_out, self.recipe.held_out_micro_batches)
         sums = torch.zeros(2, dtype=torch.float64)
         for start in range(0, count, self.recipe.evaluation.batch):
             self.loop.stop_if_told(self.recipe.training.steps)

@@ -40,7 +40,9 @@ def check_model(recipe: Recipe, folder: Path) -> Mapping[str, Layout]:
             )
         encoders = {name: named.get(name, Layout(dp=language.size)) for name in modalities}
         layouts = {**encoders, LANGUAGE: language}
-        check_fits(composite, layouts, sequence_parallel=recipe.layout.sequence_parallel)
+        cut = recipe.layout.sequence_parallel
+        virtual = recipe.layout.virtual_stages
+        check_fits(composite, layouts, sequence_parallel=cut, virtual_stages=virtual)
     return layouts
 
 

@@ -30,6 +30,12 @@ IMAGES = 3
 ALONE = {"layout.language": "dp=1", "layout.encoders": "{images: dp=1}"}
 EIGHT: dict[str, Any] = {"layout.sequence_parallel": True}
 FOUR = {"layout.language": "tp=2,dp=2", "layout.encoders": "{images: dp=4}", "data.packed": False}
+STAGES: dict[str, Any] = {
+    "layout.language": "pp=2,dp=2",
+    "layout.encoders": "{images: 'tp=2,dp=2'}",
+    "training.micro_batches": 2,
+    "training.encode_ahead": 1,
+}
 TINY = {
     "model.settings": "{width: 32, layers: 2, vision_width: 32, vision_layers: 2, patch: 16}",
     "training.steps": STEPS,
@@ -108,6 +114,20 @@ def test_eight_ranks_follow_one_process(alone: Path, eight: Path) -> None:
     for name in ("questions", "exact_match", "majority_answer", "skipped"):
         assert summaries[0][name] == summaries[1][name]
     assert summaries[1]["layouts"]["images"] == {"tp": 2, "cp": 1, "pp": 1, "dp": 4}
+
+
+def test_pipeline_stages_follow_one_process(alone: Path, tmp_path: Path) -> None:
+    """Each replica packs its samples, so microbatches have several lengths."""
+    done = train(tmp_path / "run", STAGES)
+    assert done.code == 0, done.err
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-4)
+    assert answers(tmp_path / "run") == answers(alone)
+    summaries = [json.loads((out / "summary.json").read_text()) for out in (alone, tmp_path / "run")]
+    assert summaries[0]["held_out_loss"] == pytest.approx(summaries[1]["held_out_loss"], rel=1e-4)
+    assert summaries[1]["layouts"]["language"] == {"tp": 1, "cp": 1, "pp": 2, "dp": 2}
+    one, other = weights(alone / "exported"), weights(tmp_path / "run" / "exported")
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[name], other[name], atol=1e-3) for name in one)
 
 
 def test_tensorboard_has_the_same_numbers(alone: Path) -> None:
@@ -221,6 +241,7 @@ def of_strangers(folders: Path, **more: Any) -> dict[str, Any]:
         "model.dtype": "float32",
         "training.steps": STEPS,
         "training.global_batch_size": 8,
+        "training.warmup_steps": 1,  # those of the recipes are as many as these steps, or more
         "training.save_every": 0,
         **more,
     }
@@ -292,14 +313,19 @@ def test_images_of_any_size_train_packed_on_ranks_as_in_rows_on_one(folders: Pat
         "data.held_out": of_strangers(folders)["data.train"],
     }
     four = {"layout.language": "tp=2,cp=2", "layout.encoders": "{images: 'tp=2,dp=2'}"}
-    layouts = {"qwen-alone": {**ALONE, "data.packed": False}, "qwen-four": four}
+    layouts = {
+        "qwen-alone": {**ALONE, "data.packed": False},
+        "qwen-four": four,
+        "qwen-stages": {**four, "layout.language": "cp=2,pp=2", "training.micro_batches": 2},
+    }
     for name, layout in layouts.items():
         done = train(folders / name, {**changes, **layout}, recipe="qwen2.5-vl-sft")
         assert done.code == 0, done.err
-    alone, ranks = (folders / name for name in layouts)
-    assert losses(ranks) == pytest.approx(losses(alone), rel=1e-4)
+    alone, *others = (folders / name for name in layouts)
     assert losses(alone)[-1] < losses(alone)[0] - 0.5
-    assert answers(ranks) == answers(alone)
+    for ranks in others:
+        assert losses(ranks) == pytest.approx(losses(alone), rel=1e-4)
+        assert answers(ranks) == answers(alone)
 
 
 # ---- text alone -----------------------------------------------------------------------------
@@ -314,27 +340,34 @@ def test_a_language_model_with_experts_learns_token_files(tmp_path: Path) -> Non
         sources[f"data.{name}"] = f"[{{kind: tokens, settings: {settings}}}]"
     changes = {
         **sources,
-        "model.settings": "{width: 32, layers: 2, heads: 4, inner: 48, vocabulary: 101, "
+        "model.settings": "{width: 32, layers: 4, heads: 4, inner: 48, vocabulary: 101, "
         "experts: 4}",
         "model.dtype": "float32",
-        "training.steps": 6,
+        "training.steps": STEPS,
         "training.global_batch_size": 16,
         "training.micro_batches": 2,
+        "training.warmup_steps": 1,
         "training.save_every": 0,
-        "run.export": False,
+        "evaluation.batch": 8,
     }
-    for layout in ("dp=1", "tp=2,dp=2,ep=2,etp=1"):
-        how = {"layout.language": layout, "layout.sequence_parallel": layout != "dp=1"}
+    # Of stages each rank has two, which interleave.
+    stages = {"layout.virtual_stages": 2}
+    layouts = {"dp=1": {}, "tp=2,dp=2,ep=2,etp=1": {}, "tp=2,pp=2,dp=2,ep=2": stages}
+    for layout, more in layouts.items():
+        how = {"layout.language": layout, "layout.sequence_parallel": layout != "dp=1", **more}
         done = train(tmp_path / layout, {**changes, **how}, recipe="text")
         assert done.code == 0, done.err
         assert "training data: 124 samples, skipped: none" in done.out
-    alone, four = (tmp_path / layout for layout in ("dp=1", "tp=2,dp=2,ep=2,etp=1"))
-    assert losses(four) == pytest.approx(losses(alone), rel=1e-4)
-    assert losses(alone)[-1] < losses(alone)[0]
-    summaries = [json.loads((out / "summary.json").read_text()) for out in (alone, four)]
-    held_out = [summary["held_out_loss"] for summary in summaries]
-    assert held_out[0] == pytest.approx(held_out[1], rel=1e-4)
-    assert summaries[1]["layouts"]["language"]["ep"] == 2
+    alone, *others = (tmp_path / layout for layout in layouts)
+    assert losses(alone)[-1] < losses(alone)[0] - 0.2
+    told = [json.loads((out / "summary.json").read_text()) for out in (alone, *others)]
+    for out, summary in zip(others, told[1:], strict=True):
+        assert losses(out) == pytest.approx(losses(alone), rel=1e-4)
+        assert summary["held_out_loss"] == pytest.approx(told[0]["held_out_loss"], rel=1e-4)
+        assert summary["layouts"]["language"]["ep"] == 2
+        one, other = weights(alone / "exported"), weights(out / "exported")
+        assert one.keys() == other.keys()
+        assert all(torch.allclose(one[name], other[name], atol=1e-3) for name in one)
 
 
 def test_a_model_that_pytorch_shards_follows_megatrons_layers(
@@ -360,6 +393,11 @@ def test_a_model_that_pytorch_shards_follows_megatrons_layers(
     hows = {
         "megatron": {"layout.language": "dp=1", "model.torch_native": "[]"},
         "native": {"layout.language": "tp=2,dp=1"},
+        "stages": {
+            "layout.language": "pp=2,dp=1",
+            "model.torch_native": "[]",
+            "training.micro_batches": 2,
+        },
         "fsdp": {"layout.language": "tp=2,dp=2", "training.save_every": 8},
     }
     for name, how in hows.items():
