@@ -128,10 +128,9 @@ def _sequences(recipe: Recipe) -> Iterator[str]:
                 "leave it out"
             )
         return
-    longest, said = data.max_tokens, f"data.max_tokens={data.max_tokens}"
+    longest, said = recipe.longest, f"data.max_tokens={data.max_tokens}"
     if recipe.of_tokens:
-        lengths = [part.settings.get("length") for part in data.train]
-        longest = 1 + max((each for each in lengths if isinstance(each, int)), default=0)
+        longest += 1
         said = f"a sample's {longest} tokens"
     needed = -(-longest // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
     if not data.packed or data.capacity < needed:

@@ -46,6 +46,7 @@ from mimo_colocated.train.data import (
 from mimo_colocated.train.makers import make_model
 from mimo_colocated.train.numbers import StepNumbers
 from mimo_colocated.train.plan import check_model
+from mimo_colocated.train.reading import as_yaml
 from mimo_colocated.train.recipe import Recipe
 from mimo_colocated.train.record import write_record
 from mimo_colocated.train.reporting import RecipeReporter
@@ -104,7 +105,7 @@ class RecipeLoop(TrainingLoop):
         opened: what is trained on.
     """
 
-    results = (*TrainingLoop.results, "recipe.yaml", "run.json", "exported")
+    results = (*TrainingLoop.results, "exported")
 
     def __init__(
         self,
@@ -122,7 +123,8 @@ class RecipeLoop(TrainingLoop):
         done = super().start()
         options: Any = self.options
         found = self.found()
-        on_all_ranks(lambda: write_record(options.out, options.recipe, found), "write the record")
+        told = as_yaml(options.recipe)
+        on_all_ranks(lambda: write_record(options.out, told, found), "write the record")
         return done
 
     def found(self) -> dict[str, Any]:

@@ -221,6 +221,14 @@ class Recipe:
         return len({part.settings.get("length") for part in parts}) > 1
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest sample that is trained on; its last label is not among them."""
+        if not self.of_tokens:
+            return self.data.max_tokens
+        lengths = [part.settings.get("length") for part in self.data.train]
+        return max((each for each in lengths if isinstance(each, int)), default=0)
+
+    @property
     def held_out_micro_batches(self) -> int:
         """Microbatches of a batch of held-out data: stages that interleave want one each."""
         return self.language.pp if self.layout.virtual_stages > 1 else 1

@@ -122,7 +122,8 @@ def test_pipeline_stages_follow_one_process(alone: Path, tmp_path: Path) -> None
     assert done.code == 0, done.err
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-4)
     assert answers(tmp_path / "run") == answers(alone)
-    summaries = [json.loads((out / "summary.json").read_text()) for out in (alone, tmp_path / "run")]
+    both = alone, tmp_path / "run"
+    summaries = [json.loads((out / "summary.json").read_text()) for out in both]
     assert summaries[0]["held_out_loss"] == pytest.approx(summaries[1]["held_out_loss"], rel=1e-4)
     assert summaries[1]["layouts"]["language"] == {"tp": 1, "cp": 1, "pp": 2, "dp": 2}
     one, other = weights(alone / "exported"), weights(tmp_path / "run" / "exported")
