@@ -226,6 +226,36 @@ def test_a_dry_run_says_what_would_run(tmp_path: Path, eight: Path) -> None:
     assert "--nodes 3 does not divide the 8 ranks; 1, 2, 4, 8 would" in done.err
 
 
+# ---- a job that is a program of its own ------------------------------------------------------
+
+
+def test_digits_is_the_job_of_the_example(tmp_path: Path) -> None:
+    """The same losses, to the digit, as the example's own command line."""
+    layouts = {"language": "tp=1,dp=2", "vision": "tp=2,dp=1"}
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES}
+    typed = [f"--{name}={at}" for name, at in layouts.items()]
+    typed += ["--steps=4", "--no-evaluate", f"--out={tmp_path / 'example'}"]
+    done = programs.run(
+        ["examples/mimo/digits/train.py", *typed], Path.cwd(), environment, timeout=TIMEOUT_S
+    )
+    assert done.returncode == 0, done.stderr
+    changes = {
+        "layout.language": layouts["language"],
+        "layout.encoders.vision": layouts["vision"],
+        "training.steps": 4,
+        "options.evaluate": False,
+    }
+    assert (done := train(tmp_path / "recipe", changes, recipe="digits")).code == 0, done.err
+    assert losses(tmp_path / "recipe") == losses(tmp_path / "example")
+    assert len(losses(tmp_path / "recipe")) == 4
+    record = json.loads((tmp_path / "recipe" / "run.json").read_text())
+    assert record["layouts"] == {"vision": "tp=2,dp=1", "language": "tp=1,dp=2"}
+    assert "steps: 4" in (tmp_path / "recipe" / "recipe.yaml").read_text()
+    done = train(tmp_path / "recipe", {**changes, "training.seed": 5}, recipe="digits")
+    assert done.code == 1
+    assert "holds a run with --seed 1234, this one has 5" in done.err
+
+
 # ---- two folders that have not met ----------------------------------------------------------
 
 
