@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core.models.mimo.checkpoint.store import Manifest
 from megatron.core.models.mimo.data.encoding import ChatEncoder, TemplateError
 from megatron.core.models.mimo.data.loader import RankBatches
-from megatron.core.models.mimo.data.readers import ImageReader, Reader, ReaderProcesses
+from megatron.core.models.mimo.data.readers import Reader
 from megatron.core.models.mimo.data.sources import SourceError
 from megatron.core.models.mimo.gradients.finalize import iter_modules
 from megatron.core.models.mimo.huggingface.all_ranks import on_all_ranks
@@ -40,6 +40,7 @@ from mimo_colocated.train.data import (
     StepData,
     held_out_stream,
     open_data,
+    readers_of,
     side_of,
     training_stream,
 )
@@ -418,7 +419,7 @@ def run_recipe(
     """
     folder = model_folder(recipe)
     with contextlib.ExitStack() as stack:
-        readers = _readers(recipe, folder, stack)  # processes are forked before groups are made
+        readers = readers_of(recipe, folder, stack)  # processes are forked before groups are made
         with connection_notes.held_back():
             init_distributed(backend, recipe.run.timeout)
         try:
@@ -439,23 +440,3 @@ def model_folder(recipe: Recipe) -> Path:
         return Path(recipe.model.folder).expanduser()
     place = Path(recipe.run.out) / "model"
     return make_model(recipe.model.make, recipe.model.settings, place, recipe.run.timeout)
-
-
-def _readers(recipe: Recipe, folder: Path, stack: contextlib.ExitStack) -> dict[str, Reader]:
-    """Modality -> what reads its items, in processes if the recipe wants some."""
-    with models.one_sentence():
-        parts = models.described(folder).encoders
-    if not parts:
-        return {}
-    from transformers import AutoImageProcessor
-
-    processor = AutoImageProcessor.from_pretrained(folder)
-    found: dict[str, Reader] = {}
-    for part in parts:
-        reader = ImageReader(processor, part.inputs)
-        found[part.modality] = reader
-        if recipe.data.workers:
-            processes = ReaderProcesses(reader, recipe.data.workers)
-            stack.callback(processes.close)
-            found[part.modality] = processes
-    return found

@@ -25,7 +25,7 @@ class ModelPart:
         settings: of what is made: sizes; the folders ``images`` and ``language``, ``image_token``.
         dtype: of weights and activations.
         freeze: what does not train: ``language``, ``images``, ``images.encoder``,
-            ``images.projector``.
+            ``images.projector``; of sounds ``audio`` likewise.
         torch_native: modules, ``language`` or modalities, that stay transformers' own and are
             sharded by PyTorch: docs/torch-native.md.
     """
@@ -82,12 +82,12 @@ class DataPart:
         held_out: what is evaluated; its last answers are asked for.
         max_tokens: longer samples are skipped.
         skip: skip samples that cannot be used, and count them by reason; false stops instead.
-        look_at_images: look at every image's file when the data is prepared.
+        look_at_images: look at every image's and sound's file when the data is prepared.
         packed: samples of a language replica lie end to end, without padding between them.
         sequences: a global batch is as many samples as fit into so many packed sequences of
             ``capacity`` tokens; 0 for ``training.global_batch_size`` samples.
         capacity: tokens of such a sequence.
-        workers: processes per rank that open images; 0 for a thread.
+        workers: processes per rank that open images and sounds; 0 for a thread.
         ahead: steps whose batches are made ahead.
     """
 
@@ -152,7 +152,7 @@ class EvaluationPart:
         batch: held-out samples at once, over all ranks.
         answer_tokens: an answer is cut after so many.
         samples: of the held-out data, from its beginning; 0 for all.
-        without_images: also answer with every image blank, a baseline.
+        without_images: also answer with every image or sound blank, a baseline.
     """
 
     batch: int = 64

@@ -197,7 +197,9 @@ def _figure(name: str, svg: str, said: str) -> str:
 def _samples(run: Run) -> Iterator[str]:
     yield "<h2>Samples</h2>"
     seen = {
-        f"{name} seen": f"{_sum(run.lines, name):,.0f}" for name in ("samples", "images", "tokens")
+        f"{name} seen": f"{_sum(run.lines, name):,.0f}"
+        for name in ("samples", "images", "sounds", "tokens")
+        if name != "sounds" or _all(run.lines, name)
     }
     skipped = run.record.get("skipped", {})
     counts = {f"skipped: {reason}": f"{count:,}" for reason, count in skipped.items()}

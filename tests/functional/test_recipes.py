@@ -359,6 +359,39 @@ def test_images_of_any_size_train_packed_on_ranks_as_in_rows_on_one(folders: Pat
         assert answers(ranks) == answers(alone)
 
 
+def test_sounds_train_on_ranks_as_on_one(folders: Path) -> None:
+    """Qwen2-Audio on chat with audio parts; in stages too, where samples have no sound or two."""
+    strangers.write_qwen_audio(folders / "qwen-audio")
+    tones = f"[{{kind: chat, settings: {{path: {strangers.write_tones(folders)}}}}}]"
+    changes = {
+        **of_strangers(folders, **{"training.lr": 3e-3, "data.train": tones}),
+        "model.folder": folders / "qwen-audio",
+        "model.freeze": "[]",
+        "data.held_out": tones,
+        "evaluation.without_images": True,
+    }
+    four = {"layout.language": "tp=2,cp=2", "layout.encoders": "{audio: 'tp=2,dp=2'}"}
+    stages = {"layout.language": "pp=2,dp=1", "layout.encoders": "{audio: dp=2}"}
+    layouts = {
+        "alone": {"layout.language": "dp=1", "layout.encoders": "{}", "data.packed": False},
+        "four": {**four, "data.workers": 1},
+        "stages": {**stages, "training.micro_batches": 2},
+    }
+    outs = [folders / f"tones-{name}" for name in layouts]
+    for out, layout in zip(outs, layouts.values(), strict=True):
+        done = train(out, {**changes, **layout}, recipe="qwen2-audio-sft")
+        assert done.code == 0, done.err
+    alone, *others = outs
+    assert losses(alone)[-1] < losses(alone)[0] - 0.5
+    for out in others:
+        assert losses(out) == pytest.approx(losses(alone), rel=1e-4)
+        assert answers(out) == answers(alone)
+        assert [line["sounds"] for line in metrics(out)] == [
+            line["sounds"] for line in metrics(alone)
+        ]
+    assert "sounds seen" in (alone / "report.html").read_text()
+
+
 # ---- text alone -----------------------------------------------------------------------------
 
 
