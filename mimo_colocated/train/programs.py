@@ -237,8 +237,8 @@ def job_of(given: argparse.Namespace, script: str, named: str) -> Job:
         from mimo_colocated.train.plan import program_dry_run
 
         hush()
-        planned = program.module("memory_plan").planned(options)
-        print(program_dry_run(options, *planned, given.nodes, named))
+        shapes, work = program.module("memory_plan").planned(options)
+        print(program_dry_run(options, shapes, work, given.nodes, named))
         return True
 
     def work(options: Any, backend: str, requests: Any) -> None:
@@ -259,5 +259,7 @@ def job_of(given: argparse.Namespace, script: str, named: str) -> Job:
 def _record(program: Program, options: Any) -> None:
     from mimo_colocated.train.record import write_record
 
-    layouts = {name: str(at) for name, at in options.layouts.modules.items()}
+    axes = ("tp", "cp", "pp", "dp")
+    modules = options.layouts.modules.items()
+    layouts = {name: {axis: getattr(at, axis) for axis in axes} for name, at in modules}
     write_record(options.out, program.as_yaml(), {"layouts": layouts})

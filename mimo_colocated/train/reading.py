@@ -111,7 +111,8 @@ def _text(named: str) -> str:
     found = shipped()
     if named not in found:
         near = difflib.get_close_matches(named, found, 1)
-        meant = f"; did you mean {near[0]}?" if near else ""
+        near = [name for name in found if name.startswith(named)] or near
+        meant = f"; did you mean {' or '.join(near)}?" if near else ""
         raise JobError(
             f"no recipe is called {named!r}{meant} There are {', '.join(found)}, or give the path "
             "of a .yaml file"

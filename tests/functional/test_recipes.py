@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron.core.models.mimo.data.easy_vqa import EasyVqa
+from mimo_colocated.train.report import write_report
 from tests.faults.starts import LAUNCH_VARIABLES
 from tests.harness import programs
 from tests.unit_tests.mimo.train import strangers
@@ -249,7 +250,8 @@ def test_digits_is_the_job_of_the_example(tmp_path: Path) -> None:
     assert losses(tmp_path / "recipe") == losses(tmp_path / "example")
     assert len(losses(tmp_path / "recipe")) == 4
     record = json.loads((tmp_path / "recipe" / "run.json").read_text())
-    assert record["layouts"] == {"vision": "tp=2,dp=1", "language": "tp=1,dp=2"}
+    assert record["layouts"]["vision"] == {"tp": 2, "cp": 1, "pp": 1, "dp": 1}
+    assert write_report(tmp_path / "recipe").read_text().count("<img ") == 3
     assert "steps: 4" in (tmp_path / "recipe" / "recipe.yaml").read_text()
     done = train(tmp_path / "recipe", {**changes, "training.seed": 5}, recipe="digits")
     assert done.code == 1

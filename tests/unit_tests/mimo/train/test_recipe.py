@@ -100,7 +100,11 @@ def test_what_is_printed_is_the_same_recipe(file: Path, tmp_path: Path) -> None:
     again = tmp_path / "again.yaml"
     again.write_text(as_yaml(recipe))
     assert read_recipe(str(again)) == recipe
-    assert set(yaml.safe_load(as_yaml(recipe))["training"]) == set(WHOLE["training"])
+    printed = yaml.safe_load(as_yaml(recipe))
+    assert set(printed["training"]) == {*WHOLE["training"], "encode_ahead"}
+    order = ["name", "model", "layout", "data", "training", "evaluation", "run"]
+    assert list(printed) == order  # that of the recipes that ship
+    assert list(printed["data"])[:2] == ["train", "held_out"]
 
 
 def test_fields_are_set_by_their_path(file: Path) -> None:
@@ -289,6 +293,8 @@ def test_files_that_hold_no_recipe_are_refused(tmp_path: Path) -> None:
         read_recipe(str(tmp_path / "part.yaml"))
     with pytest.raises(JobError, match="no recipe is called 'easy-vqua'; did you mean easy-vqa"):
         read_recipe("easy-vqua")
+    with pytest.raises(JobError, match="'llava'; did you mean llava-finetune or llava-pretrain"):
+        read_recipe("llava")
 
 
 @pytest.mark.parametrize("name", [name for name, text in shipped().items() if "job:" not in text])

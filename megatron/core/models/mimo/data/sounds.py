@@ -7,6 +7,7 @@ is installed. Another rate is converted by scipy.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
 import math
@@ -94,8 +95,7 @@ def _opened(item: AnyItem, *, header_only: bool) -> tuple[Any, int]:
 
 
 def _any_kind(content: bytes, *, header_only: bool) -> tuple[Any, int]:
-    import soundfile
-
+    soundfile = importlib.import_module("soundfile")
     if header_only:
         known = soundfile.info(io.BytesIO(content))
         return known.frames, known.samplerate
