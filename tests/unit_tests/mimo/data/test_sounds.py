@@ -34,7 +34,9 @@ def _python_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """WAV files are read by Python itself."""
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        sounds.importlib.util, "find_spec", lambda name: name != "soundfile" and found(name)
+        sounds.importlib.util,
+        "find_spec",
+        lambda name: None if name == "soundfile" else found(name),
     )
 
 
@@ -156,7 +158,7 @@ def test_sounds_that_cannot_be_used_are_skipped_by_reason(folder: Path, tmp_path
     assert found.first == (
         f"sample 1 is too_long: {tmp_path / 'long.wav'} has 1.25 s, and its processor takes 1 s"
     )
-    with pytest.raises(SampleError, match=r"the model takes sounds, the sample has \['image'\]"):
+    with pytest.raises(SampleError, match=r"the model hears sounds, the sample has \['image'\]"):
         encode(samples[5])
     # Whether a file is whole is seen when it is looked at.
     assert [*encode_piece(Listed(samples[4:5]), encode, [0], look=False).reasons] == [0]

@@ -43,7 +43,7 @@ def test_a_recipe_starts_what_make_starts(name: str, target: str) -> None:
 
 
 def test_every_option_is_a_field_but_those_of_one_start() -> None:
-    fields = programs.Program("digits", read_values("digits")).fields
+    fields = programs.Program("digits", read_values("digits", [])).fields
     names = {each.name for each in fields.values()}
     assert names == {each.name for each in dataclasses.fields(Options)} - {
         *("nproc", "fresh", "memory_plan")

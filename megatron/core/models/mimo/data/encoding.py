@@ -21,7 +21,7 @@ from megatron.core.models.mimo.data.conversation import Conversation, SampleErro
 from megatron.core.models.mimo.data.places import Shown, foreign_tokens, places_of
 
 _SAID = "fine"
-_TAKEN = {"image": "images", "audio": "sounds"}
+_TAKES = {"image": "sees images", "audio": "hears sounds"}
 _PROBE = Conversation((Turn("user", (text("how"),)), Turn("assistant", (text(_SAID),))))
 _TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "chat_templates/*")
 _MADE = 2  # goes up when the same files make other tokens or rows than before
@@ -325,10 +325,10 @@ class ChatEncoder:
         if not kinds:
             return []
         if self.places is None or kinds != {self.places.kind}:
-            has = "text alone" if self.places is None else _TAKEN[self.places.kind]
+            takes = "sees text alone" if self.places is None else _TAKES[self.places.kind]
             frames = "; give a video as the list of its frames" * ("video" in kinds)
             raise SampleError(
-                "malformed", f"the model takes {has}, the sample has {sorted(kinds)}{frames}"
+                "malformed", f"the model {takes}, the sample has {sorted(kinds)}{frames}"
             )
         return [self.places.shown(item) for item in conversation.items()]
 
