@@ -274,7 +274,7 @@ def of_strangers(folders: Path, **more: Any) -> dict[str, Any]:
         "model.dtype": "float32",
         "training.steps": STEPS,
         "training.global_batch_size": 8,
-        "training.warmup_steps": 1,  # those of the recipes are as many as these steps, or more
+        "training.warmup_steps": 1,
         "training.save_every": 0,
         **more,
     }
