@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -220,6 +221,7 @@ def test_a_dry_run_says_what_would_run(tmp_path: Path, eight: Path) -> None:
     assert done.code == 0, done.err
     assert "images    tp=2,dp=4  8 ranks, 4 replicas" in done.out
     assert "images rows stay within the ranks [0, 1, 2, 3] [4, 5, 6, 7]" in done.out
+    assert re.search(r"fullest rank, on h100: about [\d.]+ [MG]iB \(weights [\d.]+ .iB, ", done.out)
     assert "torchrun --nproc-per-node 4 --nnodes 2 --rdzv-backend c10d" in done.out
     assert "-m mimo_colocated train easy-vqa --set 'model.settings={width: 32," in done.out
     done = train(eight, EIGHT, "--dry-run", "--nodes", "3")
