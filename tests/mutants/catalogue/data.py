@@ -123,10 +123,10 @@ DATA = (
     ),
     Mutant(
         name="stages-take-every-length-for-the-first",
-        file="megatron/core/models/mimo/job/settings.py",
+        file=MIMO + "job/settings.py",
         old='"variable_seq_lengths": True, ',
         new='"variable_seq_lengths": False, ',
-        tests=("tests/unit_tests/mimo/huggingface/test_stage_lengths.py",),
+        tests=(UNIT + "huggingface/test_stage_lengths.py",),
         why="microbatches of a recipe that are not equally long are refused in mid-run",
     ),
 )
