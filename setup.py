@@ -2,8 +2,9 @@
 """The build's entry: what a wheel holds besides ``mimo_colocated``; the rest is in pyproject.toml.
 
 A wheel carries the modules as data of ``mimo_colocated`` (``_overlay/core/…``), never as files
-under ``megatron/``, so installing and uninstalling it cannot touch a file of ``megatron-core``. An
-editable install carries the start-up ``.pth`` only; the modules are those of the checkout.
+under ``megatron/``, so installing and uninstalling it cannot touch a file of ``megatron-core``. So
+it carries the digits example, which recipes name (``_examples/…``). An editable install carries the
+start-up ``.pth`` only; the modules are those of the checkout.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from setuptools.command.egg_info import egg_info
 _STARTUP = Path("mimo_colocated", "megatron_mimo_colocated.pth")
 _CORE = Path("megatron", "core")
 _MODULES = [_CORE / "hyper_comm_grid.py", *sorted((_CORE / "models" / "mimo").rglob("*.*"))]
+# Recipes name it: mimo_colocated/train/programs.py.
+_DIGITS = sorted(Path("examples", "mimo", "digits").glob("*.py"))
 # Nothing of an earlier build gets into a wheel, and builds at the same time do not meet.
 _SCRATCH = tempfile.TemporaryDirectory(prefix="megatron-mimo-colocated-")
 
@@ -41,6 +44,7 @@ class BuildOverlay(build_py):
         """Path in the built wheel -> path in the checkout."""
         modules = [path for path in _MODULES if path.suffix in (".py", ".md")]
         places = {Path("mimo_colocated", "_overlay", *p.parts[1:]): p for p in modules}
+        places |= {Path("mimo_colocated", "_examples", path): path for path in _DIGITS}
         places[Path(_STARTUP.name)] = _STARTUP
         return {str(Path(self.build_lib, place)): str(path) for place, path in places.items()}
 

@@ -255,7 +255,8 @@ def _plan(parser: argparse.ArgumentParser) -> None:
         help="config.json, or a YAML file of shapes",
     )
     add("--recipe", default=None, help="plan a recipe of `mimo train`, by name or YAML file")
-    add("--write-recipe", metavar="YAML", default=None, help="the recipe with the first row")
+    first = "the recipe with the first row that it can take"
+    add("--write-recipe", metavar="YAML", default=None, help=first)
     add("--gpus", type=some, default=8, help="of the job, one rank each")
     add("--gpu", default="h100", help="a100, h100, h200, b200, or a file with a machine")
     add("--seq", type=some, default=None, help="tokens of a sample; without: the recipe's, or 8192")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,18 +55,37 @@ def options_of(recipe: Recipe, flags: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def write_recipe(path: Path, recipe: Recipe, candidate: Any, flags: dict[str, str]) -> None:
+def write_recipe(
+    path: Path, recipe: Recipe, candidates: Sequence[Any], flags: dict[str, str]
+) -> int:
     """Write a recipe with the layouts, microbatches and recomputation of a candidate.
 
     Args:
         path: a YAML file.
         recipe: that everything else is of.
-        candidate: the planner's choice; recipes keep what encoders keep.
+        candidates: the planner's choices, the best first; recipes keep what encoders keep.
         flags: modality -> the encoder's option.
 
+    Returns:
+        Which of them it is, from 1: the first that the recipe's data can be shared out for.
+
     Raises:
-        JobError: the file cannot be written.
+        JobError: there is none, or the file cannot be written.
     """
+    refusal: JobError | None = None
+    for number, candidate in enumerate(candidates, start=1):
+        changed = _changed(recipe, candidate, flags)
+        try:
+            changed.check()
+        except JobError as error:
+            refusal = refusal or error
+            continue
+        write_atomically(path, as_yaml(changed).encode(), "the recipe")
+        return number
+    raise refusal or JobError("no row of the plan fits the recipe")
+
+
+def _changed(recipe: Recipe, candidate: Any, flags: dict[str, str]) -> Recipe:
     encoders = {
         modality: str(candidate.encoder(flag))
         for modality, flag in flags.items()
@@ -76,12 +96,14 @@ def write_recipe(path: Path, recipe: Recipe, candidate: Any, flags: dict[str, st
         language=str(candidate.language),
         encoders=encoders,
         sequence_parallel=candidate.language.tp > 1,
+        virtual_stages=candidate.virtual_stages,
     )
+    # As the planner counts what stages keep.
+    alone = candidate.language.pp > 1 and candidate.virtual_stages == 1
     training = replace(
         recipe.training,
         micro_batches=candidate.microbatches,
+        encode_ahead=1 if alone else None,
         recompute=candidate.recompute,
     )
-    changed = replace(recipe, layout=layout, training=training)
-    changed.check()
-    write_atomically(path, as_yaml(changed).encode(), "the recipe")
+    return replace(recipe, layout=layout, training=training)

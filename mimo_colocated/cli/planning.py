@@ -48,8 +48,7 @@ def run(options: Any) -> None:
             options.gpus,
             machine.node,
             _numbers(options.replica_samples),
-            # Recipes have no stages, and encoders keep what they keep.
-            stages=(1,) if recipe else (),
+            # In a recipe encoders keep what they keep.
             encoder_memory=("keep",) if recipe else tuple(options.encoder_memory.split(",")),
         )
         found = plan(shapes, work, machine, search)
@@ -70,8 +69,8 @@ def run(options: Any) -> None:
         from mimo_colocated.cli.planned_recipe import write_recipe
 
         path = Path(options.write_recipe).expanduser()
-        write_recipe(path, recipe, found.colocated[0].candidate, flags)
-        print(f"the first row is in {path}")
+        row = write_recipe(path, recipe, [each.candidate for each in found.colocated], flags)
+        print(f"row {row} is in {path}")
 
 
 def _with_recipe(options: Any) -> tuple[Any, dict[str, str]]:

@@ -2,7 +2,7 @@
 """The process that a user starts: check, start the ranks, wait, say what went wrong.
 
 Without torchrun, :func:`run` starts one process per rank of the layout on this machine (no fixed
-port) and waits. Started by torchrun, it is one of the ranks already.
+port) and waits. Started by torchrun, or by srun as one of several tasks, it is one of the ranks.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from mimo_colocated.launch.errors import JobError, Packages, one_sentence
 from mimo_colocated.launch.failures import Exit, Reason, explain, read_reports
+from mimo_colocated.launch.slurm import become_rank
 
 if TYPE_CHECKING:
     from mimo_colocated.launch.stopping import Forwarding
@@ -84,6 +85,10 @@ def run(job: Job, argv: Sequence[str]) -> int:
         The exit code: 0, 2 for a wrong command line, 75 for a job that was told to stop and has
         saved, 130 after Ctrl-C, 143 after SIGTERM (the second one, if the job stops), else 1.
     """
+    try:
+        become_rank()
+    except JobError as error:
+        return complain(str(error), 2, None)
     if "RANK" in os.environ:
         from mimo_colocated.launch.ranks import run_rank
 

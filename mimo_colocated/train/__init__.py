@@ -5,6 +5,7 @@
     recipe.py      the fields of a recipe
     reading.py     YAML and ``--set`` into a recipe; misspelt fields are refused by name
     recipes/       those that ship
+    programs.py    recipes of jobs that bring a model and data of their own, such as digits
     makers.py      models that a recipe has made before it trains them
     joining.py     two folders into one model
     plan.py        ``--dry-run``: layouts, groups, memory and the torchrun line

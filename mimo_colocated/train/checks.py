@@ -24,6 +24,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from _sources(recipe)
     yield from _schedule(recipe)
     yield from _model(recipe)
+    yield from _stages(recipe)
     yield from _sequences(recipe)
     yield from _batches(recipe)
 
@@ -84,6 +85,40 @@ def _model(recipe: Recipe) -> Iterator[str]:
         yield f"model.folder={model.folder!r} is what the run writes; use another run.out"
 
 
+def _stages(recipe: Recipe) -> Iterator[str]:
+    """What a pipelined language model needs; see ``TrainingOptions`` for other jobs."""
+    training, stages, virtual = recipe.training, recipe.language.pp, recipe.layout.virtual_stages
+    ahead, micro_batches = training.encode_ahead, training.micro_batches
+    given = {"layout.virtual_stages": virtual > 1, "training.encode_ahead": ahead is not None}
+    if stages == 1:
+        for name in (name for name, is_given in given.items() if is_given):
+            yield f"{name} is for a pipelined language model; add pp=2 to layout.language"
+        return
+    if "language" in recipe.model.torch_native:
+        yield (
+            f"layout.language={recipe.language} has pipeline stages, and model.torch_native names "
+            "language, which has none; leave one of them out"
+        )
+    if virtual == 1:
+        return
+    if micro_batches % stages:
+        yield (
+            f"layout.virtual_stages={virtual} interleaves groups of {stages} microbatches, got "
+            f"training.micro_batches={micro_batches}; use a multiple of {stages}"
+        )
+    if (ahead or micro_batches) < micro_batches:
+        yield (
+            f"training.encode_ahead={ahead} needs layout.virtual_stages=1, got {virtual}: with "
+            "virtual stages all microbatches of a step are encoded together"
+        )
+    if stages == 2 and recipe.lengths_differ:
+        yield (
+            f"layout.virtual_stages={virtual} on pp=2 needs samples of one length, and these have "
+            "several: two ranks that interleave cannot tell each other lengths; use pp=4, or "
+            "layout.virtual_stages=1"
+        )
+
+
 def _sequences(recipe: Recipe) -> Iterator[str]:
     data = recipe.data
     if not data.sequences:
@@ -93,10 +128,9 @@ def _sequences(recipe: Recipe) -> Iterator[str]:
                 "leave it out"
             )
         return
-    longest, said = data.max_tokens, f"data.max_tokens={data.max_tokens}"
+    longest, said = recipe.longest, f"data.max_tokens={data.max_tokens}"
     if recipe.of_tokens:
-        lengths = [part.settings.get("length") for part in data.train]
-        longest = 1 + max((each for each in lengths if isinstance(each, int)), default=0)
+        longest += 1
         said = f"a sample's {longest} tokens"
     needed = -(-longest // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
     if not data.packed or data.capacity < needed:
@@ -120,8 +154,10 @@ def _batches(recipe: Recipe) -> Iterator[str]:
         yield from _unshared(name, size, bins, over, packed=data.packed)
     if data.held_out:
         name, size = "evaluation.batch", recipe.evaluation.batch
-        over = f"{replicas} language replicas"
-        yield from _unshared(name, size, replicas, over, packed=data.packed)
+        micro_batches = recipe.held_out_micro_batches
+        over = f"{micro_batches} microbatches and " * (micro_batches > 1)
+        over += f"{replicas} language replicas"
+        yield from _unshared(name, size, micro_batches * replicas, over, packed=data.packed)
 
 
 def _unshared(name: str, size: int, bins: int, over: str, *, packed: bool) -> Iterator[str]:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from mimo_colocated.cli.options import WHOLE, Parser
 from mimo_colocated.launch import Job, JobError, Packages, hush, run
-from mimo_colocated.train import reading
+from mimo_colocated.launch.launcher import complain
+from mimo_colocated.train import programs, reading
 from mimo_colocated.train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -115,10 +116,16 @@ def main(argv: Sequence[str], script: str) -> int:
     Returns:
         The exit code.
     """
-    job = Job(
-        script, _parse, _work, _instead, stops=True, packages=PACKAGES, prepare=_prepare
-    )
-    return run(job, argv)
+    own = programs.find(argv, parser())
+    if own is None:
+        job = Job(
+            script, _parse, _work, _instead, stops=True, packages=PACKAGES, prepare=_prepare
+        )
+        return run(job, argv)
+    try:
+        return run(programs.job_of(own, script, _typed_again(own)), argv)
+    except JobError as error:
+        return complain(str(error), 2, None)
 
 
 def _parse(argv: Sequence[str], world: int | None) -> TrainCommand:
@@ -142,8 +149,11 @@ def _parse(argv: Sequence[str], world: int | None) -> TrainCommand:
             f"has {world}; set layout.language and layout.encoders for {world}, or start "
             f"{recipe.language.size}"
         )
-    again = [given.recipe, *(f"--set {shlex.quote(change)}" for change in given.set)]
-    return TrainCommand(recipe, " ".join(again), given.dry_run, given.nodes, given.fresh)
+    return TrainCommand(recipe, _typed_again(given), given.dry_run, given.nodes, given.fresh)
+
+
+def _typed_again(given: argparse.Namespace) -> str:
+    return " ".join([given.recipe, *(f"--set {shlex.quote(change)}" for change in given.set)])
 
 
 def _instead(options: TrainCommand, backend: str) -> bool:

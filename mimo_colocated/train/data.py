@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Callable, Sequence
@@ -35,7 +36,12 @@ from megatron.core.models.mimo.data.prepared import (
     known_key,
     write,
 )
-from megatron.core.models.mimo.data.readers import Reader
+from megatron.core.models.mimo.data.readers import (
+    ImageReader,
+    Reader,
+    ReaderProcesses,
+    SoundReader,
+)
 from megatron.core.models.mimo.data.sources import TOKENS, Source, SourceError, open_source
 from megatron.core.models.mimo.data.stream import BatchSize, SampleStream
 from megatron.core.models.mimo.data.token_files import TokenFiles
@@ -45,10 +51,12 @@ from megatron.core.models.mimo.huggingface.positions import multimodal_positions
 from megatron.core.models.mimo.job.built_model import LANGUAGE
 from megatron.core.models.mimo.job.trainer import Runner
 from mimo_colocated import phases
+from mimo_colocated.cli import models
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.train.checks import SEQUENCE_MULTIPLE
-from mimo_colocated.train.recipe import DataPart, SourcePart
+from mimo_colocated.train.recipe import DataPart, Recipe, SourcePart
 
+_SOUNDS = "audio"  # modality of what hears; any other sees
 Encode = Callable[[Conversation], Encoded]
 
 
@@ -290,6 +298,40 @@ def side_of(
         micro_batches, replicas.size(), data.packed, multiple, data.sequences, data.capacity
     )
     return Side(dist.get_rank(), replicas.rank(), cut, padding, positions, encoders)
+
+
+def readers_of(
+    recipe: Recipe, folder: Path, stack: contextlib.ExitStack
+) -> dict[str, Reader]:
+    """Return modality -> what reads its items, in processes if the recipe wants some.
+
+    Args:
+        recipe: with its number of processes.
+        folder: of the model, with its processor.
+        stack: closes the processes.
+
+    Raises:
+        JobError: the model is not known.
+    """
+    with models.one_sentence():
+        parts = models.described(folder).encoders
+    found: dict[str, Reader] = {}
+    for part in parts:
+        reader = _reader(part, folder)
+        found[part.modality] = reader
+        if recipe.data.workers:
+            processes = ReaderProcesses(reader, recipe.data.workers)
+            stack.callback(processes.close)
+            found[part.modality] = processes
+    return found
+
+
+def _reader(part: Any, folder: Path) -> Reader:
+    from transformers import AutoFeatureExtractor, AutoImageProcessor
+
+    if part.modality == _SOUNDS:
+        return SoundReader(AutoFeatureExtractor.from_pretrained(folder), part.inputs)
+    return ImageReader(AutoImageProcessor.from_pretrained(folder), part.inputs)
 
 
 def positions_of(built: Any) -> Positions:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core.models.mimo.checkpoint.store import Manifest
 from megatron.core.models.mimo.data.encoding import ChatEncoder, TemplateError
 from megatron.core.models.mimo.data.loader import RankBatches
-from megatron.core.models.mimo.data.readers import ImageReader, Reader, ReaderProcesses
+from megatron.core.models.mimo.data.readers import Reader
 from megatron.core.models.mimo.data.sources import SourceError
 from megatron.core.models.mimo.gradients.finalize import iter_modules
 from megatron.core.models.mimo.huggingface.all_ranks import on_all_ranks
@@ -40,12 +40,14 @@ from mimo_colocated.train.data import (
     StepData,
     held_out_stream,
     open_data,
+    readers_of,
     side_of,
     training_stream,
 )
 from mimo_colocated.train.makers import make_model
 from mimo_colocated.train.numbers import StepNumbers
 from mimo_colocated.train.plan import check_model
+from mimo_colocated.train.reading import as_yaml
 from mimo_colocated.train.recipe import Recipe
 from mimo_colocated.train.record import write_record
 from mimo_colocated.train.reporting import RecipeReporter
@@ -77,6 +79,7 @@ class RunOptions(TrainingOptions):
             seed=training.seed,
             global_batch_size=training.global_batch_size,
             micro_batches=training.micro_batches,
+            encode_ahead=training.encode_ahead,
             lr=training.lr,
             clip_grad=training.clip_grad,
             max_skipped=training.max_skipped,
@@ -103,7 +106,7 @@ class RecipeLoop(TrainingLoop):
         opened: what is trained on.
     """
 
-    results = (*TrainingLoop.results, "recipe.yaml", "run.json", "exported")
+    results = (*TrainingLoop.results, "exported")
 
     def __init__(
         self,
@@ -121,7 +124,8 @@ class RecipeLoop(TrainingLoop):
         done = super().start()
         options: Any = self.options
         found = self.found()
-        on_all_ranks(lambda: write_record(options.out, options.recipe, found), "write the record")
+        told = as_yaml(options.recipe)
+        on_all_ranks(lambda: write_record(options.out, told, found), "write the record")
         return done
 
     def found(self) -> dict[str, Any]:
@@ -294,6 +298,8 @@ class RecipeJob:
         return BuildOptions(
             dtype=models.torch_dtype(recipe.model.dtype),
             sequence_parallel=recipe.layout.sequence_parallel,
+            virtual_stages=recipe.layout.virtual_stages,
+            lengths_differ=recipe.lengths_differ,
             packed=recipe.data.packed,
             recompute=recipe.training.recompute,
             seed=recipe.training.seed,
@@ -348,17 +354,17 @@ class RecipeJob:
             self._write_answers(answers)
         return found
 
-    def _batches(self, opened: Opened) -> tuple[RankBatches, int]:
+    def _batches(self, opened: Opened, micro_batches: int = 1) -> tuple[RankBatches, int]:
         evaluation = self.recipe.evaluation
         data = dataclasses.replace(self.recipe.data, sequences=0)
-        side = side_of(self.trainer, data, self._padding, self.readers, 1)
+        side = side_of(self.trainer, data, self._padding, self.readers, micro_batches)
         stream = held_out_stream(opened, evaluation.batch)
         total = sum(len(each) for each in opened.prepared)
         return RankBatches(stream, opened.sources, side), min(evaluation.samples or total, total)
 
     def _held_out_loss(self) -> float:
         """Mean over the counted tokens of whole batches, and of the tail filled up."""
-        batches, count = self._batches(self._held_out)
+        batches, count = self._batches(self._held_out, self.recipe.held_out_micro_batches)
         sums = torch.zeros(2, dtype=torch.float64)
         for start in range(0, count, self.recipe.evaluation.batch):
             self.loop.stop_if_told(self.recipe.training.steps)
@@ -413,7 +419,7 @@ def run_recipe(
     """
     folder = model_folder(recipe)
     with contextlib.ExitStack() as stack:
-        readers = _readers(recipe, folder, stack)  # processes are forked before groups are made
+        readers = readers_of(recipe, folder, stack)  # processes are forked before groups are made
         with connection_notes.held_back():
             init_distributed(backend, recipe.run.timeout)
         try:
@@ -434,23 +440,3 @@ def model_folder(recipe: Recipe) -> Path:
         return Path(recipe.model.folder).expanduser()
     place = Path(recipe.run.out) / "model"
     return make_model(recipe.model.make, recipe.model.settings, place, recipe.run.timeout)
-
-
-def _readers(recipe: Recipe, folder: Path, stack: contextlib.ExitStack) -> dict[str, Reader]:
-    """Modality -> what reads its items, in processes if the recipe wants some."""
-    with models.one_sentence():
-        parts = models.described(folder).encoders
-    if not parts:
-        return {}
-    from transformers import AutoImageProcessor
-
-    processor = AutoImageProcessor.from_pretrained(folder)
-    found: dict[str, Reader] = {}
-    for part in parts:
-        reader = ImageReader(processor, part.inputs)
-        found[part.modality] = reader
-        if recipe.data.workers:
-            processes = ReaderProcesses(reader, recipe.data.workers)
-            stack.callback(processes.close)
-            found[part.modality] = processes
-    return found

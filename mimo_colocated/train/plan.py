@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.launch.layouts import LANGUAGE, Layout
@@ -13,6 +13,7 @@ from mimo_colocated.train.recipe import Recipe
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SHOWN = 4
+_MACHINE, _ROWS = "h100", 0.5
 
 
 def check_model(recipe: Recipe, folder: Path) -> Mapping[str, Layout]:
@@ -40,7 +41,9 @@ def check_model(recipe: Recipe, folder: Path) -> Mapping[str, Layout]:
             )
         encoders = {name: named.get(name, Layout(dp=language.size)) for name in modalities}
         layouts = {**encoders, LANGUAGE: language}
-        check_fits(composite, layouts, sequence_parallel=recipe.layout.sequence_parallel)
+        cut = recipe.layout.sequence_parallel
+        virtual = recipe.layout.virtual_stages
+        check_fits(composite, layouts, sequence_parallel=cut, virtual_stages=virtual)
     return layouts
 
 
@@ -61,8 +64,43 @@ def dry_run(recipe: Recipe, folder: Path, nodes: int, named: str) -> str:
         [
             *_layout_lines(layouts),
             *_group_lines(layouts),
-            *_memory_lines(recipe, folder, layouts),
+            _memory_line(_candidate(recipe, layouts), *_planned(recipe, folder)),
             torchrun_line(recipe.language.size, nodes, named),
+        ]
+    )
+
+
+def program_dry_run(options: Any, shapes: Any, work: Any, nodes: int, named: str) -> str:
+    """Return what a program of its own would run.
+
+    Args:
+        options: of the program.
+        shapes, work: of its model, and of a step.
+        nodes: machines.
+        named: the recipe's arguments on the command line.
+
+    Raises:
+        JobError: ranks that the nodes do not divide.
+    """
+    from megatron.core.models.mimo.memory.policy import EncoderMemory
+    from megatron.core.models.mimo.plan.candidates import Candidate
+
+    candidate = Candidate(
+        options.language,
+        options.encoders,
+        options.micro_batches,
+        options.virtual_stages,
+        options.recompute,
+        EncoderMemory(options.encoder_memory, options.projector_memory),
+        options.bridge,
+    )
+    layouts = options.layouts.modules
+    return "\n".join(
+        [
+            *_layout_lines(layouts),
+            *_group_lines(layouts),
+            _memory_line(candidate, shapes, work),
+            torchrun_line(options.world_size, nodes, named),
         ]
     )
 
@@ -107,42 +145,50 @@ def _group_lines(layouts: Mapping[str, Layout]) -> Iterator[str]:
         yield f"{name} rows stay within the ranks {shown}{more}"
 
 
-def _memory_lines(
-    recipe: Recipe, folder: Path, layouts: Mapping[str, Layout]
-) -> Iterator[str]:
-    """Weights, gradients and optimizer state of a rank by the folder's tensors, no activations."""
-    each = {
-        name: parameters / (layouts[name].tp * layouts[name].pp)
-        for name, parameters in _parameters(folder, layouts).items()
-    }
-    width = _BYTES[recipe.model.dtype]
-    trains = {name: name not in recipe.model.freeze for name in each}
-    weights = sum(each.values()) * width
-    gradients = sum(4 * count for name, count in each.items() if trains[name])
-    # Two moments in float32, and a copy of the weights in it where they have less.
-    state = 8 if width == 4 else 12
-    optimizer = sum(
-        state * count / (layouts[name].dp * layouts[name].cp)
-        for name, count in each.items()
-        if trains[name]
+def _candidate(recipe: Recipe, layouts: Mapping[str, Layout]) -> Any:
+    """The recipe's way to run a step, as the planner has it."""
+    from megatron.core.models.mimo.plan.candidates import Candidate
+
+    return Candidate(
+        recipe.language,
+        {name: at for name, at in layouts.items() if name != LANGUAGE},
+        recipe.training.micro_batches,
+        recipe.layout.virtual_stages,
+        recipe.training.recompute,
     )
-    sizes = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
-    said = ", ".join(f"{name} {_amount(size)}" for name, size in sizes.items())
-    yield f"memory per rank, without activations: about {_amount(sum(sizes.values()))} ({said})"
 
 
-def _parameters(folder: Path, layouts: Mapping[str, Layout]) -> dict[str, int]:
-    """Module -> parameters, by the folder's names."""
-    from megatron.core.models.mimo.huggingface.folder import ModelFolder
+def _planned(recipe: Recipe, folder: Path) -> tuple[Any, Any]:
+    """The model's sizes, and the fullest step: all samples as long as may be, half of them rows."""
+    from megatron.core.models.mimo.huggingface.plan_shapes import composite_shapes
+    from megatron.core.models.mimo.plan.shapes import Work
+    from mimo_colocated.cli import models
 
-    counts = dict.fromkeys(layouts, 0)
-    encoders = [name for name in layouts if name != LANGUAGE]
-    marks = ("vision_tower", "visual.", "audio_tower", "multi_modal_projector")
-    with ModelFolder(folder) as opened:
-        for name, described in opened.tensors.items():
-            ours = encoders[0] if encoders and any(m in name for m in marks) else LANGUAGE
-            counts[ours] += math.prod(described.shape)
-    return counts
+    with models.one_sentence():
+        shapes = composite_shapes(models.described(folder))
+    data, names = recipe.data, list(shapes.encoders)
+    frozen = {name.removesuffix(".encoder") for name in recipe.model.freeze}
+    work = Work(
+        data.capacity if data.sequences else recipe.longest,
+        data.sequences or recipe.training.global_batch_size,
+        {name: _ROWS / len(names) for name in names},
+        itemsize=_BYTES[recipe.model.dtype],
+        # A projector that trains alone is little beside its frozen encoder.
+        frozen_modules=frozenset(frozen & {*names, LANGUAGE}),
+    )
+    return shapes, work
+
+
+def _memory_line(candidate: Any, shapes: Any, work: Any) -> str:
+    """The fullest rank by the formulas of ``mimo plan``, on the accelerator that it takes first."""
+    from megatron.core.models.mimo.plan.footprint import rank_bytes
+    from megatron.core.models.mimo.plan.machine import find_machine
+
+    machine = find_machine(_MACHINE)
+    found = rank_bytes(candidate, shapes, work, machine)
+    parts = {name: size for name, size in vars(found).items() if size}
+    said = ", ".join(f"{name} {_amount(size)}" for name, size in parts.items())
+    return f"memory of the fullest rank, on {_MACHINE}: about {_amount(found.total)} ({said})"
 
 
 def _amount(size: float) -> str:

@@ -14,6 +14,9 @@ from typing import Any
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.train.recipe import Recipe
 
+_ORDER = ("name", "job", "model", "layout", "data", "training", "evaluation", "run")
+"""Of what is printed; other fields follow."""
+
 
 def shipped() -> dict[str, str]:
     """Return the recipes that ship: name -> YAML."""
@@ -41,6 +44,28 @@ def read_recipe(named: str, changes: Sequence[str] = ()) -> Recipe:
     Raises:
         JobError: no such recipe, a field that there is not, or a value of another type.
     """
+    values = read_values(named, changes)
+    if "job" in values:
+        raise JobError(
+            f"{named} is a recipe of job {values['job']}, which brings its model and data; "
+            f"`mimo train {named}` alone takes it"
+        )
+    for problem in _unknown(Recipe, values, ""):
+        raise JobError(f"{named}: {problem}")
+    recipe = _typed(named, values)
+    recipe.check()
+    return recipe
+
+
+def read_values(named: str, changes: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of a recipe as its file has them, with some set to other values.
+
+    Args:
+        named, changes: as of :func:`read_recipe`.
+
+    Raises:
+        JobError: no such recipe, or no fields.
+    """
     import yaml
 
     text = _text(named)
@@ -53,18 +78,27 @@ def read_recipe(named: str, changes: Sequence[str] = ()) -> Recipe:
         raise JobError(f"{named} holds {type(values).__name__}, not the fields of a recipe")
     for path, value in edits:
         _set(values, path, value)
-    for problem in _unknown(Recipe, values, ""):
-        raise JobError(f"{named}: {problem}")
-    recipe = _typed(named, values)
-    recipe.check()
-    return recipe
+    return values
 
 
 def as_yaml(recipe: Recipe) -> str:
-    """Return the whole recipe as YAML, every field of it."""
+    """Return the whole recipe as YAML, every field of it, in the order of those that ship."""
+    return dumped(dataclasses.asdict(recipe))
+
+
+def dumped(values: Mapping[str, Any]) -> str:
+    """Return fields as YAML: model, layout and data first, then what is done with them."""
     import yaml
 
-    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)
+    order = {name: place for place, name in enumerate(_ORDER)}
+    names = sorted(values, key=lambda name: order.get(name, len(order)))
+    return yaml.safe_dump({name: values[name] for name in names}, sort_keys=False)
+
+
+def parts_of(kind: Any) -> dict[str, Any]:
+    """Return name -> dataclass of the fields that have fields of their own."""
+    types = typing.get_type_hints(kind)
+    return {name: each for name, each in types.items() if dataclasses.is_dataclass(each)}
 
 
 def _text(named: str) -> str:
@@ -77,7 +111,8 @@ def _text(named: str) -> str:
     found = shipped()
     if named not in found:
         near = difflib.get_close_matches(named, found, 1)
-        meant = f"; did you mean {near[0]}?" if near else ""
+        near = [name for name in found if name.startswith(named)] or near
+        meant = f"; did you mean {' or '.join(near)}?" if near else ""
         raise JobError(
             f"no recipe is called {named!r}{meant} There are {', '.join(found)}, or give the path "
             "of a .yaml file"

@@ -25,7 +25,7 @@ class ModelPart:
         settings: of what is made: sizes; the folders ``images`` and ``language``, ``image_token``.
         dtype: of weights and activations.
         freeze: what does not train: ``language``, ``images``, ``images.encoder``,
-            ``images.projector``.
+            ``images.projector``; of sounds ``audio`` likewise.
         torch_native: modules, ``language`` or modalities, that stay transformers' own and are
             sharded by PyTorch: docs/torch-native.md.
     """
@@ -43,15 +43,18 @@ class LayoutPart:
     """Which ranks do what.
 
     Attributes:
-        language: of the language model, such as ``tp=2,cp=2,dp=2``.
+        language: of the language model, such as ``tp=2,cp=2,dp=2`` or ``tp=2,pp=2,dp=2``.
         encoders: modality -> layout, such as ``{images: "tp=2,dp=4"}``; one that is not named has
             a whole copy on every rank.
         sequence_parallel: also cut the sequence over TP.
+        virtual_stages: stages per rank of a pipelined language model (``pp`` above 1), which then
+            interleaves.
     """
 
     language: str = "tp=1,dp=1"
     encoders: dict[str, str] = field(default_factory=dict)
     sequence_parallel: bool = False
+    virtual_stages: int = 1
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,12 @@ class DataPart:
         held_out: what is evaluated; its last answers are asked for.
         max_tokens: longer samples are skipped.
         skip: skip samples that cannot be used, and count them by reason; false stops instead.
-        look_at_images: look at every image's file when the data is prepared.
+        look_at_images: look at every image's and sound's file when the data is prepared.
         packed: samples of a language replica lie end to end, without padding between them.
         sequences: a global batch is as many samples as fit into so many packed sequences of
             ``capacity`` tokens; 0 for ``training.global_batch_size`` samples.
         capacity: tokens of such a sequence.
-        workers: processes per rank that open images; 0 for a thread.
+        workers: processes per rank that open images and sounds; 0 for a thread.
         ahead: steps whose batches are made ahead.
     """
 
@@ -108,6 +111,8 @@ class TrainingPart:
         steps: training steps.
         global_batch_size: samples of a step over all ranks.
         micro_batches: of a step.
+        encode_ahead: microbatches that are encoded together, with a pipelined language model; None
+            for all of a step.
         lr: peak learning rate.
         min_lr: the last one.
         warmup_steps: until the peak; None for 20, or a tenth of the steps if that is less.
@@ -122,6 +127,7 @@ class TrainingPart:
     steps: int
     global_batch_size: int
     micro_batches: int = 1
+    encode_ahead: int | None = None
     lr: float = 1e-3
     min_lr: float = 0.0
     warmup_steps: int | None = None
@@ -146,7 +152,7 @@ class EvaluationPart:
         batch: held-out samples at once, over all ranks.
         answer_tokens: an answer is cut after so many.
         samples: of the held-out data, from its beginning; 0 for all.
-        without_images: also answer with every image blank, a baseline.
+        without_images: also answer with every image or sound blank, a baseline.
     """
 
     batch: int = 64
@@ -206,6 +212,27 @@ class Recipe:
         """Whether the data is tokens already."""
         return any(part.kind == "tokens" for part in self.data.train)
 
+    @property
+    def lengths_differ(self) -> bool:
+        """Whether microbatches of a step may be of several lengths."""
+        if not self.of_tokens or self.data.packed:
+            return True
+        parts = [*self.data.train, *self.data.held_out]
+        return len({part.settings.get("length") for part in parts}) > 1
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample that is trained on; its last label is not among them."""
+        if not self.of_tokens:
+            return self.data.max_tokens
+        lengths = [part.settings.get("length") for part in self.data.train]
+        return max((each for each in lengths if isinstance(each, int)), default=0)
+
+    @property
+    def held_out_micro_batches(self) -> int:
+        """Microbatches of a batch of held-out data: stages that interleave want one each."""
+        return self.language.pp if self.layout.virtual_stages > 1 else 1
+
     def encoders(self) -> dict[str, Layout]:
         """Return modality -> layout, of those that are named."""
         return {name: Layout.parse(at, name) for name, at in self.layout.encoders.items()}
@@ -228,11 +255,6 @@ class Recipe:
             for name, at in encoders.items()
             if at.size != world
         ]
-        if self.language.pp > 1:
-            found.append(
-                f"layout.language={self.language} has pipeline stages, which recipes do not run "
-                "yet; give tp, cp and dp alone"
-            )
         if "language" in model.torch_native and data.packed:
             found.append(
                 "model.torch_native names language, which takes no packed samples; set "
@@ -257,10 +279,13 @@ class Recipe:
 
     def _lows(self) -> list[tuple[str, float, float]]:
         data, training, evaluation = self.data, self.training, self.evaluation
+        ahead = training.encode_ahead
         return [
             ("training.steps", training.steps, 1),
             ("training.global_batch_size", training.global_batch_size, 1),
             ("training.micro_batches", training.micro_batches, 1),
+            ("training.encode_ahead", 1 if ahead is None else ahead, 1),
+            ("layout.virtual_stages", self.layout.virtual_stages, 1),
             ("training.lr", training.lr, 0),
             ("training.min_lr", training.min_lr, 0),
             ("training.warmup_steps", training.warmup, 0),

@@ -13,16 +13,14 @@ from typing import Any
 
 from megatron.core.models.mimo.job.reporter import versions
 from mimo_colocated.launch.errors import write_atomically
-from mimo_colocated.train.reading import as_yaml
-from mimo_colocated.train.recipe import Recipe
 
 
-def write_record(out: Path, recipe: Recipe, more: Mapping[str, Any]) -> None:
+def write_record(out: Path, recipe: str, more: Mapping[str, Any]) -> None:
     """Write ``recipe.yaml`` and ``run.json`` on rank 0; other ranks write nothing.
 
     Args:
         out: folder of the run.
-        recipe: every field of it.
+        recipe: every field of it, as YAML.
         more: what else ``run.json`` says: layouts, what was skipped.
 
     Raises:
@@ -37,7 +35,7 @@ def write_record(out: Path, recipe: Recipe, more: Mapping[str, Any]) -> None:
         "git": git_state(Path.cwd()),
         **more,
     }
-    write_atomically(out / "recipe.yaml", as_yaml(recipe).encode(), "the recipe")
+    write_atomically(out / "recipe.yaml", recipe.encode(), "the recipe")
     content = json.dumps(said, indent=2) + "\n"
     write_atomically(out / "run.json", content.encode(), "the record of the run")
 

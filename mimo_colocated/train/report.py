@@ -22,6 +22,7 @@ PAGE = "report.html"
 ANSWERS = 20
 """That are shown."""
 _AXES = ("tp", "cp", "dp", "pp")
+_TOKENS = 2048
 # Nothing is loaded from outside, whatever stands in an answer.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = """
@@ -182,7 +183,8 @@ def _figures(run: Run) -> Iterator[str]:
         yield "<h2>Layouts</h2>"
         drawn = figures.layout(
             layouts,
-            run.recipe["data"]["max_tokens"],
+            # A job of its own names none; the picture's proportions are the same.
+            run.recipe.get("data", {}).get("max_tokens", _TOKENS),
             sequence_parallel=run.recipe["layout"]["sequence_parallel"],
         )
         yield _figure("layout", drawn, "which rank holds what")
@@ -197,7 +199,9 @@ def _figure(name: str, svg: str, said: str) -> str:
 def _samples(run: Run) -> Iterator[str]:
     yield "<h2>Samples</h2>"
     seen = {
-        f"{name} seen": f"{_sum(run.lines, name):,.0f}" for name in ("samples", "images", "tokens")
+        f"{name} seen": f"{_sum(run.lines, name):,.0f}"
+        for name in ("samples", "images", "sounds", "tokens")
+        if name != "sounds" or _all(run.lines, name)
     }
     skipped = run.record.get("skipped", {})
     counts = {f"skipped: {reason}": f"{count:,}" for reason, count in skipped.items()}

@@ -14,7 +14,7 @@ from mimo_colocated.train.numbers import StepNumbers, said
 
 
 class RecipeReporter(Reporter):
-    """Also tells tokens, images, the work of a step, and how long it waited for its data.
+    """Also tells tokens, images or sounds, the work of a step, and how long it waited for its data.
 
     Args:
         out: folder of the results.
@@ -37,6 +37,7 @@ class RecipeReporter(Reporter):
     ) -> None:
         super().__init__(out, done, trainer.options.steps, 0)
         self._data, self._trainer, self._numbers = data, trainer, numbers
+        self._items = "sounds" if "audio" in numbers.shapes.encoders else "images"
         self._board: Any = _board(out / "tensorboard", done + 1) if tensorboard else None
 
     def step(self, done: int, result: StepResult) -> None:
@@ -57,7 +58,7 @@ class RecipeReporter(Reporter):
             "counted_tokens": result.counted_tokens,
             "tokens": batch.tokens,
             "samples": len(batch.batch.samples),
-            "images": batch.images,
+            self._items: batch.images,
             "seconds": seconds,
             "waited_s": self._data.waited_s,
             **self._numbers.of(batch, seconds),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron.core.models.mimo.data.easy_vqa import EasyVqa
+from mimo_colocated.train.report import write_report
 from tests.faults.starts import LAUNCH_VARIABLES
 from tests.harness import programs
 from tests.unit_tests.mimo.train import strangers
@@ -30,6 +32,12 @@ IMAGES = 3
 ALONE = {"layout.language": "dp=1", "layout.encoders": "{images: dp=1}"}
 EIGHT: dict[str, Any] = {"layout.sequence_parallel": True}
 FOUR = {"layout.language": "tp=2,dp=2", "layout.encoders": "{images: dp=4}", "data.packed": False}
+STAGES: dict[str, Any] = {
+    "layout.language": "pp=2,dp=2",
+    "layout.encoders": "{images: 'tp=2,dp=2'}",
+    "training.micro_batches": 2,
+    "training.encode_ahead": 1,
+}
 TINY = {
     "model.settings": "{width: 32, layers: 2, vision_width: 32, vision_layers: 2, patch: 16}",
     "training.steps": STEPS,
@@ -108,6 +116,21 @@ def test_eight_ranks_follow_one_process(alone: Path, eight: Path) -> None:
     for name in ("questions", "exact_match", "majority_answer", "skipped"):
         assert summaries[0][name] == summaries[1][name]
     assert summaries[1]["layouts"]["images"] == {"tp": 2, "cp": 1, "pp": 1, "dp": 4}
+
+
+def test_pipeline_stages_follow_one_process(alone: Path, tmp_path: Path) -> None:
+    """Each replica packs its samples, so microbatches have several lengths."""
+    done = train(tmp_path / "run", STAGES)
+    assert done.code == 0, done.err
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-4)
+    assert answers(tmp_path / "run") == answers(alone)
+    both = alone, tmp_path / "run"
+    summaries = [json.loads((out / "summary.json").read_text()) for out in both]
+    assert summaries[0]["held_out_loss"] == pytest.approx(summaries[1]["held_out_loss"], rel=1e-4)
+    assert summaries[1]["layouts"]["language"] == {"tp": 1, "cp": 1, "pp": 2, "dp": 2}
+    one, other = weights(alone / "exported"), weights(tmp_path / "run" / "exported")
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[name], other[name], atol=1e-3) for name in one)
 
 
 def test_tensorboard_has_the_same_numbers(alone: Path) -> None:
@@ -198,11 +221,43 @@ def test_a_dry_run_says_what_would_run(tmp_path: Path, eight: Path) -> None:
     assert done.code == 0, done.err
     assert "images    tp=2,dp=4  8 ranks, 4 replicas" in done.out
     assert "images rows stay within the ranks [0, 1, 2, 3] [4, 5, 6, 7]" in done.out
+    assert re.search(r"fullest rank, on h100: about [\d.]+ [MG]iB \(weights [\d.]+ .iB, ", done.out)
     assert "torchrun --nproc-per-node 4 --nnodes 2 --rdzv-backend c10d" in done.out
     assert "-m mimo_colocated train easy-vqa --set 'model.settings={width: 32," in done.out
     done = train(eight, EIGHT, "--dry-run", "--nodes", "3")
     assert done.code == 2
     assert "--nodes 3 does not divide the 8 ranks; 1, 2, 4, 8 would" in done.err
+
+
+# ---- a job that is a program of its own ------------------------------------------------------
+
+
+def test_digits_is_the_job_of_the_example(tmp_path: Path) -> None:
+    """The same losses, to the digit, as the example's own command line."""
+    layouts = {"language": "tp=1,dp=2", "vision": "tp=2,dp=1"}
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES}
+    typed = [f"--{name}={at}" for name, at in layouts.items()]
+    typed += ["--steps=4", "--no-evaluate", f"--out={tmp_path / 'example'}"]
+    done = programs.run(
+        ["examples/mimo/digits/train.py", *typed], Path.cwd(), environment, timeout=TIMEOUT_S
+    )
+    assert done.returncode == 0, done.stderr
+    changes = {
+        "layout.language": layouts["language"],
+        "layout.encoders.vision": layouts["vision"],
+        "training.steps": 4,
+        "options.evaluate": False,
+    }
+    assert (done := train(tmp_path / "recipe", changes, recipe="digits")).code == 0, done.err
+    assert losses(tmp_path / "recipe") == losses(tmp_path / "example")
+    assert len(losses(tmp_path / "recipe")) == 4
+    record = json.loads((tmp_path / "recipe" / "run.json").read_text())
+    assert record["layouts"]["vision"] == {"tp": 2, "cp": 1, "pp": 1, "dp": 1}
+    assert write_report(tmp_path / "recipe").read_text().count("<img ") == 3
+    assert "steps: 4" in (tmp_path / "recipe" / "recipe.yaml").read_text()
+    done = train(tmp_path / "recipe", {**changes, "training.seed": 5}, recipe="digits")
+    assert done.code == 1
+    assert "holds a run with --seed 1234, this one has 5" in done.err
 
 
 # ---- two folders that have not met ----------------------------------------------------------
@@ -293,14 +348,52 @@ def test_images_of_any_size_train_packed_on_ranks_as_in_rows_on_one(folders: Pat
         "data.held_out": of_strangers(folders)["data.train"],
     }
     four = {"layout.language": "tp=2,cp=2", "layout.encoders": "{images: 'tp=2,dp=2'}"}
-    layouts = {"qwen-alone": {**ALONE, "data.packed": False}, "qwen-four": four}
+    layouts = {
+        "qwen-alone": {**ALONE, "data.packed": False},
+        "qwen-four": four,
+        "qwen-stages": {**four, "layout.language": "cp=2,pp=2", "training.micro_batches": 2},
+    }
     for name, layout in layouts.items():
         done = train(folders / name, {**changes, **layout}, recipe="qwen2.5-vl-sft")
         assert done.code == 0, done.err
-    alone, ranks = (folders / name for name in layouts)
-    assert losses(ranks) == pytest.approx(losses(alone), rel=1e-4)
+    alone, *others = (folders / name for name in layouts)
     assert losses(alone)[-1] < losses(alone)[0] - 0.5
-    assert answers(ranks) == answers(alone)
+    for ranks in others:
+        assert losses(ranks) == pytest.approx(losses(alone), rel=1e-4)
+        assert answers(ranks) == answers(alone)
+
+
+def test_sounds_train_on_ranks_as_on_one(folders: Path) -> None:
+    """Qwen2-Audio on chat with audio parts; in stages too, where samples have no sound or two."""
+    strangers.write_qwen_audio(folders / "qwen-audio")
+    tones = f"[{{kind: chat, settings: {{path: {strangers.write_tones(folders)}}}}}]"
+    changes = {
+        **of_strangers(folders, **{"training.lr": 3e-3, "data.train": tones}),
+        "model.folder": folders / "qwen-audio",
+        "model.freeze": "[]",
+        "data.held_out": tones,
+        "evaluation.without_images": True,
+    }
+    four = {"layout.language": "tp=2,cp=2", "layout.encoders": "{audio: 'tp=2,dp=2'}"}
+    stages = {"layout.language": "pp=2,dp=1", "layout.encoders": "{audio: dp=2}"}
+    layouts = {
+        "alone": {"layout.language": "dp=1", "layout.encoders": "{}", "data.packed": False},
+        "four": {**four, "data.workers": 1},
+        "stages": {**stages, "training.micro_batches": 2},
+    }
+    outs = [folders / f"tones-{name}" for name in layouts]
+    for out, layout in zip(outs, layouts.values(), strict=True):
+        done = train(out, {**changes, **layout}, recipe="qwen2-audio-sft")
+        assert done.code == 0, done.err
+    alone, *others = outs
+    assert losses(alone)[-1] < losses(alone)[0] - 0.5
+    for out in others:
+        assert losses(out) == pytest.approx(losses(alone), rel=1e-4)
+        assert answers(out) == answers(alone)
+        assert [line["sounds"] for line in metrics(out)] == [
+            line["sounds"] for line in metrics(alone)
+        ]
+    assert "sounds seen" in (alone / "report.html").read_text()
 
 
 # ---- text alone -----------------------------------------------------------------------------
@@ -315,28 +408,34 @@ def test_a_language_model_with_experts_learns_token_files(tmp_path: Path) -> Non
         sources[f"data.{name}"] = f"[{{kind: tokens, settings: {settings}}}]"
     changes = {
         **sources,
-        "model.settings": "{width: 32, layers: 2, heads: 4, inner: 48, vocabulary: 101, "
+        "model.settings": "{width: 32, layers: 4, heads: 4, inner: 48, vocabulary: 101, "
         "experts: 4}",
         "model.dtype": "float32",
-        "training.steps": 6,
+        "training.steps": STEPS,
         "training.global_batch_size": 16,
         "training.micro_batches": 2,
         "training.warmup_steps": 1,
         "training.save_every": 0,
-        "run.export": False,
+        "evaluation.batch": 8,
     }
-    for layout in ("dp=1", "tp=2,dp=2,ep=2,etp=1"):
-        how = {"layout.language": layout, "layout.sequence_parallel": layout != "dp=1"}
+    # Of stages each rank has two, which interleave.
+    stages = {"layout.virtual_stages": 2}
+    layouts = {"dp=1": {}, "tp=2,dp=2,ep=2,etp=1": {}, "tp=2,pp=2,dp=2,ep=2": stages}
+    for layout, more in layouts.items():
+        how = {"layout.language": layout, "layout.sequence_parallel": layout != "dp=1", **more}
         done = train(tmp_path / layout, {**changes, **how}, recipe="text")
         assert done.code == 0, done.err
         assert "training data: 124 samples, skipped: none" in done.out
-    alone, four = (tmp_path / layout for layout in ("dp=1", "tp=2,dp=2,ep=2,etp=1"))
-    assert losses(four) == pytest.approx(losses(alone), rel=1e-4)
-    assert losses(alone)[-1] < losses(alone)[0]
-    summaries = [json.loads((out / "summary.json").read_text()) for out in (alone, four)]
-    held_out = [summary["held_out_loss"] for summary in summaries]
-    assert held_out[0] == pytest.approx(held_out[1], rel=1e-4)
-    assert summaries[1]["layouts"]["language"]["ep"] == 2
+    alone, *others = (tmp_path / layout for layout in layouts)
+    assert losses(alone)[-1] < losses(alone)[0] - 0.2
+    told = [json.loads((out / "summary.json").read_text()) for out in (alone, *others)]
+    for out, summary in zip(others, told[1:], strict=True):
+        assert losses(out) == pytest.approx(losses(alone), rel=1e-4)
+        assert summary["held_out_loss"] == pytest.approx(told[0]["held_out_loss"], rel=1e-4)
+        assert summary["layouts"]["language"]["ep"] == 2
+        one, other = weights(alone / "exported"), weights(out / "exported")
+        assert one.keys() == other.keys()
+        assert all(torch.allclose(one[name], other[name], atol=1e-3) for name in one)
 
 
 def test_a_model_that_pytorch_shards_follows_megatrons_layers(
@@ -362,6 +461,11 @@ def test_a_model_that_pytorch_shards_follows_megatrons_layers(
     hows = {
         "megatron": {"layout.language": "dp=1", "model.torch_native": "[]"},
         "native": {"layout.language": "tp=2,dp=1"},
+        "stages": {
+            "layout.language": "pp=2,dp=1",
+            "model.torch_native": "[]",
+            "training.micro_batches": 2,
+        },
         "fsdp": {"layout.language": "tp=2,dp=2", "training.save_every": 8},
     }
     for name, how in hows.items():

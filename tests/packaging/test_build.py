@@ -66,6 +66,13 @@ def test_wheel_holds_the_package_the_modules_and_the_pth_and_leaves_the_checkout
         for name, text in before.items()
         if name.split("/")[0] in ("mimo_colocated", "megatron") and not name.endswith(".pth")
     }
+    digits = "examples/mimo/digits/"
+    wanted |= {
+        f"mimo_colocated/_examples/{name}": text
+        for name, text in before.items()
+        if name.startswith(digits) and name.endswith(".py")
+    }
+    assert any("_examples" in name for name in wanted)
     pth = "megatron_mimo_colocated.pth"
     assert code == {**wanted, pth: before[f"mimo_colocated/{pth}"]}
     metadata = email.message_from_bytes(built[f"{NAME}.dist-info/METADATA"])

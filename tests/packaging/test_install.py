@@ -46,6 +46,12 @@ def test_wheel_overlays_the_names_and_its_removal_gives_the_stock_ones_back(
     installed = {p.relative_to(overlay): p.read_bytes() for p in overlay.rglob("*.py")}
     assert installed == {p.relative_to(source): p.read_bytes() for p in files}
 
+    # The wheel carries the program that a recipe names.
+    environment.lend_outer_packages()
+    command = ("-W", "ignore", "-m", "mimo_colocated", "train", "digits", "--print")
+    assert "\njob: digits\n" in environment.run(*command).stdout
+    environment.take_outer_packages_back()
+
     environment.uninstall()
     assert_stock_is_back(environment)
 

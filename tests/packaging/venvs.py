@@ -39,7 +39,7 @@ def copy_checkout(target: Path) -> Path:
     """Copy what an install reads, so that a test may edit it."""
     target.mkdir()
     junk = shutil.ignore_patterns("__pycache__", "*.pyc")
-    for name in ("mimo_colocated", "megatron"):
+    for name in ("mimo_colocated", "megatron", "examples/mimo/digits"):
         shutil.copytree(REPO / name, target / name, ignore=junk)
     for name in ("pyproject.toml", "setup.py", "LICENSE", "pins.env", "README.md"):
         if (REPO / name).exists():

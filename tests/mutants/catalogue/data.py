@@ -111,4 +111,24 @@ DATA = (
         tests=(_PEERS,),
         why="TP and CP ranks of one replica compute on different samples",
     ),
+    Mutant(
+        name="long-sounds-are-cut",
+        file=_ROOM + "places.py",
+        old="        if length > self._longest:",
+        new="        if length > 2 * self._longest:",
+        tests=(
+            _TESTS + "test_sounds.py::test_sounds_that_cannot_be_used_are_skipped_by_reason",
+        ),
+        why="the processor cuts a sound, whose answer is about what it no longer has",
+    ),
+    Mutant(
+        name="stages-take-every-length-for-the-first",
+        file=MIMO + "job/settings.py",
+        old='"variable_seq_lengths": True, ',
+        new='"variable_seq_lengths": False, ',
+        tests=(
+            UNIT + "huggingface/test_stage_lengths.py::test_stages_tell_lengths_where_they_differ",
+        ),
+        why="microbatches of a recipe that are not equally long are refused in mid-run",
+    ),
 )

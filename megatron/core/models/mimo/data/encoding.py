@@ -21,6 +21,7 @@ from megatron.core.models.mimo.data.conversation import Conversation, SampleErro
 from megatron.core.models.mimo.data.places import Shown, foreign_tokens, places_of
 
 _SAID = "fine"
+_TAKES = {"image": "sees images", "audio": "hears sounds"}
 _PROBE = Conversation((Turn("user", (text("how"),)), Turn("assistant", (text(_SAID),))))
 _TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "chat_templates/*")
 _MADE = 2  # goes up when the same files make other tokens or rows than before
@@ -57,7 +58,7 @@ class ChatEncoder:
 
     Attributes:
         tokenizer: of transformers.
-        places: what images are in its text; None for a language model alone.
+        places: what images, or sounds, are in its text; None for a language model alone.
         end: the token that ends an answer: the template's, else the tokenizer's ``eos_token``.
 
     Raises:
@@ -83,7 +84,7 @@ class ChatEncoder:
                 "its fast version (tokenizer.json) there"
             )
         self._in_parts = self._takes_parts()
-        self._foreign = foreign_tokens(folder)
+        self._foreign = foreign_tokens(folder, self.places.kind if self.places else "image")
         self._before, self._behind = self._around_answers()
         self.end, self._is_ended = self._end_of_answers()
 
@@ -148,7 +149,7 @@ class ChatEncoder:
             raise SampleError("malformed", f"the chat template refuses it: {error}") from error
 
     def _messages(self, conversation: Conversation) -> list[dict[str, Any]]:
-        """What the chat template reads: parts, or text in which places stand for images."""
+        """What the chat template reads: parts, or text in which places stand for items."""
         found = []
         for turn in conversation.turns:
             parts = [
@@ -323,9 +324,12 @@ class ChatEncoder:
         kinds = {part.kind for part in conversation.item_parts()}
         if not kinds:
             return []
-        if self.places is None or kinds != {"image"}:
-            has = "text alone" if self.places is None else "images"
-            raise SampleError("malformed", f"the model sees {has}, the sample has {sorted(kinds)}")
+        if self.places is None or kinds != {self.places.kind}:
+            takes = "sees text alone" if self.places is None else _TAKES[self.places.kind]
+            frames = "; give a video as the list of its frames" * ("video" in kinds)
+            raise SampleError(
+                "malformed", f"the model {takes}, the sample has {sorted(kinds)}{frames}"
+            )
         return [self.places.shown(item) for item in conversation.items()]
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ def from_messages(messages: Any, find: Find) -> Conversation:
     """Return the conversation of ``[{"role": ..., "content": ...}, ...]``.
 
     A content is text or a list of parts: ``{"type": "text", "text": ...}`` or
-    ``{"type": "image", "image": ...}``, the same for videos and sounds.
+    ``{"type": "image", "image": ...}``, the same for videos and sounds. A video that is the list
+    of its frames is so many images.
 
     Args:
         messages: as JSON has them.
@@ -48,7 +49,18 @@ def _turn(message: Any, find: Find) -> Turn:
         return Turn(str(message["role"]), (text(content),))
     if not isinstance(content, Sequence):
         raise SampleError("malformed", f"content is text or a list of parts, got {content!r:.80}")
-    return Turn(str(message["role"]), tuple(_part(part, find) for part in content))
+    parts = (each for part in content for each in _frames_of(part))
+    return Turn(str(message["role"]), tuple(_part(part, find) for part in parts))
+
+
+def _frames_of(part: Any) -> Iterator[Any]:
+    """The images of a video that is a list of frames; any other part as it is."""
+    is_video = isinstance(part, Mapping) and part.get("type") == "video"
+    frames = _content_of("video", part) if is_video else None
+    if isinstance(frames, Sequence) and not isinstance(frames, str):
+        yield from ({"type": "image", "image": frame} for frame in frames)
+    else:
+        yield part
 
 
 def _part(part: Any, find: Find) -> Part:
@@ -64,7 +76,7 @@ def _part(part: Any, find: Find) -> Part:
 
 
 def _content_of(kind: str, part: Mapping[str, Any]) -> Any:
-    for name in (kind, "path", "url"):
+    for name in (kind, "path", "url", f"{kind}_url"):
         if part.get(name) is not None:
             return part[name]
     return None

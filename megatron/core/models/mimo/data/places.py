@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many tokens stand for an image: as many as the model's own processor makes of its size."""
+"""How many tokens stand for an image or a sound: as many as the model's processor makes of it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from megatron.core.models.mimo.data.conversation import ITEM_KINDS, AnyItem, SampleError
 from megatron.core.models.mimo.data.images import Size, size_of
+from megatron.core.models.mimo.data.sounds import length_of
 
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _SIZES = ((48, 96), (224, 320))  # (height, width); do rows depend on it?
@@ -19,7 +22,7 @@ _SIZES = ((48, 96), (224, 320))  # (height, width); do rows depend on it?
 
 @dataclass(frozen=True)
 class Shown:
-    """What an image is in the text.
+    """What an image, or a sound, is in the text.
 
     Attributes:
         rows: tokens that stand for it.
@@ -31,24 +34,29 @@ class Shown:
 
 
 class Places(Protocol):
-    """Says what images are in the text."""
+    """Says what items are in the text."""
+
+    @property
+    def kind(self) -> str:
+        """Of the items: ``"image"`` or ``"audio"``."""
+        ...
 
     @property
     def place(self) -> str:
-        """The text that stands for an image, or for one of its rows."""
+        """The text that stands for an item, or for one of its rows."""
         ...
 
     def shown(self, item: AnyItem) -> Shown:
-        """Return what an image is in the text.
+        """Return what an item is in the text.
 
         Raises:
-            SampleError: ``unreadable``.
+            SampleError: ``unreadable``; a sound may be ``too_long``.
         """
         ...
 
 
 def places_of(folder: Path, tokenizer: Any) -> Places | None:
-    """Return what a model's folder says of images; None where it sees nothing.
+    """Return what a model's folder says of images or sounds; None where it takes text alone.
 
     Args:
         folder: of the model.
@@ -67,21 +75,24 @@ def places_of(folder: Path, tokenizer: Any) -> Places | None:
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(folder)
+    if hasattr(processor, "audio_token") and not hasattr(processor, "image_token"):
+        return SoundPlaces(processor)
     return ProcessorPlaces(processor) if hasattr(processor, "tokenizer") else None
 
 
-def foreign_tokens(folder: Path) -> dict[str, int]:
-    """Return kind -> token of what a model sees or hears besides images, by its configuration.
+def foreign_tokens(folder: Path, own: str) -> dict[str, int]:
+    """Return kind -> token of what a model sees or hears besides its items, by its configuration.
 
     Args:
         folder: of the model.
+        own: kind of its items.
     """
     config = folder / "config.json"
     known = json.loads(config.read_text()) if config.is_file() else {}
     found = {
         kind: known.get(f"{kind}_token_id", known.get(f"{kind}_token_index"))
         for kind in ITEM_KINDS
-        if kind != "image"
+        if kind != own
     }
     return {kind: token for kind, token in found.items() if token is not None}
 
@@ -92,6 +103,8 @@ class ProcessorPlaces:
     Args:
         processor: of transformers.
     """
+
+    kind = "image"
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
@@ -135,7 +148,7 @@ class GridPlaces:
         merge: rows and columns of patches that become one.
     """
 
-    chat_template = None
+    kind, chat_template = "image", None
 
     def __init__(self, processor: Any, place: str, merge: int) -> None:
         self._processor, self.place, self._merge = processor, place, merge
@@ -155,6 +168,60 @@ class GridPlaces:
             rows = frames * high * wide // self._merge**2
             self._shown[size] = Shown(rows, (frames, high, wide))
         return self._shown[size]
+
+
+class SoundPlaces:
+    """Asks a whole processor, Qwen2-Audio's or one like it, what it makes of silence.
+
+    Args:
+        processor: of transformers.
+    """
+
+    kind = "audio"
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        self.place: str = processor.audio_token
+        extractor = processor.feature_extractor
+        self._rate, self._longest = extractor.sampling_rate, extractor.n_samples
+        self._step = extractor.hop_length
+        self._rows: dict[int, int] = {}
+
+    @property
+    def chat_template(self) -> Any:
+        """The processor's own, if it has one."""
+        return getattr(self._processor, "chat_template", None)
+
+    def shown(self, item: AnyItem) -> Shown:
+        """Return what a sound is in the text, by its length.
+
+        Raises:
+            SampleError: ``too_long`` for the processor, which would cut it; ``unreadable``, one too
+                short for a row among them.
+        """
+        length = length_of(item, self._rate)
+        if length > self._longest:
+            has, takes = (count / self._rate for count in (length, self._longest))
+            raise SampleError(
+                "too_long", f"{item.name} has {has:.3g} s, and its processor takes {takes:.3g} s"
+            )
+        rows = self.rows(-(-length // self._step))
+        if not rows:
+            has = length / self._rate
+            raise SampleError("unreadable", f"{item.name} has {has:.3g} s, too few for a row")
+        return Shown(rows, (0, 0, 0))
+
+    def rows(self, steps: int) -> int:
+        """Return the rows of a sound whose spectrum has so many steps."""
+        if steps and steps not in self._rows:
+            silence = np.zeros(min(steps * self._step, self._longest), dtype=np.float32)
+            made = self._processor(
+                text=self.place, audio=silence, sampling_rate=self._rate, add_special_tokens=False
+            )
+            (ids,) = made["input_ids"]
+            token = self._processor.tokenizer.convert_tokens_to_ids(self.place)
+            self._rows[steps] = list(ids).count(token)
+        return self._rows.get(steps, 0)
 
 
 @contextlib.contextmanager

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
+from megatron.core.models.mimo.data import images, sounds
 from megatron.core.models.mimo.data.conversation import (
     REASONS,
     Conversation,
     SampleError,
 )
 from megatron.core.models.mimo.data.encoding import Encoded
-from megatron.core.models.mimo.data.images import look_at
 from megatron.core.models.mimo.data.sources import Source, SourceError
 
 _META = "prepared.json"
@@ -71,7 +71,7 @@ def encode_piece(
         source: of the samples.
         encode: makes a sample into tokens.
         numbers: of the samples.
-        look: whether every image's file is looked at: one that is none is ``unreadable`` now, and
+        look: whether every item's file is looked at: one that is none is ``unreadable`` now, and
             not in the midst of a run.
     """
     found: list[Encoded] = []
@@ -82,8 +82,9 @@ def encode_piece(
             conversation = source[number]
             found.append(encode(conversation))
             if look:
-                for item in conversation.items():
-                    look_at(item)
+                parts = conversation.item_parts()
+                for part, item in zip(parts, conversation.items(), strict=True):
+                    (sounds if part.kind == "audio" else images).look_at(item)
             reasons.append(_KEPT)
         except SampleError as error:
             del found[len(reasons) :]
@@ -170,14 +171,14 @@ def is_current(
 ) -> bool:
     """Return whether what is prepared is of a key, and what was unreadable then still is.
 
-    Images are no part of a key; those that could not be read may have been fetched since.
+    Items are no part of a key; those that could not be read may have been fetched since.
 
     Args:
         folder: where it is.
         key: that it should have.
         source: of the samples.
         encode: makes a sample into tokens.
-        look: whether every image's file is looked at.
+        look: whether every item's file is looked at.
     """
     if known_key(folder) != key:
         return False

@@ -7,7 +7,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron.core.models.mimo.data.conversation import AnyItem, SampleError
 from megatron.core.models.mimo.data.images import read_image
+from megatron.core.models.mimo.data.sounds import read_sound
 
 Inputs = Mapping[str, np.ndarray]
 """Name -> the encoder's input of some items."""
@@ -64,14 +65,55 @@ class ImageReader:
     def _image(self, item: AnyItem) -> Any:
         if self.opened is not None:
             self.opened.append(item.name)
-        try:
+        with _prepared("an image", item):
             return read_image(item)
-        except SampleError as error:
-            raise ReadError(
-                f"{item.name} cannot be read as an image: {error}; it was taken for one when the "
-                "data was prepared, perhaps by its name alone: prepare it anew with "
-                "look_at_images on, which skips what is none"
-            ) from error
+
+
+class SoundReader:
+    """Reads sounds as a model's processor makes them.
+
+    Args:
+        extractor: its feature extractor.
+        names: inputs that the encoder takes.
+    """
+
+    def __init__(self, extractor: Any, names: Sequence[str]) -> None:
+        self._extractor, self._names = extractor, tuple(names)
+
+    def read(self, items: Sequence[AnyItem]) -> Inputs:
+        """Return the inputs of at least one sound.
+
+        Raises:
+            ReadError: a sound cannot be read.
+        """
+        rate = self._extractor.sampling_rate
+        made = self._extractor(
+            [self._sound(item, rate) for item in items],
+            sampling_rate=rate,
+            padding="max_length",
+            return_attention_mask=True,
+            return_tensors="np",
+        )
+        # As processors call it, beside the text's.
+        found = {**made, "feature_attention_mask": made["attention_mask"]}
+        return {name: np.asarray(found[name]) for name in self._names}
+
+    def _sound(self, item: AnyItem, rate: int) -> np.ndarray:
+        with _prepared("a sound", item):
+            return read_sound(item, rate)
+
+
+@contextlib.contextmanager
+def _prepared(what: str, item: AnyItem) -> Iterator[None]:
+    """Say of an item that cannot be read what was thought of it."""
+    try:
+        yield
+    except SampleError as error:
+        raise ReadError(
+            f"{item.name} cannot be read as {what}: {error}; it was taken for one when the "
+            "data was prepared, perhaps by its name alone: prepare it anew with "
+            "look_at_images on, which skips what is none"
+        ) from error
 
 
 class ReaderProcesses:
@@ -134,7 +176,7 @@ class ReaderProcesses:
         code = process.exitcode
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
         raise ReadError(
-            f"process {process.pid}, which reads images for this rank, was {how}; if the machine "
+            f"process {process.pid}, which reads for this rank, was {how}; if the machine "
             "ran out of memory, use fewer of them (data.workers)"
         )
 

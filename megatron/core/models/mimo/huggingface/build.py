@@ -72,6 +72,8 @@ class BuildOptions:
         bridge: ``"routed"`` or ``"gather"``.
         packed: the language model takes packed sequences.
         virtual_stages: stages per rank of a pipelined language model.
+        lengths_differ: microbatches of a step need not have one length, which pipeline stages then
+            tell one another.
         recompute: ``"none"``, ``"selective"`` or ``"full"``, in all modules. Of transformers' own
             there is no selective: torch-native ones refuse it, whole towers of one's own keep what
             they compute.
@@ -91,6 +93,7 @@ class BuildOptions:
     bridge: str = "routed"
     packed: bool = False
     virtual_stages: int = 1
+    lengths_differ: bool = False
     recompute: str = "none"
     seed: int = 1234
     freeze: Callable[[MimoModel], None] = lambda _model: None
@@ -260,7 +263,8 @@ def _language_config(
     part = composite.language
     # A torch-native model takes whole sequences and cuts them over TP itself.
     cut = options.sequence_parallel and LANGUAGE not in options.torch_native
-    more = stage_settings(layout, options.virtual_stages, cut)
+    differ = options.lengths_differ
+    more = stage_settings(layout, options.virtual_stages, cut, lengths_differ=differ)
     if part.family.settings(part.config).get("num_moe_experts"):
         more |= {
             "expert_model_parallel_size": layout.ep,

@@ -51,7 +51,7 @@ class TrainingLoop:
     """Options that may not change in mid-run: it would train on other data than recorded."""
     results: tuple[str, ...] = (
         *("checkpoints", "metrics.jsonl", "summary.json", "answers.json", "errors", "tensorboard"),
-        *("loss.png", "predictions.png", "layout.png", "report.html"),
+        *("loss.png", "predictions.png", "layout.png", "report.html", "recipe.yaml", "run.json"),
     )
     """What a run leaves in ``options.out``; ``--fresh`` sets it aside."""
 

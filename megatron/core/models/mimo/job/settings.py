@@ -110,15 +110,18 @@ def any_module_settings(layout: Layout, dtype: torch.dtype, recompute: str) -> d
     }
 
 
-def stage_settings(layout: Layout, virtual_stages: int, sequence_parallel: bool) -> dict[str, Any]:
+def stage_settings(
+    layout: Layout, virtual_stages: int, sequence_parallel: bool, *, lengths_differ: bool
+) -> dict[str, Any]:
     """Return how a language model's ``TransformerConfig`` cuts sequence and layers.
 
     Args:
         layout: of the language model.
         virtual_stages: stages per rank.
         sequence_parallel: cut the sequence over TP, too.
+        lengths_differ: microbatches need not be equally long.
     """
-    return {
+    settings: dict[str, Any] = {
         "context_parallel_size": layout.cp,
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": virtual_stages if virtual_stages > 1 else None,
@@ -127,6 +130,10 @@ def stage_settings(layout: Layout, virtual_stages: int, sequence_parallel: bool)
         "batch_p2p_comm": virtual_stages == 1,
         "sequence_parallel": sequence_parallel and layout.tp > 1,
     }
+    if lengths_differ and layout.pp > 1:
+        # Megatron-Core refuses lengths that differ with its own default, with experts or without.
+        settings |= {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
+    return settings
 
 
 def language_settings(options: TrainingOptions, *, lengths_differ: bool = False) -> dict[str, Any]:
@@ -136,16 +143,15 @@ def language_settings(options: TrainingOptions, *, lengths_differ: bool = False)
         options: of the job.
         lengths_differ: packed batches need not be equally long.
     """
-    layout = options.language
     settings: dict[str, Any] = {
         "num_layers": options.language_layers,
-        **stage_settings(layout, options.virtual_stages, options.sequence_parallel),
+        **stage_settings(
+            options.language,
+            options.virtual_stages,
+            options.sequence_parallel,
+            lengths_differ=options.packed and lengths_differ,
+        ),
     }
-    if options.packed and lengths_differ and layout.pp > 1:
-        settings["variable_seq_lengths"] = True
-        if not options.experts:
-            # Megatron-Core refuses its own default, with experts or without.
-            settings["moe_token_dispatcher_type"] = "alltoall"
     return settings | (_expert_settings(options) if options.experts else {})
 
 
