@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Callable, Sequence
@@ -147,7 +148,7 @@ def _conversations(
     retry: bool,
 ) -> tuple[Source, Prepared]:
     encode = _asked(encoder, answer_tokens) if answer_tokens else encoder.encode
-    source = on_all_ranks(lambda: open_source(part.kind, part.settings), f"open {part.kind}")
+    source = _opened_everywhere(part)
     key = _same_everywhere(lambda: _key(source, encoder, data, answer_tokens), part)
     place, look = folder / key, data.look_at_images
     found = on_all_ranks(
@@ -158,6 +159,19 @@ def _conversations(
     if not gathered(found)[0]:
         _prepare(source, encode, place, key, look=look)
     return source, on_all_ranks(lambda: Prepared(folder / key), "open prepared data")
+
+
+def _opened_everywhere(part: SourcePart) -> Source:
+    """A data set, opened by rank 0 first: what it finds in large files the others map."""
+    found: Source | None = None
+    if dist.get_rank() == 0:
+        with contextlib.suppress(Exception):  # all ranks meet it below
+            found = open_source(part.kind, part.settings)
+    gathered(None)
+    return on_all_ranks(
+        lambda: open_source(part.kind, part.settings) if found is None else found,
+        f"open {part.kind}",
+    )
 
 
 def _same_everywhere(say: Callable[[], str], part: SourcePart) -> str:

@@ -144,11 +144,10 @@ class RankBatches:
             ValueError: the batch cannot be cut.
         """
         batch, side = self._stream.batch(position), self._side
-        found = [self._of(batch, place) for place in range(len(batch.samples))]
-        rows = [prepared.rows(sample) for prepared, sample in found]
+        items = self._stream.items(batch)
         plans = plan_batch(
-            batch.lengths.tolist(),
-            dict.fromkeys(side.encoders, rows),
+            batch.lengths,
+            dict.fromkeys(side.encoders, items),
             side.cut,
             self._groups,
             next(iter(side.encoders.values())).cost if side.encoders else TokenCost(),
@@ -156,9 +155,9 @@ class RankBatches:
         return RankBatch(
             batch,
             tuple(self._microbatch(batch, plan) for plan in plans),
-            images=sum(map(len, rows)),
+            images=len(items.rows),
             tokens=int(batch.lengths.sum()),
-            rows=np.concatenate([np.empty(0, dtype=np.int64), *rows]),
+            rows=items.rows,
         )
 
     def _of(self, batch: GlobalBatch, place: int) -> tuple[Any, int]:
