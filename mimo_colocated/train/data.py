@@ -36,7 +36,7 @@ from megatron.core.models.mimo.data.prepared import (
     known_key,
     write,
 )
-from megatron.core.models.mimo.data.readers import Reader
+from megatron.core.models.mimo.data.readers import Reader, ReadError, Share
 from megatron.core.models.mimo.data.sources import TOKENS, Source, SourceError, open_source
 from megatron.core.models.mimo.data.stream import BatchSize, SampleStream
 from megatron.core.models.mimo.data.token_files import TokenFiles
@@ -264,7 +264,12 @@ def held_out_stream(opened: Opened, samples: int) -> SampleStream:
 
 
 def side_of(
-    runner: Runner, data: DataPart, padding: int, readers: dict[str, Reader], micro_batches: int
+    runner: Runner,
+    data: DataPart,
+    padding: int,
+    readers: dict[str, Reader],
+    share: dict[str, Share],
+    micro_batches: int,
 ) -> Side:
     """Return what this rank has to know of itself.
 
@@ -273,6 +278,7 @@ def side_of(
         data: of the recipe.
         padding: token.
         readers: modality -> reader of its items.
+        share: modality -> how ranks with the same items share what is read.
         micro_batches: of a batch.
 
     Raises:
@@ -295,6 +301,7 @@ def side_of(
             replica=built.collections[part.modality].dp.rank(),
             reader=readers[part.modality],
             cost=TokenCost(6 * part.config.hidden_size),
+            share=share[part.modality],
         )
         for part in built.composite.encoders
     }
@@ -359,7 +366,7 @@ class StepData:
             before = self._ahead.waited_s
             try:
                 made = self._ahead.next()
-            except (RuntimeError, ValueError) as error:
+            except (ReadError, SourceError, ValueError) as error:
                 raise JobError(str(error)) from error
         self.waited_s = self._ahead.waited_s - before
         self.position = made.batch.stop

@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from megatron.core.models.mimo.checkpoint.store import Manifest
 from megatron.core.models.mimo.data.encoding import ChatEncoder, TemplateError
-from megatron.core.models.mimo.data.loader import RankBatches
-from megatron.core.models.mimo.data.readers import ImageReader, Reader, ReaderProcesses
+from megatron.core.models.mimo.data.loader import RankBatches, Side
+from megatron.core.models.mimo.data.readers import Reader
 from megatron.core.models.mimo.data.sources import SourceError
 from megatron.core.models.mimo.gradients.finalize import iter_modules
 from megatron.core.models.mimo.huggingface.all_ranks import on_all_ranks
@@ -43,10 +43,11 @@ from mimo_colocated.train.data import (
     side_of,
     training_stream,
 )
+from mimo_colocated.train.items import readers_of, shared_reads
 from mimo_colocated.train.makers import make_model
 from mimo_colocated.train.numbers import StepNumbers
 from mimo_colocated.train.plan import check_model
-from mimo_colocated.train.recipe import Recipe
+from mimo_colocated.train.recipe import DataPart, Recipe
 from mimo_colocated.train.record import write_record
 from mimo_colocated.train.reporting import RecipeReporter
 from mimo_colocated.train.trainer import RecipeTrainer
@@ -217,7 +218,8 @@ class RecipeJob:
         stream = training_stream(
             self.opened, data, training.seed, training.global_batch_size
         )
-        side = side_of(self.trainer, data, self._padding, readers, training.micro_batches)
+        self._share = shared_reads(built)
+        side = self._side(data, training.micro_batches)
         batches = RankBatches(stream, self.opened.sources, side)
         self.data = StepData(batches, training.steps, data.ahead)
         self.loop = RecipeLoop(options, self.trainer, self.data, requests, self.opened)
@@ -351,10 +353,15 @@ class RecipeJob:
     def _batches(self, opened: Opened) -> tuple[RankBatches, int]:
         evaluation = self.recipe.evaluation
         data = dataclasses.replace(self.recipe.data, sequences=0)
-        side = side_of(self.trainer, data, self._padding, self.readers, 1)
+        side = self._side(data, 1)
         stream = held_out_stream(opened, evaluation.batch)
         total = sum(len(each) for each in opened.prepared)
         return RankBatches(stream, opened.sources, side), min(evaluation.samples or total, total)
+
+    def _side(self, data: DataPart, micro_batches: int) -> Side:
+        return side_of(
+            self.trainer, data, self._padding, self.readers, self._share, micro_batches
+        )
 
     def _held_out_loss(self) -> float:
         """Mean over the counted tokens of whole batches, and of the tail filled up."""
@@ -413,7 +420,7 @@ def run_recipe(
     """
     folder = model_folder(recipe)
     with contextlib.ExitStack() as stack:
-        readers = _readers(recipe, folder, stack)  # processes are forked before groups are made
+        readers = readers_of(recipe, folder, stack)  # processes are forked before groups are made
         with connection_notes.held_back():
             init_distributed(backend, recipe.run.timeout)
         try:
@@ -434,23 +441,3 @@ def model_folder(recipe: Recipe) -> Path:
         return Path(recipe.model.folder).expanduser()
     place = Path(recipe.run.out) / "model"
     return make_model(recipe.model.make, recipe.model.settings, place, recipe.run.timeout)
-
-
-def _readers(recipe: Recipe, folder: Path, stack: contextlib.ExitStack) -> dict[str, Reader]:
-    """Modality -> what reads its items, in processes if the recipe wants some."""
-    with models.one_sentence():
-        parts = models.described(folder).encoders
-    if not parts:
-        return {}
-    from transformers import AutoImageProcessor
-
-    processor = AutoImageProcessor.from_pretrained(folder)
-    found: dict[str, Reader] = {}
-    for part in parts:
-        reader = ImageReader(processor, part.inputs)
-        found[part.modality] = reader
-        if recipe.data.workers:
-            processes = ReaderProcesses(reader, recipe.data.workers)
-            stack.callback(processes.close)
-            found[part.modality] = processes
-    return found

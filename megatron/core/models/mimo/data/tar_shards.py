@@ -6,6 +6,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,91 @@ from megatron.core.models.mimo.data.sources import SourceError, fingerprint_of
 
 _HEADER = 512
 _TEXT = "json"
+
+
+class Members:
+    """Members of the samples of tar shards, by the number of the sample.
+
+    Args:
+        shards: the tars.
+        found: the end of each sample's members, int64 ``(n,)``; of each member its shard, where
+            its content starts, its size, and the end of its name, int64 ``(m, 4)``; all names,
+            uint8.
+    """
+
+    def __init__(self, shards: Sequence[Path], found: Sequence[np.ndarray]) -> None:
+        self._shards = shards
+        self._ends, self._members, self._names = found
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, number: int) -> dict[str, StretchItem]:
+        """Return extension -> member."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"sample {number} is not in 0..{len(self) - 1}")
+        first = int(self._ends[number - 1]) if number else 0
+        return dict(map(self._member, range(first, int(self._ends[number]))))
+
+    def _member(self, number: int) -> tuple[str, StretchItem]:
+        shard, start, size, end = self._members[number].tolist()
+        before = int(self._members[number - 1, 3]) if number else 0
+        name = self._names[before:end].tobytes().decode("utf-8", "surrogateescape")
+        extension = name.rpartition("/")[2].partition(".")[2]
+        return extension, StretchItem(self._shards[shard], start, size, name)
+
+
+class Table:
+    """Collects what :class:`Members` is made of, sample by sample."""
+
+    def __init__(self) -> None:
+        self._ends, self._members, self._names = array("q"), array("q"), bytearray()
+
+    def add(self, members: Iterable[tuple[int, int, int, str]]) -> None:
+        """Take a sample's members: shard, start of the content, size, name."""
+        for shard, start, size, name in members:
+            self._names += name.encode("utf-8", "surrogateescape")
+            self._members.extend((shard, start, size, len(self._names)))
+        self._ends.append(len(self._members) // 4)
+
+    def arrays(self) -> list[np.ndarray]:
+        """Return them."""
+        numbers = [np.array(each, dtype=np.int64) for each in (self._ends, self._members)]
+        return [numbers[0], numbers[1].reshape(-1, 4), np.frombuffer(self._names, dtype=np.uint8)]
+
+
+def conversation_of(members: Mapping[str, StretchItem]) -> Conversation:
+    """Return the conversation of a sample whose ``.json`` has messages.
+
+    Args:
+        members: extension -> member.
+
+    Raises:
+        SampleError: ``malformed``.
+    """
+    value = json_of(members, _TEXT)
+    if not isinstance(value, dict) or "messages" not in value:
+        raise SampleError("malformed", f"{members[_TEXT].name} has no messages")
+    return from_messages(value["messages"], lambda kind, said: _of(members, kind, said))
+
+
+def json_of(members: Mapping[str, StretchItem], extension: str) -> Any:
+    """Return what a member holds.
+
+    Args:
+        members: extension -> member.
+        extension: of the member.
+
+    Raises:
+        SampleError: ``malformed``: there is no such member, or it is no JSON.
+    """
+    if extension not in members:
+        shard = next(iter(members.values())).path
+        raise SampleError("malformed", f"a sample of {shard} has no .{extension}")
+    try:
+        return json.loads(members[extension].read())
+    except ValueError as error:
+        raise SampleError("malformed", f"{members[extension].name}: {error}") from error
 
 
 class TarShards:
@@ -44,39 +130,14 @@ class TarShards:
             raise SourceError(f"no tar is called {path}")
         said = hashlib.sha256(repr([shard.name for shard in self._shards]).encode()).hexdigest()
         place = self._shards[0].with_name(f"shards-{said[:16]}.index")
-        # The end of each sample's members; of each member its shard, start and size, and the end
-        # of its name; the names.
-        self._ends, self._members, self._names = kept_arrays(
-            place, "members", self._shards, lambda: _found(self._shards)
-        )
+        found = kept_arrays(place, "members", self._shards, lambda: _found(self._shards))
+        self._members = Members(self._shards, found)
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._members)
 
     def __getitem__(self, number: int) -> Conversation:
-        if not 0 <= number < len(self):
-            raise IndexError(f"sample {number} is not in 0..{len(self) - 1}")
-        first = int(self._ends[number - 1]) if number else 0
-        of_sample = range(first, int(self._ends[number]))
-        members = dict(map(self._member, of_sample))
-        if _TEXT not in members:
-            shard = next(iter(members.values())).path
-            raise SampleError("malformed", f"a sample of {shard} has no .{_TEXT}")
-        try:
-            value = json.loads(members[_TEXT].read())
-        except ValueError as error:
-            raise SampleError("malformed", f"{members[_TEXT].name}: {error}") from error
-        if not isinstance(value, dict) or "messages" not in value:
-            raise SampleError("malformed", f"{members[_TEXT].name} has no messages")
-        return from_messages(value["messages"], lambda kind, said: _of(members, kind, said))
-
-    def _member(self, number: int) -> tuple[str, StretchItem]:
-        """A member's extension, and where it lies."""
-        shard, start, size, end = self._members[number].tolist()
-        before = int(self._members[number - 1, 3]) if number else 0
-        name = self._names[before:end].tobytes().decode("utf-8", "surrogateescape")
-        extension = name.rpartition("/")[2].partition(".")[2]
-        return extension, StretchItem(self._shards[shard], start, size, name)
+        return conversation_of(self._members[number])
 
     def fingerprint(self) -> str:
         """Return text that changes when a shard is written."""
@@ -84,19 +145,12 @@ class TarShards:
 
 
 def _found(shards: Sequence[Path]) -> list[np.ndarray]:
-    """What :class:`TarShards` keeps of its shards."""
-    ends, members, names = [np.empty(0, np.int64)], [np.empty((0, 4), np.int64)], bytearray()
+    """What :class:`Members` is made of."""
+    table = Table()
     for number, shard in enumerate(shards):
-        counts, rows = [], []
         for sample in _samples(shard):
-            for name, offset, size in sample:
-                names += name.encode("utf-8", "surrogateescape")
-                rows.append((number, offset + _HEADER, size, len(names)))
-            counts.append(len(sample))
-        ends.append(np.cumsum(counts, dtype=np.int64) + sum(map(len, members)))
-        members.append(np.array(rows, dtype=np.int64).reshape(-1, 4))
-    text = np.frombuffer(bytes(names), dtype=np.uint8)
-    return [np.concatenate(ends), np.concatenate(members), text]
+            table.add((number, offset + _HEADER, size, name) for name, offset, size in sample)
+    return table.arrays()
 
 
 def _samples(shard: Path) -> Iterable[list[tuple[str, int, int]]]:
