@@ -27,7 +27,7 @@ from megatron.core.models.mimo.huggingface.export import to_folder
 from megatron.core.models.mimo.job.built_model import LANGUAGE
 from megatron.core.models.mimo.job.loop import TrainingLoop
 from megatron.core.models.mimo.job.reporter import Reporter, versions
-from megatron.core.models.mimo.job.results import write_summary
+from megatron.core.models.mimo.job.results import read_metrics, write_summary
 from megatron.core.models.mimo.job.trainer import TrainOptions
 from mimo_colocated.cli import models
 from mimo_colocated.cli.importing import RECORD, source_of
@@ -247,10 +247,12 @@ class RecipeJob:
             summary["questions_skipped"] = self._questions.skipped()
             summary |= self._evaluate()
         if self.loop.rank == 0:
-            write_summary(out / "summary.json", summary)
             # Here: no other rank draws, and the library for it takes long to import.
-            from mimo_colocated.train.report import write_report
+            from mimo_colocated.train.report import waited_share, write_report
 
+            share = waited_share(read_metrics(out / "metrics.jsonl"))
+            self.loop.say(f"waiting for data: {share:.1%} of the time of the steps")
+            write_summary(out / "summary.json", {**summary, "waiting_for_data": share})
             self.loop.say(f"wrote {write_report(out)}, the run on one page")
         self.loop.say(f"results are in {out}")
         dist.barrier()

@@ -43,15 +43,17 @@ def kept_arrays(place: Path, what: str, files: Sequence[Path], find: Find) -> li
         said = fingerprint_of(files, {"made": _MADE, "what": what})
         return np.frombuffer(said.encode(), dtype=np.uint8)
 
-    key = said_now()
-    for kept in (place, _in_cache(place)):
+    key, places = said_now(), [place]
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        places.append(_in_cache(place))
+    for kept in places:
         with contextlib.suppress(OSError, ValueError, EOFError):
             said, *arrays = _mapped(kept)
             if np.array_equal(said, key):
                 return arrays
     found = list(find())
     if np.array_equal(said_now(), key) and all(map(_is_settled, files)):
-        for kept in (place, _in_cache(place)):
+        for kept in places:
             if _keep(kept, [key, *found]):
                 return _mapped(kept)[1:]
     return found
