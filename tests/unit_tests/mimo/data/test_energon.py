@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from megatron.core.models.mimo.data.conversation import SampleError
+from megatron.core.models.mimo.data.energon import EnergonFolder
 from megatron.core.models.mimo.data.sources import Source, SourceError, open_source
 from tests.unit_tests.mimo.data.small import png
 
@@ -96,7 +97,7 @@ def test_samples_of_a_split_in_the_order_of_the_shards(tmp_path: Path) -> None:
     folder = prepare(tmp_path / "made")
     source = open_source("energon", {"path": folder})
     assert said(source) == ["b0", "b1", "a0", "a1", "a2"]
-    held_out = open_source("energon", {"path": str(folder), "split": "val"})
+    held_out = EnergonFolder(folder, split="val")
     assert said(held_out) == ["c0"]
     assert len({source.fingerprint(), held_out.fingerprint()}) == 2
     with pytest.raises(IndexError, match=r"sample 5 is not in 0\.\.4"):
