@@ -125,9 +125,9 @@ def test_questions_and_captions_are_found_by_the_field_map(tmp_path: Path) -> No
     [
         ({"image": "jpg"}, "has no .jpg"),
         ({"context": "txt"}, "has no .txt"),
-        ({"context": "json[nothing]"}, r"c0.json has no json\[nothing\]"),
-        ({"answers": "json[answers]"}, r"c0.json has no text at json\[answers\]"),
-        ({"answers": "json[asked][one]"}, r"c0.json has no json\[asked\]\[one\]"),
+        ({"context": "json[nothing]"}, r"c0.json of .*c.tar has no json\[nothing\]"),
+        ({"answers": "json[answers]"}, r"c0.json of .*c.tar has no text at json\[answers\]"),
+        ({"answers": "json[asked][one]"}, r"c0.json of .*c.tar has no json\[asked\]\[one\]"),
     ],
 )
 def test_fields_that_a_sample_lacks_are_malformed(

@@ -145,13 +145,17 @@ def _fields(settings: Mapping[str, Any], path: str | Path) -> tuple[str, str, st
     fields = settings.get("field_map") or {}
     asked, answered = _ASKED.get(kind, ("", ""))
     needed = [name for name in ("image", asked, answered) if name]
-    if kind not in _ASKED or any(not isinstance(fields.get(name), str) for name in needed):
+    if kind not in _ASKED or any(not _is_place(fields.get(name)) for name in needed):
         raise SourceError(
             f"{path} has samples of type {kind} with the field_map {fields}; what is read is "
             f"CrudeSample, whose .json has messages, and {' and '.join(_ASKED)} with a field_map "
             "of theirs in .nv-meta/dataset.yaml"
         )
     return fields["image"], fields.get(asked, ""), fields[answered]
+
+
+def _is_place(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip("[]"))
 
 
 def _field(members: Mapping[str, StretchItem], place: str) -> str:
