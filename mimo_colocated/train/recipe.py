@@ -62,8 +62,8 @@ class SourcePart:
     """A data set.
 
     Attributes:
-        kind: ``llava``, ``chat``, ``datasets``, ``webdataset`` or ``easy-vqa``; ``tokens``, which
-            is files of uint16.
+        kind: ``llava``, ``chat``, ``datasets``, ``webdataset``, ``energon`` or ``easy-vqa``;
+            ``tokens``, which is files of uint16.
         settings: of its kind, such as ``path``.
         weight: how often each of its samples is seen in an epoch.
     """

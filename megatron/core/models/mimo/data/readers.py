@@ -7,7 +7,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
@@ -19,6 +19,14 @@ from megatron.core.models.mimo.data.sounds import read_sound
 
 Inputs = Mapping[str, np.ndarray]
 """Name -> the encoder's input of some items."""
+Make = Callable[[], Inputs]
+Share = Callable[[Make], Inputs]
+"""Returns what is made, here or by a rank that encodes the same items."""
+
+
+def alone(make: Make) -> Inputs:
+    """Return what is made: no other rank encodes these items."""
+    return make()
 
 
 class ReadError(RuntimeError):
