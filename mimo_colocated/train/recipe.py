@@ -204,7 +204,7 @@ class Recipe:
     @property
     def of_tokens(self) -> bool:
         """Whether the data is tokens already."""
-        return any(part.kind == "tokens" for part in self.data.train)
+        return any(part.kind == "tokens" for part in [*self.data.train, *self.data.held_out])
 
     def encoders(self) -> dict[str, Layout]:
         """Return modality -> layout, of those that are named."""
