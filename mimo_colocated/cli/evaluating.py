@@ -105,19 +105,20 @@ def work(options: CommandOptions) -> None:
     from mimo_colocated.train.trainer import RecipeRunner
 
     with one_sentence(), contextlib.ExitStack() as stack:
-        model = ready_model(options)
-        recipe = recipe_of(options, model)
+        model = on_all_ranks(lambda: ready_model(options), "read the model")
+        recipe = on_all_ranks(lambda: recipe_of(options, model), "read the recipe")
         data, part, folder = recipe.data, recipe.evaluation, model.folder
         text = None
         if not recipe.of_tokens:
             text = on_all_ranks(lambda: ChatEncoder(folder, data.max_tokens), "open its text")
         encode = text or models.described(folder).language.config.vocab_size
         opened = open_held_out(recipe, encode, Path(recipe.run.out) / "prepared", retry=True)
-        for name, each in zip(("held-out data", "questions"), opened, strict=True):
+        said = ["held-out data", *["questions"] * (text is not None)]
+        for name, each in zip(said, opened, strict=False):
             models.say(f"{name}: {each.summary()}")
         built = model.build(options, packed=data.packed)
         runner = RecipeRunner(built, TrainOptions(steps=1, global_batch_size=part.batch))
-        readers = readers_of(folder, 0, stack)
+        readers = on_all_ranks(lambda: readers_of(folder, 0, stack), "open its processor")
         evaluation = Evaluation(runner, data, part, text, readers, _go_on)
         found, answers = evaluation.measure(*opened)
         layouts = built.layouts()

@@ -131,12 +131,12 @@ def work(options: CommandOptions) -> None:
 
     more, replicas = options.more, options.language.dp
     with one_sentence(), contextlib.ExitStack() as stack:
-        model = ready_model(options)
+        model = on_all_ranks(lambda: ready_model(options), "read the model")
         asked = on_all_ranks(lambda: Question(options, model.folder), "read the question")
         text = asked.text
         built = model.build(options, packed=False)
         runner = RecipeRunner(built, TrainOptions(steps=1, global_batch_size=replicas))
-        readers = readers_of(model.folder, 0, stack)
+        readers = on_all_ranks(lambda: readers_of(model.folder, 0, stack), "open its processor")
         side = side_of(runner, DataPart([]), text.padding, readers, 1)
         # Every replica answers it.
         stream = SampleStream(InOrder([1]), [asked], BatchSize(replicas, 0, 0, 1))
