@@ -26,11 +26,15 @@ PACKAGES = Packages(
     },
     "install what `mimo` needs with: pip install 'megatron-mimo-colocated[cli]'",
 )
+_OF_DATA = ("eval", "generate")
+"""Commands that read data, and need what `mimo train` needs."""
 _USAGE = """usage: mimo COMMAND ...
 
   import   a Hugging Face folder -> a checkpoint to train from, in any layout
   export   a checkpoint of any layout -> a Hugging Face folder
   check    logits of a folder's model here, in any layout, against transformers'
+  eval     loss and exact match of a run's model, or a folder's, on held-out data
+  generate answer a question about images, or about none
   calibrate  products, copies and collectives of this machine, for plan
   plan     time and memory of all pairs of layouts, before anything runs
   draw     a picture of which rank holds what
@@ -63,7 +67,9 @@ def main(argv: Sequence[str]) -> int:
     if argv[0] not in COMMANDS:
         known = ", ".join([*COMMANDS, *ALONE, "train", "doctor"])
         return complain(f"{argv[0]!r} is no command; the commands are {known}", 2, None)
-    job = Job(script, _parse, _work, _check_first, packages=PACKAGES, prepare=_prepare)
+    packages = _packages(argv[0])
+    prepare = _prepare_data if argv[0] in _OF_DATA else _prepare
+    job = Job(script, _parse, _work, _check_first, packages=packages, prepare=prepare)
     return run(job, argv)
 
 
@@ -101,9 +107,17 @@ def _train(argv: Sequence[str], script: str) -> int:
     return command.main(argv, script)
 
 
+def _packages(command: str) -> Packages:
+    if command not in _OF_DATA:
+        return PACKAGES
+    from mimo_colocated.train.command import PACKAGES as OF_DATA
+
+    return OF_DATA
+
+
 def _parse(argv: Sequence[str], world: int | None) -> CommandOptions:
     if world is None:
-        PACKAGES.check()  # the library that reads the options is one of them
+        _packages(argv[0]).check()  # the library that reads the options is one of them
     options = read(argv[0], argv[1:])
     if world not in (None, options.world_size):
         if argv[0] == "calibrate":
@@ -128,6 +142,11 @@ def _check_first(options: CommandOptions, backend: str) -> bool:
 def _prepare() -> None:
     hush()
     import megatron.core.models.mimo.huggingface.export  # noqa: F401
+
+
+def _prepare_data() -> None:
+    _prepare()
+    import mimo_colocated.train.evaluation  # noqa: F401
 
 
 def _work(options: CommandOptions, backend: str) -> None:

@@ -152,6 +152,7 @@ def build(
     load_weights: bool = True,
     dtype: str | None = None,
     torch_native: Collection[str] = (),
+    packed: bool = False,
 ) -> Any:
     """Build the model on this rank, nothing of it to train; a bar shows how far it is.
 
@@ -161,6 +162,7 @@ def build(
         load_weights: read them.
         dtype: of the weights; the folder's by default.
         torch_native: modules that are transformers' own.
+        packed: the language model takes packed sequences.
     """
     from megatron.core.models.mimo.huggingface.build import BuildOptions, from_folder
     from mimo_colocated.cli.progress import bar
@@ -170,6 +172,7 @@ def build(
         sequence_parallel=sequence_parallel(options),
         freeze=_freeze,
         torch_native=torch_native,
+        packed=packed,
     )
     layouts = layouts_of(described(folder), options)
     with bar("reading") as tick:

@@ -33,6 +33,8 @@ COMMANDS = {
     "export": "exporting",
     "check": "checking",
     "calibrate": "calibrating",
+    "eval": "evaluating",
+    "generate": "generating",
 }
 """Command that runs on ranks -> module."""
 ALONE = {"plan": "planning", "draw": "drawing", "report": "reporting"}
@@ -50,7 +52,7 @@ class CommandOptions:
         command: its name.
         source: the Hugging Face folder; None where the checkpoint says which.
         target: what is written, if anything is.
-        checkpoint: what is exported, if anything is.
+        checkpoint: what is exported, evaluated or asked, if anything is.
         encoders: option -> layout, of those that were given.
         language: layout of the language model.
         dtype: of the weights; None for the folder's.
@@ -156,6 +158,8 @@ def _from_file() -> type[argparse.Action]:
 
 WHOLE = parsers.Number(parsers.whole(1), "whole number from 1")
 _ABOVE_ZERO = parsers.Number(parsers.real(0.0, low_included=False), "number above 0")
+_SEED = parsers.Number(parsers.whole(0), "whole number from 0")
+_PART = parsers.Number(parsers.part, "number above 0, to 1")
 _SHARE = parsers.Number(parsers.share, "number from 0 to below 1")
 
 
@@ -232,6 +236,79 @@ def _check(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="change one weight by 1e-3: the check must fail",
     )
+
+
+def _weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoint",
+        metavar="RUN_OR_FOLDER",
+        help="a run: its last checkpoint; one of its checkpoints; or a Hugging Face folder",
+    )
+    parser.add_argument(
+        "--source",
+        metavar="HF_FOLDER",
+        default=None,
+        help="the folder that a run's model came from; without: the one that its checkpoint names",
+    )
+
+
+def _eval(parser: argparse.ArgumentParser) -> None:
+    _weights(parser)
+    parser.add_argument(
+        "--recipe",
+        default=None,
+        help="whose held-out data it is, by name or YAML file; without: of the recipe that the run "
+        "was trained by",
+    )
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="SOURCE",
+        help="held-out data in place of the recipe's, such as '{kind: chat, settings: {path: "
+        "a.jsonl}}'; may be given several times",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="another value for a field of the recipe that is read here, such as "
+        "evaluation.samples=100; may be given several times",
+    )
+    parser.add_argument(
+        "--out",
+        default=None,
+        help="folder for evaluation.json; without: RUN/evaluation, and of a folder runs/evaluation",
+    )
+
+
+def _generate(parser: argparse.ArgumentParser) -> None:
+    _weights(parser)
+    add = parser.add_argument
+    add("question", metavar="QUESTION", help="what is asked")
+    add(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="shown before the question; may be given several times",
+    )
+    add("--max-new-tokens", type=WHOLE, default=64, help="the answer is cut after so many")
+    add(
+        "--temperature",
+        type=_ABOVE_ZERO,
+        default=None,
+        help="draw each token, from scores divided by it; without: the likeliest token",
+    )
+    add("--top-k", type=WHOLE, default=None, help="draw among so many tokens; without: all")
+    add(
+        "--top-p",
+        type=_PART,
+        default=None,
+        help="draw among the likeliest that have this probability together; without: all",
+    )
+    add("--seed", type=_SEED, default=None, help="of the draws; without: 0")
 
 
 def _calibrate(parser: argparse.ArgumentParser) -> None:
@@ -314,11 +391,15 @@ _OWN: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "import": _import,
     "export": _export,
     "check": _check,
+    "eval": _eval,
+    "generate": _generate,
 }
 DESCRIPTIONS = {
     "import": "Write a checkpoint to train from, in any layout, from a Hugging Face folder.",
     "export": "Write a Hugging Face folder from a checkpoint of any layout.",
     "check": "Compare a model's logits here, in any layout, with transformers'.",
+    "eval": "Measure loss and exact match of a model on held-out data, in any layout.",
+    "generate": "Answer a question about images, or about none, with a model in any layout.",
     "calibrate": "Measure what `mimo plan` needs to know of this machine, in about a minute.",
     "plan": "Predict time and memory of all pairs of layouts, and of the best homogeneous ones.",
     "draw": "Draw which rank holds what on either side of the bridges.",

@@ -85,6 +85,18 @@ def share(text: str) -> float:
     return value
 
 
+def part(text: str) -> float:
+    """Read a number above 0, to 1.
+
+    Raises:
+        argparse.ArgumentTypeError: for any other.
+    """
+    value = real(0.0, low_included=False)(text)
+    if value > 1.0:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, to 1, got {text!r}")
+    return value
+
+
 @dataclasses.dataclass(frozen=True)
 class Number:
     """Read an option from text or a number: jsonargparse checks defaults, and YAML has numbers.

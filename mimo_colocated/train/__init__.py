@@ -15,7 +15,8 @@
     numbers.py     the work of a step: FLOPs by module, rate, what would be repeated
     reporting.py   what is told of every step
     report.py      the page of a run; report_figures.py draws what stands on it
-    answers.py     greedy answers on held-out data, and how many are right
+    answers.py     answers token by token, and whether they are right
+    evaluation.py  held-out loss and exact match
     job.py         one rank: build, train, evaluate, export
 
 Importing it loads no torch.

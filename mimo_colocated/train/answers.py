@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy answers on held-out data, in any layout, and how many are right."""
+"""Answers of a model in any layout, token by token, and whether they are right."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron.core.models.mimo.data.arrays import LanguageArrays
 from megatron.core.models.mimo.data.conversation import Conversation
 from megatron.core.models.mimo.data.encoding import ChatEncoder
 from megatron.core.models.mimo.data.loader import Microbatch, RankBatches
-from megatron.core.models.mimo.huggingface.all_ranks import gathered, on_all_ranks
+from megatron.core.models.mimo.huggingface.all_ranks import on_all_ranks
+from megatron.core.models.mimo.job.next_tokens import Choice
+from megatron.core.models.mimo.training.agreement import gathered
 from mimo_colocated import phases
+from mimo_colocated.launch.errors import JobError
 from mimo_colocated.train.data import Opened
-from mimo_colocated.train.trainer import RecipeTrainer
+from mimo_colocated.train.trainer import RecipeRunner
 
 
 @dataclass(frozen=True)
@@ -43,30 +48,33 @@ class Answer:
         return self.said.strip() == self.wanted.strip()
 
 
-class Greedy:
-    """Answers held-out questions, all ranks together.
+class Answering:
+    """Answers questions token by token, all ranks together; logits stay cut.
 
     Args:
-        trainer: of the model.
+        runner: of the model.
         encoder: of its text.
         batches: of questions with places for answers.
-        answer_tokens: places of each.
+        places: of each answer.
+        choice: how tokens are chosen; each draw is named by the question's place in the data and
+            the token's in the answer.
+        ends: tokens that end an answer.
     """
 
     def __init__(
         self,
-        trainer: RecipeTrainer,
+        runner: RecipeRunner,
         encoder: ChatEncoder,
         batches: RankBatches,
-        answer_tokens: int,
+        places: int,
+        choice: Choice,
+        ends: Collection[int],
     ) -> None:
-        self._trainer, self._encoder = trainer, encoder
-        self._batches, self._places = batches, answer_tokens
-        built: Any = trainer.built
-        part = built.composite.language
+        self._runner, self._encoder, self._batches = runner, encoder, batches
+        self._places, self._choice, self._ends = places, choice, sorted(ends)
+        built: Any = runner.built
         # One that the model says stands for no row, and must not be taken for one.
         self._stand_ins = [each.token_id for each in built.composite.encoders]
-        self._vocabulary = part.family.params(part.config)["vocab_size"]
 
     @torch.no_grad()
     def answers(self, start: int) -> list[list[int]]:
@@ -74,64 +82,82 @@ class Greedy:
 
         Args:
             start: position of the batch.
+
+        Raises:
+            JobError: a logit is not a number.
         """
-        self._trainer.model.eval()
+        self._runner.model.eval()
         batch = self._batches.at(start)
         (microbatch,) = batch.microbatches
         phases.at_step(start, "evaluation batch")
-        said = self._said(microbatch)
-        everywhere: list[Any] = [None] * self._trainer.groups.dp.size()
+        said = self._said(microbatch, start)
         own = dict(zip(microbatch.samples, said, strict=True))
-        dist.all_gather_object(everywhere, own, group=self._trainer.groups.dp)
+        everywhere = gathered(own, self._runner.groups.dp)
         found = {place: tokens for each in everywhere for place, tokens in each.items()}
         return [found[place] for place in range(len(found))]
 
-    def _said(self, microbatch: Microbatch) -> list[list[int]]:
+    def _said(self, microbatch: Microbatch, start: int) -> list[list[int]]:
         """Tokens of this replica's answers, each cut at its end."""
-        language, end = microbatch.language, self._encoder.end
+        language, end = microbatch.language, self._ends[0]
         asked = [length - self._places for length in language.lengths]
         said = np.full((len(asked), self._places), end)
-        ids = language.input_ids.copy()
-        rows = self._rows(microbatch)
+        ids, (ends, rows) = language.input_ids.copy(), _rows(language)
         for place in range(self._places):
-            logits = self._logits(replace(microbatch, language=replace(language, input_ids=ids)))
-            at = torch.tensor([length - 1 + place for length in asked], device=logits.device)
-            last = logits[torch.arange(len(asked), device=logits.device), at]
-            next_ids = last[:, : len(self._encoder.tokenizer)].argmax(dim=-1).cpu().numpy()
-            done = (said[:, :place] == end).any(axis=1)
-            said[:, place] = np.where(done, end, next_ids)
-            fed = np.where(
+            fed = replace(microbatch, language=replace(language, input_ids=ids))
+            next_ids = self._runner.next_tokens(
+                {**self._runner.inputs(fed), "labels": None, "loss_mask": None},
+                [(row, at + n - 1 + place) for (row, at), n in zip(rows, asked, strict=True)],
+                self._choice,
+                [(start + sample, place) for sample in microbatch.samples],
+                ends,
+            ).cpu()
+            done = np.isin(said[:, :place], self._ends).any(axis=1)
+            said[:, place] = np.where(done, end, next_ids.numpy())
+            shown = np.where(
                 np.isin(said[:, place], self._stand_ins), self._encoder.padding, said[:, place]
             )
-            for number, (row, start) in enumerate(rows):
-                ids[row, start + asked[number] + place] = fed[number]
-            if self._all_done((said[:, : place + 1] == end).any(axis=1).all()):
+            for number, (row, at) in enumerate(rows):
+                ids[row, at + asked[number] + place] = shown[number]
+            all_done = np.isin(said[:, : place + 1], self._ends).any(axis=1).all()
+            if self._all_done(bool(all_done), bool((next_ids < 0).any())):
                 break
-        return [_until(tokens.tolist(), end) for tokens in said]
+        return [_until(tokens.tolist(), self._ends) for tokens in said]
 
-    def _rows(self, microbatch: Microbatch) -> list[tuple[int, int]]:
-        """Row and first place of each sample in the batch."""
-        padded = microbatch.language.padded
-        if padded is None:
-            return [(number, 0) for number in range(len(microbatch.language.lengths))]
-        return [(0, int(start)) for start in np.cumsum([0, *padded])[:-1]]
-
-    def _logits(self, microbatch: Microbatch) -> torch.Tensor:
-        inputs = {**self._trainer.inputs(microbatch), "labels": None, "loss_mask": None}
-        lengths = microbatch.language.lengths
-        shape = (len(lengths), microbatch.language.input_ids.shape[1], self._vocabulary)
-        if microbatch.language.padded is not None:
-            shape = (len(lengths), max(lengths), self._vocabulary)
-        return self._trainer.whole_logits(inputs, lengths, shape)
-
-    def _all_done(self, own: bool) -> bool:
-        left = torch.tensor([not own], dtype=torch.int, device=self._trainer.device)
+    def _all_done(self, own: bool, broken: bool) -> bool:
+        """Whether all answers of all replicas have ended."""
+        left = torch.tensor([not own, broken], dtype=torch.int, device=self._runner.device)
         dist.all_reduce(left)
-        return not left.item()
+        unfinished, not_numbers = left.tolist()
+        if not_numbers:
+            raise JobError(
+                "the model's logits are not numbers (nan), so it says nothing; use the checkpoint "
+                "of an earlier step, or a dtype with more range"
+            )
+        return not unfinished
 
 
-def _until(tokens: Sequence[int], end: int) -> list[int]:
-    return list(tokens[: tokens.index(end)]) if end in tokens else list(tokens)
+def _rows(language: LanguageArrays) -> tuple[list[int], list[tuple[int, int]]]:
+    """Where packed samples end, with a 0 before; row and first place of each sample."""
+    if language.padded is None:
+        return [], [(number, 0) for number in range(len(language.lengths))]
+    ends = np.cumsum([0, *language.padded]).tolist()
+    return ends, [(0, start) for start in ends[:-1]]
+
+
+def _until(tokens: list[int], ends: Collection[int]) -> list[int]:
+    return list(itertools.takewhile(lambda token: token not in ends, tokens))
+
+
+def ends_of(folder: Path) -> list[int]:
+    """Return the tokens at which transformers' ``generate`` stops, by a model's folder.
+
+    Args:
+        folder: of a Hugging Face model.
+    """
+    path = folder / "generation_config.json"
+    own = json.loads((path if path.is_file() else folder / "config.json").read_text())
+    known = own.get("eos_token_id", (own.get("text_config") or {}).get("eos_token_id"))
+    return known if isinstance(known, list) else [known] if known is not None else []
 
 
 def stop_at(folder: Path, end: int) -> None:
@@ -143,13 +169,11 @@ def stop_at(folder: Path, end: int) -> None:
         folder: of a Hugging Face model; its ``generation_config.json`` is written if that lacks it.
         end: the token.
     """
-    path = folder / "generation_config.json"
-    own = json.loads((path if path.is_file() else folder / "config.json").read_text())
-    known = own.get("eos_token_id", own.get("text_config", {}).get("eos_token_id"))
-    ends = known if isinstance(known, list) else [known] if known is not None else []
+    ends = ends_of(folder)
     if end in ends:
         return
-    kept = own if path.is_file() else {}
+    path = folder / "generation_config.json"
+    kept = json.loads(path.read_text()) if path.is_file() else {}
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(json.dumps({**kept, "eos_token_id": [*ends, end]}, indent=2) + "\n")
     temporary.replace(path)

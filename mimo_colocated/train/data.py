@@ -40,11 +40,12 @@ from megatron.core.models.mimo.data.readers import Reader, ReadError, Share
 from megatron.core.models.mimo.data.sources import TOKENS, Source, SourceError, open_source
 from megatron.core.models.mimo.data.stream import BatchSize, SampleStream
 from megatron.core.models.mimo.data.token_files import TokenFiles
-from megatron.core.models.mimo.huggingface.all_ranks import gathered, on_all_ranks
+from megatron.core.models.mimo.huggingface.all_ranks import on_all_ranks
 from megatron.core.models.mimo.huggingface.configuration import read_config
 from megatron.core.models.mimo.huggingface.positions import multimodal_positions
 from megatron.core.models.mimo.job.built_model import LANGUAGE
 from megatron.core.models.mimo.job.trainer import Runner
+from megatron.core.models.mimo.training.agreement import gathered
 from mimo_colocated import phases
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.train.checks import SEQUENCE_MULTIPLE
@@ -72,6 +73,11 @@ class Opened:
         reasons = [each.skipped for each in self.prepared]
         names = sorted({name for each in reasons for name in each})
         return {name: sum(each.get(name, 0) for each in reasons) for name in names}
+
+    def summary(self) -> str:
+        """Say how many samples there are, and how many are skipped for what."""
+        skipped = ", ".join(f"{count} {reason}" for reason, count in self.skipped().items())
+        return f"{sum(map(len, self.prepared))} samples, skipped: {skipped or 'none'}"
 
     def kept(self) -> list[dict[str, Any]]:
         """Return of each data set how many samples are kept, and a digest of which and how long.
@@ -195,16 +201,30 @@ def _key(source: Source, encoder: ChatEncoder, data: DataPart, answer_tokens: in
 
 def _asked(encoder: ChatEncoder, answer_tokens: int) -> Encode:
     """What makes a sample into a question, with places for its answer."""
-    padding = np.full(answer_tokens, encoder.padding, dtype=np.int32)
 
     def encode(conversation: Conversation) -> Encoded:
         if conversation.turns[-1].role != "assistant":
             raise SampleError("no_supervision", "the last turn is no answer")
-        made = encoder.prompt(asked(conversation))
-        ids = np.concatenate([made.input_ids, padding])
-        return Encoded(ids, np.zeros(len(ids), dtype=bool), made.rows, made.grids)
+        return question(encoder, asked(conversation), answer_tokens)
 
     return encode
+
+
+def question(encoder: ChatEncoder, conversation: Conversation, answer_tokens: int) -> Encoded:
+    """Return a conversation that an answer follows as tokens, with places for that.
+
+    Args:
+        encoder: of the model.
+        conversation: ends with what is asked.
+        answer_tokens: places.
+
+    Raises:
+        SampleError: as :meth:`.ChatEncoder.prompt`.
+    """
+    made = encoder.prompt(conversation)
+    padding = np.full(answer_tokens, encoder.padding, dtype=np.int32)
+    ids = np.concatenate([made.input_ids, padding])
+    return Encoded(ids, np.zeros(len(ids), dtype=bool), made.rows, made.grids)
 
 
 def asked(conversation: Conversation) -> Conversation:

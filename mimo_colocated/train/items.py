@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +22,42 @@ from megatron.core.models.mimo.data.readers import (
 from megatron.core.models.mimo.data.shared_reads import SharedReads
 from megatron.core.models.mimo.huggingface.all_ranks import gathered
 from mimo_colocated.cli import models
+from mimo_colocated.launch.layouts import Layout
 from mimo_colocated.process_groups import make_groups
-from mimo_colocated.train.recipe import Recipe
 
 _SOUNDS = "audio"  # modality of what hears; any other sees
 
 
-def readers_of(recipe: Recipe, folder: Path, stack: contextlib.ExitStack) -> dict[str, Reader]:
-    """Return modality -> what reads its items, in processes if the recipe wants some.
+def readers_of(
+    folder: Path,
+    stack: contextlib.ExitStack,
+    workers: int = 0,
+    layouts: Mapping[str, Layout] | None = None,
+) -> dict[str, Reader]:
+    """Return modality -> what reads its items.
 
     Args:
-        recipe: to run.
         folder: of the model.
         stack: ends the processes.
+        workers: processes that read; 0 reads here.
+        layouts: modality -> layout of its encoder, where one is named.
+
+    Raises:
+        JobError: the folder is no whole model.
     """
     with models.one_sentence():
         parts = models.described(folder).encoders
     if not parts:
         return {}
-    layouts, rank = recipe.encoders(), int(os.environ["RANK"])
     found: dict[str, Reader] = {}
     for part in parts:
         reader = _reader(part, folder)
         found[part.modality] = reader
-        named = layouts.get(part.modality)
-        reads = named is None or rank % named.tp == 0  # the first of its TP group, see below
-        if recipe.data.workers and reads:
-            processes = ReaderProcesses(reader, recipe.data.workers)
+        named = (layouts or {}).get(part.modality)
+        # The first of its TP group, see below.
+        reads = named is None or int(os.environ["RANK"]) % named.tp == 0
+        if workers and reads:
+            processes = ReaderProcesses(reader, workers)
             stack.callback(processes.close)
             found[part.modality] = processes
     return found

@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron.core.models.mimo.checkpoint.store import Manifest
@@ -34,15 +32,15 @@ from mimo_colocated.cli.importing import RECORD, source_of
 from mimo_colocated.launch import JobError, connection_notes, init_distributed
 from mimo_colocated.launch.training_options import TrainingOptions
 from mimo_colocated.stop_requests import StopRequests
-from mimo_colocated.train.answers import Answer, Greedy, majority, stop_at, wanted
+from mimo_colocated.train.answers import majority, stop_at
 from mimo_colocated.train.data import (
     Opened,
     StepData,
-    held_out_stream,
     open_data,
     side_of,
     training_stream,
 )
+from mimo_colocated.train.evaluation import Evaluation, open_held_out
 from mimo_colocated.train.items import readers_of, shared_reads
 from mimo_colocated.train.makers import make_model
 from mimo_colocated.train.numbers import StepNumbers
@@ -106,7 +104,7 @@ class RecipeLoop(TrainingLoop):
         opened: what is trained on.
     """
 
-    results = (*TrainingLoop.results, "exported")
+    results = (*TrainingLoop.results, "recipe.yaml", "run.json", "exported", "evaluation")
 
     def __init__(
         self,
@@ -203,11 +201,12 @@ class RecipeJob:
     ) -> None:
         self.recipe, self.folder, self.readers = recipe, folder, readers
         data, training = recipe.data, recipe.training
-        self._retry = fresh or not any((Path(recipe.run.out) / "checkpoints").glob("*"))
+        retry = fresh or not any((Path(recipe.run.out) / "checkpoints").glob("*"))
         self._text = None if recipe.of_tokens else self._text_of(folder)
-        self.opened = self._open(data.train, 0)
+        text, place = self._text or self._vocabulary(), Path(recipe.run.out) / "prepared"
+        self.opened = open_data(data.train, data, text, place, 0, retry)
         # What is wrong with it is not to be found when all is trained.
-        self._held_out, self._questions = self._open_held_out()
+        self._held_out, self._questions = open_held_out(recipe, text, place, retry=retry)
         layouts = on_all_ranks(lambda: check_model(recipe, folder), "read the model")
         built = from_folder(folder, layouts, self._build_options())
         options = RunOptions.of(recipe, fresh=fresh)
@@ -262,32 +261,9 @@ class RecipeJob:
 
     # ---- parts ----------------------------------------------------------------------------
 
-    def _open(self, parts: Any, answer_tokens: int) -> Opened:
-        place = Path(self.recipe.run.out) / "prepared"
-        text = self._text or self._vocabulary()
-        return open_data(parts, self.recipe.data, text, place, answer_tokens, self._retry)
-
-    def _open_held_out(self) -> tuple[Opened, Opened]:
-        """What the loss is measured on, and the same to be answered."""
-        parts = self.recipe.data.held_out
-        held_out = self._open(parts, 0)
-        if self._text is None or not parts:
-            return held_out, held_out
-        return held_out, self._open(parts, self.recipe.evaluation.answer_tokens)
-
     def _text_of(self, folder: Path) -> ChatEncoder:
         longest = self.recipe.data.max_tokens
         return on_all_ranks(lambda: ChatEncoder(folder, longest), "open its text")
-
-    @property
-    def encoder(self) -> ChatEncoder:
-        """Of conversations.
-
-        Raises:
-            AssertionError: the data is tokens already.
-        """
-        assert self._text is not None
-        return self._text
 
     @property
     def _padding(self) -> int:
@@ -329,85 +305,37 @@ class RecipeJob:
             ("held-out data", self._held_out),
             ("questions", self._questions),
         ):
-            count, skipped = sum(len(each) for each in opened.prepared), opened.skipped()
-            if count:
-                said = ", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "none"
-                self.loop.say(f"{name}: {count} samples, skipped: {said}")
+            if opened.prepared:
+                self.loop.say(f"{name}: {opened.summary()}")
 
     # ---- evaluation -----------------------------------------------------------------------
-
-    def _evaluate(self) -> dict[str, Any]:
-        """Held-out loss, answers and baselines; all ranks together, rank 0 returns them all."""
-        found: dict[str, Any] = {"held_out_loss": self._held_out_loss()}
-        if self._text is not None:
-            found |= self._ask()
-        for name, value in found.items():
-            self.loop.say(f"{name.replace('_', ' ')}: {value:.4g}")
-        return found
-
-    def _ask(self) -> dict[str, Any]:
-        answers = self._answers()
-        found: dict[str, Any] = {"questions": len(answers), "exact_match": _share(answers)}
-        found["majority_answer"] = majority(self.opened, answers)
-        if self.recipe.evaluation.without_images:
-            self.trainer.blank = True
-            found["exact_match_without_images"] = _share(self._answers())
-            self.trainer.blank = False
-        if self.loop.rank == 0:
-            self._write_answers(answers)
-        return found
-
-    def _batches(self, opened: Opened, micro_batches: int = 1) -> tuple[RankBatches, int]:
-        evaluation = self.recipe.evaluation
-        data = dataclasses.replace(self.recipe.data, sequences=0)
-        side = self._side(data, micro_batches)
-        stream = held_out_stream(opened, evaluation.batch)
-        total = sum(len(each) for each in opened.prepared)
-        return RankBatches(stream, opened.sources, side), min(evaluation.samples or total, total)
 
     def _side(self, data: DataPart, micro_batches: int) -> Side:
         return side_of(
             self.trainer, data, self._padding, self.readers, self._share, micro_batches
         )
 
-    def _held_out_loss(self) -> float:
-        """Mean over the counted tokens of whole batches, and of the tail filled up."""
-        batches, count = self._batches(self._held_out, self.recipe.held_out_micro_batches)
-        sums = torch.zeros(2, dtype=torch.float64)
-        for start in range(0, count, self.recipe.evaluation.batch):
-            self.loop.stop_if_told(self.recipe.training.steps)
-            batch = batches.at(start)
-            sums += torch.tensor(
-                self.trainer.held_out_loss(batch.only(count - start)), dtype=torch.float64
-            )
-        return (sums[0] / sums[1].clamp(min=1)).item()
-
-    def _answers(self) -> list[Answer]:
-        evaluation, opened = self.recipe.evaluation, self._questions
-        batches, count = self._batches(opened)
-        greedy = Greedy(self.trainer, self.encoder, batches, evaluation.answer_tokens)
-        said: list[str] = []
-        for start in range(0, count, evaluation.batch):
-            self.loop.stop_if_told(self.recipe.training.steps)
-            tokens = greedy.answers(start)
-            said += self.encoder.tokenizer.batch_decode(tokens)
-        asked = (
-            wanted(source[number])
-            for source, prepared in zip(opened.sources, opened.prepared, strict=True)
-            if source is not None
-            for number in prepared.numbers.tolist()
+    def _evaluate(self) -> dict[str, Any]:
+        """Held-out loss, answers and baselines; all ranks together, rank 0 returns them all."""
+        recipe = self.recipe
+        evaluation = Evaluation(
+            self.trainer,
+            recipe.data,
+            recipe.evaluation,
+            self._text,
+            self._side,
+            loss_micro_batches=recipe.held_out_micro_batches,
+            between=lambda: self.loop.stop_if_told(recipe.training.steps),
         )
-        # What is not asked is not read either.
-        pairs = itertools.islice(asked, count)
-        return [Answer(*pair, text) for pair, text in zip(pairs, said, strict=False)]
-
-    def _write_answers(self, answers: list[Answer]) -> None:
-        rows = [dataclasses.asdict(each) for each in answers]
-        write_summary(Path(self.recipe.run.out) / "answers.json", {"answers": rows})
-
-
-def _share(answers: list[Answer]) -> float:
-    return sum(each.right for each in answers) / max(len(answers), 1)
+        found, answers = evaluation.measure(self._held_out, self._questions)
+        if self._text is not None:
+            found["majority_answer"] = majority(self.opened, answers)
+            if self.loop.rank == 0:
+                rows = [dataclasses.asdict(each) for each in answers]
+                write_summary(Path(recipe.run.out) / "answers.json", {"answers": rows})
+        for name, value in found.items():
+            self.loop.say(f"{name.replace('_', ' ')}: {value:.4g}")
+        return found
 
 
 def run_recipe(
@@ -427,7 +355,8 @@ def run_recipe(
     """
     folder = model_folder(recipe)
     with contextlib.ExitStack() as stack:
-        readers = readers_of(recipe, folder, stack)  # processes are forked before groups are made
+        # Processes are forked before groups are made.
+        readers = readers_of(folder, stack, recipe.data.workers, recipe.encoders())
         with connection_notes.held_back():
             init_distributed(backend, recipe.run.timeout)
         try:

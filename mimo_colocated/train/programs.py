@@ -207,7 +207,9 @@ def find(argv: Sequence[str], parser: argparse.ArgumentParser) -> argparse.Names
     with contextlib.suppress(JobError, ImportError):
         given = parser.parse_args(list(argv[1:]))
         if given.recipe is not None and not given.list:
-            given.program = Program(given.recipe, reading.read_values(given.recipe, given.set))
+            given.program = Program(
+                given.recipe, reading.changed(reading.values_of(given.recipe), given.set)
+            )
             return given if program_of(given.program.values) else None
     return None
 

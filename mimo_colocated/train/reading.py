@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import typing
@@ -44,24 +45,16 @@ def read_recipe(named: str, changes: Sequence[str] = ()) -> Recipe:
     Raises:
         JobError: no such recipe, a field that there is not, or a value of another type.
     """
-    values = read_values(named, changes)
-    if "job" in values:
-        raise JobError(
-            f"{named} is a recipe of job {values['job']}, which brings its model and data; "
-            f"`mimo train {named}` alone takes it"
-        )
-    for problem in _unknown(Recipe, values, ""):
-        raise JobError(f"{named}: {problem}")
-    recipe = _typed(named, values)
+    recipe = recipe_from(named, values_of(named), changes)
     recipe.check()
     return recipe
 
 
-def read_values(named: str, changes: Sequence[str]) -> dict[str, Any]:
-    """Return the fields of a recipe as its file has them, with some set to other values.
+def values_of(named: str) -> dict[str, Any]:
+    """Return the fields of the recipe of a name or a file, as they are written.
 
     Args:
-        named, changes: as of :func:`read_recipe`.
+        named: one that ships, or the path of a YAML file.
 
     Raises:
         JobError: no such recipe, or no fields.
@@ -71,14 +64,49 @@ def read_values(named: str, changes: Sequence[str]) -> dict[str, Any]:
     text = _text(named)
     try:
         values = yaml.safe_load(text)
-        edits = [_change(change, yaml) for change in changes]
     except yaml.YAMLError as error:
         raise JobError(f"{named} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise JobError(f"{named} holds {type(values).__name__}, not the fields of a recipe")
-    for path, value in edits:
-        _set(values, path, value)
     return values
+
+
+def changed(values: Mapping[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+    """Return fields with some set to other values.
+
+    Args:
+        values: the fields; they stay as they are.
+        changes: as for :func:`read_recipe`.
+
+    Raises:
+        JobError: a change that names no field.
+    """
+    found = copy.deepcopy(dict(values))
+    for path, value in map(_change, changes):
+        _set(found, path, value)
+    return found
+
+
+def recipe_from(named: str, values: Mapping[str, Any], changes: Sequence[str]) -> Recipe:
+    """Return the recipe of some fields, not checked yet.
+
+    Args:
+        named: what it is called in errors.
+        values: its fields.
+        changes: as for :func:`read_recipe`.
+
+    Raises:
+        JobError: a field that there is not, or a value of another type.
+    """
+    if "job" in values:
+        raise JobError(
+            f"{named} is a recipe of job {values['job']}, which brings its model and data; "
+            f"`mimo train {named}` alone takes it"
+        )
+    found = changed(values, changes)
+    for problem in _unknown(Recipe, found, ""):
+        raise JobError(f"{named}: {problem}")
+    return _typed(named, found)
 
 
 def as_yaml(recipe: Recipe) -> str:
@@ -120,11 +148,17 @@ def _text(named: str) -> str:
     return found[named]
 
 
-def _change(change: str, yaml: Any) -> tuple[list[str], Any]:
+def _change(change: str) -> tuple[list[str], Any]:
+    import yaml
+
     path, equals, value = change.partition("=")
     if not equals or not all(path.split(".")):
         raise JobError(f"--set {change!r} is not of the form path.to.field=value")
-    return path.split("."), yaml.safe_load(value)
+    try:
+        return path.split("."), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        said = " ".join(str(error).split())
+        raise JobError(f"{path}: {value!r} is no YAML: {said}") from error
 
 
 def _set(values: Any, path: Sequence[str], value: Any) -> None:

@@ -210,7 +210,7 @@ class Recipe:
     @property
     def of_tokens(self) -> bool:
         """Whether the data is tokens already."""
-        return any(part.kind == "tokens" for part in self.data.train)
+        return any(part.kind == "tokens" for part in [*self.data.train, *self.data.held_out])
 
     @property
     def lengths_differ(self) -> bool:

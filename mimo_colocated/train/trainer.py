@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps of a model from a Hugging Face folder over the batches of a recipe."""
+"""A model from a Hugging Face folder over the batches of a recipe: steps, held-out loss."""
 
 from __future__ import annotations
 
@@ -11,32 +11,16 @@ from torch import Tensor
 
 from megatron.core.models.mimo.data.loader import Microbatch, RankBatch
 from megatron.core.models.mimo.job.packing import packing
-from megatron.core.models.mimo.job.trainer import LossFunction, StepResult, Trainer
+from megatron.core.models.mimo.job.trainer import LossFunction, Runner, StepResult, Trainer
 from mimo_colocated.train.data import StepData
 
 
-class RecipeTrainer(Trainer):
-    """Steps over :class:`StepData`, and measures held-out loss."""
+class RecipeRunner(Runner):
+    """Runs a model over a recipe's microbatches, and measures held-out loss."""
 
     measuring = False
     blank = False
     """Every image is blank: nothing of it is seen."""
-
-    def step(self, data: StepData, step: int) -> StepResult:
-        """Make one training step; ``data.waited_s`` becomes that of the rank that waited longest.
-
-        The others wait for it in their collectives.
-        """
-        result = super().step(data, step)
-        waited = torch.tensor(data.waited_s, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(waited, op=torch.distributed.ReduceOp.MAX)
-        data.waited_s = waited.item()
-        return result
-
-    def microbatches(self, data: StepData, step: int) -> Iterator[Mapping[str, Any]]:
-        """Yield what the model is called with in each of a step's microbatches."""
-        for microbatch in data.at(step).microbatches:
-            yield self.inputs(microbatch)
 
     def inputs(self, microbatch: Microbatch) -> dict[str, Any]:
         """Return what the model is called with."""
@@ -87,3 +71,23 @@ class RecipeTrainer(Trainer):
         torch.distributed.all_reduce(sums, group=self.groups.dp_cp)
         loss, tokens = self.from_last_stage(sums).tolist()
         return loss, tokens
+
+
+class RecipeTrainer(RecipeRunner, Trainer):
+    """Steps over :class:`StepData`."""
+
+    def step(self, data: StepData, step: int) -> StepResult:
+        """Make one training step; ``data.waited_s`` becomes that of the rank that waited longest.
+
+        The others wait for it in their collectives.
+        """
+        result = super().step(data, step)
+        waited = torch.tensor(data.waited_s, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(waited, op=torch.distributed.ReduceOp.MAX)
+        data.waited_s = waited.item()
+        return result
+
+    def microbatches(self, data: StepData, step: int) -> Iterator[Mapping[str, Any]]:
+        """Yield what the model is called with in each of a step's microbatches."""
+        for microbatch in data.at(step).microbatches:
+            yield self.inputs(microbatch)

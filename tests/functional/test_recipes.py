@@ -181,6 +181,45 @@ def test_the_exported_model_answers_the_same(eight: Path) -> None:
         assert text == answers(eight)[number]["said"], number
 
 
+def mimo(*arguments: object, ranks: int = 0) -> str:
+    """Run another command; what it printed."""
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES}
+    given = ["-m", "mimo_colocated", *map(str, arguments)]
+    done = programs.run(given, Path.cwd(), environment, timeout=TIMEOUT_S, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_run_is_evaluated_in_any_layout_on_any_ranks(alone: Path, tmp_path: Path) -> None:
+    """The checkpoint of one process, on one and on 8 ranks: what the run said at its end."""
+    summary = json.loads((alone / "summary.json").read_text())
+    layouts = ("--vision", "tp=2,dp=4", "--language", "tp=2,cp=2,dp=2")
+    for name, layout in (("one", ()), ("eight", layouts)):
+        said = mimo("eval", alone, "--out", tmp_path / name, *layout)
+        assert f"exact match: {summary['exact_match']:.6g}\n" in said
+        found = json.loads((tmp_path / name / "evaluation.json").read_text())
+        assert (found["step"], found["questions"]) == (STEPS, summary["questions"])
+        assert found["held_out_loss"] == pytest.approx(summary["held_out_loss"], rel=1e-5)
+        assert found["answers"] == answers(alone)
+    # The control: another checkpoint of the run.
+    middle = alone / "checkpoints" / f"step_{STEPS // 2:08d}"
+    mimo("eval", middle, "--set", "evaluation.samples=2", "--source", alone / "model")
+    found = json.loads((alone / "evaluation" / "evaluation.json").read_text())
+    assert (found["step"], found["questions"]) == (STEPS // 2, 2)
+    assert found["held_out_loss"] > summary["held_out_loss"] * 1.01
+
+
+def test_a_question_is_answered_as_in_the_run(alone: Path) -> None:
+    """By a checkpoint alone, by the exported folder under torchrun."""
+    source = EasyVqa("test", together=False, images=IMAGES)
+    image, asked = source[1].turns[0].parts
+    given = ("--image", image.item.name, asked.text, "--max-new-tokens", "4")
+    wanted = answers(alone)[1]["said"]
+    assert mimo("generate", alone, *given) == f"{wanted}\n"
+    said = mimo("generate", alone / "exported", "--language", "tp=2", *given, ranks=2)
+    assert said == f"{wanted}\n"
+
+
 def test_what_is_left_beside_a_run(eight: Path) -> None:
     recipe = (eight / "recipe.yaml").read_text()
     assert "global_batch_size: 8" in recipe

@@ -15,7 +15,7 @@ import yaml
 from examples.mimo.digits.options import Options, parse_options
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.train import command, programs
-from mimo_colocated.train.reading import describe_shipped, read_recipe, read_values
+from mimo_colocated.train.reading import describe_shipped, read_recipe, values_of
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -43,7 +43,7 @@ def test_a_recipe_starts_what_make_starts(name: str, target: str) -> None:
 
 
 def test_every_option_is_a_field_but_those_of_one_start() -> None:
-    fields = programs.Program("digits", read_values("digits", [])).fields
+    fields = programs.Program("digits", values_of("digits")).fields
     names = {each.name for each in fields.values()}
     assert names == {each.name for each in dataclasses.fields(Options)} - {
         *("nproc", "fresh", "memory_plan")

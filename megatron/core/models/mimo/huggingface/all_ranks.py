@@ -8,23 +8,13 @@ first, and all ranks fail with its sentence.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
-
-import torch.distributed as dist
+from typing import TypeVar
 
 from megatron.core.models.mimo.huggingface.family import UnsupportedModelError
 from megatron.core.models.mimo.huggingface.folder import FolderError
+from megatron.core.models.mimo.training.agreement import gathered
 
 Result = TypeVar("Result")
-
-
-def gathered(own: object) -> list[Any]:
-    """Return what every rank has to say, in rank order; without ranks, only this one's."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [own]
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, own)
-    return everywhere
 
 
 def on_all_ranks(action: Callable[[], Result], doing: str) -> Result:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.core.models.mimo.huggingface.all_ranks import gathered, on_all_ranks
+from megatron.core.models.mimo.huggingface.all_ranks import on_all_ranks
 from megatron.core.models.mimo.huggingface.build import ImportedModel
 from megatron.core.models.mimo.huggingface.configuration import read_config
 from megatron.core.models.mimo.huggingface.examples import Examples, Sample
@@ -22,6 +22,7 @@ from megatron.core.models.mimo.huggingface.weights import held_by
 from megatron.core.models.mimo.job.built_model import LANGUAGE
 from megatron.core.models.mimo.job.logits import gather
 from megatron.core.models.mimo.job.trainer import Runner, TrainOptions
+from megatron.core.models.mimo.training.agreement import gathered
 
 CHANGE = 1e-3
 """What a control adds to a weight."""

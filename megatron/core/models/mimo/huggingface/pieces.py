@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron.core.models.mimo.huggingface.all_ranks import gathered, on_all_ranks
+from megatron.core.models.mimo.huggingface.all_ranks import on_all_ranks
 from megatron.core.models.mimo.huggingface.cuts import Run
 from megatron.core.models.mimo.huggingface.folder import Described, FolderError
 from megatron.core.models.mimo.huggingface.weights import Held, Part
+from megatron.core.models.mimo.training.agreement import gathered
 
 
 @dataclass(frozen=True, order=True)

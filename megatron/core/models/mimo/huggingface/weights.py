@@ -14,11 +14,12 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.nn import Module, Parameter
 
-from megatron.core.models.mimo.huggingface.all_ranks import gathered, on_all_ranks
+from megatron.core.models.mimo.huggingface.all_ranks import on_all_ranks
 from megatron.core.models.mimo.huggingface.cuts import Heads, Run, Shard, Whole
 from megatron.core.models.mimo.huggingface.folder import Described, FolderError, OpenFolder
 from megatron.core.models.mimo.huggingface.tables import Source, Table
 from megatron.core.models.mimo.torch_native.gathered import gathered as gathered_tensor
+from megatron.core.models.mimo.training.agreement import gathered
 from megatron.core.models.mimo.training.global_names import global_modules, join
 from megatron.core.models.mimo.wrappers import unwrapped
 from megatron.core.process_groups_config import ProcessGroupCollection

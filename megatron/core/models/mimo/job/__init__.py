@@ -6,6 +6,7 @@
     packing.py       samples of several lengths as one sequence
     route_plans.py   routes of a batch, planned on the host with the batch
     logits.py        whole logits, gathered from what every rank has
+    next_tokens.py   the next token out of logits that stay cut
     loop.py          from the last checkpoint to the last step; saves, stops when told
     results.py       metrics, progress, summary; reporter.py uses them
     settings.py      what of grids and configurations follows from options

@@ -18,9 +18,10 @@ def gather(tensor: torch.Tensor, group: dist.ProcessGroup, dim: int) -> torch.Te
     """Concatenate the group's tensors, of one shape, along ``dim``; no gradient."""
     if group.size() == 1:
         return tensor
-    parts = [torch.empty_like(tensor.contiguous()) for _ in range(group.size())]
-    dist.all_gather(parts, tensor.contiguous(), group=group)
-    return torch.cat(parts, dim=dim)
+    own = tensor.contiguous()[None]
+    parts = own.new_empty(group.size(), *tensor.shape)
+    dist.all_gather_into_tensor(parts, own, group=group)
+    return torch.cat(parts.unbind(), dim=dim)
 
 
 def whole_logits(logits: torch.Tensor, groups: ProcessGroupCollection) -> torch.Tensor:

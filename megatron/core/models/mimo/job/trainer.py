@@ -20,9 +20,14 @@ from megatron.core.models.mimo.gradients.nonfinite import (
 )
 from megatron.core.models.mimo.job.built_model import LANGUAGE, BuiltModel
 from megatron.core.models.mimo.job.logits import whole_logits, whole_packed_logits
+from megatron.core.models.mimo.job.next_tokens import Choice, next_tokens, rows_at
 from megatron.core.models.mimo.job.route_plans import RoutePlans
 from megatron.core.models.mimo.optimizer import get_mimo_optimizer
-from megatron.core.models.mimo.partition.sequence_order import shard_factor
+from megatron.core.models.mimo.partition.sequence_order import (
+    dense_positions,
+    packed_positions,
+    shard_factor,
+)
 from megatron.core.models.mimo.pipeline.step import forward_backward_pipelined
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -183,10 +188,7 @@ class Runner:
             lengths: tokens of this rank's samples; where a packed one is cut, logits are zero.
             shape: ``(b, S, V)`` of what is returned.
         """
-        # Virtual stages work on as many microbatches as there are stages; one answer is enough.
-        virtual = self.model.config.virtual_pipeline_model_parallel_size
-        count = self.groups.pp.size() if virtual else 1
-        outputs = self.schedule(iter([inputs] * count), count, forward_only=True)
+        outputs = self._logits(inputs)
         if not outputs:
             dtype = self.model.config.params_dtype
             return self.from_last_stage(torch.empty(shape, dtype=dtype, device=self.device))
@@ -196,6 +198,47 @@ class Runner:
         else:
             whole = whole_logits(outputs[0], self.groups)
         return self.from_last_stage(whole.contiguous())
+
+    @torch.no_grad()
+    def next_tokens(
+        self,
+        inputs: Mapping[str, Any],
+        places: Sequence[tuple[int, int]],
+        choice: Choice,
+        names: Sequence[Sequence[int]],
+        ends: Sequence[int],
+    ) -> torch.Tensor:
+        """Return the tokens that follow some places of one microbatch, int64 ``(n,)``, everywhere.
+
+        No rank has whole logits. Everywhere means all ranks of a language replica.
+
+        Args:
+            inputs: what the model is called with, without labels and loss mask.
+            places: row and position of each.
+            choice, names: see :func:`.next_tokens.next_tokens`.
+            ends: of a pack's samples with their padding, and a 0 before; empty without packing.
+
+        Returns:
+            -1 where a logit is not a number.
+        """
+        outputs = self._logits(inputs)
+        if not outputs:
+            found = torch.empty(len(places), dtype=torch.int64, device=self.device)
+            return self.from_last_stage(found)
+        (logits, *_), cp = outputs, self.groups.cp
+        if ends:
+            positions = packed_positions(ends, cp.rank(), cp.size())
+        else:
+            positions = dense_positions(logits.shape[1] * cp.size(), cp.rank(), cp.size())
+        rows, owned = rows_at(logits, places, positions)
+        return self.from_last_stage(next_tokens(rows, owned, self.groups, choice, names))
+
+    def _logits(self, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """This rank's logits of one microbatch, on the last stage."""
+        # Virtual stages work on as many microbatches as there are stages; one answer is enough.
+        virtual = self.model.config.virtual_pipeline_model_parallel_size
+        count = self.groups.pp.size() if virtual else 1
+        return self.schedule(iter([inputs] * count), count, forward_only=True)
 
     def parts(self) -> dict[str, tuple[int, int]]:
         """Return by module which part of the samples this rank has: (DP rank, DP size)."""

@@ -26,6 +26,7 @@ from megatron.core.models.mimo.lossy.layers import (
 from megatron.core.models.mimo.lossy.place import Place
 from megatron.core.models.mimo.lossy.recomputation import follow
 from megatron.core.models.mimo.lossy.spec import RECEIVER, LinkRule, LossySpec
+from megatron.core.models.mimo.training.agreement import gathered
 from megatron.core.models.mimo.training.global_names import global_modules
 
 
@@ -99,9 +100,7 @@ class LossyLinks:
 
     def gathered_statistics(self) -> list[dict[str, Any]]:
         """Return the rows of all ranks, in rank order; all ranks call it. See ``sum_counts``."""
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, self.statistics())
-        return [row for rows in told for row in rows]
+        return [row for rows in gathered(self.statistics()) for row in rows]
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's states for a checkpoint, which each rank saves by itself."""
@@ -197,9 +196,8 @@ def _agree(spec: LossySpec, candidates: list[_Candidate]) -> None:
     fits = [any(rule in each.rules(spec).values() for each in candidates) for rule in spec.rules]
     problems = [each.problem(spec) for each in candidates]
     problem = next((each for each in problems if each is not None), None)
-    told: list[Any] = [None] * dist.get_world_size()
     names = [each.name for each in candidates]
-    dist.all_gather_object(told, (repr(spec), fits, problem, names))
+    told = gathered((repr(spec), fits, problem, names))
     if len({text for text, *_ in told}) > 1:
         raise ValueError(f"ranks have different specs of lossy links: {[t[0] for t in told]}")
     for rank, (_, _, problem, _) in enumerate(told):

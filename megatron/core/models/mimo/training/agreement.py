@@ -49,6 +49,20 @@ class Failure:
     distance: int = 0
 
 
+def gathered(own: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return what every rank of a group has to say, in rank order; all of them call it.
+
+    Args:
+        own: of this rank; it is pickled.
+        group: the ranks, all of them by default. Without ranks there is only this one's.
+    """
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return [own]
+    everywhere: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everywhere, own, group=group)
+    return everywhere
+
+
 def run_together(action: Callable[[], Any], *, has_collectives: bool) -> Failure | None:
     """Run ``action`` on this rank and learn whether all ranks succeeded; all ranks call it.
 
@@ -77,9 +91,8 @@ def run_together(action: Callable[[], Any], *, has_collectives: bool) -> Failure
             if found.distance == 2 and not isinstance(error, CheckpointException):
                 raise
             return found
-    failures: list[Failure | None] = [None] * dist.get_world_size()
     try:
-        dist.all_gather_object(failures, failure)
+        failures = gathered(failure)
     except RuntimeError:
         found = _first(_told(call))
         if found is None:
