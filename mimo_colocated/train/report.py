@@ -137,13 +137,16 @@ def _facts(run: Run) -> dict[str, str]:
     """What is told first."""
     lines, steps = run.lines, run.recipe.get("training", {}).get("steps")
     found = {"steps": f"{lines[-1]['step'] if lines else 0} of {steps}"}
+    model = run.recipe.get("model") or {}
+    if made := model.get("folder") or model.get("make"):
+        found["model"] = made
     found |= {f"layout of {name}": str(at) for name, at in run.layouts.items()}
     if lines:
         spent, waited = _sum(lines, "seconds"), _sum(lines, "waited_s")
         found["last loss"] = _number(lines[-1].get("loss"))
-        found["seconds per step"] = _number(sorted(_all(lines, "seconds"))[len(lines) // 2])
+        found["seconds per step, median"] = _number(sorted(_all(lines, "seconds"))[len(lines) // 2])
         found["waiting for data"] = f"{waited / max(spent, 1e-9):.1%} of the time"
-        found |= _work_facts(lines)
+        found |= _work_facts(lines) | _memory_facts(run)
     shown = ("held_out_loss", "questions", "exact_match", "majority_answer")
     for key in (*shown, "exact_match_without_images"):
         if key in run.summary:
@@ -160,9 +163,22 @@ def _work_facts(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     work = sum(sum(line.get("tflop", {}).values()) for line in lines)
     if repeated := _sum(lines, "tflop_repeated"):
         found["a homogeneous layout would repeat"] = f"{repeated / max(work, 1e-12):.1%} more work"
-    if memory := _all(lines, "peak_memory"):
-        found["peak memory of rank 0"] = f"{max(memory) / 2**30:.3g} GiB"
     return found
+
+
+def _memory_facts(run: Run) -> dict[str, str]:
+    """Of all ranks once the run has ended, of rank 0 before."""
+    ranks = run.summary.get("peak_memory_by_rank")
+    if ranks:
+        most = max(ranks)
+        least = f", {_gib(min(ranks))} on the one with least" if len(ranks) > 1 else ""
+        return {"peak memory": f"{_gib(most)} on rank {ranks.index(most)}{least}"}
+    memory = _all(run.lines, "peak_memory")
+    return {"peak memory of rank 0": _gib(max(memory))} if memory else {}
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.3g} GiB"
 
 
 def _figures(run: Run) -> Iterator[str]:
@@ -171,12 +187,16 @@ def _figures(run: Run) -> Iterator[str]:
         yield "<h2>Curves</h2>"
         yield _figure("curves", figures.curves(lines), "loss, gradient norm and learning rate")
         yield "<h2>Time and work</h2>"
-        said = "seconds per step, and how long it waited for its data"
-        yield _figure("seconds", figures.seconds(lines), said)
+        if times := figures.times_of(lines):
+            yield _figure("split", figures.split(times), "where a step's time goes on rank 0")
+        yield _figure("seconds", figures.seconds(lines), "seconds of each step")
         if "tflop" in lines[0]:
             said = "what the images and tokens of a step need, forward and backward"
             yield _figure("work", figures.work(lines), said)
             yield _figure("rate", figures.rate(lines), "how fast that was")
+        if lines[0].get("spread_before"):
+            said = "how uneven the encoder replicas' work is: 1 is even"
+            yield _figure("spread", figures.spread(lines), said)
     layouts = run.layouts
     if len(layouts) > 1 and layouts[LANGUAGE].size <= figures.MOST_RANKS:
         yield "<h2>Layouts</h2>"
@@ -199,9 +219,14 @@ def _samples(run: Run) -> Iterator[str]:
     seen = {
         f"{name} seen": f"{_sum(run.lines, name):,.0f}" for name in ("samples", "images", "tokens")
     }
-    skipped = run.record.get("skipped", {})
-    counts = {f"skipped: {reason}": f"{count:,}" for reason, count in skipped.items()}
-    yield _table({**seen, **(counts or {"skipped": "none"})})
+    skipped: dict[str, str] = {}
+    for what, counts in (
+        ("", run.record.get("skipped")),
+        ("held-out data, ", run.summary.get("held_out_skipped")),
+        ("questions, ", run.summary.get("questions_skipped")),
+    ):
+        skipped |= {f"{what}skipped: {why}": f"{count:,}" for why, count in (counts or {}).items()}
+    yield _table({**seen, **(skipped or {"skipped": "none"})})
 
 
 def _answers(answers: Sequence[Mapping[str, str]]) -> Iterator[str]:

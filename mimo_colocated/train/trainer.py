@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron.core.models.mimo.data.loader import Microbatch, RankBatch
 from megatron.core.models.mimo.job.packing import packing
 from megatron.core.models.mimo.job.trainer import LossFunction, Trainer
+from mimo_colocated import phases
 from mimo_colocated.train.data import StepData
 
 
@@ -25,7 +26,9 @@ class RecipeTrainer(Trainer):
     def microbatches(self, data: StepData, step: int) -> Iterator[Mapping[str, Any]]:
         """Yield what the model is called with in each of a step's microbatches."""
         for microbatch in data.at(step).microbatches:
-            yield self.inputs(microbatch)
+            with phases.during(phases.DATA):
+                made = self.inputs(microbatch)
+            yield made
 
     def inputs(self, microbatch: Microbatch) -> dict[str, Any]:
         """Return what the model is called with."""

@@ -60,7 +60,8 @@ def test_items_are_shared_out_by_cost() -> None:
     (plan,) = plan_batch([80] * 4, {"i": rows}, cut(1), {"i": [((0, 1), (0,))]}, COST)
     (share,) = plan.shares["i"]
     assert [items.tolist() for items in share.items] == [[[0, 0]], [[1, 0], [1, 1], [2, 0], [3, 0]]]
-    assert 1.0 < share.spread < 1.4
+    assert 1.0 < share.after < share.before < 1.4
+    assert share.work == COST(np.concatenate(rows)).sum()
     # A cost that only counts rows puts them elsewhere: the linear term decides.
     (plan,) = plan_batch([80] * 4, {"i": rows}, cut(1), {"i": [((0, 1), (0,))]}, TokenCost(10**6))
     assert [len(items) for items in plan.shares["i"][0].items] == [1, 4]

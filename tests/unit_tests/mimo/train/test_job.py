@@ -118,7 +118,7 @@ def made(place: Path, held_out: list[SourcePart]) -> RecipeJob:
     recipe = Recipe(
         "mine", ModelPart(str(place)), parts, TrainingPart(1, 1), RunPart(str(place / "run"))
     )
-    return RecipeJob(recipe, place, {}, cast(Any, None), fresh=False)
+    return RecipeJob(recipe, place, {}, cast(Any, None), fresh=False, profile=None)
 
 
 @pytest.fixture
@@ -152,6 +152,7 @@ def recipe_loop(out: Path, *, fresh: bool, steps: int = 1, before: int = 1) -> A
     was = dataclasses.replace(recipe, training=TrainingPart(before, 1))
     found = object.__new__(RecipeLoop)
     found.options, found.rank = RunOptions.of(recipe, fresh=fresh), 0
+    found._profile = None
     extra = {"options": {"recipe": dataclasses.asdict(was)}}
     manifest = SimpleNamespace(step=1, extra=extra)
     there = found.options.out / "checkpoints"
