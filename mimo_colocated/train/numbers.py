@@ -124,12 +124,20 @@ def said(numbers: Mapping[str, Any]) -> str:
     ...       "tflops_per_rank": 0.5})
     '0.5 TFLOP/s per rank (homogeneous: +25% work)'
     """
-    tera = numbers["tflops_per_rank"]
-    rate = f"{tera:.3g} TFLOP/s" if tera >= 0.1 else f"{tera * 1e3:.3g} GFLOP/s"
-    rate += " per rank"
+    rate = said_rate(numbers["tflops_per_rank"])
     share = f", {numbers['mfu']:.1%} MFU" if "mfu" in numbers else ""
     repeated = numbers["tflop_repeated"] / max(sum(numbers["tflop"].values()), 1e-12)
     return rate + share + (f" (homogeneous: +{repeated:.0%} work)" if repeated else "")
+
+
+def said_rate(tera: float) -> str:
+    """Return 1e12 FLOPs a second of a rank in words; those of tiny models in 1e9.
+
+    >>> said_rate(0.02)
+    '20 GFLOP/s per rank'
+    """
+    rate = f"{tera:.3g} TFLOP/s" if tera >= 0.1 else f"{tera * 1e3:.3g} GFLOP/s"
+    return rate + " per rank"
 
 
 def peak_memory() -> int:

@@ -17,6 +17,7 @@ from megatron.core.models.mimo.job.results import read_metrics
 from mimo_colocated.launch.errors import JobError, write_atomically
 from mimo_colocated.launch.layouts import LANGUAGE, Layout
 from mimo_colocated.train import report_figures as figures
+from mimo_colocated.train.numbers import said_rate
 
 PAGE = "report.html"
 ANSWERS = 20
@@ -157,9 +158,10 @@ def _facts(run: Run) -> dict[str, str]:
 def _work_facts(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Medians and sums of what steps did."""
     found = {}
-    for key, said in (("tflops_per_rank", "TFLOP/s per rank"), ("mfu", "MFU")):
-        if values := sorted(_all(lines, key)):
-            found[f"{said}, median"] = _number(values[len(values) // 2])
+    if rates := sorted(_all(lines, "tflops_per_rank")):
+        found["rate, median"] = said_rate(rates[len(rates) // 2])
+    if shares := sorted(_all(lines, "mfu")):
+        found["MFU, median"] = f"{shares[len(shares) // 2]:.1%}"
     work = sum(sum(line.get("tflop", {}).values()) for line in lines)
     if repeated := _sum(lines, "tflop_repeated"):
         found["a homogeneous layout would repeat"] = f"{repeated / max(work, 1e-12):.1%} more work"

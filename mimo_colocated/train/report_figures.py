@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from megatron.core.models.mimo.job.layout_plot import draw_layout
 from megatron.core.models.mimo.job.plots import MUTED, RIGHT, WRONG, draw_series
@@ -61,7 +62,7 @@ def curves(lines: Lines) -> str:
     if modules:
         panels[-1].set_ylabel("grad norm\nby module")
         _legend(panels[-1])
-    panels[-1].set_xlabel("step")
+    _steps(panels[-1])
     figure.align_ylabels()
     return _svg(figure)
 
@@ -124,33 +125,39 @@ def spread(lines: Lines) -> str:
                 colour=colour,
                 label=f"{name}, {key} balancing",
             )
-    axes.set(xlabel="step", ylabel="most work\nover mean work")
+    low, high = axes.get_ylim()
+    axes.set(ylabel="most work\nover mean work", ylim=(min(low, 0.98), max(high, 1.2)))
+    _steps(axes)
     _legend(axes)
     return _svg(figure)
 
 
 def work(lines: Lines) -> str:
     """Return the FLOPs of each step by module, and what a homogeneous layout would repeat."""
-    parts = {
-        name: (
-            np.array([line.get("tflop", {}).get(name, 0.0) for line in lines]),
-            _colour(name, number),
-        )
-        for number, name in enumerate(_modules(lines, "tflop"))
-    }
+    modules = _modules(lines, "tflop")
+    each = [_values(_of_module(lines, "tflop", name), name) for name in modules]
     repeated = _values(lines, "tflop_repeated")
+    scale, unit = _unit(np.sum([*each, repeated], axis=0))
+    parts = {
+        name: (values * scale, _colour(name, number))
+        for number, (name, values) in enumerate(zip(modules, each, strict=True))
+    }
     if repeated.any():
-        parts["a homogeneous layout would repeat"] = (repeated, _OTHER)
-    return _areas(lines, parts, "TFLOP per step")
+        parts["a homogeneous layout would repeat"] = (repeated * scale, _OTHER)
+    return _areas(lines, parts, f"{unit} per step")
 
 
 def rate(lines: Lines) -> str:
-    """Return TFLOP/s of a rank over the steps."""
+    """Return FLOP/s of a rank over the steps."""
     figure = Figure(figsize=(9, 2.6), layout="constrained")
     axes = figure.subplots()
-    draw_series(axes, lines, "tflops_per_rank")
+    scale, unit = _unit(_values(lines, "tflops_per_rank"))
+    rates = [{**line, "rate": line["tflops_per_rank"] * scale} for line in lines
+             if line.get("tflops_per_rank") is not None]  # fmt: skip
+    draw_series(axes, rates, "rate")
     axes.set_ylim(bottom=0 if axes.get_yscale() == "linear" else None)
-    axes.set(xlabel="step", ylabel="TFLOP/s per rank")
+    axes.set_ylabel(f"{unit}/s per rank")
+    _steps(axes)
     return _svg(figure)
 
 
@@ -187,6 +194,16 @@ def _colour(module: str, number: int) -> str:
     return PARTS["language"] if module == LANGUAGE else _ENCODERS[number % len(_ENCODERS)]
 
 
+def _steps(axes: Axes) -> None:
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _unit(tera: np.ndarray) -> tuple[float, str]:
+    """What to multiply 1e12 FLOPs with, and what they are then: tiny models need less."""
+    return (1.0, "TFLOP") if tera.max(initial=0.0) >= 0.1 else (1e3, "GFLOP")
+
+
 def _legend(axes: Axes) -> None:
     """Above the axes, where it hides nothing."""
     axes.legend(
@@ -204,7 +221,8 @@ def _areas(lines: Lines, parts: Mapping[str, tuple[np.ndarray, str]], said: str)
     figure = Figure(figsize=(9, 3), layout="constrained")
     axes = figure.subplots()
     _stack(axes, [line["step"] for line in lines], parts)
-    axes.set(xlabel="step", ylabel=said)
+    axes.set_ylabel(said)
+    _steps(axes)
     return _svg(figure)
 
 

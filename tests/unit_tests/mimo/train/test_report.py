@@ -189,7 +189,7 @@ def test_what_the_page_tells(written: str) -> None:
     assert rows["seconds per step, median"] == "2"
     assert rows["waiting for data"] == "25.0% of the time"
     assert rows["a homogeneous layout would repeat"] == "20.0% more work"
-    assert rows["TFLOP/s per rank, median"] == "0.3125"
+    assert rows["rate, median"] == "0.312 TFLOP/s per rank"
     assert rows["peak memory of rank 0"] == "2 GiB"
     assert rows["layout of language"] == "tp=2,cp=2,dp=2"
     assert (rows["samples seen"], rows["images seen"], rows["tokens seen"]) == ("32", "40", "600")
