@@ -29,7 +29,7 @@ _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1b1f24; max-width: 62rem; margin: 2rem auto;
        padding: 0 1rem; }
 table { border-collapse: collapse; } td, th { padding: .2rem .7rem; text-align: left;
-        border-bottom: 1px solid #d0d7de; vertical-align: top; }
+        border-bottom: 1px solid #d0d7de; vertical-align: top; overflow-wrap: anywhere; }
 th { font-weight: 600; } img { max-width: 100%; } figure { margin: 1rem 0; }
 figcaption { color: #6e7781; } .right { color: #1a7f37; } .wrong { color: #cf222e; }
 pre { background: #f6f8fa; padding: .8rem; overflow: auto; }

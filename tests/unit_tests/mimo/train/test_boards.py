@@ -15,6 +15,19 @@ from mimo_colocated.train.boards import boards_of
 from mimo_colocated.train.recipe import DataPart, ModelPart, Recipe, RunPart, TrainingPart
 
 
+class Logged:
+    """A run of the stand-in."""
+
+    def __init__(self, kept: list[Any]) -> None:
+        self._kept = kept
+
+    def log(self, values: dict[str, float], *, step: int) -> None:
+        self._kept.append((step, values))
+
+    def finish(self) -> None:
+        self._kept.append("finished")
+
+
 class StandIn(SimpleNamespace):
     """What we call of the package; keeps what it is told, by run."""
 
@@ -35,11 +48,7 @@ class StandIn(SimpleNamespace):
         assert settings == {"console": "off"}
         assert Path(dir).is_dir()
         self.begun.append((project, name, id, config["training"]["steps"]))
-        kept = self.runs.setdefault(id, [])
-        return SimpleNamespace(
-            log=lambda values, *, step: kept.append((step, values)),
-            finish=lambda: kept.append("finished"),
-        )
+        return Logged(self.runs.setdefault(id, []))
 
 
 def recipe_of(out: Path, **run: Any) -> Recipe:
