@@ -196,7 +196,7 @@ def _figures(run: Run) -> Iterator[str]:
             said = "what the images and tokens of a step need, forward and backward"
             yield _figure("work", figures.work(lines), said)
             yield _figure("rate", figures.rate(lines), "how fast that was")
-        if lines[0].get("spread_before"):
+        if any(line.get("spread_before") for line in lines):
             said = "how uneven the encoder replicas' work is: 1 is even"
             yield _figure("spread", figures.spread(lines), said)
     layouts = run.layouts
