@@ -16,7 +16,7 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -158,10 +158,24 @@ class _Own:
 
 
 _own = _Own()
+_observers: list[Callable[[str], None]] = []
+
+
+def observe(observer: Callable[[str], None]) -> None:
+    """Call ``observer`` with the phase at every mark from now on, in the thread that marks."""
+    _observers.append(observer)
+
+
+def stop_observing(observer: Callable[[str], None]) -> None:
+    """Call ``observer`` no more; one that is not called does nothing here."""
+    if observer in _observers:
+        _observers.remove(observer)
 
 
 def mark(phase: str, microbatch: int | None = None) -> None:
     """Enter ``phase``, and ``microbatch`` if one is given."""
+    for observer in _observers:
+        observer(phase)
     _own.phase = phase
     if microbatch is not None:
         _own.microbatch = microbatch

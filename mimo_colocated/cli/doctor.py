@@ -33,6 +33,7 @@ _EXTRAS = {
     "datasets": ("train", "tables of recipes"),
     "webdataset": ("train", "tar shards of recipes"),
     "tensorboard": ("train", "run.tensorboard of recipes"),
+    "wandb": ("wandb", "run.wandb of recipes"),
     "rich": ("examples", "the examples"),
     "matplotlib": ("examples", "the examples"),
 }

@@ -15,6 +15,7 @@ from mimo_colocated.cli.options import WHOLE, Parser
 from mimo_colocated.launch import Job, JobError, Packages, hush, run
 from mimo_colocated.launch.launcher import complain
 from mimo_colocated.train import programs, reading
+from mimo_colocated.train.profile_steps import Profile
 from mimo_colocated.train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -39,6 +40,11 @@ BOARD = Packages(
     "install it with: pip install 'megatron-mimo-colocated[train]', or set run.tensorboard=false",
 )
 """What ``run.tensorboard`` needs, looked for before a rank starts."""
+WANDB = Packages(
+    {"wandb": "wandb"},
+    "install it with: pip install 'megatron-mimo-colocated[wandb]', or leave run.wandb empty",
+)
+"""What ``run.wandb`` needs."""
 DESCRIPTION = "Train a model by a recipe; RECIPE is the name of one that ships, or a .yaml file."
 
 
@@ -52,6 +58,7 @@ class TrainCommand:
         dry_run: say what would run, and end.
         nodes: machines, for the line that a dry run prints.
         fresh: start anew instead of resuming.
+        profile: steps to record; None for none.
     """
 
     recipe: Recipe
@@ -59,6 +66,7 @@ class TrainCommand:
     dry_run: bool
     nodes: int
     fresh: bool
+    profile: Profile | None
 
     @property
     def world_size(self) -> int:
@@ -103,6 +111,18 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--fresh", action="store_true", help="start anew; earlier results move to OUT/previous"
     )
+    made.add_argument(
+        "--profile",
+        metavar="STEPS",
+        default=None,
+        help="write a trace of these steps, such as 10-12, to OUT/profile",
+    )
+    made.add_argument(
+        "--profile-ranks",
+        metavar="RANKS",
+        default=None,
+        help="ranks that do, such as 0,3, or all; without: rank 0",
+    )
     return made
 
 
@@ -140,6 +160,8 @@ def _parse(argv: Sequence[str], world: int | None) -> TrainCommand:
     recipe = reading.read_recipe(given.recipe, given.set)
     if recipe.run.tensorboard:
         BOARD.check()
+    if recipe.run.wandb:
+        WANDB.check()
     if given.print:
         print(reading.as_yaml(recipe), end="")
         raise SystemExit(0)
@@ -149,11 +171,25 @@ def _parse(argv: Sequence[str], world: int | None) -> TrainCommand:
             f"has {world}; set layout.language and layout.encoders for {world}, or start "
             f"{recipe.language.size}"
         )
-    return TrainCommand(recipe, _typed_again(given), given.dry_run, given.nodes, given.fresh)
+    profile = _profile(given, recipe)
+    named = _typed_again(given)
+    if profile is not None:
+        named += f" {profile.typed}"
+    return TrainCommand(recipe, named, given.dry_run, given.nodes, given.fresh, profile)
 
 
 def _typed_again(given: argparse.Namespace) -> str:
     return " ".join([given.recipe, *(f"--set {shlex.quote(change)}" for change in given.set)])
+
+
+def _profile(given: argparse.Namespace, recipe: Recipe) -> Profile | None:
+    if given.profile is None:
+        if given.profile_ranks is not None:
+            raise JobError("--profile-ranks is of --profile STEPS; give both, or neither")
+        return None
+    found = Profile.parse(given.profile, given.profile_ranks or "0")
+    found.check(recipe.training.steps, recipe.language.size)
+    return found
 
 
 def _instead(options: TrainCommand, backend: str) -> bool:
@@ -186,4 +222,6 @@ def _work(options: TrainCommand, backend: str, requests: StopRequests) -> None:
     _prepare()
     from mimo_colocated.train.job import run_recipe
 
-    run_recipe(options.recipe, backend, requests, fresh=options.fresh)
+    run_recipe(
+        options.recipe, backend, requests, fresh=options.fresh, profile=options.profile
+    )

@@ -19,11 +19,10 @@ from megatron.core.models.mimo.data.loader import RankBatches, Side
 from megatron.core.models.mimo.data.readers import Reader
 from megatron.core.models.mimo.data.sources import SourceError
 from megatron.core.models.mimo.gradients.finalize import iter_modules
-from megatron.core.models.mimo.huggingface.all_ranks import on_all_ranks
+from megatron.core.models.mimo.huggingface.all_ranks import gathered, on_all_ranks
 from megatron.core.models.mimo.huggingface.build import BuildOptions, from_folder
 from megatron.core.models.mimo.huggingface.export import to_folder
 from megatron.core.models.mimo.job.built_model import LANGUAGE
-from megatron.core.models.mimo.job.loop import TrainingLoop
 from megatron.core.models.mimo.job.reporter import Reporter, versions
 from megatron.core.models.mimo.job.results import read_metrics, write_summary
 from megatron.core.models.mimo.job.trainer import TrainOptions
@@ -33,6 +32,7 @@ from mimo_colocated.launch import JobError, connection_notes, init_distributed
 from mimo_colocated.launch.training_options import TrainingOptions
 from mimo_colocated.stop_requests import StopRequests
 from mimo_colocated.train.answers import majority, stop_at
+from mimo_colocated.train.boards import Board, boards_of
 from mimo_colocated.train.data import (
     Opened,
     StepData,
@@ -43,12 +43,14 @@ from mimo_colocated.train.data import (
 from mimo_colocated.train.evaluation import Evaluation, open_held_out
 from mimo_colocated.train.items import readers_of, shared_reads
 from mimo_colocated.train.makers import make_model
-from mimo_colocated.train.numbers import StepNumbers
+from mimo_colocated.train.numbers import StepNumbers, peak_memory
 from mimo_colocated.train.plan import check_model
+from mimo_colocated.train.profile_steps import Profile
 from mimo_colocated.train.reading import as_yaml
 from mimo_colocated.train.recipe import DataPart, Recipe
 from mimo_colocated.train.record import write_record
 from mimo_colocated.train.reporting import RecipeReporter
+from mimo_colocated.train.traced_loop import TracedLoop
 from mimo_colocated.train.trainer import RecipeTrainer
 
 # Fields of a recipe that may not change in mid-run: it would train on other data than recorded.
@@ -93,7 +95,7 @@ class RunOptions(TrainingOptions):
         return {"recipe": dataclasses.asdict(self.recipe) if self.recipe else {}}
 
 
-class RecipeLoop(TrainingLoop):
+class RecipeLoop(TracedLoop):
     """From the last checkpoint to the last step, over a recipe's data.
 
     Args:
@@ -102,9 +104,12 @@ class RecipeLoop(TrainingLoop):
         data: what the trainer steps over.
         requests: what tells this rank to stop.
         opened: what is trained on.
+        profile: steps to record.
     """
 
-    results = (*TrainingLoop.results, "recipe.yaml", "run.json", "exported", "evaluation")
+    results = (
+        *TracedLoop.results, "recipe.yaml", "run.json", "exported", "evaluation", "wandb",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -113,8 +118,9 @@ class RecipeLoop(TrainingLoop):
         data: StepData,
         requests: StopRequests,
         opened: Opened,
+        profile: Profile | None,
     ) -> None:
-        super().__init__(options, trainer, data, requests)
+        super().__init__(options, trainer, data, requests, profile)
         self.opened = opened
 
     def start(self) -> int:
@@ -124,6 +130,9 @@ class RecipeLoop(TrainingLoop):
         found = self.found()
         told = as_yaml(options.recipe)
         on_all_ranks(lambda: write_record(options.out, told, found), "write the record")
+        self._boards: list[Board] = on_all_ranks(
+            lambda: [] if self.rank else boards_of(options.recipe, done), "open its boards"
+        )
         return done
 
     def found(self) -> dict[str, Any]:
@@ -132,13 +141,13 @@ class RecipeLoop(TrainingLoop):
 
     def _reporter(self, done: int, sequence_length: int) -> Reporter:
         options: Any = self.options
-        model, run = options.recipe.model, options.recipe.run
+        model = options.recipe.model
         built: Any = self.trainer.built
         numbers = StepNumbers.of_model(
             built.composite, options.language, model.freeze, model.dtype
         )
         return RecipeReporter(
-            options.out, done, self.trainer, self.data, numbers, tensorboard=run.tensorboard
+            options.out, done, self.trainer, self.data, numbers, boards=self._boards
         )
 
     def more_to_save(self) -> dict[str, Any]:
@@ -188,6 +197,7 @@ class RecipeJob:
         readers: modality -> reader of its items.
         requests: what tells this rank to stop.
         fresh: start anew instead of resuming.
+        profile: steps to record.
     """
 
     def __init__(
@@ -198,6 +208,7 @@ class RecipeJob:
         requests: StopRequests,
         *,
         fresh: bool,
+        profile: Profile | None,
     ) -> None:
         self.recipe, self.folder, self.readers = recipe, folder, readers
         data, training = recipe.data, recipe.training
@@ -224,7 +235,7 @@ class RecipeJob:
         side = self._side(data, training.micro_batches)
         batches = RankBatches(stream, self.opened.sources, side)
         self.data = StepData(batches, training.steps, data.ahead)
-        self.loop = RecipeLoop(options, self.trainer, self.data, requests, self.opened)
+        self.loop = RecipeLoop(options, self.trainer, self.data, requests, self.opened, profile)
 
     def run(self) -> None:
         """Train, export, evaluate, and say how it went."""
@@ -238,6 +249,7 @@ class RecipeJob:
             "recipe": self.recipe.name,
             "versions": versions(),
             **self.loop.found(),
+            "peak_memory_by_rank": gathered(peak_memory()),
         }
         if self.recipe.run.export:
             to_folder(self.trainer.built, out / "exported", overwrite=True)  # type: ignore[arg-type]
@@ -339,7 +351,12 @@ class RecipeJob:
 
 
 def run_recipe(
-    recipe: Recipe, backend: str, requests: StopRequests, *, fresh: bool
+    recipe: Recipe,
+    backend: str,
+    requests: StopRequests,
+    *,
+    fresh: bool,
+    profile: Profile | None,
 ) -> None:
     """Run a recipe on this rank.
 
@@ -348,6 +365,7 @@ def run_recipe(
         backend: of the process groups.
         requests: what tells this rank to stop.
         fresh: start anew instead of resuming.
+        profile: steps to record.
 
     Raises:
         JobError: what cannot go on, the same on every rank where all of them see it.
@@ -361,7 +379,7 @@ def run_recipe(
             init_distributed(backend, recipe.run.timeout)
         try:
             with models.one_sentence():
-                RecipeJob(recipe, folder, readers, requests, fresh=fresh).run()
+                RecipeJob(recipe, folder, readers, requests, fresh=fresh, profile=profile).run()
         except (SourceError, TemplateError) as error:
             raise JobError(str(error)) from error
     sys.stdout.flush()

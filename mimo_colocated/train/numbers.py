@@ -91,6 +91,31 @@ class StepNumbers:
             "peak_memory": peak_memory(),
         }
 
+    def by_part(
+        self, tflop: Mapping[str, float], times: Mapping[str, float]
+    ) -> dict[str, dict[str, float]]:
+        """Return how fast the encoders and the language model are, each in its own time.
+
+        Args:
+            tflop: module -> 1e12 FLOPs of a step, of all ranks.
+            times: part -> seconds of this rank.
+
+        Returns:
+            ``tflops_per_rank_of`` and, where the peak is known, ``mfu_of``: by ``encoder``, all of
+            them, and ``language``; what took no time is left out.
+        """
+        language = tflop[LANGUAGE]
+        work = {"encoder": sum(tflop.values()) - language, LANGUAGE: language}
+        rates = {
+            name: count / times[name] / self.language.size
+            for name, count in work.items()
+            if count and times.get(name)
+        }
+        found = {"tflops_per_rank_of": rates}
+        if self.peak is not None:
+            found["mfu_of"] = {name: rate * TERA / self.peak for name, rate in rates.items()}
+        return found
+
 
 def said(numbers: Mapping[str, Any]) -> str:
     """Return what the line of a step says of :meth:`StepNumbers.of`.
@@ -99,12 +124,20 @@ def said(numbers: Mapping[str, Any]) -> str:
     ...       "tflops_per_rank": 0.5})
     '0.5 TFLOP/s per rank (homogeneous: +25% work)'
     """
-    tera = numbers["tflops_per_rank"]
-    rate = f"{tera:.3g} TFLOP/s" if tera >= 0.1 else f"{tera * 1e3:.3g} GFLOP/s"
-    rate += " per rank"
+    rate = said_rate(numbers["tflops_per_rank"])
     share = f", {numbers['mfu']:.1%} MFU" if "mfu" in numbers else ""
     repeated = numbers["tflop_repeated"] / max(sum(numbers["tflop"].values()), 1e-12)
     return rate + share + (f" (homogeneous: +{repeated:.0%} work)" if repeated else "")
+
+
+def said_rate(tera: float) -> str:
+    """Return 1e12 FLOPs a second of a rank in words; those of tiny models in 1e9.
+
+    >>> said_rate(0.02)
+    '20 GFLOP/s per rank'
+    """
+    rate = f"{tera:.3g} TFLOP/s" if tera >= 0.1 else f"{tera * 1e3:.3g} GFLOP/s"
+    return rate + " per rank"
 
 
 def peak_memory() -> int:

@@ -169,6 +169,7 @@ class RunPart:
         out: folder of checkpoints and results.
         export: write the trained model to ``OUT/exported`` as a Hugging Face folder.
         tensorboard: also write what ``metrics.jsonl`` says to ``OUT/tensorboard``.
+        wandb: project of Weights & Biases that they are logged to, too; empty for none.
         backend: of process groups: ``auto``, ``nccl`` or ``gloo``.
         timeout: seconds after which a rank that does not answer is lost.
     """
@@ -176,6 +177,7 @@ class RunPart:
     out: str
     export: bool = True
     tensorboard: bool = False
+    wandb: str = ""
     backend: str = "auto"
     timeout: int = 600
 

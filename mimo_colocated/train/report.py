@@ -17,6 +17,7 @@ from megatron.core.models.mimo.job.results import read_metrics
 from mimo_colocated.launch.errors import JobError, write_atomically
 from mimo_colocated.launch.layouts import LANGUAGE, Layout
 from mimo_colocated.train import report_figures as figures
+from mimo_colocated.train.numbers import said_rate
 
 PAGE = "report.html"
 ANSWERS = 20
@@ -29,7 +30,7 @@ _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1b1f24; max-width: 62rem; margin: 2rem auto;
        padding: 0 1rem; }
 table { border-collapse: collapse; } td, th { padding: .2rem .7rem; text-align: left;
-        border-bottom: 1px solid #d0d7de; vertical-align: top; }
+        border-bottom: 1px solid #d0d7de; vertical-align: top; overflow-wrap: anywhere; }
 th { font-weight: 600; } img { max-width: 100%; } figure { margin: 1rem 0; }
 figcaption { color: #6e7781; } .right { color: #1a7f37; } .wrong { color: #cf222e; }
 pre { background: #f6f8fa; padding: .8rem; overflow: auto; }
@@ -138,12 +139,15 @@ def _facts(run: Run) -> dict[str, str]:
     """What is told first."""
     lines, steps = run.lines, run.recipe.get("training", {}).get("steps")
     found = {"steps": f"{lines[-1]['step'] if lines else 0} of {steps}"}
+    model = run.recipe.get("model") or {}
+    if made := model.get("folder") or model.get("make"):
+        found["model"] = made
     found |= {f"layout of {name}": str(at) for name, at in run.layouts.items()}
     if lines:
         found["last loss"] = _number(lines[-1].get("loss"))
-        found["seconds per step"] = _number(sorted(_all(lines, "seconds"))[len(lines) // 2])
+        found["seconds per step, median"] = _number(sorted(_all(lines, "seconds"))[len(lines) // 2])
         found["waiting for data"] = f"{waited_share(lines):.1%} of the time"
-        found |= _work_facts(lines)
+        found |= _work_facts(lines) | _memory_facts(run)
     shown = ("held_out_loss", "questions", "exact_match", "majority_answer")
     for key in (*shown, "exact_match_without_images"):
         if key in run.summary:
@@ -154,15 +158,29 @@ def _facts(run: Run) -> dict[str, str]:
 def _work_facts(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Medians and sums of what steps did."""
     found = {}
-    for key, said in (("tflops_per_rank", "TFLOP/s per rank"), ("mfu", "MFU")):
-        if values := sorted(_all(lines, key)):
-            found[f"{said}, median"] = _number(values[len(values) // 2])
+    if rates := sorted(_all(lines, "tflops_per_rank")):
+        found["rate, median"] = said_rate(rates[len(rates) // 2])
+    if shares := sorted(_all(lines, "mfu")):
+        found["MFU, median"] = f"{shares[len(shares) // 2]:.1%}"
     work = sum(sum(line.get("tflop", {}).values()) for line in lines)
     if repeated := _sum(lines, "tflop_repeated"):
         found["a homogeneous layout would repeat"] = f"{repeated / max(work, 1e-12):.1%} more work"
-    if memory := _all(lines, "peak_memory"):
-        found["peak memory of rank 0"] = f"{max(memory) / 2**30:.3g} GiB"
     return found
+
+
+def _memory_facts(run: Run) -> dict[str, str]:
+    """Of all ranks once the run has ended, of rank 0 before."""
+    ranks = run.summary.get("peak_memory_by_rank")
+    if ranks:
+        most = max(ranks)
+        least = f", {_gib(min(ranks))} on the one with least" if len(ranks) > 1 else ""
+        return {"peak memory": f"{_gib(most)} on rank {ranks.index(most)}{least}"}
+    memory = _all(run.lines, "peak_memory")
+    return {"peak memory of rank 0": _gib(max(memory))} if memory else {}
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.3g} GiB"
 
 
 def _figures(run: Run) -> Iterator[str]:
@@ -171,12 +189,16 @@ def _figures(run: Run) -> Iterator[str]:
         yield "<h2>Curves</h2>"
         yield _figure("curves", figures.curves(lines), "loss, gradient norm and learning rate")
         yield "<h2>Time and work</h2>"
-        said = "seconds per step, and how long it waited for its data"
-        yield _figure("seconds", figures.seconds(lines), said)
+        if times := figures.times_of(lines):
+            yield _figure("split", figures.split(times), "where a step's time goes on rank 0")
+        yield _figure("seconds", figures.seconds(lines), "seconds of each step")
         if "tflop" in lines[0]:
             said = "what the images and tokens of a step need, forward and backward"
             yield _figure("work", figures.work(lines), said)
             yield _figure("rate", figures.rate(lines), "how fast that was")
+        if any(line.get("spread_before") for line in lines):
+            said = "how uneven the encoder replicas' work is: 1 is even"
+            yield _figure("spread", figures.spread(lines), said)
     layouts = run.layouts
     if len(layouts) > 1 and layouts[LANGUAGE].size <= figures.MOST_RANKS:
         yield "<h2>Layouts</h2>"
@@ -202,9 +224,14 @@ def _samples(run: Run) -> Iterator[str]:
         for name in ("samples", "images", "sounds", "tokens")
         if name != "sounds" or _all(run.lines, name)
     }
-    skipped = run.record.get("skipped", {})
-    counts = {f"skipped: {reason}": f"{count:,}" for reason, count in skipped.items()}
-    yield _table({**seen, **(counts or {"skipped": "none"})})
+    skipped: dict[str, str] = {}
+    for what, counts in (
+        ("", run.record.get("skipped")),
+        ("held-out data, ", run.summary.get("held_out_skipped")),
+        ("questions, ", run.summary.get("questions_skipped")),
+    ):
+        skipped |= {f"{what}skipped: {why}": f"{count:,}" for why, count in (counts or {}).items()}
+    yield _table({**seen, **(skipped or {"skipped": "none"})})
 
 
 def _answers(answers: Sequence[Mapping[str, str]]) -> Iterator[str]:

@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rank 0 tells of every step: a line, ``metrics.jsonl``, TensorBoard."""
+"""What rank 0 tells of every step: a line, ``metrics.jsonl``, boards."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron.core.models.mimo.job.reporter import Reporter
 from megatron.core.models.mimo.job.trainer import StepResult, Trainer
+from mimo_colocated.train.boards import Board
+from mimo_colocated.train.clock import PhaseClock, said_times, with_other
 from mimo_colocated.train.data import StepData
 from mimo_colocated.train.numbers import StepNumbers, said
 
 
 class RecipeReporter(Reporter):
-    """Also tells tokens, images or sounds, the work of a step, and how long it waited for its data.
+    """Also tells tokens, images or sounds, the work of a step, and where its time went.
 
     Args:
         out: folder of the results.
@@ -22,7 +24,7 @@ class RecipeReporter(Reporter):
         trainer: of the model, for the gradient norms of its modules.
         data: of the run.
         numbers: count the work.
-        tensorboard: write there, too; the command has looked for the package.
+        boards: are written to, too.
     """
 
     def __init__(
@@ -33,23 +35,26 @@ class RecipeReporter(Reporter):
         data: StepData,
         numbers: StepNumbers,
         *,
-        tensorboard: bool,
+        boards: Sequence[Board],
     ) -> None:
         super().__init__(out, done, trainer.options.steps, 0)
         self._data, self._trainer, self._numbers = data, trainer, numbers
         self._items = "sounds" if "audio" in numbers.shapes.encoders else "images"
-        self._board: Any = _board(out / "tensorboard", done + 1) if tensorboard else None
+        self._boards = boards
+        self._clock = PhaseClock(on_gpu=trainer.device.type == "cuda")
 
     def step(self, done: int, result: StepResult) -> None:
         """Print and record the step after which ``done`` are done."""
-        batch = self._data.last
+        batch, times = self._data.last, self._clock.read()
         self.progress.tokens_per_step = batch.tokens
-        seconds = self.progress.step(
-            done,
-            result.loss,
-            result.grad_norm,
-            lambda seconds: said(self._numbers.of(batch, seconds)),
-        )
+        work: dict[str, Any] = {}
+
+        def line(seconds: float) -> str:
+            work.update(self._numbers.of(batch, seconds), times=with_other(times, seconds))
+            work.update(self._numbers.by_part(work["tflop"], times))
+            return f"{said(work)}  {said_times(work['times'])}"
+
+        seconds = self.progress.step(done, result.loss, result.grad_norm, line)
         values = {
             "loss": result.loss,
             "grad_norm": result.grad_norm,
@@ -61,21 +66,23 @@ class RecipeReporter(Reporter):
             self._items: batch.images,
             "seconds": seconds,
             "waited_s": self._data.waited_s,
-            **self._numbers.of(batch, seconds),
+            "spread_before": {name: before for name, (before, _) in batch.spreads.items()},
+            "spread_after": {name: after for name, (_, after) in batch.spreads.items()},
+            **work,
         }
         if not result.success:
             self.progress.say(f"step {done} skipped: {result.problem}")
         skipped = {} if result.success else {"skipped": result.problem}
         self.metrics.write(done, **values, **skipped)
-        if self._board is not None:
-            for name, value in _scalars(values):
-                self._board.add_scalar(name, value, done)
+        for board in self._boards:
+            board.write(done, dict(_scalars(values)))
 
     def close(self) -> None:
-        """Close the bar and the files."""
+        """Close the bar, the clock and the files."""
+        self._clock.close()
         super().close()
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards:
+            board.close()
 
 
 def _scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -85,10 +92,3 @@ def _scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield from ((f"{name}/{module}", each) for module, each in value.items())
         else:
             yield name, value
-
-
-def _board(folder: Path, first: int) -> Any:
-    """What writes for TensorBoard, from a step on; what was written of later steps goes."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=first)

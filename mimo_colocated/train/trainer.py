@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron.core.models.mimo.data.loader import Microbatch, RankBatch
 from megatron.core.models.mimo.job.packing import packing
 from megatron.core.models.mimo.job.trainer import LossFunction, Runner, StepResult, Trainer
+from mimo_colocated import phases
 from mimo_colocated.train.data import StepData
 
 
@@ -90,4 +91,6 @@ class RecipeTrainer(RecipeRunner, Trainer):
     def microbatches(self, data: StepData, step: int) -> Iterator[Mapping[str, Any]]:
         """Yield what the model is called with in each of a step's microbatches."""
         for microbatch in data.at(step).microbatches:
-            yield self.inputs(microbatch)
+            with phases.during(phases.DATA):
+                made = self.inputs(microbatch)
+            yield made

@@ -20,10 +20,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron.core.models.mimo.data.easy_vqa import EasyVqa
+from mimo_colocated import phases
+from mimo_colocated.train.clock import PARTS
 from mimo_colocated.train.report import write_report
 from tests.faults.starts import LAUNCH_VARIABLES
 from tests.harness import programs
 from tests.unit_tests.mimo.train import strangers
+from tests.unit_tests.mimo.train.traces import phases_of, read_trace
 
 TIMEOUT_S = 500
 STEPS = 20
@@ -85,11 +88,13 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of 8 ranks, vision TP2 DP4 and language TP2 CP2 DP2."""
+    """The run of 8 ranks, vision TP2 DP4 and language TP2 CP2 DP2; two of them record steps."""
     out = tmp_path_factory.mktemp("eight") / "run"
-    done = train(out, EIGHT)
+    done = train(out, EIGHT, "--profile", "3-4", "--profile-ranks", "0,5")
     assert done.code == 0, done.err
     assert "training data: 60 samples, skipped: none" in done.out
+    assert f"wrote {out / 'profile'}, for https://ui.perfetto.dev" in done.out
+    assert re.search(r"step 20/20 .* GFLOP/s per rank .*language \d+%.* left", done.out)
     return out
 
 
@@ -107,6 +112,15 @@ def test_eight_ranks_follow_one_process(alone: Path, eight: Path) -> None:
         assert one["tflop_repeated"] == 0
         assert other["tflop_repeated"] == pytest.approx(other["tflop"]["images"])
         assert "mfu" not in one
+        for line in (one, other):
+            assert sum(line["times"].values()) == pytest.approx(line["seconds"])
+            assert set(line["times"]) == {*PARTS.values(), "other"}
+            assert all(part > 0 for name, part in line["times"].items() if name != "bridge")
+            assert line["times"]["data"] >= line["waited_s"]
+        assert one["spread_before"] == one["spread_after"] == {"images": 1.0}
+        assert other["times"]["bridge"] > 0
+        # Two replicas of the encoder share the images of one of the language model.
+        assert other["spread_before"]["images"] >= other["spread_after"]["images"] >= 1.0
         norms = one["grad_norms"]
         assert norms == pytest.approx(other["grad_norms"], rel=1e-3)
         assert sum(each**2 for each in norms.values()) == pytest.approx(one["grad_norm"] ** 2)
@@ -141,7 +155,35 @@ def test_tensorboard_has_the_same_numbers(alone: Path) -> None:
     assert [step for step, _ in found] == list(range(1, STEPS + 1))
     # Events are in float32.
     assert [value for _, value in found] == pytest.approx(losses(alone), rel=1e-6)
-    assert {"tflop/images", "grad_norms/language", "peak_memory"} <= set(events.Tags()["scalars"])
+    names = {"tflop/images", "grad_norms/language", "peak_memory", "times/encoder"}
+    assert names | {"spread_after/images"} <= set(events.Tags()["scalars"])
+
+
+def test_a_trace_names_the_phases(eight: Path) -> None:
+    """In the order of a step, each within its step, operators within them, on either rank."""
+    assert sorted(path.name for path in (eight / "profile").iterdir()) == [
+        "steps_3-4.rank_0.json.gz",
+        "steps_3-4.rank_5.json.gz",
+    ]
+    for path in (eight / "profile").iterdir():
+        steps, spans = read_trace(path)
+        assert [step.name for step in steps] == ["step 3", "step 4"]
+        for step in steps:
+            found = phases_of(step, spans)
+            names = [span.name for span in found if span.name != phases.BETWEEN]
+            assert list(dict.fromkeys(names)) == [
+                *(phases.DATA, phases.ENCODER_FORWARD, phases.BRIDGE_FORWARD),
+                *(phases.LANGUAGE_FORWARD, phases.LANGUAGE_BACKWARD, phases.BRIDGE_BACKWARD),
+                *(phases.ENCODER_BACKWARD, phases.FINALIZE, phases.OPTIMIZER),
+            ]
+            for name in (phases.ENCODER_FORWARD, phases.LANGUAGE_FORWARD):
+                within = {
+                    operator.name
+                    for span in found
+                    for operator in spans.operators
+                    if span.name == name and span.holds(operator)
+                }
+                assert "aten::mm" in within or "aten::addmm" in within
 
 
 def answers(out: Path) -> list[dict[str, str]]:
@@ -229,10 +271,13 @@ def test_what_is_left_beside_a_run(eight: Path) -> None:
     assert record["layouts"]["language"]["cp"] == 2
     assert record["skipped"] == {}
     page = (eight / "report.html").read_text()
-    assert page.count("<img ") == 5
+    assert page.count("<img ") == 7
     assert f"of {len(answers(eight))} are right" in page
     assert record["versions"]["transformers"] == transformers.__version__
     assert set(record["git"]) == {"commit", "changed"}
+    memory = json.loads((eight / "summary.json").read_text())["peak_memory_by_rank"]
+    assert len(memory) == 8
+    assert f"{max(memory) / 2**30:.3g} GiB on rank {memory.index(max(memory))}" in page
 
 
 def resumed(run: Path, to: Path, changes: dict[str, Any]) -> SimpleNamespace:

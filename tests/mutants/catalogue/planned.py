@@ -101,4 +101,37 @@ PLANNED = (
         tests=(_TESTS + "test_plan_candidates.py::test_what_does_not_fit_gets_a_policy",),
         why="everything is recomputed where a little would have been enough",
     ),
+    Mutant(
+        name="the-encoders-backward-pass-is-time-of-the-bridge",
+        file="mimo_colocated/train/clock.py",
+        old='phases.ENCODER_BACKWARD: "encoder",',
+        new='phases.ENCODER_BACKWARD: "bridge",',
+        tests=(UNIT + "train/test_clock.py::test_the_parts_of_a_step",),
+        why="the bridge is blamed for what the encoder takes",
+    ),
+    Mutant(
+        name="the-host-waits-at-every-mark",
+        file="mimo_colocated/train/clock.py",
+        old="        event.record()\n",
+        new="        event.record()\n        event.synchronize()\n",
+        tests=(UNIT + "train/test_clock.py::test_the_parts_of_a_step",),
+        why="measuring a GPU's step makes it slower",
+    ),
+    Mutant(
+        name="a-phase-goes-on-in-another-thread",
+        file="mimo_colocated/train/tracing.py",
+        old='event["dur"] = min(event["dur"], following["ts"] - event["ts"])',
+        new='event["dur"] = min(event["dur"], following["dur"])',
+        tests=(UNIT + "train/test_tracing.py::test_a_phase_ends_where_the_next_begins_whatever_the"
+               "_thread",),
+        why="a viewer shows the language model's forward pass until the end of the backward pass",
+    ),
+    Mutant(
+        name="a-short-sound-is-embedded-as-a-short-one",
+        file=_PLAN + "flops.py",
+        old="(shape.embedded or shape.tokens)",
+        new="shape.tokens",
+        tests=(UNIT + "train/test_numbers.py::test_a_sound_without_rows_is_embedded_as_any_other",),
+        why="the work on padded spectra is not seen",
+    ),
 )

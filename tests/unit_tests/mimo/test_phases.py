@@ -64,6 +64,23 @@ def test_the_phase_before_comes_back_but_not_after_an_error():
     assert phases.here().phase == phases.SAVE
 
 
+def test_observers_are_told_of_every_mark_until_they_stop():
+    told = []
+    phases.observe(told.append)
+    with phases.during(phases.DATA):
+        phases.mark(phases.ENCODER_FORWARD, 3)
+        phases.mark(phases.ENCODER_FORWARD)
+    phases.stop_observing(told.append)
+    phases.stop_observing(told.append)
+    phases.mark(phases.OPTIMIZER)
+    assert told == [
+        phases.DATA,
+        phases.ENCODER_FORWARD,
+        phases.ENCODER_FORWARD,
+        phases.START,
+    ]
+
+
 def test_a_wait_is_noted_while_it_lasts_and_after_an_error():
     with phases.waiting("receive", [4], "pp"):
         assert phases.here().wait == Wait("receive", (4,), "pp")

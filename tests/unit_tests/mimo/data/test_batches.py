@@ -66,7 +66,8 @@ def test_items_are_shared_out_by_cost() -> None:
     (plan,) = plan_batch([80] * 4, item_rows(rows), cut(1), {"images": [((0, 1), (0,))]}, COST)
     (share,) = plan.shares["images"]
     assert [items.tolist() for items in share.items] == [[[0, 0]], [[1, 0], [1, 1], [2, 0], [3, 0]]]
-    assert 1.0 < share.spread < 1.4
+    assert 1.0 < share.after < share.before < 1.4
+    assert share.work == COST(np.concatenate(rows)).sum()
     # A cost that only counts rows puts them elsewhere: the linear term decides.
     linear = TokenCost(10**6)
     (plan,) = plan_batch([80] * 4, item_rows(rows), cut(1), {"images": [((0, 1), (0,))]}, linear)

@@ -122,6 +122,14 @@ def test_each_image_is_opened_by_one_rank(made, layout: str, packed: bool) -> No
     assert ranks[0].images == wanted.total()
     assert ranks[0].rows.tolist() == [ROWS] * wanted.total()
     assert ranks[0].tokens == int(ranks[0].batch.lengths.sum())
+    by_replica = {
+        job.images.coords(rank)["dp"]: len(reader.opened) for rank, reader in enumerate(job.readers)
+    }
+    for rank, found in enumerate(ranks):  # images of one size: their number is the work
+        own = [by_replica[dp] for dp in job.bridge.group_of(rank).src_dps.tolist()]
+        before, after = found.spreads["images"]
+        assert after == pytest.approx(max(own) * len(own) / sum(own) if sum(own) else 1)
+        assert before >= after
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -24,6 +24,7 @@ from mimo_colocated.train import data, job
 from mimo_colocated.train.answers import Answer, majority
 from mimo_colocated.train.job import RecipeJob, RecipeLoop, RunOptions
 from mimo_colocated.train.makers import train_tokenizer
+from mimo_colocated.train.profile_steps import Profile
 from mimo_colocated.train.recipe import (
     DataPart,
     ModelPart,
@@ -118,7 +119,7 @@ def made(place: Path, held_out: list[SourcePart]) -> RecipeJob:
     recipe = Recipe(
         "mine", ModelPart(str(place)), parts, TrainingPart(1, 1), RunPart(str(place / "run"))
     )
-    return RecipeJob(recipe, place, {}, cast(Any, None), fresh=False)
+    return RecipeJob(recipe, place, {}, cast(Any, None), fresh=False, profile=None)
 
 
 @pytest.fixture
@@ -152,6 +153,7 @@ def recipe_loop(out: Path, *, fresh: bool, steps: int = 1, before: int = 1) -> A
     was = dataclasses.replace(recipe, training=TrainingPart(before, 1))
     found = object.__new__(RecipeLoop)
     found.options, found.rank = RunOptions.of(recipe, fresh=fresh), 0
+    found._profile = None
     extra = {"options": {"recipe": dataclasses.asdict(was)}}
     manifest = SimpleNamespace(step=1, extra=extra)
     there = found.options.out / "checkpoints"
@@ -199,6 +201,10 @@ def test_what_a_run_left_is_set_aside_whole(left: Path) -> None:
 def test_a_refused_run_changes_nothing_of_the_one_that_is_there(left: Path) -> None:
     with pytest.raises(JobError, match=r"holds a run with training\.steps=2, this one has 1"):
         recipe_loop(left, fresh=False, before=2).start()
+    done_already = recipe_loop(left, fresh=False)
+    done_already._profile = Profile(1, 4, None)
+    with pytest.raises(JobError, match="goes on after step 1; give steps from 2 on, or --fresh"):
+        done_already.start()
     assert {(left / name).read_text() for name in LEFT if "." in name} == {"old"}
     assert recipe_loop(left, fresh=False).start() == 1
     assert (left / "recipe.yaml").read_text().startswith("name: mine")

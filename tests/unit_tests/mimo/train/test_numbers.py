@@ -22,7 +22,7 @@ from megatron.core.models.mimo.plan.step_flops import Frozen, homogeneous_runs, 
 from mimo_colocated.launch.layouts import Layout
 from mimo_colocated.train import numbers
 from mimo_colocated.train.numbers import StepNumbers, said
-from tests.unit_tests.mimo.huggingface import harness, llava_models, models, qwen_vl_models
+from tests.unit_tests.mimo.huggingface import harness, llava_models, models, qwen_vl_models, sounds
 
 # Both count products of matrices. Ours leave out rotary frequencies, PyTorch's the input gradients
 # of the first layer where nothing before it trains.
@@ -34,7 +34,7 @@ SHAPES = Shapes(LanguageShape(STACK, 100), {"images": EncoderShape(STACK, 17, 16
 def batch_of(lengths: Sequence[int], rows: Sequence[int]) -> RankBatch:
     places = np.arange(len(lengths))
     batch = GlobalBatch(0, len(lengths), places, places, np.array(lengths))
-    return RankBatch(batch, (), len(rows), sum(lengths), np.array(rows, dtype=np.int64))
+    return RankBatch(batch, (), len(rows), sum(lengths), np.array(rows, dtype=np.int64), {})
 
 
 @pytest.fixture
@@ -102,7 +102,18 @@ def of_qwen_vl(name: str) -> tuple[harness.Task, list[int]]:
 
 
 def of_text(name: str) -> tuple[harness.Task, list[int]]:
-    return harness.text_task(models.SPARSE[name](), models.VOCABULARY), []
+    model = {**models.DENSE, **models.SPARSE}[name]()
+    return harness.text_task(model, models.VOCABULARY), []
+
+
+def of_sounds(_name: str) -> tuple[harness.Task, list[int]]:
+    """Sounds of several lengths, none with a last frame that becomes no row: rows do not tell it.
+
+    Of a real sound it is one of hundreds.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sounds, "LENGTHS", [40, 16, 24, 4, 32, 20, 8, 36])
+        return sounds.task(), [steps // 4 for steps in sounds.LENGTHS]
 
 
 FAMILIES = {
@@ -110,7 +121,8 @@ FAMILIES = {
     "clip-qwen3": of_llava,  # its projector reads four hidden states
     "siglip2-llama": of_llava,
     **dict.fromkeys(qwen_vl_models.MODELS, of_qwen_vl),
-    "mixtral": of_text,
+    "qwen2-audio": of_sounds,
+    **dict.fromkeys([*models.DENSE, *models.SPARSE], of_text),
 }
 
 
@@ -157,6 +169,21 @@ def test_an_item_of_another_size_is_counted_by_its_rows() -> None:
     assert flops(32)["images"] > 2.05 * flops(16)["images"]
 
 
+def test_a_sound_without_rows_is_embedded_as_any_other() -> None:
+    """By two convolutions, of which the second one's inputs have gradients."""
+    audio = EncoderShape(STACK, 20, 10, 60, 64, 0, embedded=20, inner=24)
+    shapes = Shapes(SHAPES.language, {"audio": audio})
+
+    def flops(*rows: int, freeze: Sequence[str] = ()) -> float:
+        frozen = Frozen.of(freeze, shapes)
+        return step_flops(shapes, [5], {"audio": rows}, frozen, causal=True)["audio"]
+
+    forward = 2 * 20 * 60 * 64
+    assert flops(0) == forward * (2 + 24 / 60)
+    assert flops(0, freeze=["audio.encoder"]) == forward
+    assert flops(0, 5) - 2 * flops(0) == pytest.approx((flops(0, 10) - 2 * flops(0)) / 2, rel=0.1)
+
+
 def test_names_of_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'vision' is none of language, images, images\.encoder"):
         Frozen.of(["vision"], SHAPES)
@@ -183,6 +210,17 @@ def test_what_is_told_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert known["mfu"] == pytest.approx(sum(flops.values()) / 2.0 / 1e9)
     assert said(known).endswith(f", {known['mfu']:.1%} MFU")
     assert known["tflop_repeated"] == 0
+
+
+def test_each_part_has_its_own_rate() -> None:
+    """In its own time, shared by all encoders; a language model alone has no other."""
+    frozen, tflop = Frozen.of((), SHAPES), {"images": 3.0, "sounds": 1.0, "language": 12.0}
+    times = {"encoder": 0.5, "language": 2.0, "other": 3.0}
+    known = StepNumbers(SHAPES, Layout(dp=2), frozen, peak=8e12).by_part(tflop, times)
+    assert known["tflops_per_rank_of"] == {"encoder": 4.0, "language": 3.0}
+    assert known["mfu_of"] == {"encoder": 0.5, "language": 0.375}
+    alone = StepNumbers(SHAPES, Layout(), frozen, peak=None).by_part({"language": 2.0}, times)
+    assert alone == {"tflops_per_rank_of": {"language": 1.0}}
 
 
 def test_the_homogeneous_way_repeats_items_over_cp_alone() -> None:

@@ -18,6 +18,7 @@ from mimo_colocated.launch.errors import JobError
 from mimo_colocated.launch.layouts import Layout
 from mimo_colocated.train import command, plan
 from mimo_colocated.train.checks import DATA_KINDS
+from mimo_colocated.train.profile_steps import Profile
 from mimo_colocated.train.reading import as_yaml, describe_shipped, read_recipe, shipped
 from mimo_colocated.train.recipe import Recipe, TrainingPart
 from mimo_colocated.train.record import git_state
@@ -70,6 +71,7 @@ WHOLE: dict[str, Any] = {
         "out": "runs/mine",
         "export": False,
         "tensorboard": True,
+        "wandb": "ours",
         "backend": "gloo",
         "timeout": 60,
     },
@@ -324,6 +326,29 @@ def test_the_command_line(file: Path, capsys: pytest.CaptureFixture[str]) -> Non
         typed(str(file), "--nodes", "0")
     with pytest.raises(JobError, match="spans 8 ranks, but the job has 4; set layout.language"):
         command._parse(["train", str(file)], 4)
+
+
+def test_steps_to_record(file: Path) -> None:
+    assert typed(str(file)).profile is None
+    given = typed(str(file), "--profile", "2-3", "--profile-ranks", "5,1")
+    assert given.profile == Profile(2, 3, (1, 5))
+    assert given.named == f"{file} --profile 2-3 --profile-ranks 1,5"
+    assert typed(str(file), "--profile", "10").profile == Profile(10, 10, (0,))
+    with pytest.raises(JobError, match=r"--profile 9-11: the run has training\.steps=10"):
+        typed(str(file), "--profile", "9-11")
+    with pytest.raises(JobError, match="--profile-ranks names rank 8, and the run has 8"):
+        typed(str(file), "--profile", "1", "--profile-ranks", "8")
+    with pytest.raises(JobError, match="--profile-ranks is of --profile STEPS; give both"):
+        typed(str(file), "--profile-ranks", "all")
+
+
+def test_wandb_is_looked_for_before_ranks_start(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(errors, "_is_installed", lambda name: name != "wandb")
+    assert typed(str(file), "--set", "run.wandb=''").recipe.run.wandb == ""
+    with pytest.raises(JobError, match="package is missing: wandb; .* leave run.wandb empty"):
+        typed(str(file))
 
 
 def test_tensorboard_is_looked_for_before_ranks_start(

@@ -14,15 +14,20 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
+from megatron.core.models.mimo.job.plots import draw_series
 from mimo_colocated.cli.main import main
 from mimo_colocated.launch import errors
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.train.report import ANSWERS, write_report
+from mimo_colocated.train.report_figures import times_of
 
 LOADING = {"src", "href", "srcset", "poster", "data", "action", "background", "xlink:href"}
 NAMESPACES = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
 WORK = {"images": 0.5, "language": 2.0}
+TIMES = {"data": 0.5, "encoder": 0.4, "bridge": 0.02, "language": 0.9, "gradients": 0.1,
+         "optimizer": 0.05, "other": 0.03}  # fmt: skip
 LINES = [
     {
         "step": step,
@@ -38,6 +43,9 @@ LINES = [
         "tflop_repeated": 0.5,
         "tflops_per_rank": 0.3125,
         "peak_memory": 2**31,
+        "times": TIMES,
+        "spread_before": {"images": 1.5},
+        "spread_after": {"images": 1.1},
     }
     for step in range(1, 5)
 ]
@@ -58,7 +66,7 @@ RECORD = {
     },
     "skipped": {"too_long": 1234},
 }
-FIGURES = ["curves", "seconds", "work", "rate", "layout"]
+FIGURES = ["curves", "split", "seconds", "work", "rate", "spread", "layout"]
 CODE = '<script src="http://elsewhere/x.js"></script>'
 
 
@@ -75,7 +83,9 @@ def leave(place: Path) -> Path:
     (place / "run.json").write_text(json.dumps(RECORD))
     cut = json.dumps(LINES[0])[:20]  # a run that is writing its next line
     (place / "metrics.jsonl").write_text("\n".join([*map(json.dumps, LINES), cut]))
-    (place / "summary.json").write_text(json.dumps({"exact_match": 0.625, "questions": 30}))
+    skipped = {"held_out_skipped": {}, "questions_skipped": {"no_supervision": 5}}
+    summary = {"exact_match": 0.625, "questions": 30, **skipped}
+    (place / "summary.json").write_text(json.dumps(summary))
     answers = {"answers": [said(number) for number in range(30)]}
     (place / "answers.json").write_text(json.dumps(answers))
     return place
@@ -176,14 +186,15 @@ def test_what_the_page_tells(written: str) -> None:
     rows = dict(zip(texts, texts[1:], strict=False))
     assert rows["steps"] == "4 of 9"
     assert rows["last loss"] == "1.5"
-    assert rows["seconds per step"] == "2"
+    assert rows["seconds per step, median"] == "2"
     assert rows["waiting for data"] == "25.0% of the time"
     assert rows["a homogeneous layout would repeat"] == "20.0% more work"
-    assert rows["TFLOP/s per rank, median"] == "0.3125"
+    assert rows["rate, median"] == "0.312 TFLOP/s per rank"
     assert rows["peak memory of rank 0"] == "2 GiB"
     assert rows["layout of language"] == "tp=2,cp=2,dp=2"
     assert (rows["samples seen"], rows["images seen"], rows["tokens seen"]) == ("32", "40", "600")
     assert rows["skipped: too_long"] == "1,234"
+    assert rows["questions, skipped: no_supervision"] == "5"
     assert rows["torch"] == "2.99"
     assert rows["commit"] == "abc123, 1 files changed"
     assert rows["exact match"] == "0.625"
@@ -246,3 +257,21 @@ def test_the_page_is_whole_or_what_it_was(folder: Path, monkeypatch: pytest.Monk
         write_report(folder)
     assert (folder / "report.html").read_bytes() == before
     assert not list(folder.glob(".report*"))
+
+
+def test_a_series_has_the_colour_and_the_name_that_it_is_given() -> None:
+    axes = Figure().subplots()
+    lines = [{"step": step, "value": 1.0 + step} for step in range(50)]
+    draw_series(axes, lines, "value", colour="#123456", label="it")
+    named = [line for line in axes.get_lines() if line.get_label() == "it"]
+    assert [line.get_color() for line in named] == ["#123456"]
+    assert len(axes.get_lines()) == 2  # with the mean of many
+
+
+def test_the_first_step_is_no_usual_one() -> None:
+    """It is left out of the mean, and does not make the others flat."""
+    usual = {"times": {"language": 1.0, "data": 0.5}}
+    lines = [{"step": 1, "times": {"language": 9.0}}, *({"step": n, **usual} for n in (2, 3))]
+    assert times_of(lines) == usual["times"]
+    assert times_of(lines[:1]) == {"language": 9.0}
+    assert times_of([{"step": 1, "seconds": 1.0}]) == {}

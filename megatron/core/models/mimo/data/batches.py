@@ -106,14 +106,18 @@ class ItemShare:
         items: of each encoder replica, in the order in which it encodes them: int64 ``(n, 2)``,
             sample of the global batch, item of the sample.
         held: rows of the group that each encoder replica makes, for ``plan_routes``.
-        spread: work of the replica with most over the mean; 1 is even.
+        work: of all of its items, by their cost.
+        before, after: work of the replica with most over the mean, with items evenly shared out by
+            number and as they are shared out; 1 is even.
     """
 
     encoders: tuple[int, ...]
     languages: tuple[int, ...]
     items: tuple[np.ndarray, ...]
     held: tuple[Runs, ...]
-    spread: float
+    work: float
+    before: float
+    after: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,5 +272,7 @@ def _share(
         languages=tuple(languages),
         items=tuple(numbers[own] for own in plan.assignment),
         held=tuple(plan.held_rows()),
-        spread=plan.after,
+        work=float(cost(tokens).sum()),
+        before=plan.before,
+        after=plan.after,
     )

@@ -106,6 +106,8 @@ class RankBatch:
         images: items of the global batch.
         tokens: of the global batch, padding left out.
         rows: of each item of the global batch, int64 ``(images,)``.
+        spreads: modality -> work of the encoder replica with most over the mean, in this rank's
+            exchange group: with items shared out by number, and as they are.
     """
 
     batch: GlobalBatch
@@ -113,6 +115,7 @@ class RankBatch:
     images: int
     tokens: int
     rows: np.ndarray
+    spreads: Mapping[str, tuple[float, float]]
 
     def only(self, count: int) -> RankBatch:
         """Return it with the loss of its first ``count`` samples alone: the rest fills it up."""
@@ -162,6 +165,10 @@ class RankBatches:
             images=len(items.rows),
             tokens=int(batch.lengths.sum()),
             rows=items.rows,
+            spreads={
+                modality: _spread([plan.shares[modality][0] for plan in plans])
+                for modality in side.encoders
+            },
         )
 
     def _of(self, batch: GlobalBatch, place: int) -> tuple[Any, int]:
@@ -223,6 +230,15 @@ class RankBatches:
             for replica in share.languages
         ]
         return plan_routes(encoder.layout, self._side.rank, tokens, share.held)
+
+
+def _spread(shares: Sequence[ItemShare]) -> tuple[float, float]:
+    """Before and after, over microbatches: in each the others wait for the replica with most."""
+    work = sum(share.work for share in shares)
+    if not work:
+        return 1.0, 1.0
+    before = sum(share.before * share.work for share in shares) / work
+    return before, sum(share.after * share.work for share in shares) / work
 
 
 class Ahead:

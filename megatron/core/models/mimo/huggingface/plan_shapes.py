@@ -85,7 +85,7 @@ def _encoder(part: EncoderPart, width: int, item_tokens: int) -> EncoderShape:
         patch = 6 * config.num_mel_bins + 3 * stack.hidden
         return EncoderShape(
             stack, tokens, tokens // 2, patch, stack.hidden, 0,
-            sequence_parallel=part.sequence_parallel,
+            sequence_parallel=part.sequence_parallel, embedded=tokens, inner=3 * stack.hidden,
         )  # fmt: skip
     return _images(part, stack, width)
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from mimo_colocated.launch.errors import write_atomically
 
@@ -54,26 +55,39 @@ def plot_loss(
     save_figure(figure, path, "the loss curve")
 
 
-def draw_series(axes: Axes, metrics: Sequence[Mapping[str, Any]], name: str) -> None:
+def draw_series(
+    axes: Axes,
+    metrics: Sequence[Mapping[str, Any]],
+    name: str,
+    *,
+    colour: str = RIGHT,
+    label: str = "",
+) -> None:
     """Draw one value over the steps, in log scale where it spans a decade; a moving mean of many.
 
     Args:
         axes: to draw on.
         metrics: lines of ``metrics.jsonl`` with ``step``.
         name: of the value; lines without it are left out.
+        colour: of the line.
+        label: in the legend; empty for none.
     """
     points = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
     if points:
         steps, values = np.array(points).T
         smooth = len(values) >= 40
-        axes.plot(
-            steps, values, color=RIGHT, lw=0.8 if smooth else 1.6, alpha=0.35 if smooth else 1
+        (line,) = axes.plot(
+            steps, values, color=colour, lw=0.8 if smooth else 1.6, alpha=0.35 if smooth else 1
         )
         if smooth:
-            axes.plot(steps, _moving_mean(values, 15), color=RIGHT, lw=1.8)
-        if values.min() > 0 and values.max() >= 10 * values.min():
+            (line,) = axes.plot(steps, _moving_mean(values, 15), color=colour, lw=1.8)
+        line.set_label(label)
+        decades = np.log10(values.max() / values.min()) if values.min() > 0 else 0
+        if decades >= 1:
             # Of less than a decade a log scale would have one label, or none.
             axes.set_yscale("log")
+            if decades < 3:
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("")
     axes.grid(True, which="both", color="#d0d7de", lw=0.5)

@@ -116,7 +116,7 @@ def language_flops(shape: LanguageShape, lengths: Sequence[int], causal: bool = 
 
 def patch_flops(shape: EncoderShape, items: float) -> float:
     """Return FLOPs of the embedding of so many items' patches."""
-    return 2 * items * shape.tokens * shape.patch * shape.stack.hidden
+    return 2 * items * (shape.embedded or shape.tokens) * shape.patch * shape.stack.hidden
 
 
 def projector_flops(shape: EncoderShape, items: float, width: int) -> float:

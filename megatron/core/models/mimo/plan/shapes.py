@@ -138,6 +138,8 @@ class EncoderShape:
         window: tokens that attend to one another; 0 for all of an item's.
         full_layers: layers that attend to all tokens of an item in spite of the window.
         sequence_parallel: TP ranks cut its tokens between products.
+        embedded: tokens that the embedding makes of every item, however few it has; 0 for its own.
+        inner: of ``patch``, those that are outputs of a layer themselves (two convolutions).
 
     Raises:
         ValueError: a size that is not positive, or more rows than tokens.
@@ -153,6 +155,8 @@ class EncoderShape:
     window: int = 0
     full_layers: int = 0
     sequence_parallel: bool = False
+    embedded: int = 0
+    inner: int = 0
 
     def __post_init__(self) -> None:
         for name in ("tokens", "rows", "patch", "row"):

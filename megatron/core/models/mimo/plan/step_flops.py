@@ -81,7 +81,7 @@ def step_flops(
     """
     found = {
         name: sum(
-            items * _item_flops(name, _sized(shape, own), shapes.width, frozen)
+            items * _item_flops(name, shape, own, shapes.width, frozen)
             for own, items in Counter(rows.get(name, ())).items()
         )
         for name, shape in shapes.encoders.items()
@@ -100,19 +100,26 @@ def _sized(shape: EncoderShape, rows: int) -> EncoderShape:
     return replace(shape, rows=rows, tokens=rows * (shape.tokens // shape.rows))
 
 
-def _item_flops(name: str, shape: EncoderShape, width: int, frozen: Frozen) -> float:
-    """FLOPs of one item, forward and backward."""
+def _item_flops(name: str, shape: EncoderShape, rows: int, width: int, frozen: Frozen) -> float:
+    """FLOPs of one item, forward and backward; one without rows is embedded all the same."""
     encoder, projector = frozen.trains(name, "encoder"), frozen.trains(name, "projector")
+    embedding = _embedding_flops(_sized(shape, max(rows, 1)), trained=encoder)
+    if not rows:
+        return embedding
+    shape = _sized(shape, rows)
     whole = encoder_flops(shape, 1, width)
     layers = Flops(whole.layers, whole.attention, 0.0)
-    patches = Flops(0.0, 0.0, patch_flops(shape, 1))
     joined = Flops(0.0, 0.0, projector_flops(shape, 1, width))
-    # Pixels have no gradients.
-    return (
-        layers.of_step(encoder)
-        + patches.of_step(encoder, through=False)
-        + joined.of_step(projector, through=encoder)
-    )
+    joined_flops = joined.of_step(projector, through=encoder)
+    return layers.of_step(encoder) + embedding + joined_flops
+
+
+def _embedding_flops(shape: EncoderShape, *, trained: bool) -> float:
+    """FLOPs of an item's patches; pixels have no gradients, outputs of a first layer have."""
+    patches = Flops(0.0, 0.0, patch_flops(shape, 1))
+    inner = Flops(0.0, 0.0, patch_flops(shape, 1) * shape.inner / shape.patch)
+    through = inner.of_step(trained) - inner.of_step(trained, through=False)
+    return patches.of_step(trained, through=False) + through
 
 
 def homogeneous_runs(language: Layout) -> int:
