@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -46,10 +46,13 @@ from mimo_colocated.train.data import (
 from mimo_colocated.train.makers import make_model
 from mimo_colocated.train.numbers import StepNumbers
 from mimo_colocated.train.plan import check_model
-from mimo_colocated.train.recipe import Recipe
+from mimo_colocated.train.recipe import LossyPart, Recipe
 from mimo_colocated.train.record import write_record
 from mimo_colocated.train.reporting import RecipeReporter
 from mimo_colocated.train.trainer import RecipeTrainer
+
+if TYPE_CHECKING:
+    from megatron.core.models.mimo.lossy.install import LossyLinks
 
 # Fields of a recipe that may not change in mid-run: it would train on other data than recorded.
 _FIXED = (
@@ -57,7 +60,10 @@ _FIXED = (
     *(f"data.{name}" for name in ("train", "max_tokens", "sequences", "capacity")),
     *(f"training.{name}" for name in ("steps", "global_batch_size", "lr", "min_lr")),
     *(f"training.{name}" for name in ("warmup_steps", "weight_decay", "seed")),
+    *(f"lossy.{name}" for name in ("rules", "seed")),
 )
+_WITHOUT = {"lossy": dataclasses.asdict(LossyPart())}
+"""What sections were in runs that were saved before they came."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ class RecipeLoop(TrainingLoop):
         opened: what is trained on.
     """
 
-    results = (*TrainingLoop.results, "recipe.yaml", "run.json", "exported")
+    results = (*TrainingLoop.results, "recipe.yaml", "run.json", "links.json", "exported")
 
     def __init__(
         self,
@@ -169,7 +175,8 @@ class RecipeLoop(TrainingLoop):
         """
         for name in _FIXED:
             section, field = name.split(".")
-            was, new = before["recipe"].get(section, {}).get(field), now["recipe"][section][field]
+            then = before["recipe"].get(section, _WITHOUT.get(section, {}))
+            was, new = then.get(field), now["recipe"][section][field]
             if was != new:
                 raise JobError(
                     f"{self.options.out} holds a run with {name}={was}, this one has {new}; give "
@@ -221,6 +228,7 @@ class RecipeJob:
         batches = RankBatches(stream, self.opened.sources, side)
         self.data = StepData(batches, training.steps, data.ahead)
         self.loop = RecipeLoop(options, self.trainer, self.data, requests, self.opened)
+        self.links = self._lossy_links()
 
     def run(self) -> None:
         """Train, export, evaluate, and say how it went."""
@@ -235,6 +243,8 @@ class RecipeJob:
             "versions": versions(),
             **self.loop.found(),
         }
+        if self.links is not None:
+            summary["lossy"] = self._write_links(self.links)
         if self.recipe.run.export:
             to_folder(self.trainer.built, out / "exported", overwrite=True)  # type: ignore[arg-type]
             if self._text is not None and self.loop.rank == 0:
@@ -243,7 +253,8 @@ class RecipeJob:
         if self.recipe.data.held_out:
             summary["held_out_skipped"] = self._held_out.skipped()
             summary["questions_skipped"] = self._questions.skipped()
-            summary |= self._evaluate()
+            with self._links_of_evaluation():
+                summary |= self._evaluate()
         if self.loop.rank == 0:
             write_summary(out / "summary.json", summary)
             # Here: no other rank draws, and the library for it takes long to import.
@@ -324,6 +335,31 @@ class RecipeJob:
             if count:
                 said = ", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "none"
                 self.loop.say(f"{name}: {count} samples, skipped: {said}")
+
+    # ---- links that lose packets ----------------------------------------------------------
+
+    def _lossy_links(self) -> LossyLinks | None:
+        """Install them, saved along with the run; nothing is imported without."""
+        part = self.recipe.lossy
+        if not part.rules:
+            return None
+        from mimo_colocated.train import lossy
+
+        links = lossy.install(part, self.trainer.model)
+        self.loop.store.rank_state = links
+        self.loop.say(lossy.sentence(links, part.evaluation))
+        return links
+
+    def _links_of_evaluation(self) -> contextlib.AbstractContextManager[None]:
+        if self.links is None or self.recipe.lossy.evaluation == "lossy":
+            return contextlib.nullcontext()
+        return self.links.lossless()
+
+    def _write_links(self, links: LossyLinks) -> dict[str, Any]:
+        from mimo_colocated.train import lossy
+
+        out, recipe = Path(self.recipe.run.out), self.recipe
+        return lossy.write_counts(out / "links.json", links, recipe.training.steps, recipe.lossy)
 
     # ---- evaluation -----------------------------------------------------------------------
 

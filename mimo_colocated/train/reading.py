@@ -31,12 +31,14 @@ def describe_shipped() -> str:
     )
 
 
-def read_recipe(named: str, changes: Sequence[str] = ()) -> Recipe:
+def read_recipe(named: str, changes: Sequence[str] = (), lossy: str | None = None) -> Recipe:
     """Return the recipe of a name or a file, with fields set to other values.
 
     Args:
         named: one that ships, or the path of a YAML file.
         changes: ``path.to.field=value``; a value is YAML. Lists are reached by number.
+        lossy: links that lose packets, in place of the recipe's: a preset's name, or the path of a
+            YAML file with the fields of ``lossy``.
 
     Raises:
         JobError: no such recipe, a field that there is not, or a value of another type.
@@ -46,11 +48,14 @@ def read_recipe(named: str, changes: Sequence[str] = ()) -> Recipe:
     text = _text(named)
     try:
         values = yaml.safe_load(text)
+        links = None if lossy is None else _links(lossy, yaml)
         edits = [_change(change, yaml) for change in changes]
     except yaml.YAMLError as error:
         raise JobError(f"{named} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise JobError(f"{named} holds {type(values).__name__}, not the fields of a recipe")
+    if links is not None:
+        values["lossy"] = links
     for path, value in edits:
         _set(values, path, value)
     for problem in _unknown(Recipe, values, ""):
@@ -83,6 +88,23 @@ def _text(named: str) -> str:
             "of a .yaml file"
         )
     return found[named]
+
+
+def _links(named: str, yaml: Any) -> dict[str, Any]:
+    """Links as ``--lossy`` names them; a name is a preset, for all that sends over TP or a bridge.
+
+    Raises:
+        JobError: no such file, or it holds something else.
+    """
+    if Path(named).suffix not in (".yaml", ".yml"):
+        return {"rules": [{"loss": named}]}
+    try:
+        values = yaml.safe_load(_text(named))
+    except yaml.YAMLError as error:
+        raise JobError(f"{named} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict) or "rules" not in values:
+        raise JobError(f"{named} has no rules; docs/lossy.md shows such a file")
+    return values
 
 
 def _change(change: str, yaml: Any) -> tuple[list[str], Any]:

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Links of a recipe that lose packets: what its words mean, and what is refused before a rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron.core.models.mimo.lossy.loss_models import (
+    PRESETS,
+    Bernoulli,
+    GilbertElliott,
+    from_loss_and_burst,
+    preset,
+)
+from megatron.core.models.mimo.lossy.spec import LinkRule, LossySpec
+from mimo_colocated.launch.errors import JobError
+from mimo_colocated.train.checks import LINK_PRESETS
+from mimo_colocated.train.lossy import spec_of, speed_of
+from mimo_colocated.train.recipe import LinkPart, LossyPart, SpeedPart
+
+
+def test_the_presets_are_those_of_the_room() -> None:
+    assert set(LINK_PRESETS) == set(PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("words", "model"),
+    [
+        ("short_2percent", preset("short_2percent")),
+        ({"rate": 0.1}, Bernoulli(0.1)),
+        ({"rate": 1, "unit": "message"}, Bernoulli(1, "message")),
+        ({"p_gb": 0.1, "p_bg": 0.2, "loss_bad": 0.5}, GilbertElliott(0.1, 0.2, 0.0, 0.5)),
+        ({"loss": 0.1, "burst": 4}, from_loss_and_burst(0.1, 4)),
+    ],
+)
+def test_words_are_loss_models(words: Any, model: Any) -> None:
+    rules = (LinkRule("*", model), LinkRule("up", model, ("backward",), ("sum",), "stale"))
+    parts = [LinkPart(words), LinkPart(words, "up", ["backward"], ["sum"], "stale")]
+    assert spec_of(LossyPart(parts, seed=7)) == LossySpec(rules, 7)
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ({"loss": {"rate": 2}}, "rules.1: rate is a probability: from 0 to 1, got 2"),
+        ({"loss": {"rate": "x"}}, "rate is a probability: from 0 to 1, got x"),
+        ({"loss": {"rat": 1}}, r"preset's name, or have one of rate, p_gb, burst \(\{rate: 0.01\}"),
+        ({"loss": {"rate": 0.1, "burst": 3}}, "or have one of rate, p_gb, burst"),
+        ({"loss": {"p_gb": 0.1}}, "missing 1 required positional argument: 'p_bg'"),
+        ({"loss": {"rate": 0.1, "foo": 1}}, "got an unexpected keyword argument 'foo'"),
+        ({"directions": ["up"]}, "directions must be a tuple of some of"),
+        ({"collectives": []}, "collectives must be a tuple of some of"),
+        ({"side": "both"}, "side must be one of"),
+        ({"payload": 0}, "payload must be a whole number of bytes"),
+        ({"loss": {"rate": 1}, "replacement": "retransmitted"}, "some must arrive in the end"),
+    ],
+)
+def test_rules_that_cannot_be_are_refused_by_number(rule: dict[str, Any], said: str) -> None:
+    parts = [LinkPart("default"), LinkPart(**{"loss": "default", **rule})]
+    with pytest.raises(JobError, match=said) as caught:
+        spec_of(LossyPart(parts))
+    assert str(caught.value).startswith("lossy.rules.1: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_speeds_are_checked_with_the_rules() -> None:
+    assert speed_of(LossyPart()).bits_per_second == 10e9
+    with pytest.raises(JobError, match=r"lossy\.speed: a link has bits_per_second above 0"):
+        spec_of(LossyPart([LinkPart("default")], speed=SpeedPart(round_trip_s=-1.0)))
