@@ -20,7 +20,13 @@ from megatron.core.models.mimo.lossy.draws import Draws, stream_key
 from megatron.core.models.mimo.lossy.install import lossy_links
 from megatron.core.models.mimo.lossy.loss_models import Bernoulli, preset
 from megatron.core.models.mimo.lossy.spec import LinkRule, LossySpec
-from tests.unit_tests.mimo.tiny_modules import COLOCATED, TinyModel, config, on_all_ranks, tiny_model
+from tests.unit_tests.mimo.tiny_modules import (
+    COLOCATED,
+    TinyModel,
+    config,
+    on_all_ranks,
+    tiny_model,
+)
 
 pytestmark = pytest.mark.ranks(8)
 
@@ -118,6 +124,8 @@ def test_overlapping_reductions_lose_once_a_step() -> None:
             for step in range(3):
                 module.zero_grad_buffer()
                 sum((p * p.detach()).sum() for p in module.parameters()).backward()
+                if step == 0:
+                    module.start_grad_sync()  # as schedules with a grad_sync_func do
                 MimoGradFinalizer(model.collections)([model])
                 (row,) = links.statistics()
                 assert row["messages"] == step + 1

@@ -5,8 +5,9 @@ A layer is changed by attributes of its own, which hide its class's methods and 
 Its arithmetic stays Megatron's; the collective alone is called here instead of inside.
 
 Not covered, and without loss: the vocabulary-parallel embedding, the loss, gathered outputs,
-experts. Transformer Engine's layers are refused: their collectives are in its kernels. Under SP a column-parallel layer keeps its gathered input for
-the weight's gradient, where Megatron gathers it again.
+experts. Transformer Engine's layers are refused: their collectives are in its kernels. Under SP a
+column-parallel layer keeps its gathered input for the weight's gradient, where Megatron gathers it
+again.
 """
 
 from __future__ import annotations
