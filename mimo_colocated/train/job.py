@@ -52,7 +52,7 @@ from mimo_colocated.train.reporting import RecipeReporter
 from mimo_colocated.train.trainer import RecipeTrainer
 
 if TYPE_CHECKING:
-    from megatron.core.models.mimo.lossy.install import LossyLinks
+    from mimo_colocated.train.lossy import SavedLinks
 
 # Fields of a recipe that may not change in mid-run: it would train on other data than recorded.
 _FIXED = (
@@ -121,6 +121,7 @@ class RecipeLoop(TrainingLoop):
     ) -> None:
         super().__init__(options, trainer, data, requests)
         self.opened = opened
+        self.links: SavedLinks | None = None
 
     def start(self) -> int:
         """Resume or start anew, and record the run, unless it is refused."""
@@ -165,6 +166,9 @@ class RecipeLoop(TrainingLoop):
                 "--fresh to start anew, or another run.out"
             )
         super()._load(manifest)
+        if self.links is not None and not self.store.same_layout(manifest):
+            self.links.start_anew(manifest.step)
+            self.say("lossy links start anew in this layout")
         self.data.position = manifest.extra["position"]
 
     def check_options(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -338,24 +342,24 @@ class RecipeJob:
 
     # ---- links that lose packets ----------------------------------------------------------
 
-    def _lossy_links(self) -> LossyLinks | None:
+    def _lossy_links(self) -> SavedLinks | None:
         """Install them, saved along with the run; nothing is imported without."""
         part = self.recipe.lossy
         if not part.rules:
             return None
         from mimo_colocated.train import lossy
 
-        links = lossy.install(part, self.trainer.model)
-        self.loop.store.rank_state = links
-        self.loop.say(lossy.sentence(links, part.evaluation))
-        return links
+        saved = lossy.install(part, self.trainer.model)
+        self.loop.links = self.loop.store.rank_state = saved
+        self.loop.say(lossy.sentence(saved.links, part.evaluation))
+        return saved
 
     def _links_of_evaluation(self) -> contextlib.AbstractContextManager[None]:
         if self.links is None or self.recipe.lossy.evaluation == "lossy":
             return contextlib.nullcontext()
-        return self.links.lossless()
+        return self.links.links.lossless()
 
-    def _write_links(self, links: LossyLinks) -> dict[str, Any]:
+    def _write_links(self, links: SavedLinks) -> dict[str, Any]:
         from mimo_colocated.train import lossy
 
         out, recipe = Path(self.recipe.run.out), self.recipe

@@ -57,7 +57,31 @@ def speed_of(part: LossyPart) -> LinkSpeed:
         raise JobError(f"lossy.speed: {error}") from error
 
 
-def install(part: LossyPart, model: Any) -> LossyLinks:
+class SavedLinks:
+    """Links of a run as its checkpoints hold them, and from which step on they count.
+
+    Args:
+        links: installed.
+    """
+
+    def __init__(self, links: LossyLinks) -> None:
+        self.links, self.first_step = links, 0
+
+    def start_anew(self, step: int) -> None:
+        """Go on after ``step`` steps without what the links remembered: in another layout."""
+        self.first_step = step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's state."""
+        return {**self.links.state_dict(), "first_step": self.first_step}
+
+    def load_state_dict(self, saved: Mapping[str, Any], /) -> None:
+        """Go on from what ``state_dict`` returned."""
+        self.links.load_state_dict(saved)
+        self.first_step = saved["first_step"]
+
+
+def install(part: LossyPart, model: Any) -> SavedLinks:
     """Make the links of a model lose packets; all ranks call it.
 
     Args:
@@ -68,7 +92,7 @@ def install(part: LossyPart, model: Any) -> LossyLinks:
         JobError: the same on all ranks: a rule is wrong or fits nothing.
     """
     try:
-        return lossy_links(model, spec_of(part))
+        return SavedLinks(lossy_links(model, spec_of(part)))
     except ValueError as error:
         raise JobError(f"lossy: {error}") from error
 
@@ -81,13 +105,13 @@ def sentence(links: LossyLinks, evaluation: str) -> str:
     return f"lossy links: {count} places on rank 0, seed {links.spec.seed}; {evaluation} evaluation"
 
 
-def write_counts(path: Path, links: LossyLinks, steps: int, part: LossyPart) -> dict[str, Any]:
+def write_counts(path: Path, saved: SavedLinks, steps: int, part: LossyPart) -> dict[str, Any]:
     """Write what was sent and lost, on rank 0; all ranks call it.
 
     Args:
         path: of the file: rows of all links.
-        links: installed.
-        steps: that were made.
+        saved: the links.
+        steps: of the run, all made.
         part: of the recipe.
 
     Returns:
@@ -97,12 +121,13 @@ def write_counts(path: Path, links: LossyLinks, steps: int, part: LossyPart) -> 
     Raises:
         JobError: it cannot be written.
     """
-    rows = links.gathered_statistics()
+    rows, counted = saved.links.gathered_statistics(), steps - saved.first_step
     speed = speed_of(part)
     found = {
+        "counted_steps": counted,
         "counts": sum_counts(rows, ("direction", "collective")),
         "speed": dataclasses.asdict(speed),
-        "step_time": step_time(rows, steps, speed) if rows else None,
+        "step_time": step_time(rows, counted, speed) if rows and counted else None,
     }
     if dist.get_rank() == 0:
         text = json.dumps({**found, "rows": rows}, indent=1) + "\n"

@@ -3,9 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from megatron.core.models.mimo.lossy.loss_models import (
     PRESETS,
@@ -15,9 +21,10 @@ from megatron.core.models.mimo.lossy.loss_models import (
     preset,
 )
 from megatron.core.models.mimo.lossy.spec import LinkRule, LossySpec
+from megatron.core.models.mimo.lossy.statistics import Counts
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.train.checks import LINK_PRESETS
-from mimo_colocated.train.lossy import spec_of, speed_of
+from mimo_colocated.train.lossy import SavedLinks, spec_of, speed_of, write_counts
 from mimo_colocated.train.recipe import LinkPart, LossyPart, SpeedPart
 
 
@@ -69,3 +76,29 @@ def test_speeds_are_checked_with_the_rules() -> None:
     assert speed_of(LossyPart()).bits_per_second == 10e9
     with pytest.raises(JobError, match=r"lossy\.speed: a link has bits_per_second above 0"):
         spec_of(LossyPart([LinkPart("default")], speed=SpeedPart(round_trip_s=-1.0)))
+
+
+def test_links_that_start_anew_count_from_there(tmp_path: Path) -> None:
+    """In another layout, or when nothing was left to count; what is saved says from where."""
+    row = {"rank": 0, "direction": "forward", "collective": "sum"}
+    row |= Counts(messages=6, packets=60, payload_bytes=6000, lost=3).row()
+    links: Any = SimpleNamespace(gathered_statistics=lambda: [row], state_dict=lambda: {"rank": 0})
+    saved = SavedLinks(links)
+    saved.start_anew(4)
+    assert saved.state_dict() == {"rank": 0, "first_step": 4}
+    part = LossyPart([LinkPart("default")], speed=SpeedPart(8e3, 0.0, 0))
+    with only_process():
+        found = write_counts(tmp_path / "links.json", saved, 6, part)
+        assert write_counts(tmp_path / "none.json", saved, 4, part)["step_time"] is None
+    assert found["counted_steps"] == 2
+    assert found["step_time"]["send_s"] == pytest.approx(3.0)
+    assert json.loads((tmp_path / "links.json").read_text()) == {**found, "rows": [row]}
+
+
+@contextlib.contextmanager
+def only_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -69,7 +69,8 @@ def check_layer(name: str, layer: Any) -> None:
     if _is_of_transformer_engine(layer):
         raise ValueError(
             f"{name} is a layer of Transformer Engine, whose collectives are inside its kernels; "
-            "build the model of Megatron's local layers, or name other layers in the rules"
+            "set MIMO_LAYERS=local in the environment for Megatron's own layers, or name other "
+            "layers in the rules"
         )
     deferring = getattr(layer.config, "defer_embedding_wgrad_compute", False)
     if deferring and isinstance(layer, ColumnParallelLinear):
