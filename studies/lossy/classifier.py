@@ -124,6 +124,7 @@ class _Run:
         self.part, self.parts = groups.dp.rank(), groups.dp.size()
         self.data, self.held_out = load()
         parameters = list(model.parameters())
+        self.device = parameters[0].device
         self.optimizer = torch.optim.AdamW(parameters, LR, (0.9, 0.95), weight_decay=0.01)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._share_of_peak)
 
@@ -138,7 +139,7 @@ class _Run:
         return Trained(losses, curve, accuracy, loss, self.evaluate(links, lossy=True)[0], rows)
 
     def step(self, step: int) -> float:
-        batch = self.data.batch(step, BATCH, self.seed, self.part, self.parts)
+        batch = self.data.batch(step, BATCH, self.seed, self.part, self.parts).to(self.device)
         self.model.zero_grad_buffer()
         loss = F.cross_entropy(self.model(batch.ids), batch.classes)
         loss.backward()
@@ -157,7 +158,7 @@ class _Run:
         """Accuracy and mean loss on what is held out, of which each replica sees a part."""
         quiet = contextlib.nullcontext() if links is None or lossy else links.lossless()
         each = slice(self.part, None, self.parts)
-        mine = Digits(self.held_out.ids[each], self.held_out.classes[each])
+        mine = Digits(self.held_out.ids[each], self.held_out.classes[each]).to(self.device)
         with quiet:
             scores = self.model(mine.ids)
         right = (scores.argmax(1) == mine.classes).sum()

@@ -30,6 +30,10 @@ class Digits:
     ids: torch.Tensor
     classes: torch.Tensor
 
+    def to(self, device: torch.device) -> Digits:
+        """Return them on a device."""
+        return Digits(self.ids.to(device), self.classes.to(device))
+
     def batch(self, step: int, size: int, seed: int, part: int, parts: int) -> Digits:
         """Return a replica's part of a step's batch: the same on all its TP ranks.
 

@@ -92,7 +92,8 @@ def classifier(reference: Any, groups: ProcessGroupCollection) -> Classifier:
         share_embeddings_and_output_weights=False,
         pg_collection=groups,
     )
-    gpt.output_layer = Score(shape.n_embd, shape.num_labels)
+    device = next(gpt.parameters()).device
+    gpt.output_layer = Score(shape.n_embd, shape.num_labels).to(device)
     weights = whole_weights(reference)
     for name, parameter in gpt.named_parameters():
         whole = weights.pop(name)
