@@ -24,7 +24,8 @@ def furthest_from_hugging_face(tp: int) -> float:
     whole = reference(SIZE, 3).to(own_device())
     with torch.no_grad():
         for parameter in whole.parameters():  # far from zero, biases and norms too
-            parameter.add_(0.1 * torch.sin(torch.arange(parameter.numel())).view_as(parameter))
+            count = torch.arange(parameter.numel(), device=parameter.device)
+            parameter.add_(0.1 * torch.sin(count).view_as(parameter))
     ids = load()[1].ids[:6].to(own_device())
     with groups_of(tp) as groups, torch.no_grad():
         ours = gpt2.classifier(whole, groups).to(own_device())(ids)
