@@ -71,7 +71,7 @@ def reference(size: Size, seed: int) -> Any:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        pad_token_id=None,
+        pad_token_id=VOCABULARY - 1,  # no sample has it; without one Hugging Face takes no batch
         bos_token_id=None,
         eos_token_id=None,
     )
