@@ -17,7 +17,7 @@ RESENT = "retransmitted"
 GPT2, EASY_VQA = "gpt2", "easy-vqa"
 NOWHERE, FORWARD, BACKWARD, GRADIENTS = "nowhere", "forward", "backward", "gradients"
 # Steps of a run, and after how many of them held-out accuracy is looked at.
-STEPS = {GPT2: (240, 20), EASY_VQA: (300, 300)}
+STEPS = {GPT2: (160, 20), EASY_VQA: (300, 300)}
 SEEDS = (0, 1, 2)
 
 
@@ -85,7 +85,7 @@ def resent(tp: int, rate: float, steps: int) -> Iterator[Cell]:
 
 
 def _tiny() -> Iterator[Cell]:
-    steps = 100
+    steps = 60
     yield from lossless(GPT2, 2, steps)
     yield from lossy(GPT2, [2], [FORWARD, BACKWARD], [0.1], [1, 16], ["zero"], steps)
     yield from resent(2, 0.1, steps)

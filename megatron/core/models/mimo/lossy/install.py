@@ -172,11 +172,12 @@ class _Candidate:
         return None
 
     def make_places(self, model: Any, spec: LossySpec) -> dict[Where, Place]:
-        if self.kind != _BRIDGE and self._group().size() == 1:
+        rules = self.rules(spec)
+        if not rules or (self.kind != _BRIDGE and self._group().size() == 1):
             return {}  # one rank alone sends nothing
         return {
             where: Place(self.name, where, rule, spec.seed, *self._ends(model, where, rule))
-            for where, rule in self.rules(spec).items()
+            for where, rule in rules.items()
         }
 
     def _group(self) -> Any:
