@@ -49,14 +49,16 @@ def places_of(layer: Any) -> list[Where]:
         if layer.sequence_parallel:
             return [(FORWARD, GATHER), (BACKWARD, REDUCE_SCATTER)]
         return [] if layer.disable_grad_reduce else [(BACKWARD, SUM)]
-    if _is_of_transformer_engine(layer) and layer.tp_size > 1 and layer.parallel_mode:
+    if _sends_within_a_kernel(layer):
         return [(FORWARD, SUM), (BACKWARD, SUM)]  # somewhere: check_layer refuses it
     return []
 
 
-def _is_of_transformer_engine(layer: Any) -> bool:
+def _sends_within_a_kernel(layer: Any) -> bool:
+    """Whether it is a layer of Transformer Engine that is cut over TP."""
     kinds = {kind.__module__.partition(".")[0] for kind in type(layer).__mro__}
-    return "transformer_engine" in kinds and hasattr(layer, "parallel_mode")
+    mode, tp_size = getattr(layer, "parallel_mode", None), getattr(layer, "tp_size", 1)
+    return "transformer_engine" in kinds and bool(mode) and tp_size > 1
 
 
 def check_layer(name: str, layer: Any) -> None:
@@ -66,7 +68,7 @@ def check_layer(name: str, layer: Any) -> None:
         ValueError: it is Transformer Engine's; it defers gradients of its weight; it has lossy
             links already.
     """
-    if _is_of_transformer_engine(layer):
+    if _sends_within_a_kernel(layer):
         raise ValueError(
             f"{name} is a layer of Transformer Engine, whose collectives are inside its kernels; "
             "set MIMO_LAYERS=local in the environment for Megatron's own layers, or name other "
