@@ -82,7 +82,7 @@ def _fields(kind: Any, path: str) -> Iterator[tuple[str, str, str]]:
             yield from _fields(inner, f"{name}.")
             continue
         yield name, _default(field), meanings[field.name]
-        if each and dataclasses.is_dataclass(each[0]) and field.name == "train":
+        if each and dataclasses.is_dataclass(each[0]) and field.name in ("train", "rules"):
             yield from _fields(each[0], f"{name}.N.")
 
 

@@ -28,6 +28,17 @@ PACKAGES = Packages(
 )
 _OF_DATA = ("eval", "generate")
 """Commands that read data, and need what `mimo train` needs."""
+STUDY_PACKAGES = Packages(
+    {
+        "studies": "studies",
+        "campaigns": "campaigns",
+        "transformers": "transformers",
+        "sklearn": "scikit-learn",
+        "matplotlib": "matplotlib",
+        "rich": "rich",
+    },
+    "`mimo study` runs in a checkout of the project, with: pip install -e '.[train,examples]'",
+)
 _USAGE = """usage: mimo COMMAND ...
 
   import   a Hugging Face folder -> a checkpoint to train from, in any layout
@@ -40,6 +51,7 @@ _USAGE = """usage: mimo COMMAND ...
   draw     a picture of which rank holds what
   train    a recipe: data, model, layouts -> a trained model
   report   a run of train -> a page with its curves, layouts, time, samples and answers
+  study    a grid of runs: `mimo study lossy`, what training tolerates when packets are lost
   doctor   what this machine has, and what to do about what it lacks
 
 `mimo COMMAND --help` lists the options."""
@@ -59,13 +71,15 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     if argv[0] == "doctor":
         return _doctor(argv[1:])
+    if argv[0] == "study":
+        return _study(argv[1:])
     if argv[0] in ALONE:
         return _alone(argv)
     script = os.path.join(os.path.dirname(__file__), "__main__.py")
     if argv[0] == "train":
         return _train(argv, script)
     if argv[0] not in COMMANDS:
-        known = ", ".join([*COMMANDS, *ALONE, "train", "doctor"])
+        known = ", ".join([*COMMANDS, *ALONE, "train", "study", "doctor"])
         return complain(f"{argv[0]!r} is no command; the commands are {known}", 2, None)
     packages = _packages(argv[0])
     prepare = _prepare_data if argv[0] in _OF_DATA else _prepare
@@ -85,6 +99,22 @@ def _doctor(argv: Sequence[str]) -> int:
         return doctor.run(argv)
     except JobError as error:
         return complain(str(error), 2, None)
+
+
+def _study(argv: Sequence[str]) -> int:
+    """Run a study; it is no part of what is installed, so this needs a checkout."""
+    if not argv or argv[0] != "lossy":
+        given = repr(argv[0]) if argv else "none"
+        said = f"mimo study needs the name of a study, got {given}; there is lossy"
+        return complain(said, 2, None)
+    try:
+        STUDY_PACKAGES.check()
+    except JobError as error:
+        return complain(str(error), 2, None)
+    from campaigns.command import main as run_campaign
+    from studies.lossy.campaign import LossyStudy
+
+    return run_campaign(LossyStudy(), argv[1:])
 
 
 def _alone(argv: Sequence[str]) -> int:

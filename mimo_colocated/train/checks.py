@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
 # Here, where nothing heavy is imported; those of ``megatron.core.models.mimo.data.sources``.
 DATA_KINDS = ("llava", "chat", "datasets", "webdataset", "easy-vqa", "tokens")
+LINK_PRESETS = (
+    *("default", "one", "one_percent", "half_percent", "point2", "long_point1"),
+    *("long_2percent", "short_1percent", "short_2percent"),
+)
+"""Those of ``megatron.core.models.mimo.lossy.loss_models``."""
 SEQUENCE_MULTIPLE = 16
 """What samples are padded to in sequences of one capacity: the same in every layout."""
 
@@ -27,6 +32,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from _stages(recipe)
     yield from _sequences(recipe)
     yield from _batches(recipe)
+    yield from _links(recipe)
 
 
 def _sources(recipe: Recipe) -> Iterator[str]:
@@ -173,3 +179,20 @@ def _unshared(name: str, size: int, bins: int, over: str, *, packed: bool) -> It
 def _uneven(name: str, size: int, bins: int, over: str) -> Iterator[str]:
     if size % bins:
         yield f"{name}={size} does not divide over {over}; use a multiple of {bins}"
+
+
+def _links(recipe: Recipe) -> Iterator[str]:
+    """What of the rules can be told without the room that applies them; it looks at the rest."""
+    lossy = recipe.lossy
+    if lossy.evaluation not in ("lossless", "lossy"):
+        yield f"lossy.evaluation={lossy.evaluation!r} is lossless or lossy"
+    if not lossy.rules and dataclasses.asdict(lossy) != dataclasses.asdict(type(lossy)()):
+        yield "lossy has no rules, so nothing would be lost; give lossy.rules, or leave lossy out"
+    for number, rule in enumerate(lossy.rules):
+        if isinstance(rule.loss, str) and rule.loss not in LINK_PRESETS:
+            near = difflib.get_close_matches(rule.loss, LINK_PRESETS, 1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            yield (
+                f"lossy.rules.{number}.loss={rule.loss!r} is no preset; {meant}there are "
+                f"{', '.join(LINK_PRESETS)}; or give numbers, such as {{rate: 0.01}}"
+            )

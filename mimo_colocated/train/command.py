@@ -95,6 +95,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="FIELD=VALUE",
         help="another value for a field, such as training.steps=10; may be given several times",
     )
+    made.add_argument(
+        "--lossy",
+        metavar="LINKS",
+        default=None,
+        help="links that lose packets: a preset of docs/lossy.md, or a YAML file with rules",
+    )
     made.add_argument("--list", action="store_true", help="the recipes that ship")
     made.add_argument("--print", action="store_true", help="the whole recipe, every field of it")
     made.add_argument(
@@ -157,7 +163,7 @@ def _parse(argv: Sequence[str], world: int | None) -> TrainCommand:
         raise SystemExit(0)
     if given.recipe is None:
         raise JobError("mimo train needs a RECIPE: a name that --list shows, or a .yaml file")
-    recipe = reading.read_recipe(given.recipe, given.set)
+    recipe = reading.read_recipe(given.recipe, given.set, given.lossy)
     if recipe.run.tensorboard:
         BOARD.check()
     if recipe.run.wandb:
@@ -173,6 +179,8 @@ def _parse(argv: Sequence[str], world: int | None) -> TrainCommand:
         )
     profile = _profile(given, recipe)
     named = _typed_again(given)
+    if given.lossy is not None:
+        named += f" --lossy {shlex.quote(given.lossy)}"
     if profile is not None:
         named += f" {profile.typed}"
     return TrainCommand(recipe, named, given.dry_run, given.nodes, given.fresh, profile)
@@ -201,6 +209,10 @@ def _instead(options: TrainCommand, backend: str) -> bool:
     from mimo_colocated.train import plan
     from mimo_colocated.train.job import model_folder
 
+    if options.recipe.lossy.rules:
+        from mimo_colocated.train.lossy import spec_of
+
+        spec_of(options.recipe.lossy)
     folder = model_folder(options.recipe)
     if options.dry_run:
         print(plan.dry_run(options.recipe, folder, options.nodes, options.named))

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -47,11 +47,14 @@ from mimo_colocated.train.numbers import StepNumbers, peak_memory
 from mimo_colocated.train.plan import check_model
 from mimo_colocated.train.profile_steps import Profile
 from mimo_colocated.train.reading import as_yaml
-from mimo_colocated.train.recipe import DataPart, Recipe
+from mimo_colocated.train.recipe import DataPart, LossyPart, Recipe
 from mimo_colocated.train.record import write_record
 from mimo_colocated.train.reporting import RecipeReporter
 from mimo_colocated.train.traced_loop import TracedLoop
 from mimo_colocated.train.trainer import RecipeTrainer
+
+if TYPE_CHECKING:
+    from mimo_colocated.train.lossy import SavedLinks
 
 # Fields of a recipe that may not change in mid-run: it would train on other data than recorded.
 _FIXED = (
@@ -59,7 +62,10 @@ _FIXED = (
     *(f"data.{name}" for name in ("train", "max_tokens", "sequences", "capacity")),
     *(f"training.{name}" for name in ("steps", "global_batch_size", "lr", "min_lr")),
     *(f"training.{name}" for name in ("warmup_steps", "weight_decay", "seed")),
+    *(f"lossy.{name}" for name in ("rules", "seed")),
 )
+_WITHOUT = {"lossy": dataclasses.asdict(LossyPart())}
+"""What sections were in runs that were saved before they came."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,8 @@ class RecipeLoop(TracedLoop):
     """
 
     results = (
-        *TracedLoop.results, "recipe.yaml", "run.json", "exported", "evaluation", "wandb",
+        *TracedLoop.results, "recipe.yaml", "run.json", "links.json", "exported", "evaluation",
+        "wandb",
     )  # fmt: skip
 
     def __init__(
@@ -122,6 +129,7 @@ class RecipeLoop(TracedLoop):
     ) -> None:
         super().__init__(options, trainer, data, requests, profile)
         self.opened = opened
+        self.links: SavedLinks | None = None
 
     def start(self) -> int:
         """Resume or start anew, and record the run, unless it is refused."""
@@ -170,6 +178,9 @@ class RecipeLoop(TracedLoop):
                 "--fresh to start anew, or another run.out"
             )
         super()._load(manifest)
+        if self.links is not None and not self.store.same_layout(manifest):
+            self.links.start_anew(manifest.step)
+            self.say("lossy links start anew in this layout")
         self.data.position = manifest.extra["position"]
 
     def check_options(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -180,7 +191,8 @@ class RecipeLoop(TracedLoop):
         """
         for name in _FIXED:
             section, field = name.split(".")
-            was, new = before["recipe"].get(section, {}).get(field), now["recipe"][section][field]
+            then = before["recipe"].get(section, _WITHOUT.get(section, {}))
+            was, new = then.get(field), now["recipe"][section][field]
             if was != new:
                 raise JobError(
                     f"{self.options.out} holds a run with {name}={was}, this one has {new}; give "
@@ -236,6 +248,7 @@ class RecipeJob:
         batches = RankBatches(stream, self.opened.sources, side)
         self.data = StepData(batches, training.steps, data.ahead)
         self.loop = RecipeLoop(options, self.trainer, self.data, requests, self.opened, profile)
+        self.links = self._lossy_links()
 
     def run(self) -> None:
         """Train, export, evaluate, and say how it went."""
@@ -251,6 +264,8 @@ class RecipeJob:
             **self.loop.found(),
             "peak_memory_by_rank": gathered(peak_memory()),
         }
+        if self.links is not None:
+            summary["lossy"] = self._write_links(self.links)
         if self.recipe.run.export:
             to_folder(self.trainer.built, out / "exported", overwrite=True)  # type: ignore[arg-type]
             if self._text is not None and self.loop.rank == 0:
@@ -259,7 +274,8 @@ class RecipeJob:
         if self.recipe.data.held_out:
             summary["held_out_skipped"] = self._held_out.skipped()
             summary["questions_skipped"] = self._questions.skipped()
-            summary |= self._evaluate()
+            with self._links_of_evaluation():
+                summary |= self._evaluate()
         if self.loop.rank == 0:
             # Here: no other rank draws, and the library for it takes long to import.
             from mimo_colocated.train.report import waited_share, write_report
@@ -319,6 +335,31 @@ class RecipeJob:
         ):
             if opened.prepared:
                 self.loop.say(f"{name}: {opened.summary()}")
+
+    # ---- links that lose packets ----------------------------------------------------------
+
+    def _lossy_links(self) -> SavedLinks | None:
+        """Install them, saved along with the run; nothing is imported without."""
+        part = self.recipe.lossy
+        if not part.rules:
+            return None
+        from mimo_colocated.train import lossy
+
+        saved = lossy.install(part, self.trainer.model)
+        self.loop.links = self.loop.store.rank_state = saved
+        self.loop.say(lossy.sentence(saved.links, part.evaluation))
+        return saved
+
+    def _links_of_evaluation(self) -> contextlib.AbstractContextManager[None]:
+        if self.links is None or self.recipe.lossy.evaluation == "lossy":
+            return contextlib.nullcontext()
+        return self.links.links.lossless()
+
+    def _write_links(self, links: SavedLinks) -> dict[str, Any]:
+        from mimo_colocated.train import lossy
+
+        out, recipe = Path(self.recipe.run.out), self.recipe
+        return lossy.write_counts(out / "links.json", links, recipe.training.steps, recipe.lossy)
 
     # ---- evaluation -----------------------------------------------------------------------
 

@@ -35,17 +35,22 @@ def describe_shipped() -> str:
     )
 
 
-def read_recipe(named: str, changes: Sequence[str] = ()) -> Recipe:
+def read_recipe(named: str, changes: Sequence[str] = (), lossy: str | None = None) -> Recipe:
     """Return the recipe of a name or a file, with fields set to other values.
 
     Args:
         named: one that ships, or the path of a YAML file.
         changes: ``path.to.field=value``; a value is YAML. Lists are reached by number.
+        lossy: links that lose packets, in place of the recipe's: a preset's name, or the path of a
+            YAML file with the fields of ``lossy``.
 
     Raises:
         JobError: no such recipe, a field that there is not, or a value of another type.
     """
-    recipe = recipe_from(named, values_of(named), changes)
+    values = values_of(named)
+    if lossy is not None:
+        values["lossy"] = _links(lossy)
+    recipe = recipe_from(named, values, changes)
     recipe.check()
     return recipe
 
@@ -59,16 +64,20 @@ def values_of(named: str) -> dict[str, Any]:
     Raises:
         JobError: no such recipe, or no fields.
     """
+    values = _yaml(named)
+    if not isinstance(values, dict):
+        raise JobError(f"{named} holds {type(values).__name__}, not the fields of a recipe")
+    return values
+
+
+def _yaml(named: str) -> Any:
     import yaml
 
     text = _text(named)
     try:
-        values = yaml.safe_load(text)
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise JobError(f"{named} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise JobError(f"{named} holds {type(values).__name__}, not the fields of a recipe")
-    return values
 
 
 def changed(values: Mapping[str, Any], changes: Sequence[str]) -> dict[str, Any]:
@@ -146,6 +155,20 @@ def _text(named: str) -> str:
             "of a .yaml file"
         )
     return found[named]
+
+
+def _links(named: str) -> dict[str, Any]:
+    """Links as ``--lossy`` names them; a name is a preset, for all that sends over TP or a bridge.
+
+    Raises:
+        JobError: no such file, or it holds something else.
+    """
+    if Path(named).suffix not in (".yaml", ".yml"):
+        return {"rules": [{"loss": named}]}
+    values = _yaml(named)
+    if not isinstance(values, dict) or "rules" not in values:
+        raise JobError(f"{named} has no rules; docs/lossy.md shows such a file")
+    return values
 
 
 def _change(change: str) -> tuple[list[str], Any]:

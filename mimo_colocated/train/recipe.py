@@ -183,6 +183,66 @@ class RunPart:
 
 
 @dataclass(frozen=True)
+class LinkPart:
+    """Links that lose packets: docs/lossy.md says what each field means.
+
+    Attributes:
+        layers: pattern of the names of layers and bridges, such as ``language_model.*``.
+        loss: a preset's name, ``{rate}``, ``{p_gb, p_bg}`` or ``{loss, burst}``, each with the
+            further fields of its model.
+        directions: ``forward``, ``backward``.
+        collectives: ``sum``, ``gather``, ``reduce_scatter``, ``exchange``, ``gradients``.
+        replacement: ``zero``, ``stale``, ``rescaled`` or ``retransmitted``.
+        side: ``sender`` or ``receiver``.
+        payload: bytes per packet.
+        common_mode: all senders of a place lose the same packets.
+    """
+
+    loss: str | dict[str, Any]
+    layers: str = "*"
+    directions: list[str] = field(default_factory=lambda: ["forward", "backward"])
+    collectives: list[str] = field(
+        default_factory=lambda: ["sum", "gather", "reduce_scatter", "exchange"]
+    )
+    replacement: str = "zero"
+    side: str = "sender"
+    payload: int = 1450
+    common_mode: bool = False
+
+
+@dataclass(frozen=True)
+class SpeedPart:
+    """A stated link, for the time that a step would need; nothing is measured.
+
+    Attributes:
+        bits_per_second: that a rank can send.
+        round_trip_s: until a sender knows what was lost.
+        header_bytes: of each packet beside its payload.
+    """
+
+    bits_per_second: float = 10e9
+    round_trip_s: float = 50e-6
+    header_bytes: int = 50
+
+
+@dataclass(frozen=True)
+class LossyPart:
+    """Links that lose packets; also the content of a file for ``--lossy``.
+
+    Attributes:
+        rules: the first that fits a place holds; without any, nothing is lost.
+        seed: of what is lost.
+        evaluation: ``lossless``, or ``lossy`` as the training is.
+        speed: of the links.
+    """
+
+    rules: list[LinkPart] = field(default_factory=list)
+    seed: int = 1
+    evaluation: str = "lossless"
+    speed: SpeedPart = field(default_factory=SpeedPart)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole run.
 
@@ -194,6 +254,7 @@ class Recipe:
         run: where, and what it leaves.
         layout: which ranks do what.
         evaluation: what is asked at the end.
+        lossy: links that lose packets; none by default.
     """
 
     name: str
@@ -203,6 +264,7 @@ class Recipe:
     run: RunPart
     layout: LayoutPart = field(default_factory=LayoutPart)
     evaluation: EvaluationPart = field(default_factory=EvaluationPart)
+    lossy: LossyPart = field(default_factory=LossyPart)
 
     @property
     def language(self) -> Layout:
@@ -304,4 +366,5 @@ class Recipe:
             ("evaluation.answer_tokens", evaluation.answer_tokens, 1),
             ("evaluation.samples", evaluation.samples, 0),
             ("run.timeout", self.run.timeout, 1),
+            ("lossy.seed", self.lossy.seed, 0),
         ]

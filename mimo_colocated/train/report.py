@@ -148,6 +148,9 @@ def _facts(run: Run) -> dict[str, str]:
         found["seconds per step, median"] = _number(sorted(_all(lines, "seconds"))[len(lines) // 2])
         found["waiting for data"] = f"{waited_share(lines):.1%} of the time"
         found |= _work_facts(lines) | _memory_facts(run)
+    if rules := run.recipe.get("lossy", {}).get("rules"):
+        kinds = {rule["replacement"]: None for rule in rules}
+        found["links that lose packets"] = f"by lossy.rules, {' and '.join(kinds)} instead"
     shown = ("held_out_loss", "questions", "exact_match", "majority_answer")
     for key in (*shown, "exact_match_without_images"):
         if key in run.summary:

@@ -343,6 +343,77 @@ def test_digits_is_the_job_of_the_example(tmp_path: Path) -> None:
     done = train(tmp_path / "recipe", {**changes, "training.seed": 5}, recipe="digits")
     assert done.code == 1
     assert "holds a run with --seed 1234, this one has 5" in done.err
+# ---- links that lose packets ----------------------------------------------------------------
+
+LOST_STEPS = 6
+LOST: dict[str, Any] = {
+    **EIGHT,
+    "training.steps": LOST_STEPS,
+    "training.save_every": LOST_STEPS // 2,
+    "data.held_out.0.settings.images": 1,
+}
+
+
+def test_links_without_loss_leave_the_easy_vqa_run_as_it_is(eight: Path, tmp_path: Path) -> None:
+    """Bit for bit: losses, answers, and every weight of what is exported."""
+    done = train(tmp_path / "run", {**EIGHT, "lossy.rules": "[{loss: {rate: 0.0}}]"})
+    assert done.code == 0, done.err
+    assert losses(tmp_path / "run") == losses(eight)
+    assert answers(tmp_path / "run") == answers(eight)
+    assert "lossy links: " in done.out
+    one, other = (weights(each / "exported") for each in (eight, tmp_path / "run"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    links = json.loads((tmp_path / "run" / "links.json").read_text())
+    assert {row["lost"] for row in links["counts"]} == {0}
+    assert min(row["packets"] for row in links["counts"]) > 0
+
+
+@pytest.fixture(scope="module")
+def lost(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose links lose packets and put old ones in their place."""
+    place = tmp_path_factory.mktemp("lost")
+    rules = [{"loss": "default", "replacement": "stale", "payload": 64}]
+    speed = {"bits_per_second": 1e6}
+    link = {"rules": rules, "seed": 3, "evaluation": "lossy", "speed": speed}
+    (place / "link.yaml").write_text(json.dumps(link))
+    done = train(place / "run", LOST, "--lossy", str(place / "link.yaml"))
+    assert done.code == 0, done.err
+    assert "seed 3; lossy evaluation" in done.out
+    return place
+
+
+def test_a_run_that_loses_packets_is_recorded_and_counted(lost: Path, eight: Path) -> None:
+    assert losses(lost / "run")[0] != losses(eight)[0]
+    assert "replacement: stale" in (lost / "run" / "recipe.yaml").read_text()
+    found = json.loads((lost / "run" / "links.json").read_text())
+    summary = json.loads((lost / "run" / "summary.json").read_text())["lossy"]
+    assert summary == {name: value for name, value in found.items() if name != "rows"}
+    kinds = {(row["direction"], row["collective"]) for row in summary["counts"]}
+    assert {("forward", "exchange"), ("backward", "exchange"), ("forward", "gather")} <= kinds
+    rows = [row for row in found["rows"] if row["rank"] == summary["step_time"]["rank"]]
+    sent = sum(row["payload_bytes"] + 50 * row["packets"] for row in rows)
+    assert summary["step_time"]["send_s"] == pytest.approx(8 * sent / 1e6 / LOST_STEPS)
+    assert {row["rank"] for row in found["rows"]} == set(range(8))
+
+
+def test_a_run_that_loses_packets_goes_on_bit_for_bit(lost: Path, tmp_path: Path) -> None:
+    """From the checkpoint in its middle; and no run goes on with other links than it had."""
+    shutil.copytree(lost / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{LOST_STEPS:08d}")
+    link = ("--lossy", str(lost / "link.yaml"))
+    done = train(tmp_path / "run", {**LOST, "lossy.seed": 4}, *link)
+    assert done.code == 1
+    assert "holds a run with lossy.seed=3, this one has 4" in done.err
+    done = train(tmp_path / "run", LOST, *link)
+    assert done.code == 0, done.err
+    assert f"resuming after step {LOST_STEPS // 2}" in done.out
+    assert metrics(tmp_path / "run")[-1]["grad_norm"] == metrics(lost / "run")[-1]["grad_norm"]
+    assert losses(tmp_path / "run") == losses(lost / "run")
+    one, other = (weights(each / "exported") for each in (lost / "run", tmp_path / "run"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert (tmp_path / "run" / "links.json").read_text() == (
+        lost / "run" / "links.json"
+    ).read_text()
 
 
 # ---- two folders that have not met ----------------------------------------------------------

@@ -6,6 +6,7 @@ from tests.mutants.mutant import Mutant
 
 _LOSSY = MIMO + "lossy/"
 _PLACES = UNIT + "test_lossy_places.py::"
+_GRADIENTS = UNIT + "test_lossy_gradients_8rank.py::"
 _LINK = UNIT + "test_lossy_link.py::"
 _EACH = (_PLACES + "test_each_place_loses_what_its_links_say",)
 _BITS = (_PLACES + "test_without_loss_bits_are_those_of_megatron",)
@@ -82,5 +83,32 @@ LOSSY = (
         new="if dim or sequence_parallel)",
         tests=(UNIT + "test_lossy_bridges.py::test_bridges_over_links",),
         why="TP ranks of the language model see different images, and their weights part",
+    ),
+    Mutant(
+        name="tp-ranks-lose-different-gradients",
+        file=_LOSSY + "gradients.py",
+        old='    return f"replica {reducing_group(buckets).rank()} of',
+        new='    return f"replica {id(buckets)} of',
+        tests=(_GRADIENTS + "test_each_replica_loses_what_its_links_say",),
+        why="weights that the TP ranks of a replica hold alike get different gradients, and part",
+        ranks=8,
+    ),
+    Mutant(
+        name="gradients-are-lost-once-more-after-the-sum",
+        file=_LOSSY + "gradients.py",
+        old="        if buckets.grad_reduce_handle is None:",
+        new="        if buckets is not None:",
+        tests=(_GRADIENTS + "test_overlapping_reductions_lose_once_a_step",),
+        why="in the first step what is summed loses packets as well",
+        ranks=8,
+    ),
+    Mutant(
+        name="links-start-anew-where-a-run-goes-on",
+        file=MIMO + "checkpoint/store.py",
+        old='        if self.rank_state is not None and "rank_state" in loaded:',
+        new='        if self.rank_state is None and "rank_state" in loaded:',
+        tests=("tests/functional/test_recipes.py::"
+               "test_a_run_that_loses_packets_goes_on_bit_for_bit",),
+        why="a run that was stopped loses the packets of its first steps again",
     ),
 )

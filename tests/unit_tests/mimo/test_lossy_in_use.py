@@ -203,6 +203,33 @@ def test_links_are_installed_once() -> None:
     Job(spec(), around=around).run()
 
 
+class OfEngine(nn.Module):
+    """What links see of a layer of Transformer Engine, which is not installed here."""
+
+    __module__ = "transformer_engine.pytorch.module.linear"
+
+    def __init__(self, tp_size: int, parallel_mode: str | None) -> None:
+        super().__init__()
+        self.tp_size, self.parallel_mode = tp_size, parallel_mode
+
+
+def test_layers_of_transformer_engine_are_refused_by_name() -> None:
+    """If they send; a rule that leaves them out is taken."""
+
+    def body(rank: int) -> None:
+        block = Block(world.everyone(), False, torch.float64)
+        alone, copy = OfEngine(1, "row"), OfEngine(2, None)
+        with lossy_links(nn.ModuleDict({"a": block, "b": alone, "c": copy}), spec()):
+            pass
+        model = nn.ModuleDict({"a": block, "fc2": OfEngine(2, "row")})
+        with pytest.raises(ValueError, match="on rank 0 fc2 is a layer of Transformer Engine, who"):
+            lossy_links(model, spec())
+        lossy_links(model, spec(layers="a.*")).remove()
+
+    world = InProcessWorld(2)
+    world.run(body)
+
+
 def test_a_layer_in_two_places_is_changed_once() -> None:
     def body(rank: int) -> None:
         block = Block(world.everyone(), False, torch.float64)

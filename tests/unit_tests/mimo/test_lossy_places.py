@@ -87,16 +87,54 @@ def test_nothing_imports_lossy_links_and_their_pure_parts_no_process_groups() ->
     """Off by default means that the room is not even read: no import leads to it."""
     folder = ROOT / "megatron" / "core" / "models" / "mimo"
     for path in [*folder.rglob("*.py"), *(ROOT / "mimo_colocated").rglob("*.py")]:
+        tree = ast.parse(path.read_text("utf-8"))
+        for_types = [
+            each
+            for node in ast.walk(tree)
+            if _is_for_types(node)
+            for each in node.body
+        ]
         imported = {
             name
-            for node in ast.walk(ast.parse(path.read_text("utf-8")))
+            for node in ast.walk(tree)
             if isinstance(node, ast.Import | ast.ImportFrom)
             for name in (getattr(node, "module", None), *(each.name for each in node.names))
+            if node not in for_types
         }
+        if path == ROOT / "mimo_colocated" / "train" / "lossy.py":
+            continue  # who imports it is below
         if path.parent.name != "lossy":
             assert not any("mimo.lossy" in str(name) for name in imported), path
         elif path.stem in PURE:
             assert not imported & {"torch.distributed", "distributed"}, path
+
+
+def test_only_functions_that_are_asked_for_loss_import_what_a_run_needs_for_it() -> None:
+    """``mimo_colocated.train.lossy``: by no module when it is imported, and where rules are."""
+    found = {}
+    for path in (ROOT / "mimo_colocated").rglob("*.py"):
+        tree = ast.parse(path.read_text("utf-8"))
+        for node in ast.walk(tree):
+            within = getattr(node, "body", None)
+            if not isinstance(within, list) or _is_for_types(node):
+                continue
+            for each in within:
+                if isinstance(each, ast.ImportFrom) and _leads_to_lossy(each):
+                    found.setdefault(path.name, []).append(type(node).__name__)
+    # The command asks `if ...lossy.rules`; of the job's two functions one returns without rules,
+    # the other is given the links.
+    assert found == {"command.py": ["If"], "job.py": ["FunctionDef", "FunctionDef"]}
+
+
+def _is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def _leads_to_lossy(node: ast.ImportFrom) -> bool:
+    names = {each.name for each in node.names}
+    return node.module == "mimo_colocated.train.lossy" or (
+        node.module == "mimo_colocated.train" and "lossy" in names
+    )
 
 
 # --- what is lost --------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from mimo_colocated.train import command, plan
 from mimo_colocated.train.checks import DATA_KINDS
 from mimo_colocated.train.profile_steps import Profile
 from mimo_colocated.train.reading import as_yaml, describe_shipped, read_recipe, shipped
-from mimo_colocated.train.recipe import Recipe, TrainingPart
+from mimo_colocated.train.recipe import LinkPart, LossyPart, Recipe, TrainingPart
 from mimo_colocated.train.record import git_state
 
 # Every field, none with the value that it has by default.
@@ -74,6 +74,23 @@ WHOLE: dict[str, Any] = {
         "wandb": "ours",
         "backend": "gloo",
         "timeout": 60,
+    },
+    "lossy": {
+        "rules": [
+            {
+                "layers": "language_model.*",
+                "loss": {"rate": 0.1},
+                "directions": ["forward"],
+                "collectives": ["sum"],
+                "replacement": "rescaled",
+                "side": "receiver",
+                "payload": 100,
+                "common_mode": True,
+            }
+        ],
+        "seed": 5,
+        "evaluation": "lossy",
+        "speed": {"bits_per_second": 1e9, "round_trip_s": 1e-3, "header_bytes": 20},
     },
 }
 
@@ -166,6 +183,13 @@ def test_fields_are_set_by_their_path(file: Path) -> None:
         ("training.encode_ahead=0", r"training\.encode_ahead=0; it must be at least 1"),
         ("layout.virtual_stages=0", r"layout\.virtual_stages=0; it must be at least 1"),
         ("layout.language=tp=x", "tp must be a whole number"),
+        ("lossy.rules.0.los=1", r"mean lossy\.rules\.0\.loss\? the fields of lossy\.rules\.0 are"),
+        ("lossy.rules.0.loss=on", "lossy.rules"),
+        ("lossy.rules.0.loss=defult", r"0\.loss='defult' is no preset; did you mean default\?"),
+        ("lossy.rules=[]", "lossy has no rules, so nothing would be lost; give lossy.rules, or"),
+        ("lossy.evaluation=no", "lossy"),
+        ("lossy.evaluation=none", "lossy.evaluation='none' is lossless or lossy"),
+        ("lossy.seed=-1", "lossy.seed=-1; it must be at least 0"),
     ],
 )
 def test_what_is_wrong_is_refused_in_one_sentence(file: Path, change: str, said: str) -> None:
@@ -394,6 +418,21 @@ ELSEWHERE = (
     ("layout", "virtual_stages"),  # PIPELINED
     ("training", "encode_ahead"),
 )
+def test_links_are_named_by_a_preset_or_a_file(file: Path, tmp_path: Path) -> None:
+    """In place of what the recipe says; ``--set`` changes them further."""
+    given = typed(str(file), "--lossy", "default", "--set", "lossy.seed=9")
+    assert given.recipe.lossy == LossyPart([LinkPart("default")], seed=9)
+    assert given.named == f"{file} --set lossy.seed=9 --lossy default"
+    links = tmp_path / "link.yaml"
+    links.write_text(yaml.safe_dump(WHOLE["lossy"]))
+    assert read_recipe("text", lossy=str(links)).lossy == read_recipe(str(file)).lossy
+    assert read_recipe("text").lossy == LossyPart()
+    for text, said in (("[1]", "link.yaml has no rules; docs"), ("{", "link.yaml is no YAML")):
+        links.write_text(text)
+        with pytest.raises(JobError, match=said):
+            typed(str(file), "--lossy", str(links))
+    with pytest.raises(JobError, match="loss='defult' is no preset; did you mean default"):
+        typed(str(file), "--lossy", "defult")
 
 
 def test_every_field_of_a_recipe_has_a_test() -> None:
@@ -407,6 +446,10 @@ def test_every_field_of_a_recipe_has_a_test() -> None:
             made = field.default_factory
             default = field.default if made is dataclasses.MISSING else made()
             assert value != default, f"{name}.{field.name}"
+    (rule,) = WHOLE["lossy"]["rules"]
+    without = dataclasses.asdict(LinkPart("default"))
+    assert rule.keys() == without.keys()
+    assert not [name for name, value in rule.items() if value == without[name]]
 
 
 @pytest.mark.parametrize(

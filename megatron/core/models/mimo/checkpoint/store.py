@@ -13,10 +13,10 @@ import contextlib
 import copy
 import shutil
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -69,6 +69,18 @@ __all__ = [
 ]
 
 
+class RankState(Protocol):
+    """What each rank saves and restores for itself, where a run goes on in the same layout."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return numbers, texts and tensors, in any containers."""
+        ...
+
+    def load_state_dict(self, saved: Mapping[str, Any], /) -> None:
+        """Go on from what ``state_dict`` returned."""
+        ...
+
+
 class CheckpointStore:
     """Checkpoints of one run below ``root``.
 
@@ -83,6 +95,10 @@ class CheckpointStore:
         keep: how many of the newest checkpoints of the line stay; older ones go after a save.
         digests: take a digest of every file when saving and compare it when loading; without,
             only the files' sizes (``integrity.py`` says what that costs).
+
+    Attributes:
+        rank_state: saved along if it is set, and restored in the same layout. A checkpoint that
+            was saved with it is loaded with it set, one without it without.
 
     Raises:
         ValueError: if ``keep`` is less than 1.
@@ -107,6 +123,7 @@ class CheckpointStore:
         self.randomness = randomness
         self.group = group
         self.digests = digests
+        self.rank_state: RankState | None = None
         self._under_way: tuple[Manifest, ShardWriter] | None = None
         if dist.is_initialized():
             check_shared(self.root)
@@ -350,6 +367,7 @@ class CheckpointStore:
         check_same_model(path, manifest.shapes, global_tensors.shapes(_tensors(state["model"])))
         if not self.same_layout(manifest):
             state.pop("rng")
+            state.pop("rank_state", None)
         self._request_what_was_trained(state, frozenset(manifest.frozen or ()))
         loaded = self._read(manifest, state)
         model.load_state_dict(loaded["model"])
@@ -358,6 +376,8 @@ class CheckpointStore:
             set_rng_state(loaded["rng"], self.randomness)
         elif self.randomness:
             self.randomness.reseed(manifest.step)
+        if self.rank_state is not None and "rank_state" in loaded:
+            self.rank_state.load_state_dict(loaded["rank_state"])
         self.history.stands_at = manifest.step
 
     def _load_weights(
@@ -412,7 +432,12 @@ class CheckpointStore:
         """State of the whole run: model, optimizer, each rank's random generators."""
         model_state = model.sharded_state_dict(metadata=dict(SHARDING))
         rank, world = dist.get_rank(), dist.get_world_size()
+        more = {}
+        if self.rank_state is not None:
+            own = self.rank_state.state_dict()
+            more["rank_state"] = ShardedObject("rank_state", own, (world,), (rank,))
         return {
+            **more,
             "model": model_state,
             "optimizer": optimizer.sharded_state_dict(
                 model_state, is_loading=is_loading, metadata=dict(SHARDING)

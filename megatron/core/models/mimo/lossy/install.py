@@ -16,6 +16,14 @@ from megatron.core.models.mimo.lossy.bridges import (
     holder,
     places_of_bridge,
 )
+from megatron.core.models.mimo.lossy.gradients import (
+    PLACE,
+    buckets_of,
+    change_buckets,
+    check_buckets,
+    reducing_group,
+    replica_of,
+)
 from megatron.core.models.mimo.lossy.layers import (
     Remove,
     Where,
@@ -38,7 +46,8 @@ def lossy_links(model: nn.Module, spec: LossySpec) -> LossyLinks:
     Args:
         model: a ``MimoModel``, or one of Megatron's models; wrapped by DDP or not. Layers have
             the names of ``named_modules`` without wrappers, counted over all pipeline stages;
-            bridges are called ``bridge.`` and their modality.
+            bridges are called ``bridge.`` and their modality; what a DDP wrapper reduces
+            ``gradients.``, the name of what it wraps, and the number of its buckets.
         spec: the same on all ranks.
 
     Raises:
@@ -66,8 +75,7 @@ class LossyLinks:
         for each, places in made:
             if places:
                 self.places += places.values()
-                change = change_bridge if each.is_bridge else change_layer
-                self._undo.append(change(each.owner, places))
+                self._undo.append(_CHANGES[each.kind](each.owner, places))
         links = [link for place in self.places for link in place.links.values()]
         self._undo.append(follow(links))
 
@@ -134,11 +142,15 @@ class LossyLinks:
             place.load_state_dict(saved["places"][place.key])
 
 
-class _Candidate:
-    """A layer or bridge that could have lossy links."""
+_LAYER, _BRIDGE, _BUCKETS = "layer", "bridge", "buckets"
+_CHANGES = {_LAYER: change_layer, _BRIDGE: change_bridge, _BUCKETS: change_buckets}
 
-    def __init__(self, name: str, owner: Any, where: list[Where], is_bridge: bool) -> None:
-        self.name, self.owner, self.where, self.is_bridge = name, owner, where, is_bridge
+
+class _Candidate:
+    """A layer, bridge or group of gradient buckets that could have lossy links."""
+
+    def __init__(self, name: str, owner: Any, where: list[Where], kind: str) -> None:
+        self.name, self.owner, self.where, self.kind = name, owner, where, kind
 
     def rules(self, spec: LossySpec) -> dict[Where, LinkRule]:
         found = {where: spec.rule(self.name, *where) for where in self.where}
@@ -146,10 +158,12 @@ class _Candidate:
 
     def problem(self, spec: LossySpec) -> str | None:
         rules = self.rules(spec)
+        at_receiver = any(rule.side == RECEIVER for rule in rules.values())
         try:
-            if rules and self.is_bridge:
-                at_receiver = any(rule.side == RECEIVER for rule in rules.values())
+            if rules and self.kind == _BRIDGE:
                 check_bridge(self.name, self.owner, at_receiver)
+            elif rules and self.kind == _BUCKETS:
+                check_buckets(self.name, self.owner, at_receiver)
             elif rules:
                 check_layer(self.name, self.owner)
         except ValueError as error:
@@ -157,20 +171,26 @@ class _Candidate:
         return None
 
     def make_places(self, model: Any, spec: LossySpec) -> dict[Where, Place]:
-        if not self.is_bridge and self.owner.tp_group.size() == 1:
+        rules = self.rules(spec)
+        if not rules or (self.kind != _BRIDGE and self._group().size() == 1):
             return {}  # one rank alone sends nothing
         return {
             where: Place(self.name, where, rule, spec.seed, *self._ends(model, where, rule))
-            for where, rule in self.rules(spec).items()
+            for where, rule in rules.items()
         }
+
+    def _group(self) -> Any:
+        return reducing_group(self.owner) if self.kind == _BUCKETS else self.owner.tp_group
 
     def _ends(self, model: Any, where: Where, rule: LinkRule) -> tuple[Any, ...]:
         """Who sends, and from whom a receiver receives, as far as it tells them apart."""
-        rank = dist.get_rank()
-        if rule.side == RECEIVER and not self.is_bridge:
+        if self.kind == _BUCKETS:
+            return replica_of(model, self.owner), range(len(self.owner.buckets))
+        rank, is_bridge = dist.get_rank(), self.kind == _BRIDGE
+        if rule.side == RECEIVER and not is_bridge:
             ranks = dist.get_process_group_ranks(self.owner.tp_group)
             return rank, [each for each in ranks if each != rank]
-        if rule.side == RECEIVER or not self.is_bridge:
+        if rule.side == RECEIVER or not is_bridge:
             return rank, ()
         grids = model.mimo_config.module_to_grid_map
         if where[0] == "forward":
@@ -186,9 +206,11 @@ def _candidates(model: Any) -> Iterator[_Candidate]:
         where = places_of(module)
         if where and id(module) not in known:
             known.add(id(module))
-            yield _Candidate(name, module, where, False)
+            yield _Candidate(name, module, where, _LAYER)
+        for bucket_name, buckets in buckets_of(module, name):
+            yield _Candidate(bucket_name, buckets, [PLACE], _BUCKETS)
     for (modality, _), bridge in getattr(model, "colocated_comms", {}).items():
-        yield _Candidate(f"bridge.{modality}", bridge, places_of_bridge(bridge), True)
+        yield _Candidate(f"bridge.{modality}", bridge, places_of_bridge(bridge), _BRIDGE)
 
 
 def _agree(spec: LossySpec, candidates: list[_Candidate]) -> None:

@@ -5,8 +5,9 @@ A layer is changed by attributes of its own, which hide its class's methods and 
 Its arithmetic stays Megatron's; the collective alone is called here instead of inside.
 
 Not covered, and without loss: the vocabulary-parallel embedding, the loss, gathered outputs,
-experts, Transformer Engine's layers. Under SP a column-parallel layer keeps its gathered input for
-the weight's gradient, where Megatron gathers it again.
+experts. Transformer Engine's layers are refused: their collectives are in its kernels. Under SP a
+column-parallel layer keeps its gathered input for the weight's gradient, where Megatron gathers it
+again.
 """
 
 from __future__ import annotations
@@ -48,15 +49,31 @@ def places_of(layer: Any) -> list[Where]:
         if layer.sequence_parallel:
             return [(FORWARD, GATHER), (BACKWARD, REDUCE_SCATTER)]
         return [] if layer.disable_grad_reduce else [(BACKWARD, SUM)]
+    if _sends_within_a_kernel(layer):
+        return [(FORWARD, SUM), (BACKWARD, SUM)]  # somewhere: check_layer refuses it
     return []
+
+
+def _sends_within_a_kernel(layer: Any) -> bool:
+    """Whether it is a layer of Transformer Engine that is cut over TP."""
+    kinds = {kind.__module__.partition(".")[0] for kind in type(layer).__mro__}
+    mode, tp_size = getattr(layer, "parallel_mode", None), getattr(layer, "tp_size", 1)
+    return "transformer_engine" in kinds and bool(mode) and tp_size > 1
 
 
 def check_layer(name: str, layer: Any) -> None:
     """Refuse a layer whose collectives cannot be taken out of it.
 
     Raises:
-        ValueError: it defers gradients of its weight; it has lossy links already.
+        ValueError: it is Transformer Engine's; it defers gradients of its weight; it has lossy
+            links already.
     """
+    if _sends_within_a_kernel(layer):
+        raise ValueError(
+            f"{name} is a layer of Transformer Engine, whose collectives are inside its kernels; "
+            "set MIMO_LAYERS=local in the environment for Megatron's own layers, or name other "
+            "layers in the rules"
+        )
     deferring = getattr(layer.config, "defer_embedding_wgrad_compute", False)
     if deferring and isinstance(layer, ColumnParallelLinear):
         raise ValueError(

@@ -328,7 +328,8 @@ def preset(name: str) -> GilbertElliott:
 
 def _check_probabilities(**values: float) -> None:
     for name, value in values.items():
-        if not 0 <= value <= 1:  # also refuses what is not a number
+        # Also refuses NaN, and what a file says that is no number.
+        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ValueError(f"{name} is a probability: from 0 to 1, got {value}")
 
 

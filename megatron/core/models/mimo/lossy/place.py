@@ -23,7 +23,8 @@ class Place:
         seed: of the spec.
         sender: who sends: a rank, or what stands for ranks that hold the same and must lose the
             same. Of a place at the receiver: this rank.
-        peers: the ranks from which it receives, with a link each; empty where there is one link.
+        peers: what has a link each: the ranks from which it receives, or buckets of gradients;
+            empty where there is one link.
 
     Attributes:
         at_receiver: packets are lost where they arrive.
@@ -60,7 +61,7 @@ class Place:
 
         Args:
             x: the message; read only.
-            peer: whose it is, of a place with peers; else None.
+            peer: which of the peers, of a place that has some; else None.
         """
         return x if self.lossless else self.links[peer].carry(x)
 

@@ -15,7 +15,10 @@ DIRECTIONS = (FORWARD, BACKWARD)
 SENDER, RECEIVER = "sender", "receiver"
 SIDES = (SENDER, RECEIVER)
 SUM, GATHER, REDUCE_SCATTER, EXCHANGE = "sum", "gather", "reduce_scatter", "exchange"
-COLLECTIVES = (SUM, GATHER, REDUCE_SCATTER, EXCHANGE)
+GRADIENTS = "gradients"
+# Of activations and their gradients.
+WITHIN_A_PASS = (SUM, GATHER, REDUCE_SCATTER, EXCHANGE)
+COLLECTIVES = (*WITHIN_A_PASS, GRADIENTS)
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,12 @@ class LinkRule:
 
     Args:
         layers: which layers, as a pattern of their names: ``*`` stands for anything, e.g.
-            ``"*.layers.3.*"``, ``"modality_submodules.images.*"``, ``"bridge.*"``.
+            ``"*.layers.3.*"``, ``"modality_submodules.images.*"``, ``"bridge.*"``,
+            ``"gradients.*"``.
         loss: when packets are lost.
         directions: of the pass: ``"forward"``, ``"backward"``.
-        collectives: which of ``COLLECTIVES``; ``"exchange"`` is a bridge's.
+        collectives: which of ``COLLECTIVES``; ``"exchange"`` is a bridge's. ``"gradients"``, the
+            reduction over DP, is in a rule only if it is named.
         replacement: what stands in the place of a lost packet, see ``replacements``.
         side: where packets are lost. At the ``"sender"`` all ranks, the sender too, miss the same
             and replicas stay equal. At the ``"receiver"`` each rank misses others; replicas part.
@@ -41,7 +46,7 @@ class LinkRule:
     layers: str
     loss: LossModel
     directions: tuple[str, ...] = DIRECTIONS
-    collectives: tuple[str, ...] = COLLECTIVES
+    collectives: tuple[str, ...] = WITHIN_A_PASS
     replacement: str = "zero"
     side: str = SENDER
     payload: int = PAYLOAD
