@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from mimo_colocated.cli import models
 from mimo_colocated.cli.options import CommandOptions
 from mimo_colocated.cli.ready_models import checked_model, one_sentence, ready_model
 from mimo_colocated.launch.errors import JobError
+
+if TYPE_CHECKING:
+    from megatron.core.models.mimo.data.batches import ItemRows
 
 _DRAWS = ("top_k", "top_p", "seed")
 _LONGEST = 2**31 - 1  # tokens, where a configuration names no bound
@@ -83,7 +86,7 @@ class Question:
     def __len__(self) -> int:
         return 1
 
-    def __getitem__(self, _number: int) -> Any:
+    def __getitem__(self, number: int) -> Any:
         return self._asked
 
     def fingerprint(self) -> str:
@@ -94,15 +97,18 @@ class Question:
         """Return the tokens of samples, int64 ``(n,)``."""
         return np.full(len(samples), len(self._made.input_ids))
 
-    def rows(self, _sample: int) -> np.ndarray:
-        """Return the rows of its images, int32 ``(items,)``."""
-        return self._made.rows
+    def items(self, samples: np.ndarray) -> ItemRows:
+        """Return the rows of its images, for each time that it is asked."""
+        from megatron.core.models.mimo.data.batches import ItemRows
 
-    def grids(self, _sample: int) -> np.ndarray:
+        rows = np.asarray(self._made.rows, dtype=np.int64)
+        return ItemRows(np.tile(rows, len(samples)), np.full(len(samples), len(rows)))
+
+    def grids(self, sample: int) -> np.ndarray:
         """Return the grids of its images, int32 ``(items, 3)``."""
         return self._made.grids
 
-    def tokens(self, _sample: int) -> tuple[np.ndarray, np.ndarray]:
+    def tokens(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
         """Return its tokens, and that none is learned: int32, bool ``(n,)``."""
         return self._made.input_ids, self._made.learned
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,8 +59,7 @@ class WeightsAndBiases:
     """
 
     def __init__(self, recipe: Recipe, out: Path) -> None:
-        import wandb
-
+        wandb: Any = importlib.import_module("wandb")  # an extra, which type checks do without
         try:
             self._run: Any = wandb.init(
                 project=recipe.run.wandb,

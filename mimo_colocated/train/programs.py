@@ -221,9 +221,18 @@ def job_of(given: argparse.Namespace, script: str, named: str) -> Job:
         given: the command line, with its program.
         script: what ranks run that are processes of their own.
         named: the recipe's arguments, to be typed again.
+
+    Raises:
+        JobError: an option that such a program does not have.
     """
     program: Program = given.program
     job = program.job
+    for flag in ("lossy", "profile", "profile_ranks"):
+        if getattr(given, flag) is not None:
+            raise JobError(
+                f"--{flag.replace('_', '-')} is not for {given.recipe}, which is a program of its "
+                "own; leave it out, or take another recipe (mimo train --list)"
+            )
 
     def parse(_argv: Sequence[str], world: int | None) -> Any:
         options = program.options(["--fresh"] * given.fresh, world)

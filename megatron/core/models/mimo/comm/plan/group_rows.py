@@ -181,14 +181,14 @@ class GroupRows:
         """All runs by their first row: start, length, holder, place there."""
         counts = [len(runs) for runs in self.held]
         start, length = np.concatenate(self.held).T
-        src = np.repeat(np.arange(len(counts)), counts)
+        src = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
         # What a replica brings begins anew with each.
         before = np.cumsum(length) - length
         first = before[np.minimum(np.cumsum(counts) - counts, max(before.size - 1, 0))]
         at = before - np.repeat(first, counts) if before.size else before
         outside = np.flatnonzero((length > 0) & ((start < 0) | (start + length > self.total)))
         if outside.size:
-            rows = expand(self.held[src[outside[0]]])
+            rows = expand(self.held[int(src[outside[0]])])
             raise ValueError(
                 f"Encoder replica {self.group.src_dps[src[outside[0]]]} holds rows {rows.min()} to "
                 f"{rows.max()}, but the exchange group's rows are 0 to {self.total - 1}"
