@@ -142,7 +142,8 @@ def _write_table(folder: Path, samples: int) -> dict[str, Any]:
     said = [message for number in range(samples) for message in _messages(number)]
     parts = [pyarrow.array([each[name] for each in said]) for name in ("role", "content")]
     talk = pyarrow.StructArray.from_arrays(parts, names=["role", "content"])
-    column = pyarrow.ListArray.from_arrays(pyarrow.array(range(0, 2 * samples + 1, 2)), talk)
+    starts = pyarrow.array(np.arange(0, 2 * samples + 1, 2, dtype=np.int32))
+    column = pyarrow.ListArray.from_arrays(starts, talk)
     table = datasets.Dataset(pyarrow.table({"messages": column}))
     table.save_to_disk(str(folder / "saved"))
     return {"path": folder / "saved"}
