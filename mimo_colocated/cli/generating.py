@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from mimo_colocated.launch.errors import JobError
 
 if TYPE_CHECKING:
     from megatron.core.models.mimo.data.batches import ItemRows
+    from megatron.core.models.mimo.data.conversation import Conversation
 
 _DRAWS = ("top_k", "top_p", "seed")
 _LONGEST = 2**31 - 1  # tokens, where a configuration names no bound
@@ -69,25 +70,26 @@ class Question:
         for item in items:
             look_at(item)
         shown = [Part("image", "", item) for item in items]
-        self._asked = Conversation((Turn("user", (*shown, text(more["question"]))),))
+        asked = Conversation((Turn("user", (*shown, text(more["question"]))),))
         config, places = described.language.config, more["max_new_tokens"]
         longest = getattr(config, "max_position_embeddings", None) or _LONGEST
         self.text = ChatEncoder(folder, _LONGEST)
-        self._made = question(self.text, self._asked, places)
-        count = len(self._made.input_ids)
+        made = question(self.text, asked, places)
+        count = len(made.input_ids)
         if count > longest:
             raise JobError(
                 f"the question has {count - places} tokens and the answer may have {places}, "
                 f"together more than the {longest} of the model; ask for less with "
                 "--max-new-tokens, or show fewer images"
             )
+        self._asked, self._made = [asked], [made]
         self.numbers = np.zeros(1, dtype=np.int64)
 
     def __len__(self) -> int:
-        return 1
+        return len(self._asked)
 
-    def __getitem__(self, number: int) -> Any:
-        return self._asked
+    def __getitem__(self, number: int) -> Conversation:
+        return self._asked[number]
 
     def fingerprint(self) -> str:
         """Return the question: nothing of it is kept."""
@@ -95,22 +97,24 @@ class Question:
 
     def lengths(self, samples: np.ndarray) -> np.ndarray:
         """Return the tokens of samples, int64 ``(n,)``."""
-        return np.full(len(samples), len(self._made.input_ids))
+        return np.array([len(self._made[sample].input_ids) for sample in samples.tolist()])
 
     def items(self, samples: np.ndarray) -> ItemRows:
-        """Return the rows of its images, for each time that it is asked."""
+        """Return the rows of its images, sample after sample."""
         from megatron.core.models.mimo.data.batches import ItemRows
 
-        rows = np.asarray(self._made.rows, dtype=np.int64)
-        return ItemRows(np.tile(rows, len(samples)), np.full(len(samples), len(rows)))
+        rows = [np.asarray(self._made[at].rows, dtype=np.int64) for at in samples.tolist()]
+        none = np.empty(0, dtype=np.int64)
+        counts = np.array([len(each) for each in rows], dtype=np.int64)
+        return ItemRows(np.concatenate([none, *rows]), counts)
 
     def grids(self, sample: int) -> np.ndarray:
         """Return the grids of its images, int32 ``(items, 3)``."""
-        return self._made.grids
+        return self._made[sample].grids
 
     def tokens(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
         """Return its tokens, and that none is learned: int32, bool ``(n,)``."""
-        return self._made.input_ids, self._made.learned
+        return self._made[sample].input_ids, self._made[sample].learned
 
 
 def _check_draws(options: CommandOptions) -> None:

@@ -124,10 +124,10 @@ def lowest_drawn(scores: Tensor, choice: Choice, tp: dist.ProcessGroup) -> Tenso
         # Above the last one of every shard nothing is missing.
         missing = best[..., -1].amax(dim=1)
         best = best.flatten(1).sort(descending=True).values
-        before = (best - whole).exp().cumsum(dim=1) < choice.top_p
-        last = before.sum(dim=1, keepdim=True).clamp(max=best.shape[1] - 1)
-        found = best.gather(1, last)[:, 0]
-        if count == width or not (found < missing).any():
+        last = ((best - whole).exp().cumsum(dim=1) < choice.top_p).sum(dim=1, keepdim=True)
+        too_few = last[:, 0] == best.shape[1]
+        found = best.gather(1, last.clamp(max=best.shape[1] - 1))[:, 0]
+        if count == width or not (too_few | (found < missing)).any():
             return torch.maximum(lowest, found)
         count = min(4 * count, width)
 
