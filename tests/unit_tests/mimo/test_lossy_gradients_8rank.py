@@ -47,7 +47,7 @@ def gradients(bucket: Any) -> torch.Tensor:
     return (count % 7 + 1).float()
 
 
-def reduced(model: TinyModel, spec: LossySpec | None, step: int = 0) -> dict[str, Any]:
+def reduced(model: TinyModel, spec: LossySpec | None) -> dict[str, Any]:
     """The buckets of the language model after one reduction, and what each replica had lost."""
     module: Any = model.language_model
     groups = model.collections["language"]
