@@ -15,10 +15,14 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.models.mimo.gradients.finalize import MimoGradFinalizer, wrap_modules_with_ddp
+from megatron.core.models.mimo.gradients.finalize import (
+    MimoGradFinalizer,
+    iter_modules,
+    wrap_modules_with_ddp,
+)
 from megatron.core.models.mimo.lossy.draws import Draws, stream_key
 from megatron.core.models.mimo.lossy.install import lossy_links
-from megatron.core.models.mimo.lossy.loss_models import Bernoulli, preset
+from megatron.core.models.mimo.lossy.loss_models import Bernoulli, GilbertElliott
 from megatron.core.models.mimo.lossy.spec import LinkRule, LossySpec
 from tests.unit_tests.mimo.tiny_modules import (
     COLOCATED,
@@ -31,7 +35,9 @@ from tests.unit_tests.mimo.tiny_modules import (
 pytestmark = pytest.mark.ranks(8)
 
 PAYLOAD, SEED = 12, 4
-RULE = LinkRule("gradients.*", preset("default"), collectives=("gradients",), payload=PAYLOAD)
+# Half of all packets: a bucket has ten of them.
+HALF = GilbertElliott(0.3, 0.3, 0.1, 0.9)
+RULE = LinkRule("gradients.*", HALF, collectives=("gradients",), payload=PAYLOAD)
 SPEC = LossySpec((RULE,), SEED)
 
 
@@ -41,7 +47,7 @@ def gradients(bucket: Any) -> torch.Tensor:
     return (count % 7 + 1).float()
 
 
-def reduced(model: TinyModel, spec: LossySpec | None, step: int = 0) -> dict[str, Any]:
+def reduced(model: TinyModel, spec: LossySpec | None) -> dict[str, Any]:
     """The buckets of the language model after one reduction, and what each replica had lost."""
     module: Any = model.language_model
     groups = model.collections["language"]
@@ -85,20 +91,29 @@ def test_each_replica_loses_what_its_links_say(distributed: bool) -> None:
         if distributed:  # the other parts are other ranks'
             size = wanted.numel() // groups.dp_cp.size()
             part = slice(groups.dp_cp.rank() * size, (groups.dp_cp.rank() + 1) * size)
-        # Sums of at most 8 whole numbers, exact in float32.
-        assert torch.equal(found["sum"][part].double(), wanted[part])
-        assert any(on_all_ranks(not torch.equal(found["sum"][part], plain["sum"][part])))
         (row,) = found["links"].statistics()
-        assert (row["place"], row["direction"]) == ("gradients.0", "backward")
-        assert row["payload_bytes"] == 4 * wanted.numel()
-        assert row["lost"] > 0
-        # Replicas lose apart; TP ranks of one lose alike, so what they hold alike stays alike.
-        lost = on_all_ranks((groups.dp_cp.rank(), row["lost"], row["bursts"]))
-        assert len(set(lost)) == groups.dp_cp.size()
-        whole = found["sum"] if not distributed else found["sum"][part]
-        copies = [torch.empty_like(whole) for _ in range(groups.tp.size())]
-        dist.all_gather(copies, whole, group=groups.tp)
-        assert all(torch.equal(copy, whole) for copy in copies)
+        mine = found["sum"][part].contiguous()
+        copies = [torch.empty_like(mine) for _ in range(groups.tp.size())]
+        dist.all_gather(copies, mine, group=groups.tp)
+        told = {
+            # Sums of at most 8 whole numbers, exact in float32.
+            "exact": torch.equal(mine.double(), wanted[part]),
+            "plain": torch.equal(mine, plain["sum"][part]),
+            "about": (row["place"], row["direction"], row["payload_bytes"]),
+            "lost": (groups.dp_cp.rank(), row["lost"], row["bursts"]),
+            "alike": all(torch.equal(copy, mine) for copy in copies),
+        }
+        # Asserted together, so that no rank waits for one that has failed.
+        everywhere = on_all_ranks(told)
+    assert all(each["exact"] for each in everywhere)
+    assert not all(each["plain"] for each in everywhere)
+    about = ("gradients.0", "backward", 4 * wanted.numel())
+    assert {each["about"] for each in everywhere} == {about}
+    # Replicas lose apart; TP ranks of one lose alike, so what they hold alike stays alike.
+    lost = {each["lost"] for each in everywhere}
+    assert len(lost) == 4
+    assert len({each[1:] for each in lost}) > 1
+    assert all(each["alike"] for each in everywhere)
 
 
 def test_nothing_is_lost_without_loss_and_ddp_is_left_as_it_was() -> None:
@@ -119,16 +134,19 @@ def test_overlapping_reductions_lose_once_a_step() -> None:
         wrap_modules_with_ddp(model, configs, settings, model.collections)
         module: Any = model.language_model
         (buckets,) = module.bucket_groups
-        before = buckets.start_grad_sync
+        before, finalize = buckets.start_grad_sync, MimoGradFinalizer(model.collections)
+        messages = []
         with lossy_links(module, SPEC) as links:
             for step in range(3):
-                module.zero_grad_buffer()
-                sum((p * p.detach()).sum() for p in module.parameters()).backward()
+                for _, each in iter_modules(model):
+                    each.zero_grad_buffer()
+                sum((p * p.detach()).sum() for *_, p in model.named()).backward()
                 if step == 0:
                     module.start_grad_sync()  # as schedules with a grad_sync_func do
-                MimoGradFinalizer(model.collections)([model])
+                finalize([model])
                 (row,) = links.statistics()
-                assert row["messages"] == step + 1
+                messages.append(row["messages"])
+        assert messages == [1, 2, 3]
         assert buckets.start_grad_sync is before
 
 
