@@ -355,8 +355,8 @@ def test_a_rank_looks_at_single_rows_of_its_own_replicas_only(monkeypatch):
         seen[rank] = sum(looked_at)
     # On the first stage those of its own replica, and those that its encoder's rows go to; on the
     # other stage, which owns nothing, the latter.
-    assert max(seen.values()) == 64
-    assert {seen[rank] for rank in range(8, 16)} == {32}
+    assert max(seen.values()) == 32 + 16
+    assert {seen[rank] for rank in range(8, 16)} == {16}
 
 
 @pytest.mark.parametrize("leg", ["forward", "backward"])

@@ -182,10 +182,7 @@ class GroupRows:
         counts = [len(runs) for runs in self.held]
         start, length = np.concatenate(self.held).T
         src = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
-        # What a replica brings begins anew with each.
-        before = np.cumsum(length) - length
-        first = before[np.minimum(np.cumsum(counts) - counts, max(before.size - 1, 0))]
-        at = before - np.repeat(first, counts) if before.size else before
+        at = np.concatenate([np.cumsum(runs[:, 1]) - runs[:, 1] for runs in self.held])
         outside = np.flatnonzero((length > 0) & ((start < 0) | (start + length > self.total)))
         if outside.size:
             rows = expand(self.held[int(src[outside[0]])])
