@@ -113,10 +113,7 @@ class RecipeLoop(TracedLoop):
         profile: steps to record.
     """
 
-    results = (
-        *TracedLoop.results, "recipe.yaml", "run.json", "links.json", "exported", "evaluation",
-        "wandb",
-    )  # fmt: skip
+    results = (*TracedLoop.results, "links.json", "exported", "evaluation", "wandb")
 
     def __init__(
         self,
