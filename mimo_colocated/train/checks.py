@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mimo_colocated.train.recipe import Recipe
 
 # Here, where nothing heavy is imported; those of ``megatron.core.models.mimo.data.sources``.
-DATA_KINDS = ("llava", "chat", "datasets", "webdataset", "easy-vqa", "tokens")
+DATA_KINDS = ("llava", "chat", "datasets", "webdataset", "energon", "easy-vqa", "tokens")
 LINK_PRESETS = (
     *("default", "one", "one_percent", "half_percent", "point2", "long_point1"),
     *("long_2percent", "short_1percent", "short_2percent"),

@@ -113,6 +113,7 @@ class RecipeLoop(TracedLoop):
         profile: steps to record.
     """
 
+    links: SavedLinks | None = None
     results = (*TracedLoop.results, "links.json", "exported", "evaluation", "wandb")
 
     def __init__(
@@ -126,7 +127,6 @@ class RecipeLoop(TracedLoop):
     ) -> None:
         super().__init__(options, trainer, data, requests, profile)
         self.opened = opened
-        self.links: SavedLinks | None = None
 
     def start(self) -> int:
         """Resume or start anew, and record the run, unless it is refused."""

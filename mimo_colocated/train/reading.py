@@ -15,7 +15,7 @@ from typing import Any
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.train.recipe import Recipe
 
-_ORDER = ("name", "job", "model", "layout", "data", "training", "evaluation", "run")
+_ORDER = ("name", "job", "model", "layout", "data", "training", "evaluation", "lossy", "run")
 """Of what is printed; other fields follow."""
 
 

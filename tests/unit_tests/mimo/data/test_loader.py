@@ -122,9 +122,9 @@ def test_each_image_is_opened_by_one_rank(made, layout: str, packed: bool) -> No
     assert ranks[0].images == wanted.total()
     assert ranks[0].rows.tolist() == [ROWS] * wanted.total()
     assert ranks[0].tokens == int(ranks[0].batch.lengths.sum())
-    by_replica = {
-        job.images.coords(rank)["dp"]: len(reader.opened) for rank, reader in enumerate(job.readers)
-    }
+    by_replica: Counter[int] = Counter()  # one rank of a TP group opens them
+    for rank, reader in enumerate(job.readers):
+        by_replica[job.images.coords(rank)["dp"]] += len(reader.opened)
     for rank, found in enumerate(ranks):  # images of one size: their number is the work
         own = [by_replica[dp] for dp in job.bridge.group_of(rank).src_dps.tolist()]
         before, after = found.spreads["images"]

@@ -121,7 +121,7 @@ def test_what_is_printed_is_the_same_recipe(file: Path, tmp_path: Path) -> None:
     assert read_recipe(str(again)) == recipe
     printed = yaml.safe_load(as_yaml(recipe))
     assert set(printed["training"]) == {*WHOLE["training"], "encode_ahead"}
-    order = ["name", "model", "layout", "data", "training", "evaluation", "run"]
+    order = ["name", "model", "layout", "data", "training", "evaluation", "lossy", "run"]
     assert list(printed) == order  # that of the recipes that ship
     assert list(printed["data"])[:2] == ["train", "held_out"]
 
@@ -328,6 +328,12 @@ def test_recipes_that_ship_can_be_read(name: str) -> None:
     recipe = read_recipe(name)
     assert recipe.name == name
     assert f"{name}  " in describe_shipped()
+
+
+@pytest.fixture(autouse=True)
+def _everything_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Extras that tests do not need, such as that of ``run.wandb``."""
+    monkeypatch.setattr(errors, "_is_installed", lambda _name: True)
 
 
 def typed(*argv: str) -> command.TrainCommand:
