@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mimo_colocated.cli import models
-from mimo_colocated.cli.importing import RECORD, TORCH_NATIVE
+from mimo_colocated.cli.importing import RECORD, TORCH_NATIVE, lora_of
 from mimo_colocated.cli.options import CommandOptions
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.launch.layouts import LANGUAGE
@@ -117,7 +117,7 @@ def check_first(options: CommandOptions) -> None:
 
 def work(options: CommandOptions) -> None:
     """Load the checkpoint's weights and write them, on one rank of all."""
-    from megatron.core.models.mimo.checkpoint.store import CheckpointStore
+    from megatron.core.models.mimo.huggingface.earlier_run import EarlierRun
     from megatron.core.models.mimo.huggingface.export import to_folder
     from mimo_colocated.cli.progress import bar
 
@@ -125,10 +125,14 @@ def work(options: CommandOptions) -> None:
     with models.one_sentence():
         source = source_of(options, found)
         native = torch_native_of(options, found)
+        lora = lora_of(_recorded(found))
         built = models.build(
-            source, options, load_weights=False, dtype=options.dtype, torch_native=native
+            source,
+            options,
+            dtype=options.dtype,
+            torch_native=native,
+            weights=EarlierRun(found.root, found.step, lora),
         )
-        CheckpointStore(found.root, built.layouts()).load(found.step, built.model)
         dtype = models.torch_dtype(options.dtype) if options.dtype else None
         with bar("writing") as tick:
             overwrite = options.more["overwrite"]

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,23 @@ from megatron.core.models.mimo.data.encoding import ChatEncoder, TemplateError
 from megatron.core.models.mimo.data.loader import RankBatches
 from megatron.core.models.mimo.data.readers import ImageReader, Reader, ReaderProcesses
 from megatron.core.models.mimo.data.sources import SourceError
-from megatron.core.models.mimo.gradients.finalize import iter_modules
 from megatron.core.models.mimo.huggingface.all_ranks import on_all_ranks
 from megatron.core.models.mimo.huggingface.build import BuildOptions, from_folder
 from megatron.core.models.mimo.huggingface.export import to_folder
-from megatron.core.models.mimo.job.built_model import LANGUAGE
+from megatron.core.models.mimo.huggingface.lora_export import merged, to_adapter_folder
 from megatron.core.models.mimo.job.loop import TrainingLoop
 from megatron.core.models.mimo.job.reporter import Reporter, versions
 from megatron.core.models.mimo.job.results import write_summary
 from megatron.core.models.mimo.job.trainer import TrainOptions
+from megatron.core.models.mimo.training.parameter_names import (
+    ParameterNameError,
+    adapted_modules,
+    frozen_parts,
+)
 from mimo_colocated.cli import models
 from mimo_colocated.cli.importing import RECORD, source_of
 from mimo_colocated.launch import JobError, connection_notes, init_distributed
+from mimo_colocated.launch.lora import Lora
 from mimo_colocated.launch.training_options import TrainingOptions
 from mimo_colocated.stop_requests import StopRequests
 from mimo_colocated.train.answers import Answer, Greedy, majority, stop_at, wanted
@@ -49,15 +54,22 @@ from mimo_colocated.train.plan import check_model
 from mimo_colocated.train.recipe import Recipe
 from mimo_colocated.train.record import write_record
 from mimo_colocated.train.reporting import RecipeReporter
+from mimo_colocated.train.stages import Stage
 from mimo_colocated.train.trainer import RecipeTrainer
 
 # Fields of a recipe that may not change in mid-run: it would train on other data than recorded.
 _FIXED = (
-    *(f"model.{name}" for name in ("folder", "make", "settings", "dtype")),
+    *(f"model.{name}" for name in ("folder", "make", "from_run", "settings", "dtype", "lora")),
     *(f"data.{name}" for name in ("train", "max_tokens", "sequences", "capacity")),
     *(f"training.{name}" for name in ("steps", "global_batch_size", "lr", "min_lr")),
-    *(f"training.{name}" for name in ("warmup_steps", "weight_decay", "seed")),
+    *(f"training.{name}" for name in ("warmup_steps", "weight_decay", "seed", "groups")),
 )
+# What fields were before there were any.
+_BEFORE: dict[str, Any] = {
+    "model.from_run": "",
+    "model.lora": dataclasses.asdict(Lora()),
+    "training.groups": [],
+}
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,7 @@ class RecipeLoop(TrainingLoop):
         opened: what is trained on.
     """
 
-    results = (*TrainingLoop.results, "recipe.yaml", "run.json", "exported")
+    results = (*TrainingLoop.results, "recipe.yaml", "run.json", "exported", "adapter")
 
     def __init__(
         self,
@@ -132,8 +144,10 @@ class RecipeLoop(TrainingLoop):
         options: Any = self.options
         model, run = options.recipe.model, options.recipe.run
         built: Any = self.trainer.built
+        parameters = built.named_parameters()
+        frozen, adapted = frozen_parts(parameters), adapted_modules(parameters)
         numbers = StepNumbers.of_model(
-            built.composite, options.language, model.freeze, model.dtype
+            built.composite, options.language, frozen, model.dtype, adapted
         )
         return RecipeReporter(
             options.out, done, self.trainer, self.data, numbers, tensorboard=run.tensorboard
@@ -169,7 +183,8 @@ class RecipeLoop(TrainingLoop):
         """
         for name in _FIXED:
             section, field = name.split(".")
-            was, new = before["recipe"].get(section, {}).get(field), now["recipe"][section][field]
+            was = before["recipe"].get(section, {}).get(field, _BEFORE.get(name))
+            new = now["recipe"][section][field]
             if was != new:
                 raise JobError(
                     f"{self.options.out} holds a run with {name}={was}, this one has {new}; give "
@@ -199,21 +214,24 @@ class RecipeJob:
     ) -> None:
         self.recipe, self.folder, self.readers = recipe, folder, readers
         data, training = recipe.data, recipe.training
-        self._retry = fresh or not any((Path(recipe.run.out) / "checkpoints").glob("*"))
+        self._begins = fresh or not any((Path(recipe.run.out) / "checkpoints").glob("*"))
         self._text = None if recipe.of_tokens else self._text_of(folder)
         self.opened = self._open(data.train, 0)
         # What is wrong with it is not to be found when all is trained.
         self._held_out, self._questions = self._open_held_out()
         layouts = on_all_ranks(lambda: check_model(recipe, folder), "read the model")
-        built = from_folder(folder, layouts, self._build_options())
+        with _named("model.freeze: "):
+            built = from_folder(folder, layouts, self._build_options())
         options = RunOptions.of(recipe, fresh=fresh)
         steps = dataclasses.replace(
             TrainOptions.of(options),
             min_lr=training.min_lr,
             warmup_steps=training.warmup,
             weight_decay=training.weight_decay,
+            groups=training.groups,
         )
-        self.trainer = RecipeTrainer(built, steps, distributed_optimizer=True)
+        with _named("training."):
+            self.trainer = RecipeTrainer(built, steps, distributed_optimizer=True)
         stream = training_stream(
             self.opened, data, training.seed, training.global_batch_size
         )
@@ -236,7 +254,7 @@ class RecipeJob:
             **self.loop.found(),
         }
         if self.recipe.run.export:
-            to_folder(self.trainer.built, out / "exported", overwrite=True)  # type: ignore[arg-type]
+            self._export(out)
             if self._text is not None and self.loop.rank == 0:
                 stop_at(out / "exported", self._text.end)
             self.loop.say(f"wrote {out / 'exported'}, a Hugging Face folder")
@@ -253,12 +271,20 @@ class RecipeJob:
         self.loop.say(f"results are in {out}")
         dist.barrier()
 
+    def _export(self, out: Path) -> None:
+        built: Any = self.trainer.built
+        if built.lora:
+            to_adapter_folder(built, out / "adapter", overwrite=True)
+            self.loop.say(f"wrote {out / 'adapter'}, adapters for peft")
+        with merged(built):
+            to_folder(built, out / "exported", overwrite=True)
+
     # ---- parts ----------------------------------------------------------------------------
 
     def _open(self, parts: Any, answer_tokens: int) -> Opened:
         place = Path(self.recipe.run.out) / "prepared"
         text = self._text or self._vocabulary()
-        return open_data(parts, self.recipe.data, text, place, answer_tokens, self._retry)
+        return open_data(parts, self.recipe.data, text, place, answer_tokens, self._begins)
 
     def _open_held_out(self) -> tuple[Opened, Opened]:
         """What the loss is measured on, and the same to be answered."""
@@ -297,22 +323,12 @@ class RecipeJob:
             packed=recipe.data.packed,
             recompute=recipe.training.recompute,
             seed=recipe.training.seed,
-            freeze=self._freeze,
+            freeze_names=recipe.model.freeze,
+            lora=recipe.model.lora,
+            # A run that goes on has weights of its own.
+            weights=Stage.of(recipe).weights() if recipe.model.from_run and self._begins else None,
             torch_native=recipe.model.torch_native,
         )
-
-    def _freeze(self, model: Any) -> None:
-        known: dict[str, list[Any]] = {}
-        for name, module in iter_modules(model):
-            known[name] = [module]
-            if name != LANGUAGE:
-                known[f"{name}.encoder"] = list(module.encoders.values())
-                known[f"{name}.projector"] = list(module.input_projections)
-        for name in self.recipe.model.freeze:
-            if name not in known:
-                raise JobError(f"model.freeze: {name!r} is none of {', '.join(known)}")
-            for module in known[name]:
-                module.requires_grad_(False)
 
     def _say_data(self) -> None:
         for name, opened in (
@@ -392,6 +408,15 @@ class RecipeJob:
         write_summary(Path(self.recipe.run.out) / "answers.json", {"answers": rows})
 
 
+@contextlib.contextmanager
+def _named(field: str) -> Iterator[None]:
+    """Say of names of parameters that are wrong which field of the recipe has them."""
+    try:
+        yield
+    except ParameterNameError as error:
+        raise JobError(f"{field}{error}") from error
+
+
 def _share(answers: list[Answer]) -> float:
     return sum(each.right for each in answers) / max(len(answers), 1)
 
@@ -430,6 +455,8 @@ def model_folder(recipe: Recipe) -> Path:
     Raises:
         JobError: it cannot be made.
     """
+    if recipe.model.from_run:
+        return Stage.of(recipe).folder()
     if not recipe.model.make:
         return Path(recipe.model.folder).expanduser()
     place = Path(recipe.run.out) / "model"

@@ -10,7 +10,7 @@ are not finite skip the step in every dtype: their modules' norms, which clippin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,12 +53,18 @@ from megatron.core.models.mimo.training.optimizer_state import (
     sharded_inner_state,
     start_anew,
 )
+from megatron.core.models.mimo.training.parameter_groups import (
+    config_overrides,
+    learning_rates,
+)
+from megatron.core.models.mimo.training.parameter_names import Named, named_parameters
 from megatron.core.models.mimo.wrappers import stepped
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from mimo_colocated import phases
+from mimo_colocated.launch.parameter_groups import ParameterGroup
 
 if TYPE_CHECKING:
     from megatron.core.hyper_comm_grid import HyperCommGrid
@@ -248,6 +254,15 @@ class MimoOptimizer(MegatronOptimizer):
         """Parameter groups of all modules, one list, for learning-rate schedulers."""
         return [group for opt in self._active_optimizers for group in opt.param_groups]
 
+    def learning_rates(self) -> dict[str, float]:
+        """Return the learning rates of this rank's modules: ``MODULE``, ``MODULE.groups.0``."""
+        return {
+            name: rate
+            for module, info in self.module_infos.items()
+            if info.is_active and info.optimizer
+            for name, rate in learning_rates(module, info.optimizer.param_groups).items()
+        }
+
     # ---- checkpoints ----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -414,18 +429,25 @@ class MimoOptimizer(MegatronOptimizer):
         return (dist.get_rank() - (grid.rank_offset if grid is not None else 0),)
 
 
-def get_mimo_optimizer(mimo_model: MimoModel, config: OptimizerConfig) -> MimoOptimizer:
+def get_mimo_optimizer(
+    mimo_model: MimoModel,
+    config: OptimizerConfig,
+    groups: Sequence[ParameterGroup] = (),
+    named: Sequence[Named] | None = None,
+) -> MimoOptimizer:
     """Build one inner optimizer per module, over the groups of the module's grid.
 
     Args:
         mimo_model: modules already wrapped in DistributedDataParallel; its config carries
             ``module_to_grid_map``.
         config: configuration of all inner optimizers.
+        groups: other learning rates and weight decay for some parameters.
+        named: this rank's parameters, where groups use other names than the model's own.
 
     Raises:
         ValueError: if the model has no grids; on every rank: the optimizer is not supported, or
             the dtype of a parameter does not fit ``config``; a module asks for several
-            distributed-optimizer instances.
+            distributed-optimizer instances; a group names nothing that trains.
     """
     check_optimizer(config)
     grids = mimo_model.mimo_config.module_to_grid_map
@@ -435,7 +457,10 @@ def get_mimo_optimizer(mimo_model: MimoModel, config: OptimizerConfig) -> MimoOp
             "give one HyperCommGrid per modality and one for 'language'"
         )
     _check_dtypes(mimo_model, config)
-    infos = {name: _module_info(mimo_model, name, grids[name], config) for name in grids}
+    modules = list(iter_modules(mimo_model))
+    named = named_parameters(modules) if named is None else named
+    overrides = config_overrides(groups, named, (module for _, module in modules), config)
+    infos = {name: _module_info(mimo_model, name, grids[name], config, overrides) for name in grids}
     return MimoOptimizer(infos, config)
 
 
@@ -454,7 +479,11 @@ def _check_dtypes(mimo_model: MimoModel, config: OptimizerConfig) -> None:
 
 
 def _module_info(
-    mimo_model: MimoModel, name: str, grid: HyperCommGrid, config: OptimizerConfig
+    mimo_model: MimoModel,
+    name: str,
+    grid: HyperCommGrid,
+    config: OptimizerConfig,
+    overrides: Mapping[Any, Any] | None,
 ) -> ModuleOptimizerInfo:
     from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
     from megatron.core.models.mimo.model.rank_modules import stages_of
@@ -473,7 +502,8 @@ def _module_info(
     optimizer = None
     if trained:
         plain = [stepped(module) for module in modules]
-        optimizer = build_inner_optimizer(name, plain, own_config(config, modules), collection)
+        own = own_config(config, modules)
+        optimizer = build_inner_optimizer(name, plain, own, collection, overrides)
         count_over_fsdp(optimizer, modules, collection)
     elif any(trained_on):
         attend_construction(config)
