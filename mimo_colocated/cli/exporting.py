@@ -6,13 +6,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mimo_colocated.cli import models
-from mimo_colocated.cli.importing import RECORD, TORCH_NATIVE
+from mimo_colocated.cli.importing import RECORD, TORCH_NATIVE, lora_of
 from mimo_colocated.cli.options import CommandOptions
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.launch.layouts import LANGUAGE
+
+if TYPE_CHECKING:
+    from megatron.core.models.mimo.huggingface.earlier_run import EarlierRun
 
 _STEP = re.compile(r"step_(\d{8,})")
 
@@ -87,6 +90,13 @@ def torch_native_of(options: CommandOptions, found: Found) -> list[str]:
     return native
 
 
+def weights_of(found: Found) -> EarlierRun:
+    """Return a checkpoint's weights, adapters among them, to build a model from."""
+    from megatron.core.models.mimo.huggingface.earlier_run import EarlierRun
+
+    return EarlierRun(found.root, found.step, lora_of(_recorded(found)))
+
+
 def _recorded(found: Found) -> dict[str, Any]:
     from megatron.core.models.mimo.checkpoint.history import History
 
@@ -117,7 +127,6 @@ def check_first(options: CommandOptions) -> None:
 
 def work(options: CommandOptions) -> None:
     """Load the checkpoint's weights and write them, on one rank of all."""
-    from megatron.core.models.mimo.checkpoint.store import CheckpointStore
     from megatron.core.models.mimo.huggingface.export import to_folder
     from mimo_colocated.cli.progress import bar
 
@@ -126,9 +135,12 @@ def work(options: CommandOptions) -> None:
         source = source_of(options, found)
         native = torch_native_of(options, found)
         built = models.build(
-            source, options, load_weights=False, dtype=options.dtype, torch_native=native
+            source,
+            options,
+            dtype=options.dtype,
+            torch_native=native,
+            weights=weights_of(found),
         )
-        CheckpointStore(found.root, built.layouts()).load(found.step, built.model)
         dtype = models.torch_dtype(options.dtype) if options.dtype else None
         with bar("writing") as tick:
             overwrite = options.more["overwrite"]

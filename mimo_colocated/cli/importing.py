@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +12,15 @@ from typing import Any
 from mimo_colocated.cli import models
 from mimo_colocated.cli.options import CommandOptions
 from mimo_colocated.launch.errors import JobError
+from mimo_colocated.launch.lora import Lora
 
 RECORD = "huggingface"
 """What a checkpoint's manifest says of its source, among ``extra``."""
 TORCH_NATIVE = "torch_native"
 """Field of it: the modules that are transformers' own, whose tensors have other names."""
+
+LORA = "lora"
+"""Field of it: settings of adapters, where there are any."""
 
 
 class NoOptimizer:
@@ -71,4 +77,10 @@ def source_of(folder: Path, built: Any) -> dict[str, Any]:
         "source": str(folder.resolve()),
         "model_type": built.composite.language.config.model_type,
         TORCH_NATIVE: list(built.torch_native),
+        **({LORA: dataclasses.asdict(built.lora)} if built.lora else {}),
     }
+
+
+def lora_of(record: Mapping[str, Any]) -> Lora | None:
+    """Return the adapters that a checkpoint's record tells of; None without any."""
+    return Lora(**record[LORA]) if LORA in record else None

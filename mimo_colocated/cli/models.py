@@ -149,20 +149,20 @@ def build(
     folder: Path,
     options: CommandOptions,
     *,
-    load_weights: bool = True,
     dtype: str | None = None,
     torch_native: Collection[str] = (),
     packed: bool = False,
+    weights: Any = None,
 ) -> Any:
     """Build the model on this rank, nothing of it to train; a bar shows how far it is.
 
     Args:
         folder: that it comes from.
         options: of the command.
-        load_weights: read them.
         dtype: of the weights; the folder's by default.
         torch_native: modules that are transformers' own.
         packed: the language model takes packed sequences.
+        weights: an earlier run's, in place of the folder's.
     """
     from megatron.core.models.mimo.huggingface.build import BuildOptions, from_folder
     from mimo_colocated.cli.progress import bar
@@ -173,10 +173,11 @@ def build(
         freeze=_freeze,
         torch_native=torch_native,
         packed=packed,
+        weights=weights,
     )
     layouts = layouts_of(described(folder), options)
     with bar("reading") as tick:
-        return from_folder(folder, layouts, settings, load_weights=load_weights, tick=tick)
+        return from_folder(folder, layouts, settings, tick=tick)
 
 
 def _freeze(model: Any) -> None:

@@ -47,20 +47,14 @@ class ReadyModel:
             options: of the command.
             packed: it takes packed sequences.
         """
-        from megatron.core.models.mimo.checkpoint.store import CheckpointStore
-
-        found = self.checkpoint
-        built = models.build(
+        return models.build(
             self.folder,
             options,
-            load_weights=found is None,
+            weights=None if self.checkpoint is None else exporting.weights_of(self.checkpoint),
             dtype=self.dtype,
             torch_native=self.torch_native,
             packed=packed,
         )
-        if found is not None:
-            CheckpointStore(found.root, built.layouts()).load(found.step, built.model)
-        return built
 
 
 def ready_model(options: CommandOptions) -> ReadyModel:

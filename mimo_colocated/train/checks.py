@@ -28,6 +28,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
     """Yield what is wrong, most basic first, each with what to set instead."""
     yield from _sources(recipe)
     yield from _schedule(recipe)
+    yield from _groups(recipe)
     yield from _model(recipe)
     yield from _stages(recipe)
     yield from _sequences(recipe)
@@ -73,6 +74,13 @@ def _schedule(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _groups(recipe: Recipe) -> Iterator[str]:
+    training = recipe.training
+    for number, group in enumerate(training.groups):
+        if problem := group.problem(training.lr, training.min_lr):
+            yield f"training.groups.{number}: {problem}"
+
+
 def _model(recipe: Recipe) -> Iterator[str]:
     if recipe.model.torch_native and recipe.training.recompute == "selective":
         yield (
@@ -80,13 +88,24 @@ def _model(recipe: Recipe) -> Iterator[str]:
             f"{recipe.model.torch_native}; set training.recompute to full or none"
         )
     model = recipe.model
+    if problem := model.lora.problem():
+        yield f"model.lora.{problem}"
+    if model.lora.rank and model.from_run and model.torch_native:
+        yield (
+            "model.lora with model.from_run loads weights before modules are sharded, which those "
+            f"of model.torch_native={model.torch_native} cannot; export that run and name its "
+            "folder as model.folder"
+        )
+    if model.settings and not model.make:
+        there = f"model.folder={model.folder!r}" if model.folder else "model.from_run"
+        yield (
+            f"model.settings are of what model.make makes, and {there} is there already; leave one "
+            "of them out"
+        )
+    if model.from_run and Path(model.from_run).resolve() == Path(recipe.run.out).resolve():
+        yield f"model.from_run={model.from_run!r} is this run's own run.out; use another run.out"
     if not model.folder:
         return
-    if model.settings:
-        yield (
-            f"model.settings are of what model.make makes, and model.folder={model.folder!r} is "
-            "there already; leave one of them out"
-        )
     if Path(model.folder) == Path(recipe.run.out) / "exported":
         yield f"model.folder={model.folder!r} is what the run writes; use another run.out"
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,17 +18,22 @@ from megatron.core.models.mimo.data.encoding import ChatEncoder, TemplateError
 from megatron.core.models.mimo.data.loader import RankBatches, Side
 from megatron.core.models.mimo.data.readers import Reader
 from megatron.core.models.mimo.data.sources import SourceError
-from megatron.core.models.mimo.gradients.finalize import iter_modules
-from megatron.core.models.mimo.huggingface.all_ranks import gathered, on_all_ranks
+from megatron.core.models.mimo.huggingface.all_ranks import on_all_ranks
 from megatron.core.models.mimo.huggingface.build import BuildOptions, from_folder
 from megatron.core.models.mimo.huggingface.export import to_folder
-from megatron.core.models.mimo.job.built_model import LANGUAGE
+from megatron.core.models.mimo.huggingface.lora_export import merged, to_adapter_folder
 from megatron.core.models.mimo.job.reporter import Reporter, versions
 from megatron.core.models.mimo.job.results import read_metrics, write_summary
 from megatron.core.models.mimo.job.trainer import TrainOptions
+from megatron.core.models.mimo.training.agreement import gathered
+from megatron.core.models.mimo.training.parameter_names import (
+    adapted_modules,
+    frozen_parts,
+)
 from mimo_colocated.cli import models
 from mimo_colocated.cli.importing import RECORD, source_of
 from mimo_colocated.launch import JobError, connection_notes, init_distributed
+from mimo_colocated.launch.lora import Lora
 from mimo_colocated.launch.training_options import TrainingOptions
 from mimo_colocated.stop_requests import StopRequests
 from mimo_colocated.train.answers import majority, stop_at
@@ -50,6 +55,7 @@ from mimo_colocated.train.reading import as_yaml
 from mimo_colocated.train.recipe import DataPart, LossyPart, Recipe
 from mimo_colocated.train.record import write_record
 from mimo_colocated.train.reporting import RecipeReporter
+from mimo_colocated.train.stages import Stage
 from mimo_colocated.train.traced_loop import TracedLoop
 from mimo_colocated.train.trainer import RecipeTrainer
 
@@ -58,14 +64,20 @@ if TYPE_CHECKING:
 
 # Fields of a recipe that may not change in mid-run: it would train on other data than recorded.
 _FIXED = (
-    *(f"model.{name}" for name in ("folder", "make", "settings", "dtype")),
+    *(f"model.{name}" for name in ("folder", "make", "from_run", "settings", "dtype", "lora")),
     *(f"data.{name}" for name in ("train", "max_tokens", "sequences", "capacity")),
     *(f"training.{name}" for name in ("steps", "global_batch_size", "lr", "min_lr")),
-    *(f"training.{name}" for name in ("warmup_steps", "weight_decay", "seed")),
+    *(f"training.{name}" for name in ("warmup_steps", "weight_decay", "seed", "groups")),
     *(f"lossy.{name}" for name in ("rules", "seed")),
 )
-_WITHOUT = {"lossy": dataclasses.asdict(LossyPart())}
-"""What sections were in runs that were saved before they came."""
+_LOSSLESS = dataclasses.asdict(LossyPart())
+# What fields were before there were any.
+_BEFORE: dict[str, Any] = {
+    **{f"lossy.{name}": _LOSSLESS[name] for name in ("rules", "seed")},
+    "model.from_run": "",
+    "model.lora": dataclasses.asdict(Lora()),
+    "training.groups": [],
+}
 
 
 @dataclass(frozen=True)
@@ -114,7 +126,9 @@ class RecipeLoop(TracedLoop):
     """
 
     links: SavedLinks | None = None
-    results = (*TracedLoop.results, "links.json", "exported", "evaluation", "wandb")
+    results = (
+        *TracedLoop.results, "links.json", "exported", "adapter", "evaluation", "wandb",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -148,8 +162,10 @@ class RecipeLoop(TracedLoop):
         options: Any = self.options
         model = options.recipe.model
         built: Any = self.trainer.built
+        parameters = built.named_parameters()
+        frozen, adapted = frozen_parts(parameters), adapted_modules(parameters)
         numbers = StepNumbers.of_model(
-            built.composite, options.language, model.freeze, model.dtype
+            built.composite, options.language, frozen, model.dtype, adapted
         )
         return RecipeReporter(
             options.out, done, self.trainer, self.data, numbers, boards=self._boards
@@ -188,8 +204,8 @@ class RecipeLoop(TracedLoop):
         """
         for name in _FIXED:
             section, field = name.split(".")
-            then = before["recipe"].get(section, _WITHOUT.get(section, {}))
-            was, new = then.get(field), now["recipe"][section][field]
+            was = before["recipe"].get(section, {}).get(field, _BEFORE.get(name))
+            new = now["recipe"][section][field]
             if was != new:
                 raise JobError(
                     f"{self.options.out} holds a run with {name}={was}, this one has {new}; give "
@@ -221,22 +237,25 @@ class RecipeJob:
     ) -> None:
         self.recipe, self.folder, self.readers = recipe, folder, readers
         data, training = recipe.data, recipe.training
-        retry = fresh or not any((Path(recipe.run.out) / "checkpoints").glob("*"))
+        self._begins = fresh or not any((Path(recipe.run.out) / "checkpoints").glob("*"))
         self._text = None if recipe.of_tokens else self._text_of(folder)
         text, place = self._text or self._vocabulary(), Path(recipe.run.out) / "prepared"
-        self.opened = open_data(data.train, data, text, place, 0, retry)
+        self.opened = open_data(data.train, data, text, place, 0, self._begins)
         # What is wrong with it is not to be found when all is trained.
-        self._held_out, self._questions = open_held_out(recipe, text, place, retry=retry)
+        self._held_out, self._questions = open_held_out(recipe, text, place, retry=self._begins)
         layouts = on_all_ranks(lambda: check_model(recipe, folder), "read the model")
-        built = from_folder(folder, layouts, self._build_options())
+        with _named("model.freeze: "):
+            built = from_folder(folder, layouts, self._build_options())
         options = RunOptions.of(recipe, fresh=fresh)
         steps = dataclasses.replace(
             TrainOptions.of(options),
             min_lr=training.min_lr,
             warmup_steps=training.warmup,
             weight_decay=training.weight_decay,
+            groups=training.groups,
         )
-        self.trainer = RecipeTrainer(built, steps, distributed_optimizer=True)
+        with _named("training."):
+            self.trainer = RecipeTrainer(built, steps, distributed_optimizer=True)
         stream = training_stream(
             self.opened, data, training.seed, training.global_batch_size
         )
@@ -264,7 +283,7 @@ class RecipeJob:
         if self.links is not None:
             summary["lossy"] = self._write_links(self.links)
         if self.recipe.run.export:
-            to_folder(self.trainer.built, out / "exported", overwrite=True)  # type: ignore[arg-type]
+            self._export(out)
             if self._text is not None and self.loop.rank == 0:
                 stop_at(out / "exported", self._text.end)
             self.loop.say(f"wrote {out / 'exported'}, a Hugging Face folder")
@@ -283,6 +302,14 @@ class RecipeJob:
             self.loop.say(f"wrote {write_report(out)}, the run on one page")
         self.loop.say(f"results are in {out}")
         dist.barrier()
+
+    def _export(self, out: Path) -> None:
+        built: Any = self.trainer.built
+        if built.lora:
+            to_adapter_folder(built, out / "adapter", overwrite=True)
+            self.loop.say(f"wrote {out / 'adapter'}, adapters for peft")
+        with merged(built):
+            to_folder(built, out / "exported", overwrite=True)
 
     # ---- parts ----------------------------------------------------------------------------
 
@@ -307,22 +334,12 @@ class RecipeJob:
             packed=recipe.data.packed,
             recompute=recipe.training.recompute,
             seed=recipe.training.seed,
-            freeze=self._freeze,
+            freeze_names=recipe.model.freeze,
+            lora=recipe.model.lora,
+            # A run that goes on has weights of its own.
+            weights=Stage.of(recipe).weights() if recipe.model.from_run and self._begins else None,
             torch_native=recipe.model.torch_native,
         )
-
-    def _freeze(self, model: Any) -> None:
-        known: dict[str, list[Any]] = {}
-        for name, module in iter_modules(model):
-            known[name] = [module]
-            if name != LANGUAGE:
-                known[f"{name}.encoder"] = list(module.encoders.values())
-                known[f"{name}.projector"] = list(module.input_projections)
-        for name in self.recipe.model.freeze:
-            if name not in known:
-                raise JobError(f"model.freeze: {name!r} is none of {', '.join(known)}")
-            for module in known[name]:
-                module.requires_grad_(False)
 
     def _say_data(self) -> None:
         for name, opened in (
@@ -388,6 +405,15 @@ class RecipeJob:
         return found
 
 
+@contextlib.contextmanager
+def _named(field: str) -> Iterator[None]:
+    """Say of names of parameters that are wrong which field of the recipe has them."""
+    try:
+        yield
+    except ParameterNameError as error:
+        raise JobError(f"{field}{error}") from error
+
+
 def run_recipe(
     recipe: Recipe,
     backend: str,
@@ -429,6 +455,8 @@ def model_folder(recipe: Recipe) -> Path:
     Raises:
         JobError: it cannot be made.
     """
+    if recipe.model.from_run:
+        return Stage.of(recipe).folder()
     if not recipe.model.make:
         return Path(recipe.model.folder).expanduser()
     place = Path(recipe.run.out) / "model"

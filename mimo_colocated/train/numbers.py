@@ -39,7 +39,12 @@ class StepNumbers:
 
     @classmethod
     def of_model(
-        cls, composite: Any, language: Layout, freeze: Collection[str], dtype: str
+        cls,
+        composite: Any,
+        language: Layout,
+        freeze: Collection[str],
+        dtype: str,
+        adapted: Collection[str] = (),
     ) -> StepNumbers:
         """Return what counts the steps of a model on this rank's device.
 
@@ -48,12 +53,13 @@ class StepNumbers:
             language: the layout of its language model.
             freeze: what does not train, as ``model.freeze`` of a recipe names it.
             dtype: of the weights.
+            adapted: modules in which adapters train.
         """
         shapes = composite_shapes(composite)
         peak = None
         if torch.cuda.is_available():
             peak = peak_flops(torch.cuda.get_device_name(), dtype)
-        return cls(shapes, language, Frozen.of(freeze, shapes), peak)
+        return cls(shapes, language, Frozen.of(freeze, shapes, adapted), peak)
 
     def flops(self, batch: RankBatch, *, causal: bool = True) -> dict[str, float]:
         """Return module -> FLOPs of a global batch, forward and backward.

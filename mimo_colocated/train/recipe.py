@@ -8,6 +8,8 @@ from typing import Any
 
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.launch.layouts import LANGUAGE, Layout
+from mimo_colocated.launch.lora import Lora
+from mimo_colocated.launch.parameter_groups import ParameterGroup
 from mimo_colocated.train import checks
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -22,20 +24,25 @@ class ModelPart:
             ``make`` says what to make in ``OUT/model``.
         make: a model that is written first, as such a folder: ``easy-vqa``; ``text``, a language
             model alone; ``llava``, a tower and a language model that have not met.
+        from_run: a run whose last checkpoint has the weights to begin with, instead of a folder;
+            its optimizer and its schedule stay behind.
         settings: of what is made: sizes; the folders ``images`` and ``language``, ``image_token``.
         dtype: of weights and activations.
         freeze: what does not train: ``language``, ``images``, ``images.encoder``,
-            ``images.projector``; of sounds ``audio`` likewise.
+            ``images.projector``, names of parameters or patterns: docs/training.md.
         torch_native: modules, ``language`` or modalities, that stay transformers' own and are
             sharded by PyTorch: docs/torch-native.md.
+        lora: adapters of linear layers, which then train alone.
     """
 
     folder: str = ""
     make: str = ""
+    from_run: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     freeze: list[str] = field(default_factory=list)
     torch_native: list[str] = field(default_factory=list)
+    lora: Lora = field(default_factory=Lora)
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,8 @@ class TrainingPart:
         save_every: steps between checkpoints, 0 for none.
         max_skipped: steps in a row whose gradients may not be finite.
         recompute: ``none``, ``selective`` or ``full``, in all modules.
+        groups: other learning rates or weight decay for some parameters; of several that name one
+            the last counts.
     """
 
     steps: int
@@ -137,6 +146,7 @@ class TrainingPart:
     save_every: int = 100
     max_skipped: int = 10
     recompute: str = "none"
+    groups: list[ParameterGroup] = field(default_factory=list)
 
     @property
     def warmup(self) -> int:
@@ -324,10 +334,10 @@ class Recipe:
                 "model.torch_native names language, which takes no packed samples; set "
                 "data.packed=false"
             )
-        if bool(model.folder) is bool(model.make):
-            found.append(
-                f"model.folder={model.folder!r} and model.make={model.make!r}; set one of them"
-            )
+        where = {name: getattr(model, name) for name in ("folder", "make", "from_run")}
+        if sum(map(bool, where.values())) != 1:
+            said = " and ".join(f"model.{name}={value!r}" for name, value in where.items())
+            found.append(f"{said}; set one of them")
         if model.dtype not in DTYPES:
             found.append(f"model.dtype={model.dtype!r} is none of {', '.join(DTYPES)}")
         kinds = {part.kind == "tokens" for part in [*data.train, *data.held_out]}

@@ -60,6 +60,7 @@ class RecipeReporter(Reporter):
             "grad_norm": result.grad_norm,
             "grad_norms": self._trainer.optimizer.module_norms,
             "learning_rate": result.learning_rate,
+            "learning_rates": dict(result.learning_rates),
             "counted_tokens": result.counted_tokens,
             "tokens": batch.tokens,
             "samples": len(batch.batch.samples),

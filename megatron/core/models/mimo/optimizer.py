@@ -10,7 +10,7 @@ are not finite skip the step in every dtype: their modules' norms, which clippin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,11 +46,14 @@ from megatron.core.models.mimo.training.optimizer_state import (
     sharded_inner_state,
     start_anew,
 )
+from megatron.core.models.mimo.training.parameter_groups import learning_rates
+from megatron.core.models.mimo.training.parameter_names import Named
 from megatron.core.models.mimo.wrappers import stepped
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from mimo_colocated import phases
+from mimo_colocated.launch.parameter_groups import ParameterGroup
 
 if TYPE_CHECKING:
     from megatron.core.hyper_comm_grid import HyperCommGrid
@@ -221,6 +224,15 @@ class MimoOptimizer(MegatronOptimizer):
         """Parameter groups of all modules, one list, for learning-rate schedulers."""
         return [group for opt in self._active_optimizers for group in opt.param_groups]
 
+    def learning_rates(self) -> dict[str, float]:
+        """Return the learning rates of this rank's modules: ``MODULE``, ``MODULE.groups.0``."""
+        return {
+            name: rate
+            for module, info in self.module_infos.items()
+            if info.is_active and info.optimizer
+            for name, rate in learning_rates(module, info.optimizer.param_groups).items()
+        }
+
     # ---- checkpoints ----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -387,20 +399,29 @@ class MimoOptimizer(MegatronOptimizer):
         return (dist.get_rank() - (grid.rank_offset if grid is not None else 0),)
 
 
-def get_mimo_optimizer(mimo_model: MimoModel, config: OptimizerConfig) -> MimoOptimizer:
+def get_mimo_optimizer(
+    mimo_model: MimoModel,
+    config: OptimizerConfig,
+    groups: Sequence[ParameterGroup] = (),
+    named: Sequence[Named] | None = None,
+) -> MimoOptimizer:
     """Build one inner optimizer per module, over the groups of the module's grid.
 
     Args:
         mimo_model: modules already wrapped in DistributedDataParallel; its config carries
             ``module_to_grid_map``.
         config: configuration of all inner optimizers.
+        groups: other learning rates and weight decay for some parameters.
+        named: this rank's parameters, where groups use other names than the model's own.
 
     Raises:
         ValueError: if the model has no grids; on every rank: the optimizer is not supported, or
             the dtype of a parameter does not fit ``config``; a module asks for several
-            distributed-optimizer instances.
+            distributed-optimizer instances; a group names nothing that trains.
     """
-    infos = build_module_optimizers(mimo_model, config, _get_pg_collection_for_optimizer)
+    infos = build_module_optimizers(
+        mimo_model, config, _get_pg_collection_for_optimizer, groups, named
+    )
     return MimoOptimizer(infos, config)
 
 

@@ -31,6 +31,7 @@ WHOLE: dict[str, Any] = {
         "dtype": "bfloat16",
         "freeze": ["images"],
         "torch_native": ["images"],
+        "lora": {"rank": 8, "alpha": 32.0, "dropout": 0.1, "targets": ["q_proj"]},
     },
     "layout": {
         "language": "tp=2,cp=2,dp=2",
@@ -65,6 +66,9 @@ WHOLE: dict[str, Any] = {
         "save_every": 5,
         "max_skipped": 2,
         "recompute": "full",
+        "groups": [
+            {"parameters": ["images"], "lr": 1e-3, "min_lr": 1e-5, "weight_decay": 0.0},
+        ],
     },
     "evaluation": {"batch": 32, "answer_tokens": 16, "samples": 100, "without_images": True},
     "run": {
@@ -150,7 +154,7 @@ def test_fields_are_set_by_their_path(file: Path) -> None:
         ("training.steps=0", "training.steps=0; it must be at least 1"),
         ("training.seed=-1", "training.seed=-1; it must be at least 0"),
         ("model.dtype=int8", "model.dtype='int8' is none of float32, bfloat16, float16"),
-        ("model.make=easy-vqa", "model.folder='/models/mine' and model.make='easy-vqa'; set one"),
+        ("model.make=easy-vqa", "folder='/models/mine' and model.make='easy-vqa' and .*set one"),
         ("training.recompute=all", "training.recompute='all' is none, selective or full"),
         ("training.recompute=selective", r"names \['images'\]; set training.recompute to full or"),
         ("data.held_out=[{kind: tokens}]", "kind tokens is not mixed with conversations"),
@@ -172,6 +176,22 @@ def test_fields_are_set_by_their_path(file: Path) -> None:
         ("training.warmup_steps=-5", r"training\.warmup_steps=-5; it must be at least 0"),
         ("training.warmup_steps=10", r"warmup_steps=10 leaves none of training\.steps=10 .* below"),
         ("training.min_lr=1", r"training\.min_lr=1\.0 is above training\.lr=0\.0001; set it to at"),
+        ("training.groups.0.parameters=[]", r"training\.groups\.0: parameters names none; give a"),
+        ("training.groups=[{parameters: [images]}]", r"groups\.0: nothing is set for \['images'\]"),
+        ("training.groups.0.lr=.inf", r"groups\.0: lr=inf; it must be a finite number from 0"),
+        ("training.groups.0.lr=1e-7", r"groups\.0: min_lr=1e-05 is above lr=1e-07; set it to at"),
+        ("training.groups.0.rate=1", r"groups\.0\.rate is no field .* are parameters, lr, min_lr"),
+        ("model.lora.rank=-1", r"model\.lora\.rank=-1; it must be at least 1, or 0 for no"),
+        ("model.lora.rank=0", r"model\.lora\.dropout is of adapters, and rank=0 has none; set"),
+        ("model.lora.targets=[]", r"model\.lora\.targets names none; give names of linear layers"),
+        ("model.lora.target=[a]", r"model\.lora\.target is no field .* mean model\.lora\.targets"),
+        ("model.from_run=runs/first", "folder='/models/mine' .* from_run='runs/first'; set one"),
+        (
+            "model={from_run: runs/a, torch_native: [images], lora: {rank: 1, targets: [a]}}",
+            r"those of model\.torch_native=\['images'\] cannot; export that run and name its",
+        ),
+        ("model={from_run: runs/mine}", r"from_run='runs/mine' is this run's own run\.out; use"),
+        ("model={from_run: runs/a, settings: {a: 1}}", "makes, and model.from_run is there alr"),
         ("model.settings.width=64", "are of what model.make makes, and model.folder="),
         ("model.folder=runs/./mine/exported", "is what the run writes; use another run.out"),
         ("data.packed=false", "needs data.packed=true and data.capacity"),
@@ -421,6 +441,7 @@ def test_the_recipe_of_the_docs_can_be_read(tmp_path: Path) -> None:
 ELSEWHERE = (
     ("model", "make"),  # instead of a folder: tests/functional/test_recipes.py
     ("model", "settings"),
+    ("model", "from_run"),  # test_fine_tuning.py
     ("layout", "virtual_stages"),  # PIPELINED
     ("training", "encode_ahead"),
 )

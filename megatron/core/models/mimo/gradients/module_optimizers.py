@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,13 @@ from megatron.core.models.mimo.training.optimizer_checks import (
     check_optimizer,
     problem_of_dtypes,
 )
+from megatron.core.models.mimo.training.parameter_groups import config_overrides
+from megatron.core.models.mimo.training.parameter_names import Named, named_parameters
 from megatron.core.models.mimo.wrappers import stepped
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
+from mimo_colocated.launch.parameter_groups import ParameterGroup
 
 if TYPE_CHECKING:
     from megatron.core.hyper_comm_grid import HyperCommGrid
@@ -56,7 +59,11 @@ class ModuleOptimizerInfo:
 
 
 def build_module_optimizers(
-    mimo_model: MimoModel, config: OptimizerConfig, groups_of: GroupsOf
+    mimo_model: MimoModel,
+    config: OptimizerConfig,
+    groups_of: GroupsOf,
+    groups: Sequence[ParameterGroup] = (),
+    named: Sequence[Named] | None = None,
 ) -> dict[str, ModuleOptimizerInfo]:
     """Build one inner optimizer per module; the arguments and errors of ``get_mimo_optimizer``.
 
@@ -64,6 +71,8 @@ def build_module_optimizers(
         mimo_model: modules already wrapped in DistributedDataParallel.
         config: configuration of all inner optimizers.
         groups_of: makes a grid's groups on first use.
+        groups: other learning rates and weight decay for some parameters.
+        named: this rank's parameters, where groups use other names than the model's own.
     """
     check_optimizer(config)
     grids = mimo_model.mimo_config.module_to_grid_map
@@ -73,8 +82,11 @@ def build_module_optimizers(
             "give one HyperCommGrid per modality and one for 'language'"
         )
     _check_dtypes(mimo_model, config)
+    modules = list(iter_modules(mimo_model))
+    named = named_parameters(modules) if named is None else named
+    overrides = config_overrides(groups, named, (module for _, module in modules), config)
     return {
-        name: _module_info(mimo_model, name, grid, config, groups_of)
+        name: _module_info(mimo_model, name, grid, config, groups_of, overrides)
         for name, grid in grids.items()
     }
 
@@ -99,6 +111,7 @@ def _module_info(
     grid: HyperCommGrid,
     config: OptimizerConfig,
     groups_of: GroupsOf,
+    overrides: Mapping[Any, Any] | None,
 ) -> ModuleOptimizerInfo:
     active = grid.is_current_rank_in_grid()
     if name == MIMO_LANGUAGE_MODULE_KEY:
@@ -114,7 +127,8 @@ def _module_info(
     optimizer = None
     if trained:
         plain = [stepped(module) for module in modules]
-        optimizer = build_inner_optimizer(name, plain, own_config(config, modules), collection)
+        own = own_config(config, modules)
+        optimizer = build_inner_optimizer(name, plain, own, collection, overrides)
         count_over_fsdp(optimizer, modules, collection)
     elif any(trained_on):
         attend_construction(config)

@@ -8,7 +8,7 @@ to_folder(built, "my-llava")
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -25,11 +25,13 @@ from megatron.core.models.mimo.huggingface.all_ranks import on_all_ranks
 from megatron.core.models.mimo.huggingface.composites import Composite, EncoderPart, describe
 from megatron.core.models.mimo.huggingface.configuration import changed, read_config
 from megatron.core.models.mimo.huggingface.cuts import Heads
+from megatron.core.models.mimo.huggingface.earlier_run import EarlierRun
 from megatron.core.models.mimo.huggingface.family import Family
 from megatron.core.models.mimo.huggingface.fits import check_fits
 from megatron.core.models.mimo.huggingface.folder import ModelFolder, OpenFolder
 from megatron.core.models.mimo.huggingface.joined_folder import Folders
 from megatron.core.models.mimo.huggingface.language_model import ImportedGPTModel
+from megatron.core.models.mimo.huggingface.lora import Adapted, attach
 from megatron.core.models.mimo.huggingface.tables import best_spelled
 from megatron.core.models.mimo.huggingface.torch_native import (
     encoder_spec,
@@ -49,6 +51,8 @@ from megatron.core.models.mimo.job.settings import (
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.models.mimo.randomness import seed_everything
 from megatron.core.models.mimo.training.groups import create_process_groups
+from megatron.core.models.mimo.training.parameter_names import Named, named_parameters
+from megatron.core.models.mimo.training.parameter_names import freeze as freeze_parameters
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -59,6 +63,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from mimo_colocated.launch.layouts import Layout
+from mimo_colocated.launch.lora import Lora
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,12 @@ class BuildOptions:
         seed: of weights that no folder has, and of dropout.
         freeze: stops the training of parts before gradient buffers are made; called with the
             ``MimoModel``.
+        freeze_names: parameters that do not train, by names of the model's modules, of their
+            parameters or of the folder's tensors, or patterns: :mod:`.training.parameter_names`.
         torch_native: modules of transformers' own classes, sharded by PyTorch (DTensor, FSDP2)
             in place of Megatron's layers: ``"language"``, modalities; see docs/torch-native.md.
+        lora: adapters of linear layers, which then train alone; see :mod:`.lora`.
+        weights: of an earlier run, in place of the folder's.
         ddp: of every module.
         backend: of the process groups, PyTorch's default one if None.
         config_fields: of the whole model's ``config.json``, to use other values than it has, such
@@ -97,6 +106,9 @@ class BuildOptions:
     recompute: str = "none"
     seed: int = 1234
     freeze: Callable[[MimoModel], None] = lambda _model: None
+    freeze_names: Sequence[str] = ()
+    lora: Lora | None = None
+    weights: EarlierRun | None = None
     ddp: DistributedDataParallelConfig = field(
         default_factory=lambda: DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=True, check_for_nan_in_grad=False
@@ -117,6 +129,8 @@ class ImportedModel(BuiltModel):
         source: the folder, or the folders that it was put together from.
         config_fields: that have other values than in the source's configuration.
         torch_native: names of its torch-native modules, sorted.
+        lora: settings of its adapters, None without any.
+        adapted: this rank's adapters.
     """
 
     composite: Composite
@@ -124,6 +138,28 @@ class ImportedModel(BuiltModel):
     source: Path | Folders
     config_fields: Mapping[str, Any]
     torch_native: tuple[str, ...]
+    lora: Lora | None
+    adapted: list[Adapted]
+
+    def named_parameters(self) -> list[Named]:
+        """Return this rank's parameters with their names, those of the folder's tensors too."""
+        return named(self.model, self.parts)
+
+
+def named(model: MimoModel, parts: Iterable[Part]) -> list[Named]:
+    """Return this rank's parameters with their names here and in the folder.
+
+    Args:
+        model: bare or wrapped.
+        parts: its modules with their tables.
+    """
+    tables = {part.name: part.table for part in parts}
+
+    def tensors(module: str, name: str) -> tuple[str, ...]:
+        found = tables[module].find(name) if module in tables else None
+        return found.names if found else ()
+
+    return named_parameters(iter_modules(model), tensors)
 
 
 def from_folder(
@@ -190,13 +226,28 @@ def import_from(
     built, parts = _build(composite, layouts, options)
     spelled = tuple(_spelled(part, composite, opened) for part in parts)
 
-    def fill(_model: MimoModel) -> None:
+    adapted: list[Adapted] = []
+    lora = options.lora if options.lora and options.lora.rank else None
+    # Adapters come after the weights, and before gradient buffers.
+    before = options.weights is not None and (lora or options.weights.lora)
+
+    def fill(model: MimoModel) -> None:
         held = on_all_ranks(lambda: list(held_by(spelled)), "name its parameters")
-        if load_weights:
+        if before:
+            options.weights.load(model, spelled)
+        elif load_weights and options.weights is None:
             check(held, spelled, opened, headers_only=False)
             load(held, opened, tick)
 
-    finished = built(fill)
+    def freeze(model: MimoModel) -> None:
+        if lora:
+            adapted.extend(attach(spelled, lora, options.seed))
+        options.freeze(model)
+        freeze_parameters(options.freeze_names, named(model, spelled))
+
+    finished = built(fill, freeze)
+    if options.weights is not None and not before:
+        options.weights.load(finished.model, spelled)
     own = {each.name: getattr(finished, each.name) for each in fields(BuiltModel)}
     # What was drawn is now as good as what was loaded.
     known = tuple(replace(part, drawn=()) for part in spelled)
@@ -207,6 +258,8 @@ def import_from(
         source=opened.source,
         config_fields=dict(options.config_fields),
         torch_native=tuple(sorted(options.torch_native)),
+        lora=lora,
+        adapted=adapted,
     )
 
 
@@ -281,7 +334,7 @@ def _build(
     layouts: Mapping[str, Layout],
     options: BuildOptions,
     making: AbstractContextManager | None = None,
-) -> tuple[Callable[[Callable[[MimoModel], None]], BuiltModel], list[Part]]:
+) -> tuple[Callable[..., BuiltModel], list[Part]]:
     """The model, bare, as a function that fills, freezes and wraps it; and its parts.
 
     Its modules are made within ``making``, if it is given.
@@ -335,7 +388,9 @@ def _build(
         for part in composite.encoders
     ]
 
-    def finish(fill: Callable[[MimoModel], None]) -> BuiltModel:
+    def finish(
+        fill: Callable[[MimoModel], None], freeze: Callable[[MimoModel], None]
+    ) -> BuiltModel:
         if torch.cuda.is_available():
             model.to(torch.device(torch.cuda.current_device()))
         fill(model)
@@ -346,7 +401,7 @@ def _build(
             configs,
             options.ddp,
             seed=options.seed,
-            freeze=options.freeze,
+            freeze=freeze,
         )
 
     return finish, parts

@@ -21,6 +21,7 @@ from megatron.core.models.mimo.huggingface.tables import Source, Table
 from megatron.core.models.mimo.torch_native.gathered import gathered as gathered_tensor
 from megatron.core.models.mimo.training.agreement import gathered
 from megatron.core.models.mimo.training.global_names import global_modules, join
+from megatron.core.models.mimo.transformer.lora import is_adapters
 from megatron.core.models.mimo.wrappers import unwrapped
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -138,7 +139,7 @@ class Held:
 
 
 def held_by(parts: Iterable[Part]) -> Iterator[Held]:
-    """Yield this rank's parameters that a folder has; one that is shared comes once.
+    """Yield this rank's parameters that a folder has, adapters aside; shared ones come once.
 
     A ``DTensor`` of a torch-native module comes whole, on the first rank of its grid: all ranks of
     the module, which gather it, go through all of its parameters together.
@@ -152,6 +153,8 @@ def held_by(parts: Iterable[Part]) -> Iterator[Held]:
             for path, owner in global_modules(module):
                 for key, parameter in owner.named_parameters(recurse=False):
                     name = join(path, key)
+                    if is_adapters(name):
+                        continue
                     if id(parameter) in seen or name.startswith(part.drawn or ("\0",)):
                         continue
                     seen.add(id(parameter))

@@ -20,6 +20,7 @@ from megatron.core.models.mimo.gradients.finalize import (
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.models.mimo.randomness import ModuleRandomness
 from megatron.core.models.mimo.training.initial_weights import initialize_weights
+from megatron.core.models.mimo.training.parameter_names import Named, named_parameters
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -52,6 +53,10 @@ class BuiltModel:
         self.model.destroy()
         for grid in self.grids.values():
             grid.destroy()
+
+    def named_parameters(self) -> list[Named]:
+        """Return this rank's parameters with their names."""
+        return named_parameters(iter_modules(self.model))
 
     def layouts(self) -> dict[str, dict[str, int]]:
         """Return module name -> sizes of its axes, for checkpoints and summaries."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -33,6 +33,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
 from mimo_colocated import phases
+from mimo_colocated.launch.parameter_groups import ParameterGroup
 from mimo_colocated.launch.training_options import TrainingOptions
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -51,6 +52,7 @@ class StepResult:
         problem: why it was skipped, in words: what was not finite, and where.
         modules: whose gradients were not finite.
         scaling: the step was skipped, but only to find the loss scale of float16.
+        learning_rates: by module, and by parameter group where a module has several.
     """
 
     loss: float
@@ -61,6 +63,7 @@ class StepResult:
     problem: str = ""
     modules: tuple[str, ...] = ()
     scaling: bool = False
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class TrainOptions:
 
     ``steps`` is the length of the learning-rate schedule; a run may stop earlier. ``encode_ahead``
     is for a pipelined language model: microbatches that are encoded together, all of them by
-    default.
+    default. ``groups`` are other learning rates and weight decay for some parameters.
     """
 
     steps: int
@@ -83,6 +86,7 @@ class TrainOptions:
     clip_grad: float = 1.0
     # Of float16; dynamic: halved after gradients that are not finite, doubled after a while.
     initial_loss_scale: float = 2.0**15
+    groups: Sequence[ParameterGroup] = ()
 
     @classmethod
     def of(cls, options: TrainingOptions) -> TrainOptions:
@@ -279,6 +283,8 @@ class Trainer(Runner):
                 initial_loss_scale=options.initial_loss_scale,
                 params_dtype=built.configs[LANGUAGE].params_dtype,
             ),
+            options.groups,
+            built.named_parameters(),
         )
         self.scheduler = self._make_scheduler()
         config = self.model.config
@@ -348,12 +354,13 @@ class Trainer(Runner):
         phases.at_step(step + 1)  # as the console counts them
         self.model.train()
         loss, tokens = self.gradients(data, step)
-        learning_rate = self.optimizer.param_groups[0]["lr"]
+        learning_rate = float(self.scheduler.get_lr({}))
+        rates = self.optimizer.learning_rates()
         success, grad_norm, _ = self.optimizer.step()
         if success:
             self.scheduler.step(increment=1)
         norm = float("nan") if grad_norm is None else grad_norm
-        result = StepResult(loss, norm, tokens, learning_rate, success)
+        result = StepResult(loss, norm, tokens, learning_rate, success, learning_rates=rates)
         return result if success else self._explain(result, data, step)
 
     def _explain(self, result: StepResult, data: Any, step: int) -> StepResult:

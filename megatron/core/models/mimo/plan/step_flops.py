@@ -29,17 +29,21 @@ class Frozen:
 
     Attributes:
         names: ``language``, a modality, or ``MODALITY.encoder`` and ``MODALITY.projector``.
+        adapted: modules in which adapters train: gradients go through all of them. The adapters'
+            own work, as small as their rank, is not counted.
     """
 
     names: frozenset[str]
+    adapted: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, names: Collection[str], shapes: Shapes) -> Frozen:
+    def of(cls, names: Collection[str], shapes: Shapes, adapted: Collection[str] = ()) -> Frozen:
         """Return it, checked.
 
         Args:
             names: as of the class.
             shapes: of the model that they are parts of.
+            adapted: as of the class.
 
         Raises:
             ValueError: a name of nothing, with those that there are.
@@ -49,7 +53,7 @@ class Frozen:
         unknown = [name for name in names if name not in known]
         if unknown:
             raise ValueError(f"frozen: {unknown[0]!r} is none of {', '.join(known)}")
-        return cls(frozenset(names))
+        return cls(frozenset(names), frozenset(adapted))
 
     def trains(self, encoder: str, part: str) -> bool:
         """Return whether an encoder's ``encoder`` or ``projector`` trains."""
@@ -58,7 +62,9 @@ class Frozen:
     def any_encoder_trains(self, shapes: Shapes) -> bool:
         """Return whether gradients go through the language model to some encoder."""
         return any(
-            self.trains(name, part) for name in shapes.encoders for part in ("encoder", "projector")
+            name in self.adapted or self.trains(name, part)
+            for name in shapes.encoders
+            for part in ("encoder", "projector")
         )
 
 
@@ -88,7 +94,7 @@ def step_flops(
     }
     trained = LANGUAGE not in frozen.names
     # The text's embedding is the first to train; without it gradients go on to the encoders.
-    through = trained or frozen.any_encoder_trains(shapes)
+    through = trained or LANGUAGE in frozen.adapted or frozen.any_encoder_trains(shapes)
     language = language_flops(shapes.language, lengths, causal)
     return {**found, LANGUAGE: language.of_step(trained, through)}
 
@@ -107,11 +113,13 @@ def _item_flops(name: str, shape: EncoderShape, rows: int, width: int, frozen: F
     if not rows:
         return embedding
     shape = _sized(shape, rows)
+    adapted = name in frozen.adapted
     whole = encoder_flops(shape, 1, width)
     layers = Flops(whole.layers, whole.attention, 0.0)
     joined = Flops(0.0, 0.0, projector_flops(shape, 1, width))
-    joined_flops = joined.of_step(projector, through=encoder)
-    return layers.of_step(encoder) + embedding + joined_flops
+    through = encoder or adapted
+    joined_flops = joined.of_step(projector, through=through)
+    return layers.of_step(encoder, through=through) + embedding + joined_flops
 
 
 def _embedding_flops(shape: EncoderShape, *, trained: bool) -> float:

@@ -7,7 +7,7 @@ A module's optimizer may be a chain: with experts, one for their parameters and 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -46,6 +46,7 @@ def build_inner_optimizer(
     modules: list[Any],
     config: OptimizerConfig,
     collection: ProcessGroupCollection,
+    overrides: Mapping[Any, Any] | None = None,
 ) -> MegatronOptimizer:
     """Build stock's optimizer of one module; every rank that trains the module calls this together.
 
@@ -54,6 +55,7 @@ def build_inner_optimizer(
         modules: its parts on this rank, wrapped in DDP or bare.
         config: of the optimizer.
         collection: the module's groups.
+        overrides: other settings of some parameters, as stock takes them.
 
     Raises:
         ValueError: the module asks for several distributed-optimizer instances.
@@ -70,6 +72,7 @@ def build_inner_optimizer(
     optimizer = get_megatron_optimizer(
         config=config,
         model_chunks=modules,
+        config_overrides=overrides,  # type: ignore[arg-type]
         pg_collection=collection,
         use_gloo_process_groups=False,
     )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron.core.models.mimo.training.parameter_groups import GROUP
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 RECORD = "_mimo_settings"
@@ -41,7 +42,10 @@ _IN_GROUPS = frozenset(
 # What only begins with a setting and is state from then on.
 _STATE = frozenset({"initial_loss_scale"})
 # What tells groups apart, whatever else is set in them.
-_GROUP_KEYS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr", "default_config")
+_GROUP_KEYS = (
+    *("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr", "default_config"),
+    GROUP,
+)
 _ABSENT = object()
 
 Group = dict[str, Any]

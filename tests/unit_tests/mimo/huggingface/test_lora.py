@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA on one process: what it begins as, what it refuses, what it drops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron.core.models.mimo.huggingface.build import BuildOptions, ImportedModel, from_folder
+from megatron.core.models.mimo.huggingface.family import UnsupportedModelError
+from megatron.core.models.mimo.huggingface.folder import FolderError
+from megatron.core.models.mimo.huggingface.lora_export import to_adapter_folder
+from megatron.core.models.mimo.training.parameter_names import adapted_modules, frozen_parts
+from mimo_colocated.launch.layouts import Layout
+from mimo_colocated.launch.lora import Lora
+from tests.unit_tests.mimo.huggingface import harness, lora_models, models
+from tests.unit_tests.mimo.huggingface.lora_models import LORA
+
+ONE = Layout()
+
+
+@pytest.fixture(autouse=True)
+def _one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def task() -> harness.Task:
+    return lora_models.text(models.DENSE["qwen2-tied"]())
+
+
+@pytest.fixture(scope="module")
+def folder(task: harness.Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("model")
+    task.model.save_pretrained(place)
+    return place
+
+
+def built(folder: Path, lora: Lora | None, **more: Any) -> ImportedModel:
+    return from_folder(folder, {"language": ONE}, BuildOptions(lora=lora, **more))
+
+
+def logits(model: ImportedModel, task: harness.Task) -> torch.Tensor:
+    return harness.logits_of(harness.trainer_of(model, task), task)
+
+
+def test_it_begins_as_the_same_function_and_only_adapters_train(
+    folder: Path, task: harness.Task
+) -> None:
+    plain = built(folder, None)
+    model = built(folder, LORA)
+    assert torch.equal(logits(model, task), logits(plain, task))
+    trains = {e.name for e in model.named_parameters() if e.parameter.requires_grad}
+    assert len(trains) == 2 * 2 * 7
+    assert "language.decoder.layers.1.mlp.linear_fc1.lora.up_proj.A" in trains
+    assert frozen_parts(model.named_parameters()) == {"language"}
+    assert adapted_modules(model.named_parameters()) == {"language"}
+    assert adapted_modules(plain.named_parameters()) == set()
+    drawn = {each.name: each.adapter.A.detach() for each in model.adapted}
+    # As peft draws them, each differently.
+    assert all(A.abs().max() <= A.shape[1] ** -0.5 for A in drawn.values())
+    assert len({float(A.sum()) for A in drawn.values()}) == len(drawn)
+    for each in (plain, model):
+        each.destroy()
+
+
+def test_what_adapters_see_is_dropped_in_training_alone(folder: Path, task: harness.Task) -> None:
+    model = built(folder, replace(LORA, dropout=0.5))
+    lora_models.give_values(model)
+    trainer = harness.trainer_of(model, task)
+    assert torch.equal(harness.logits_of(trainer, task), harness.logits_of(trainer, task))
+    trainer.model.train()
+    first, again = (trainer.gradients(task, 0)[0] for _ in range(2))
+    assert first != again
+    model.destroy()
+    plain = built(folder, LORA)
+    lora_models.give_values(plain)
+    trainer = harness.trainer_of(plain, task)
+    trainer.model.train()
+    assert trainer.gradients(task, 0)[0] == trainer.gradients(task, 0)[0]
+    plain.destroy()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"targets": ["q_porj"]}, r"'q_porj' names no linear layer of the model; it has down_proj"),
+        ({"targets": ["embed_tokens"]}, "names model.embed_tokens, here .* take it out, or out of"),
+        ({"targets": ["input_layernorm"]}, "names model.layers.0.input_layernorm, here decoder.l"),
+        ({"targets": []}, "lora.targets names none; give names of linear layers, such as"),
+        ({"rank": -1}, "lora.rank=-1; it must be at least 1, or 0 for no adapters"),
+        ({"alpha": 0.0}, "lora.alpha=0.0; it must be a finite number above 0"),
+        ({"dropout": 1.0}, "lora.dropout=1.0; it must be from 0 to below 1"),
+    ],
+)
+def test_what_cannot_have_adapters_is_refused(
+    folder: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=said) as caught:
+        built(folder, replace(LORA, **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_layers_that_are_no_parallel_ones_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="here model.layers.0.* or out of torch_native"):
+        built(folder, LORA, torch_native=["language"])
+    models.SPARSE["qwen3_moe"]().save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"experts.0.down_proj, .* no expert's"):
+        built(tmp_path, replace(LORA, targets=["*.experts.*.down_proj"]))
+
+
+def test_adapters_are_written_where_nothing_is(folder: Path, tmp_path: Path) -> None:
+    plain = built(folder, Lora())
+    with pytest.raises(UnsupportedModelError, match="the model has no adapters; build it with"):
+        to_adapter_folder(plain, tmp_path / "out")
+    plain.destroy()
+    model = built(folder, replace(LORA, targets=["q_proj"]))
+    to_adapter_folder(model, tmp_path / "out")
+    assert sorted(each.name for each in (tmp_path / "out").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    with pytest.raises(FolderError, match="exists; give another folder, or overwrite=True"):
+        to_adapter_folder(model, tmp_path / "out")
+    to_adapter_folder(model, tmp_path / "out", overwrite=True)
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+    model.destroy()
