@@ -27,6 +27,7 @@ from megatron.core.models.mimo.job.results import read_metrics, write_summary
 from megatron.core.models.mimo.job.trainer import TrainOptions
 from megatron.core.models.mimo.training.agreement import gathered
 from megatron.core.models.mimo.training.parameter_names import (
+    ParameterNameError,
     adapted_modules,
     frozen_parts,
 )
