@@ -41,5 +41,7 @@ KINDS = (
     Kind("wall", "Wall time, forward + backward, routed over gather", "wall_time"),
     Kind("plan", "Steps as planned and as measured", "plan_pairs"),
     Kind("scale", "Planning and set-up for thousands of ranks", "scale", on_ranks=False),
+    Kind("data-index", "Opening a million samples", "data_index", on_ranks=False),
+    Kind("data-steps", "Planning a global batch of many replicas", "data_steps", on_ranks=False),
 )
 NAMED = {kind.name: kind for kind in KINDS}

@@ -61,7 +61,7 @@ def run(quick: bool = False) -> Iterator[dict[str, Any]]:
     """A cell per world size, ascending; ``growth`` and ``groups`` are held against the first."""
     before: dict[str, Any] | None = None
     for world in QUICK if quick else SIZES:
-        cell = {"world": world, **_apart(_plan, world), **_apart(_set_up, world)}
+        cell = {"world": world, **apart(_plan, world), **apart(_set_up, world)}
         planning = cell["layout_s"] + cell["all_plans_s"]
         cell["growth"] = None
         cell["passed"] = planning < SECONDS and cell["plan_MB"] < MEGABYTES
@@ -73,11 +73,11 @@ def run(quick: bool = False) -> Iterator[dict[str, Any]]:
         yield cell
 
 
-def _apart(measure: Callable[[int], dict[str, Any]], world: int) -> dict[str, Any]:
-    """The result of ``measure(world)`` in a process of its own."""
+def apart(measure: Callable[[Any], dict[str, Any]], given: Any) -> dict[str, Any]:
+    """The result of ``measure(given)`` in a process of its own."""
     context = multiprocessing.get_context("fork")
     with context.Pool(1) as pool:
-        return pool.apply(measure, (world,))
+        return pool.apply(measure, (given,))
 
 
 def _grids(world: int) -> tuple[tuple[list[int], list[str]], tuple[list[int], list[str]]]:
@@ -94,7 +94,7 @@ def _tokens() -> TokenRuns:
 
 
 def _plan(world: int) -> dict[str, Any]:
-    memory, watch, result = _peak_megabytes(), _Watch(), {}
+    memory, watch, result = peak_megabytes(), Watch(), {}
     src, dest = (GridShape(tuple(shape), tuple(names)) for shape, names in _grids(world))
     BridgeLayout.from_grids(src, dest)
     layout = RouteLayout.from_grids(src, dest)
@@ -108,7 +108,7 @@ def _plan(world: int) -> dict[str, Any]:
         for rank in group.ranks.tolist():
             routes.plan(rank)
     result["all_plans_s"] = watch.lap()
-    result["plan_MB"] = round(_peak_megabytes() - memory, 1)
+    result["plan_MB"] = round(peak_megabytes() - memory, 1)
 
     layout = RouteLayout.from_grids(src, dest, one_group=True)
     replicas = world // _TP
@@ -119,7 +119,7 @@ def _plan(world: int) -> dict[str, Any]:
     result["balance_s"] = watch.lap()
     plan_routes(layout, world // 2 + 1, tokens * layout.dest_dp_size, plan.held_rows())
     result["one_group_s"] = watch.lap()
-    result["one_group_MB"] = round(_peak_megabytes() - memory, 1)
+    result["one_group_MB"] = round(peak_megabytes() - memory, 1)
     return result
 
 
@@ -132,7 +132,7 @@ def _set_up(world: int) -> dict[str, Any]:
     from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
     from megatron.core.models.mimo.training.groups import create_process_groups
 
-    memory, watch = _peak_megabytes(), _Watch()
+    memory, watch = peak_megabytes(), Watch()
     dist.init_process_group("fake", store=FakeStore(), rank=world // 2 + 1, world_size=world)
     src, dest = (HyperCommGrid(shape, names) for shape, names in _grids(world))
     for grid in (src, dest):
@@ -141,12 +141,14 @@ def _set_up(world: int) -> dict[str, Any]:
     assert len(bridges) == 2
     return {
         "setup_s": watch.lap(),
-        "setup_MB": round(_peak_megabytes() - memory, 1),
+        "setup_MB": round(peak_megabytes() - memory, 1),
         "groups": len(dist.distributed_c10d._world.pg_map) - 1,  # less the default group
     }
 
 
-class _Watch:
+class Watch:
+    """Laps of CPU time."""
+
     def __init__(self) -> None:
         self._last = time.process_time()
 
@@ -157,7 +159,7 @@ class _Watch:
         return round(now - last, 4)
 
 
-def _peak_megabytes() -> float:
+def peak_megabytes() -> float:
     """Largest memory of this process so far."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

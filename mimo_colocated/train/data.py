@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Callable, Sequence
@@ -35,7 +36,7 @@ from megatron.core.models.mimo.data.prepared import (
     known_key,
     write,
 )
-from megatron.core.models.mimo.data.readers import Reader
+from megatron.core.models.mimo.data.readers import Reader, ReadError, Share
 from megatron.core.models.mimo.data.sources import TOKENS, Source, SourceError, open_source
 from megatron.core.models.mimo.data.stream import BatchSize, SampleStream
 from megatron.core.models.mimo.data.token_files import TokenFiles
@@ -147,7 +148,7 @@ def _conversations(
     retry: bool,
 ) -> tuple[Source, Prepared]:
     encode = _asked(encoder, answer_tokens) if answer_tokens else encoder.encode
-    source = on_all_ranks(lambda: open_source(part.kind, part.settings), f"open {part.kind}")
+    source = _opened_everywhere(part)
     key = _same_everywhere(lambda: _key(source, encoder, data, answer_tokens), part)
     place, look = folder / key, data.look_at_images
     found = on_all_ranks(
@@ -158,6 +159,19 @@ def _conversations(
     if not gathered(found)[0]:
         _prepare(source, encode, place, key, look=look)
     return source, on_all_ranks(lambda: Prepared(folder / key), "open prepared data")
+
+
+def _opened_everywhere(part: SourcePart) -> Source:
+    """A data set, opened by rank 0 first: what it finds in large files the others map."""
+    found: Source | None = None
+    if dist.get_rank() == 0:
+        with contextlib.suppress(Exception):  # all ranks meet it below
+            found = open_source(part.kind, part.settings)
+    gathered(None)
+    return on_all_ranks(
+        lambda: open_source(part.kind, part.settings) if found is None else found,
+        f"open {part.kind}",
+    )
 
 
 def _same_everywhere(say: Callable[[], str], part: SourcePart) -> str:
@@ -250,7 +264,12 @@ def held_out_stream(opened: Opened, samples: int) -> SampleStream:
 
 
 def side_of(
-    runner: Runner, data: DataPart, padding: int, readers: dict[str, Reader], micro_batches: int
+    runner: Runner,
+    data: DataPart,
+    padding: int,
+    readers: dict[str, Reader],
+    share: dict[str, Share],
+    micro_batches: int,
 ) -> Side:
     """Return what this rank has to know of itself.
 
@@ -259,6 +278,7 @@ def side_of(
         data: of the recipe.
         padding: token.
         readers: modality -> reader of its items.
+        share: modality -> how ranks with the same items share what is read.
         micro_batches: of a batch.
 
     Raises:
@@ -281,6 +301,7 @@ def side_of(
             replica=built.collections[part.modality].dp.rank(),
             reader=readers[part.modality],
             cost=TokenCost(6 * part.config.hidden_size),
+            share=share[part.modality],
         )
         for part in built.composite.encoders
     }
@@ -345,7 +366,7 @@ class StepData:
             before = self._ahead.waited_s
             try:
                 made = self._ahead.next()
-            except (RuntimeError, ValueError) as error:
+            except (ReadError, SourceError, ValueError) as error:
                 raise JobError(str(error)) from error
         self.waited_s = self._ahead.waited_s - before
         self.position = made.batch.stop

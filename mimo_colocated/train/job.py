@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from megatron.core.models.mimo.checkpoint.store import Manifest
 from megatron.core.models.mimo.data.encoding import ChatEncoder, TemplateError
-from megatron.core.models.mimo.data.loader import RankBatches
-from megatron.core.models.mimo.data.readers import ImageReader, Reader, ReaderProcesses
+from megatron.core.models.mimo.data.loader import RankBatches, Side
+from megatron.core.models.mimo.data.readers import Reader
 from megatron.core.models.mimo.data.sources import SourceError
 from megatron.core.models.mimo.gradients.finalize import iter_modules
 from megatron.core.models.mimo.huggingface.all_ranks import on_all_ranks
@@ -27,7 +27,7 @@ from megatron.core.models.mimo.huggingface.export import to_folder
 from megatron.core.models.mimo.job.built_model import LANGUAGE
 from megatron.core.models.mimo.job.loop import TrainingLoop
 from megatron.core.models.mimo.job.reporter import Reporter, versions
-from megatron.core.models.mimo.job.results import write_summary
+from megatron.core.models.mimo.job.results import read_metrics, write_summary
 from megatron.core.models.mimo.job.trainer import TrainOptions
 from mimo_colocated.cli import models
 from mimo_colocated.cli.importing import RECORD, source_of
@@ -43,10 +43,11 @@ from mimo_colocated.train.data import (
     side_of,
     training_stream,
 )
+from mimo_colocated.train.items import readers_of, shared_reads
 from mimo_colocated.train.makers import make_model
 from mimo_colocated.train.numbers import StepNumbers
 from mimo_colocated.train.plan import check_model
-from mimo_colocated.train.recipe import Recipe
+from mimo_colocated.train.recipe import DataPart, Recipe
 from mimo_colocated.train.record import write_record
 from mimo_colocated.train.reporting import RecipeReporter
 from mimo_colocated.train.trainer import RecipeTrainer
@@ -217,7 +218,8 @@ class RecipeJob:
         stream = training_stream(
             self.opened, data, training.seed, training.global_batch_size
         )
-        side = side_of(self.trainer, data, self._padding, readers, training.micro_batches)
+        self._share = shared_reads(built)
+        side = self._side(data, training.micro_batches)
         batches = RankBatches(stream, self.opened.sources, side)
         self.data = StepData(batches, training.steps, data.ahead)
         self.loop = RecipeLoop(options, self.trainer, self.data, requests, self.opened)
@@ -245,10 +247,12 @@ class RecipeJob:
             summary["questions_skipped"] = self._questions.skipped()
             summary |= self._evaluate()
         if self.loop.rank == 0:
-            write_summary(out / "summary.json", summary)
             # Here: no other rank draws, and the library for it takes long to import.
-            from mimo_colocated.train.report import write_report
+            from mimo_colocated.train.report import waited_share, write_report
 
+            share = waited_share(read_metrics(out / "metrics.jsonl"))
+            self.loop.say(f"waiting for data: {share:.1%} of the time of the steps")
+            write_summary(out / "summary.json", {**summary, "waiting_for_data": share})
             self.loop.say(f"wrote {write_report(out)}, the run on one page")
         self.loop.say(f"results are in {out}")
         dist.barrier()
@@ -351,10 +355,15 @@ class RecipeJob:
     def _batches(self, opened: Opened) -> tuple[RankBatches, int]:
         evaluation = self.recipe.evaluation
         data = dataclasses.replace(self.recipe.data, sequences=0)
-        side = side_of(self.trainer, data, self._padding, self.readers, 1)
+        side = self._side(data, 1)
         stream = held_out_stream(opened, evaluation.batch)
         total = sum(len(each) for each in opened.prepared)
         return RankBatches(stream, opened.sources, side), min(evaluation.samples or total, total)
+
+    def _side(self, data: DataPart, micro_batches: int) -> Side:
+        return side_of(
+            self.trainer, data, self._padding, self.readers, self._share, micro_batches
+        )
 
     def _held_out_loss(self) -> float:
         """Mean over the counted tokens of whole batches, and of the tail filled up."""
@@ -413,7 +422,7 @@ def run_recipe(
     """
     folder = model_folder(recipe)
     with contextlib.ExitStack() as stack:
-        readers = _readers(recipe, folder, stack)  # processes are forked before groups are made
+        readers = readers_of(recipe, folder, stack)  # processes are forked before groups are made
         with connection_notes.held_back():
             init_distributed(backend, recipe.run.timeout)
         try:
@@ -434,23 +443,3 @@ def model_folder(recipe: Recipe) -> Path:
         return Path(recipe.model.folder).expanduser()
     place = Path(recipe.run.out) / "model"
     return make_model(recipe.model.make, recipe.model.settings, place, recipe.run.timeout)
-
-
-def _readers(recipe: Recipe, folder: Path, stack: contextlib.ExitStack) -> dict[str, Reader]:
-    """Modality -> what reads its items, in processes if the recipe wants some."""
-    with models.one_sentence():
-        parts = models.described(folder).encoders
-    if not parts:
-        return {}
-    from transformers import AutoImageProcessor
-
-    processor = AutoImageProcessor.from_pretrained(folder)
-    found: dict[str, Reader] = {}
-    for part in parts:
-        reader = ImageReader(processor, part.inputs)
-        found[part.modality] = reader
-        if recipe.data.workers:
-            processes = ReaderProcesses(reader, recipe.data.workers)
-            stack.callback(processes.close)
-            found[part.modality] = processes
-    return found

@@ -59,8 +59,8 @@ class SourcePart:
     """A data set.
 
     Attributes:
-        kind: ``llava``, ``chat``, ``datasets``, ``webdataset`` or ``easy-vqa``; ``tokens``, which
-            is files of uint16.
+        kind: ``llava``, ``chat``, ``datasets``, ``webdataset``, ``energon`` or ``easy-vqa``;
+            ``tokens``, which is files of uint16.
         settings: of its kind, such as ``path``.
         weight: how often each of its samples is seen in an epoch.
     """
@@ -84,7 +84,7 @@ class DataPart:
         sequences: a global batch is as many samples as fit into so many packed sequences of
             ``capacity`` tokens; 0 for ``training.global_batch_size`` samples.
         capacity: tokens of such a sequence.
-        workers: processes per rank that open images; 0 for a thread.
+        workers: processes of each rank that opens images; 0 for a thread.
         ahead: steps whose batches are made ahead.
     """
 

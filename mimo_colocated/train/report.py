@@ -139,10 +139,9 @@ def _facts(run: Run) -> dict[str, str]:
     found = {"steps": f"{lines[-1]['step'] if lines else 0} of {steps}"}
     found |= {f"layout of {name}": str(at) for name, at in run.layouts.items()}
     if lines:
-        spent, waited = _sum(lines, "seconds"), _sum(lines, "waited_s")
         found["last loss"] = _number(lines[-1].get("loss"))
         found["seconds per step"] = _number(sorted(_all(lines, "seconds"))[len(lines) // 2])
-        found["waiting for data"] = f"{waited / max(spent, 1e-9):.1%} of the time"
+        found["waiting for data"] = f"{waited_share(lines):.1%} of the time"
         found |= _work_facts(lines)
     shown = ("held_out_loss", "questions", "exact_match", "majority_answer")
     for key in (*shown, "exact_match_without_images"):
@@ -249,6 +248,15 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _all(lines: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     return [line[name] for line in lines if line.get(name) is not None]
+
+
+def waited_share(lines: Sequence[Mapping[str, Any]]) -> float:
+    """Return the part of the steps' time that they waited for their data.
+
+    Args:
+        lines: of ``metrics.jsonl``.
+    """
+    return _sum(lines, "waited_s") / max(_sum(lines, "seconds"), 1e-9)
 
 
 def _sum(lines: Sequence[Mapping[str, Any]], name: str) -> float:

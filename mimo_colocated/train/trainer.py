@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron.core.models.mimo.data.loader import Microbatch, RankBatch
 from megatron.core.models.mimo.job.packing import packing
-from megatron.core.models.mimo.job.trainer import LossFunction, Trainer
+from megatron.core.models.mimo.job.trainer import LossFunction, StepResult, Trainer
 from mimo_colocated.train.data import StepData
 
 
@@ -21,6 +21,17 @@ class RecipeTrainer(Trainer):
     measuring = False
     blank = False
     """Every image is blank: nothing of it is seen."""
+
+    def step(self, data: StepData, step: int) -> StepResult:
+        """Make one training step; ``data.waited_s`` becomes that of the rank that waited longest.
+
+        The others wait for it in their collectives.
+        """
+        result = super().step(data, step)
+        waited = torch.tensor(data.waited_s, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(waited, op=torch.distributed.ReduceOp.MAX)
+        data.waited_s = waited.item()
+        return result
 
     def microbatches(self, data: StepData, step: int) -> Iterator[Mapping[str, Any]]:
         """Yield what the model is called with in each of a step's microbatches."""

@@ -105,6 +105,7 @@ def test_eight_ranks_follow_one_process(alone: Path, eight: Path) -> None:
     assert answers(eight) == answers(alone)
     summaries = [json.loads((out / "summary.json").read_text()) for out in (alone, eight)]
     assert summaries[0]["held_out_loss"] == pytest.approx(summaries[1]["held_out_loss"], rel=1e-4)
+    assert all(0 <= summary["waiting_for_data"] < 1 for summary in summaries)
     for name in ("questions", "exact_match", "majority_answer", "skipped"):
         assert summaries[0][name] == summaries[1][name]
     assert summaries[1]["layouts"]["images"] == {"tp": 2, "cp": 1, "pp": 1, "dp": 4}

@@ -9,6 +9,10 @@ _TESTS = UNIT + "data/"
 _LABELS = _TESTS + "test_loader.py::test_labels_are_the_next_tokens_and_only_answers_are_learned"
 _PEERS = _TESTS + "test_loader.py::test_peers_hold_the_same_and_replicas_all"
 _ANSWERS = _TESTS + "test_encoding.py::test_answers_are_learned_up_to_their_end_and_nothing_else"
+_FOUND = (
+    _TESTS + "test_sources.py"
+    "::test_where_samples_lie_is_found_again_only_when_files_have_changed"
+)
 
 DATA = (
     Mutant(
@@ -38,8 +42,8 @@ DATA = (
     Mutant(
         name="items-in-the-order-of-the-batch",
         file=_ROOM + "batches.py",
-        old="for dp in languages for s in samples[dp] for n in",
-        new="for dp in languages for s in sorted(samples[dp], reverse=True) for n in",
+        old="for dp in languages for sample in samples[dp]]",
+        new="for dp in languages for sample in sorted(samples[dp], reverse=True)]",
         tests=(_TESTS + "test_batches.py::test_items_are_shared_out_by_cost",),
         why="rows reach the tokens of another image",
     ),
@@ -85,14 +89,29 @@ DATA = (
     ),
     Mutant(
         name="lines-of-a-file-that-has-changed",
-        file=_ROOM + "chat_jsonl.py",
-        old="and (kept[:2] == key).all():",
-        new="and (kept[0] == key[0]).all():",
-        tests=(
-            _TESTS + "test_sources.py"
-            "::test_lines_are_found_again_only_when_the_file_has_changed",
-        ),
+        file=_ROOM + "kept_arrays.py",
+        old="            if np.array_equal(said, key):",
+        new="            if said.size == key.size:",
+        tests=(_FOUND,),
         why="a file that is as long as before is cut where the old one's lines ended",
+    ),
+    Mutant(
+        name="what-follows-a-list-is-lost",
+        file=_ROOM + "llava_json.py",
+        old="        if _after_blanks(rest, 0) < len(rest):",
+        new="        if _after_blanks(rest, 0) > len(rest):",
+        tests=(_TESTS + "test_sources.py::test_what_is_no_list_is_refused",),
+        why="of two files put together the second is never trained on",
+    ),
+    Mutant(
+        name="a-full-sequence-hides-the-next",
+        file=_ROOM + "batches.py",
+        old="        first[length] = place",
+        new="        first[length] = place + 1",
+        tests=(
+            _TESTS + "test_batches.py::test_sequences_and_bins_are_those_of_the_plain_rules",
+        ),
+        why="sequences stay half empty",
     ),
     Mutant(
         name="a-dead-reader-is-waited-for",

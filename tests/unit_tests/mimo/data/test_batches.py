@@ -12,6 +12,7 @@ from megatron.core.models.mimo.comm.plan.balance import TokenCost
 from megatron.core.models.mimo.comm.plan.token_runs import expand
 from megatron.core.models.mimo.data.batches import (
     Cut,
+    ItemRows,
     even_loads,
     first_fit,
     padded,
@@ -21,6 +22,11 @@ from megatron.core.models.mimo.data.batches import (
 FAN_IN = [((0, 1), (0,)), ((2, 3), (1,))]
 FAN_OUT = [((0,), (0, 1)), ((1,), (2, 3))]
 COST = TokenCost(10)
+
+
+def item_rows(rows: list[np.ndarray]) -> dict[str, ItemRows]:
+    counts = np.array([len(own) for own in rows], dtype=np.int64)
+    return {"images": ItemRows(np.concatenate([np.empty(0, np.int64), *rows]), counts)}
 
 
 def cut(replicas: int, micro: int = 1, *, packed: bool = True, sequences: int = 0) -> Cut:
@@ -37,7 +43,7 @@ def test_every_sample_and_every_item_goes_to_one_place(samples, layout, micro) -
     replicas, groups = layout
     lengths = [length for length, _ in samples]
     rows = [np.array(own, dtype=np.int64) for _, own in samples]
-    plans = plan_batch(lengths, {"images": rows}, cut(replicas, micro), {"images": groups}, COST)
+    plans = plan_batch(lengths, item_rows(rows), cut(replicas, micro), {"images": groups}, COST)
     assert len(plans) == micro
     placed = [place for plan in plans for own in plan.samples for place in own]
     assert sorted(placed) == list(range(len(samples)))
@@ -57,13 +63,14 @@ def test_every_sample_and_every_item_goes_to_one_place(samples, layout, micro) -
 
 def test_items_are_shared_out_by_cost() -> None:
     rows = [np.array([64]), np.array([8, 8]), np.array([8]), np.array([40])]
-    (plan,) = plan_batch([80] * 4, {"i": rows}, cut(1), {"i": [((0, 1), (0,))]}, COST)
-    (share,) = plan.shares["i"]
+    (plan,) = plan_batch([80] * 4, item_rows(rows), cut(1), {"images": [((0, 1), (0,))]}, COST)
+    (share,) = plan.shares["images"]
     assert [items.tolist() for items in share.items] == [[[0, 0]], [[1, 0], [1, 1], [2, 0], [3, 0]]]
     assert 1.0 < share.spread < 1.4
     # A cost that only counts rows puts them elsewhere: the linear term decides.
-    (plan,) = plan_batch([80] * 4, {"i": rows}, cut(1), {"i": [((0, 1), (0,))]}, TokenCost(10**6))
-    assert [len(items) for items in plan.shares["i"][0].items] == [1, 4]
+    linear = TokenCost(10**6)
+    (plan,) = plan_batch([80] * 4, item_rows(rows), cut(1), {"images": [((0, 1), (0,))]}, linear)
+    assert [len(items) for items in plan.shares["images"][0].items] == [1, 4]
 
 
 def test_packed_samples_are_shared_out_evenly_and_dense_ones_in_order() -> None:
@@ -97,6 +104,45 @@ def test_sequences_are_filled_alike_in_every_layout() -> None:
 def test_batches_that_cannot_be_cut_are_refused(how: Cut, count: int, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         plan_batch([5] * count, {}, how, {}, COST)
+
+
+@given(
+    st.lists(st.integers(1, 20), max_size=60), st.integers(1, 6), st.integers(1, 5)
+)
+def test_sequences_and_bins_are_those_of_the_plain_rules(lengths, count, step) -> None:
+    """What is vectorised or remembered is what looking at every place each time finds."""
+    whole = padded(lengths, step)
+    assert whole == [step * -(-length // step) for length in lengths]
+    room, wanted = [24] * count, [[] for _ in range(count)]
+    for sample, length in enumerate(whole):
+        place = next((at for at, left in enumerate(room) if left >= length), None)
+        if place is None:
+            break
+        room[place] -= length
+        wanted[place].append(sample)
+    assert first_fit(whole, count, 24) == wanted
+    loads, bins = [0] * count, [[] for _ in range(count)]
+    for sample in sorted(range(len(whole)), key=lambda each: (-whole[each], each)):
+        place = min(range(count), key=lambda at: (loads[at], at))
+        loads[place] += whole[sample]
+        bins[place].append(sample)
+    assert even_loads(whole, count) == [sorted(own) for own in bins]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(1, 9), max_size=3)), min_size=1))
+def test_items_of_a_mixture_stand_as_its_samples_do(samples) -> None:
+    """Read source by source, they come out sample by sample."""
+    parts = []
+    for source in {source for source, _ in samples}:
+        at = np.array([n for n, (own, _) in enumerate(samples) if own == source])
+        rows = [np.array(samples[n][1], dtype=np.int64) for n in at]
+        parts.append((at, item_rows(rows)["images"]))
+    found = ItemRows.joined(parts, len(samples))
+    assert found.rows.tolist() == [row for _, rows in samples for row in rows]
+    order = np.arange(len(samples))[::-1]
+    numbers, rows = found.of(order)
+    wanted = [((n, k), row) for n in order.tolist() for k, row in enumerate(samples[n][1])]
+    assert [(tuple(n), r) for n, r in zip(numbers.tolist(), rows.tolist(), strict=True)] == wanted
 
 
 def test_a_sample_longer_than_a_sequence_is_refused() -> None:

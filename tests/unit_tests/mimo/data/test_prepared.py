@@ -78,9 +78,12 @@ def test_what_is_kept_is_what_was_encoded(
         ids, learned = prepared.tokens(number)
         assert ids.tolist() == wanted.input_ids.tolist()
         assert learned.tolist() == wanted.learned.tolist()
-        assert prepared.rows(number).tolist() == wanted.rows.tolist()
+        found = prepared.items(np.array([number]))
+        assert (found.rows.tolist(), found.counts.tolist()) == (
+            wanted.rows.tolist(), [len(wanted.rows)])  # fmt: skip
         assert prepared.lengths(np.array([number])).tolist() == [len(ids)]
-    assert prepared.rows(0).tolist() == [ROWS, ROWS]
+    assert prepared.items(np.array([2, 1, 0])).rows.tolist() == [ROWS] * 3
+    assert prepared.items(np.array([2, 1, 0])).counts.tolist() == [1, 0, 2]
 
 
 def test_every_reason_is_counted(prepared: Prepared) -> None:

@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 import pytest
 
-from megatron.core.models.mimo.data import chat_jsonl
+from megatron.core.models.mimo.data import chat_jsonl, kept_arrays, llava_json, tar_shards
 from megatron.core.models.mimo.data.conversation import (
     Conversation,
     FileItem,
@@ -171,13 +171,6 @@ def test_what_is_not_there_is_named(kind: str, settings: dict[str, Any], said: s
 
 
 def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
-    file = tmp_path / "a.json"
-    file.write_text("{")
-    with pytest.raises(SourceError, match=r"a\.json is no JSON"):
-        open_source("llava", {"path": file})
-    file.write_text("{}")
-    with pytest.raises(SourceError, match="holds dict, not a list of conversations"):
-        open_source("llava", {"path": file})
     (tmp_path / "a.tar").write_bytes(b"x" * 600)
     with pytest.raises(SourceError, match=r"a\.tar is no tar"):
         open_source("webdataset", {"path": str(tmp_path / "a.tar")})
@@ -251,34 +244,127 @@ def test_members_that_are_no_names_are_malformed(tmp_path: Path) -> None:
         open_source("webdataset", {"path": str(tmp_path / "a.tar")})[0]
 
 
-def test_lines_are_found_again_only_when_the_file_has_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def _kept_chat(folder: Path) -> tuple[Any, dict[str, Any], Path]:
+    chat(folder)
+    return chat_jsonl, {"path": folder / "train.jsonl", "media": folder / "shown"}, folder
+
+
+def _kept_llava(folder: Path) -> tuple[Any, dict[str, Any], Path]:
+    llava(folder)
+    return llava_json, {"path": folder / "json" / "train.json", "images": folder}, folder / "json"
+
+
+def _kept_shards(folder: Path) -> tuple[Any, dict[str, Any], Path]:
+    shards(folder)
+    return tar_shards, {"path": str(folder / "*.tar")}, folder
+
+
+FINDERS = {
+    "chat": ("find_lines", _kept_chat),
+    "llava": ("find_elements", _kept_llava),
+    "webdataset": ("_found", _kept_shards),
+}
+
+
+@pytest.mark.parametrize("kind", FINDERS)
+def test_where_samples_lie_is_found_again_only_when_files_have_changed(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file, beside = tmp_path / "a.jsonl", tmp_path / "a.jsonl.offsets.npy"
-    line = json.dumps({"messages": messages(1)})
-    file.write_text(f"{line}\n" * 3)
-    open_source("chat", {"path": file})
-    assert not beside.exists(), "just written, it may still be"
+    name, make = FINDERS[kind]
+    module, settings, folder = make(tmp_path)
+    searched: list[Any] = []
+    find = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda of: searched.append(of) or find(of))
+
+    def opened() -> list[Any]:
+        source = open_source(kind, settings)
+        return [words(source[number]) for number in range(len(source))]
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first = opened()
+    assert list(folder.glob("*.index")) == [], "just written, it may still be"
+    monkeypatch.setattr(kept_arrays, "SETTLED_NS", -(10**9))
+    assert opened() == first
+    (beside,) = folder.glob("*.index")
+    assert len(searched) == 2
+    assert opened() == first
+    assert len(searched) == 2
+    # As long as before, and as old, but another file.
+    file = Path(str(settings["path"]).replace("*", "0"))
+    content, size = file.read_bytes(), file.stat().st_size
     os.utime(file, (1e9, 1e9))
-    monkeypatch.setattr(chat_jsonl, "_SETTLED_NS", -(10**9))
-    assert len(open_source("chat", {"path": file})) == 3
-    assert beside.exists()
-    searched: list[Path] = []
-    find = chat_jsonl.find_lines
-    monkeypatch.setattr(chat_jsonl, "find_lines", lambda path: searched.append(path) or find(path))
-    assert len(open_source("chat", {"path": file})) == 3
-    assert searched == []
-    # As long as before, and as old, but another file: lines lie elsewhere.
-    size = file.stat().st_size
-    file.write_text(f"{line[:-1]} }}\n" + f"{line}\n" + line)
+    opened()
+    file.write_bytes(content.replace(b"this 0", b"that 0"))
     os.utime(file, (1e9, 1e9))
     assert file.stat().st_size == size
-    again = open_source("chat", {"path": file})
-    assert searched == [file]
-    assert words(again[1]) == words(again[0])
-    beside.write_bytes(b"cut short")
-    assert len(open_source("chat", {"path": file})) == 3
-    assert searched == [file, file]
+    assert opened() != first
+    assert len(searched) == 4
+    file.write_bytes(content)
+    assert opened() == first
+    # What is cut short, or was made of it in another way, is no help.
+    for wrong in (beside.read_bytes()[:-8], b"cut short", b""):
+        beside.write_bytes(wrong)
+        assert opened() == first
+    assert len(searched) == 8
+    # Beside the data nothing can be written: the user's cache has it.
+    beside.unlink()
+    beside.mkdir()
+    assert opened() == first
+    assert opened() == first
+    assert len(searched) == 9
+    assert len(list((tmp_path / "cache" / "mimo-colocated").iterdir())) == 1
+    assert list(tmp_path.rglob(".*")) == []
+
+
+def test_a_file_that_is_read_in_two_ways_is_found_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_arrays, "SETTLED_NS", -(10**9))
+    file = tmp_path / "a.json"
+    file.write_text('[{"conversations":\n[]}, {"conversations":\n[]}]')
+    for _ in range(2):
+        assert len(open_source("llava", {"path": file})) == 2
+        assert len(open_source("chat", {"path": file})) == 3
+
+
+ELEMENTS = [
+    {"number": n, "said": 'ü"\\]}[{' * (n % 5) + "\U0001f600"} if n % 3 else n for n in range(30)
+]
+
+
+@pytest.mark.parametrize("how", [{}, {"indent": 1}, {"ensure_ascii": False}])
+def test_elements_that_cross_blocks_are_found(
+    how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.json"
+    for wanted in (ELEMENTS, []):
+        file.write_text(json.dumps(wanted, **how) + "\n \n", encoding="utf-8")
+        content = file.read_bytes()
+        for block in (1, 7, 1 << 20):
+            monkeypatch.setattr(llava_json, "_BLOCK", block)
+            found = llava_json.find_elements(file)
+            assert found.dtype == np.int64
+            assert [json.loads(content[start:stop]) for start, stop in found.tolist()] == wanted
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", r"Expecting '\[', byte 0"),
+        ("{}", r"Expecting '\[', byte 0"),
+        ("[1", r"Expecting ',' or '\]', byte 2"),
+        ("[1, ]", "Expecting value, byte 4"),
+        ("[1 2]", "Expecting ',', byte 3"),
+        ('[1, "a]', "Unterminated string starting at, byte 4"),
+        ("[nul]" + " " * 99, "Expecting value, byte 1"),
+        ("[1]\n[2]", "more follows where its list ends"),
+    ],
+)
+def test_what_is_no_list_is_refused(content: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(content)
+    with pytest.raises(SourceError, match=rf"a\.json is no JSON list of conversations: {said}"):
+        open_source("llava", {"path": file})
 
 
 def test_lines_that_cross_blocks_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

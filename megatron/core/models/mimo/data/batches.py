@@ -9,14 +9,19 @@ The last of them did not fit, so the batch ends before it.
 
 from __future__ import annotations
 
-import heapq
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron.core.models.mimo.comm.plan.balance import EncoderBalance, TokenCost, plan_balance
-from megatron.core.models.mimo.comm.plan.token_runs import Runs, split_items
+from megatron.core.models.mimo.comm.plan.balance import (
+    EncoderBalance,
+    TokenCost,
+    heaviest_first,
+    plan_balance,
+)
+from megatron.core.models.mimo.comm.plan.token_runs import Runs, expand, split_items
 
 Groups = Sequence[tuple[Sequence[int], Sequence[int]]]
 """Of each exchange group of a bridge: its encoder replicas and its language replicas, by DP."""
@@ -47,6 +52,48 @@ class Cut:
     def bins(self) -> int:
         """Places for samples: one per microbatch and replica."""
         return self.micro_batches * self.replicas
+
+
+@dataclass(frozen=True, eq=False)
+class ItemRows:
+    """Rows of the items of some samples.
+
+    Attributes:
+        rows: of each item, sample after sample, int64 ``(items,)``.
+        counts: items of each sample, int64 ``(n,)``.
+    """
+
+    rows: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def joined(cls, parts: Sequence[tuple[np.ndarray, ItemRows]], count: int) -> ItemRows:
+        """Return those of a whole from those of its parts.
+
+        Args:
+            parts: the samples of each part, places in the whole, int64, and their items.
+            count: samples of the whole.
+        """
+        counts = np.zeros(count, dtype=np.int64)
+        for at, part in parts:
+            counts[at] = part.counts
+        starts = np.cumsum(counts) - counts
+        rows = np.empty(int(counts.sum()), dtype=np.int64)
+        for at, part in parts:
+            rows[expand(np.stack([starts[at], part.counts], axis=1))] = part.rows
+        return cls(rows, counts)
+
+    def of(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the items of samples, in order, int64 ``(k, 2)``: sample and number; their rows.
+
+        Args:
+            samples: int64 ``(m,)``.
+        """
+        counts = self.counts[samples]
+        starts = (np.cumsum(self.counts) - self.counts)[samples]
+        places = expand(np.stack([starts, counts], axis=1))
+        numbers = np.stack([np.repeat(samples, counts), places - np.repeat(starts, counts)], axis=1)
+        return numbers, self.rows[places]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +130,8 @@ class MicrobatchPlan:
 
 
 def plan_batch(
-    lengths: Sequence[int],
-    rows: Mapping[str, Sequence[np.ndarray]],
+    lengths: Sequence[int] | np.ndarray,
+    rows: Mapping[str, ItemRows],
     cut: Cut,
     groups: Mapping[str, Groups],
     cost: TokenCost,
@@ -93,7 +140,7 @@ def plan_batch(
 
     Args:
         lengths: tokens of each sample.
-        rows: modality -> of each sample the rows of its items.
+        rows: modality -> of the samples' items.
         cut: how.
         groups: modality -> the exchange groups of its bridge.
         cost: of an item, from its rows.
@@ -118,7 +165,7 @@ def plan_batch(
     return plans
 
 
-def _shared_out(lengths: Sequence[int], cut: Cut) -> list[list[int]]:
+def _shared_out(lengths: Sequence[int] | np.ndarray, cut: Cut) -> list[list[int]]:
     """The samples of each place."""
     if cut.sequences % cut.bins:
         raise ValueError(
@@ -148,9 +195,9 @@ def _shared_out(lengths: Sequence[int], cut: Cut) -> list[list[int]]:
     return [sum(found[at : at + each], []) for at in range(0, cut.sequences, each)]
 
 
-def padded(lengths: Sequence[int], multiple: int) -> list[int]:
+def padded(lengths: Sequence[int] | np.ndarray, multiple: int) -> list[int]:
     """Return lengths rounded up to a multiple."""
-    return [-(-length // multiple) * multiple for length in lengths]
+    return (-(-np.asarray(lengths, dtype=np.int64) // multiple) * multiple).tolist()
 
 
 def even_loads(loads: Sequence[int], bins: int) -> list[list[int]]:
@@ -163,13 +210,10 @@ def even_loads(loads: Sequence[int], bins: int) -> list[list[int]]:
         loads: of each sample.
         bins: how many; none stays empty if there are so many samples.
     """
-    heap = [(0, number) for number in range(bins)]
-    found: list[list[int]] = [[] for _ in range(bins)]
-    for sample in sorted(range(len(loads)), key=lambda each: (-loads[each], each)):
-        load, number = heapq.heappop(heap)
-        found[number].append(sample)
-        heapq.heappush(heap, (load + loads[sample], number))
-    return [sorted(each) for each in found]
+    assigned = heaviest_first(np.asarray(loads), bins)
+    order = np.argsort(assigned, kind="stable").tolist()
+    ends = np.cumsum(np.bincount(assigned, minlength=bins)).tolist()
+    return [order[start:stop] for start, stop in zip([0, *ends], ends, strict=False)]
 
 
 def first_fit(lengths: Sequence[int], sequences: int, capacity: int) -> list[list[int]]:
@@ -188,14 +232,19 @@ def first_fit(lengths: Sequence[int], sequences: int, capacity: int) -> list[lis
     """
     room = [capacity] * sequences
     found: list[list[int]] = [[] for _ in range(sequences)]
+    # Sequences before this one have no room for a length, and will not get any.
+    first: defaultdict[int, int] = defaultdict(int)
     for sample, length in enumerate(lengths):
         if length > capacity:
             raise ValueError(
                 f"a sample of {length} tokens is longer than a sequence of {capacity}; skip it "
                 "(max_tokens) or use longer sequences"
             )
-        place = next((number for number, left in enumerate(room) if left >= length), None)
-        if place is None:
+        place = first[length]
+        while place < sequences and room[place] < length:
+            place += 1
+        first[length] = place
+        if place == sequences:
             break
         found[place].append(sample)
         room[place] -= length
@@ -205,15 +254,14 @@ def first_fit(lengths: Sequence[int], sequences: int, capacity: int) -> list[lis
 def _share(
     pair: tuple[Sequence[int], Sequence[int]],
     samples: Sequence[Sequence[int]],
-    rows: Sequence[np.ndarray],
+    rows: ItemRows,
     cost: TokenCost,
 ) -> ItemShare:
     """Share the items of one exchange group's samples out to its encoder replicas, by cost."""
     encoders, languages = pair
-    places = [(s, n) for dp in languages for s in samples[dp] for n in range(len(rows[s]))]
-    numbers = np.array(places, dtype=np.int64).reshape(-1, 2)
-    tokens = np.array([rows[s][n] for s, n in places], dtype=np.int64)
-    homes = [len(each) for each in split_items(len(places), len(encoders))]
+    own = [sample for dp in languages for sample in samples[dp]]
+    numbers, tokens = rows.of(np.array(own, dtype=np.int64))
+    homes = [len(each) for each in split_items(len(tokens), len(encoders))]
     plan = plan_balance(tokens, homes, EncoderBalance(threshold=1.0, cost=cost))
     return ItemShare(
         encoders=tuple(encoders),

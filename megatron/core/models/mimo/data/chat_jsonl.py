@@ -3,27 +3,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import time
 from pathlib import Path
 
 import numpy as np
 
 from megatron.core.models.mimo.data.conversation import Conversation, SampleError
+from megatron.core.models.mimo.data.kept_arrays import JsonValues
 from megatron.core.models.mimo.data.messages import files_below, from_messages
 from megatron.core.models.mimo.data.sources import fingerprint_of
 
 _BLOCK = 1 << 22
-_SETTLED_NS = 2_000_000_000  # a file written later than this before now may still be written
 
 
 class ChatJsonl:
     """Lines of ``{"messages": [{"role": ..., "content": ...}, ...]}``; empty lines are no samples.
 
-    Where lines begin is found once and kept in ``PATH.offsets.npy``, if that can be written; what
-    is kept is used only for the file that it was made of.
+    Where lines begin is found once and kept in ``PATH.index``.
 
     Args:
         path: of the file.
@@ -34,59 +29,20 @@ class ChatJsonl:
         self._path = Path(path).expanduser()
         self._media = Path(media).expanduser() if media else self._path.parent
         self._find = files_below(self._media)
-        # Starts of the lines and the end of the last, int64 (n + 1,) in pairs: (start, stop).
-        self._lines = _known_lines(self._path)
+        self._lines = JsonValues(self._path, "lines", find_lines)
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def __getitem__(self, number: int) -> Conversation:
-        start, stop = self._lines[number].tolist()
-        with self._path.open("rb") as file:
-            file.seek(start)
-            line = file.read(stop - start)
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise SampleError("malformed", f"line at byte {start}: {error}") from error
+        value = self._lines[number]
         if not isinstance(value, dict) or "messages" not in value:
-            raise SampleError("malformed", f"line at byte {start} has no messages")
+            raise SampleError("malformed", f"sample {number} has no messages")
         return from_messages(value["messages"], self._find)
 
     def fingerprint(self) -> str:
         """Return text that changes when the file is written."""
         return fingerprint_of([self._path], {"media": self._media})
-
-
-def _known_lines(path: Path) -> np.ndarray:
-    """Where lines begin and end, int64 ``(n, 2)``: from the file beside, or found and put there."""
-    beside, key = path.with_name(path.name + ".offsets.npy"), _key(path)
-    with contextlib.suppress(OSError, ValueError, EOFError):
-        kept = np.load(beside, mmap_mode="r", allow_pickle=False)
-        if kept.ndim == 2 and kept.shape[1:] == (2,) and (kept[:2] == key).all():
-            return kept[2:]
-    lines = find_lines(path)
-    if _key(path).tolist() == key.tolist() and time.time_ns() - key[1].max() > _SETTLED_NS:
-        _keep(beside, np.concatenate([key, lines]))
-    return lines
-
-
-def _key(path: Path) -> np.ndarray:
-    """What tells the file from what it was before: int64 ``(2, 2)``."""
-    known = path.stat()
-    return np.array([[known.st_size, known.st_ino], [known.st_mtime_ns, known.st_ctime_ns]])
-
-
-def _keep(beside: Path, rows: np.ndarray) -> None:
-    """Write the file whole or not at all; where it cannot be written it is found again."""
-    temporary = beside.with_name(f".{beside.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            np.save(file, rows)
-        temporary.replace(beside)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def find_lines(path: Path) -> np.ndarray:

@@ -23,9 +23,11 @@ from megatron.core.models.mimo.data.arrays import (
 )
 from megatron.core.models.mimo.data.batches import Cut, ItemShare, MicrobatchPlan, plan_batch
 from megatron.core.models.mimo.data.conversation import AnyItem
-from megatron.core.models.mimo.data.readers import Inputs, Reader
+from megatron.core.models.mimo.data.readers import Inputs, Reader, Share, alone
 from megatron.core.models.mimo.data.sources import Source
 from megatron.core.models.mimo.data.stream import GlobalBatch, SampleStream
+
+_CLOSING_S = 5.0  # a rank that fails alone closes before those that it shares reads with
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,7 @@ class EncoderSide:
         replica: DP rank of this rank's encoder replica.
         reader: makes the items' inputs.
         cost: of an item, from its rows.
+        share: what ranks that encode the same items have in common is made by one of them.
     """
 
     layout: RouteLayout
@@ -45,6 +48,7 @@ class EncoderSide:
     replica: int
     reader: Reader
     cost: TokenCost
+    share: Share = alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,11 +148,10 @@ class RankBatches:
             ValueError: the batch cannot be cut.
         """
         batch, side = self._stream.batch(position), self._side
-        found = [self._of(batch, place) for place in range(len(batch.samples))]
-        rows = [prepared.rows(sample) for prepared, sample in found]
+        items = self._stream.items(batch)
         plans = plan_batch(
-            batch.lengths.tolist(),
-            dict.fromkeys(side.encoders, rows),
+            batch.lengths,
+            dict.fromkeys(side.encoders, items),
             side.cut,
             self._groups,
             next(iter(side.encoders.values())).cost if side.encoders else TokenCost(),
@@ -156,9 +159,9 @@ class RankBatches:
         return RankBatch(
             batch,
             tuple(self._microbatch(batch, plan) for plan in plans),
-            images=sum(map(len, rows)),
+            images=len(items.rows),
             tokens=int(batch.lengths.sum()),
-            rows=np.concatenate([np.empty(0, dtype=np.int64), *rows]),
+            rows=items.rows,
         )
 
     def _of(self, batch: GlobalBatch, place: int) -> tuple[Any, int]:
@@ -191,6 +194,12 @@ class RankBatches:
         self, batch: GlobalBatch, encoder: EncoderSide, share: ItemShare
     ) -> Inputs | None:
         chosen = share.items[share.encoders.index(encoder.replica)].tolist()
+        if not chosen:
+            return None
+        return encoder.share(lambda: encoder.reader.read(self._items(batch, chosen)))
+
+    def _items(self, batch: GlobalBatch, chosen: Sequence[Sequence[int]]) -> list[AnyItem]:
+        """The items of (sample, number), each sample's conversation read once."""
         known: dict[int, list[AnyItem]] = {}
         for place, _ in chosen:
             if place not in known:
@@ -198,8 +207,7 @@ class RankBatches:
                 source = self._sources[batch.sources[place]]
                 assert source is not None, "a source without items has no rows"
                 known[place] = source[int(prepared.numbers[sample])].items()
-        items = [known[place][number] for place, number in chosen]
-        return encoder.reader.read(items) if items else None
+        return [known[place][number] for place, number in chosen]
 
     def _routes(
         self, batch: GlobalBatch, plan: MicrobatchPlan, encoder: EncoderSide, share: ItemShare
@@ -233,7 +241,7 @@ class Ahead:
 
     def __init__(self, batches: RankBatches, start: int, steps: int, depth: int) -> None:
         self._batches, self._depth = batches, depth
-        self.position, self.waited_s = start, 0.0
+        self.position, self.waited_s, self._taken = start, 0.0, 0
         self._made: queue.Queue[RankBatch | BaseException] = queue.Queue(max(depth, 1))
         self._closed = threading.Event()
         if depth:
@@ -255,14 +263,19 @@ class Ahead:
         else:
             made = self._batches.at(self.position)
         self.waited_s += time.perf_counter() - began
+        self._taken += 1
         self.position = made.batch.stop
         return made
 
     def close(self) -> None:
-        """Make no more."""
+        """Make no more; ranks that share reads call it after the same step.
+
+        Each of them ends after the batch that any may have been making, so none waits for another.
+        """
         self._closed.set()
+        deadline = time.monotonic() + _CLOSING_S
         if self._depth:
-            while self._thread.is_alive():
+            while self._thread.is_alive() and time.monotonic() < deadline:
                 with self._made.mutex:
                     self._made.queue.clear()
                     self._made.not_full.notify_all()
@@ -270,8 +283,8 @@ class Ahead:
 
     def _work(self, position: int, steps: int) -> None:
         try:
-            for _ in range(steps):
-                if self._closed.is_set():
+            for number in range(steps):
+                if self._closed.is_set() and number > self._taken + self._depth:
                     return
                 made = self._batches.at(position)
                 position = made.batch.stop

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron.core.models.mimo.comm.plan.token_runs import expand
+from megatron.core.models.mimo.data.batches import ItemRows
 from megatron.core.models.mimo.data.conversation import (
     REASONS,
     Conversation,
@@ -223,10 +225,11 @@ class Prepared:
         starts, stops = self._bounds("ends", self.numbers[samples])
         return stops - starts
 
-    def rows(self, sample: int) -> np.ndarray:
-        """Return the rows of a sample's items, int32 ``(items,)``."""
-        start, stop = self._bounds("row_ends", self.numbers[sample])
-        return self._arrays["rows"][start:stop]
+    def items(self, samples: np.ndarray) -> ItemRows:
+        """Return the rows of samples' items."""
+        starts, stops = self._bounds("row_ends", self.numbers[samples])
+        counts = stops - starts
+        return ItemRows(self._arrays["rows"][expand(np.stack([starts, counts], axis=1))], counts)
 
     def grids(self, sample: int) -> np.ndarray:
         """Return the grids of a sample's items, int32 ``(items, 3)``."""

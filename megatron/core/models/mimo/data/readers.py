@@ -7,7 +7,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
@@ -18,6 +18,14 @@ from megatron.core.models.mimo.data.images import read_image
 
 Inputs = Mapping[str, np.ndarray]
 """Name -> the encoder's input of some items."""
+Make = Callable[[], Inputs]
+Share = Callable[[Make], Inputs]
+"""Returns what is made, here or by a rank that encodes the same items."""
+
+
+def alone(make: Make) -> Inputs:
+    """Return what is made: no other rank encodes these items."""
+    return make()
 
 
 class ReadError(RuntimeError):

@@ -19,6 +19,7 @@ KINDS = {
     "chat": ("chat_jsonl", "ChatJsonl"),
     "datasets": ("tables", "Tables"),
     "webdataset": ("tar_shards", "TarShards"),
+    "energon": ("energon", "EnergonFolder"),
     "easy-vqa": ("easy_vqa", "EasyVqa"),
 }
 """Name in a recipe -> file and class."""

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron.core.models.mimo.data.batches import first_fit, padded
+from megatron.core.models.mimo.data.batches import ItemRows, first_fit, padded
 
 
 class Places(Protocol):
@@ -34,8 +34,8 @@ class Samples(Protocol):
         """Return the tokens of samples, int64 ``(n,)``."""
         ...
 
-    def rows(self, sample: int) -> np.ndarray:
-        """Return the rows of a sample's items, int32 ``(items,)``."""
+    def items(self, samples: np.ndarray) -> ItemRows:
+        """Return the rows of samples' items."""
         ...
 
     def grids(self, sample: int) -> np.ndarray:
@@ -102,11 +102,19 @@ class SampleStream:
         count = min(most, 16 * self.size.sequences)
         while True:
             taken = self._taken(start, count)
-            whole = padded(taken.lengths.tolist(), self.size.multiple)
+            whole = padded(taken.lengths, self.size.multiple)
             fits = sum(map(len, first_fit(whole, self.size.sequences, self.size.capacity)))
             if fits < count or count == most:
                 return self._taken(start, fits)
             count = min(2 * count, most)
+
+    def items(self, batch: GlobalBatch) -> ItemRows:
+        """Return the rows of a batch's items."""
+        parts = []
+        for source in np.unique(batch.sources).tolist():
+            here = np.flatnonzero(batch.sources == source)
+            parts.append((here, self.prepared[source].items(batch.samples[here])))
+        return ItemRows.joined(parts, len(batch.sources))
 
     def _taken(self, start: int, count: int) -> GlobalBatch:
         sources, samples = self.order.at(start, count)

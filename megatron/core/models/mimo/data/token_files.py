@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron.core.models.mimo.data.batches import ItemRows
 from megatron.core.models.mimo.data.sources import SourceError, fingerprint_of
 
 _LIMIT = 1 << 16
@@ -57,26 +58,27 @@ class TokenFiles:
         """Return the tokens of samples, int64 ``(n,)``."""
         return np.full(len(samples), self._length + 1, dtype=np.int64)
 
-    def rows(self, sample: int) -> np.ndarray:
-        """Return the rows of a sample's items, of which it has none: int32 ``(0,)``.
+    def items(self, samples: np.ndarray) -> ItemRows:
+        """Return the rows of samples' items, of which they have none."""
+        return ItemRows(np.empty(0, dtype=np.int64), np.zeros(len(samples), dtype=np.int64))
+
+    def grids(self, sample: int) -> np.ndarray:
+        """Return the grids of a sample's items, of which it has none: int32 ``(0, 3)``.
 
         Raises:
             IndexError: there is no such sample.
         """
-        if not 0 <= sample < len(self):
-            raise IndexError(f"sample {sample} is not in 0..{len(self) - 1}")
-        return np.zeros(0, dtype=np.int32)
-
-    def grids(self, sample: int) -> np.ndarray:
-        """Return the grids of a sample's items, of which it has none: int32 ``(0, 3)``."""
-        return self.rows(sample).reshape(0, 3)
+        self._check(sample)
+        return np.zeros((0, 3), dtype=np.int32)
 
     def tokens(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a sample's tokens and which of them are learned: int32, bool ``(n,)``.
 
         Raises:
+            IndexError: there is no such sample.
             SourceError: a token is not of the vocabulary.
         """
+        self._check(sample)
         file = int(np.searchsorted(self._ends, sample, side="right"))
         start = (sample - (int(self._ends[file - 1]) if file else 0)) * self._length
         ids = np.array(self._files[file][start : start + self._length + 1], dtype=np.int32)
@@ -86,6 +88,10 @@ class TokenFiles:
                 f"vocabulary has {self._vocabulary}; were the files made for another tokenizer?"
             )
         return ids, np.ones(len(ids), dtype=bool)
+
+    def _check(self, sample: int) -> None:
+        if not 0 <= sample < len(self):
+            raise IndexError(f"sample {sample} is not in 0..{len(self) - 1}")
 
     def fingerprint(self) -> str:
         """Return text that changes when a file is written."""

@@ -148,7 +148,7 @@ def plan_balance(
     before = after = _spread(costs, home, counts.size)
     replica = home
     if before > balance.threshold:
-        assigned = _heaviest_first(costs, counts.size)
+        assigned = heaviest_first(costs, counts.size)
         balanced = _spread(costs, assigned, counts.size)
         if balanced < before:
             replica, after = assigned, balanced
@@ -173,8 +173,15 @@ def _costs(model: CostModel, tokens: np.ndarray) -> np.ndarray:
     return costs
 
 
-def _heaviest_first(costs: np.ndarray, replicas: int) -> np.ndarray:
-    """Replica of each item: the heaviest left goes to the least loaded; ties to the lower index."""
+def heaviest_first(costs: np.ndarray, replicas: int) -> np.ndarray:
+    """Return the replica of each item: the heaviest left goes to the least loaded, int64 ``(n,)``.
+
+    Ties go to the lower index.
+
+    Args:
+        costs: of the items, ``(n,)``.
+        replicas: how many there are.
+    """
     loads = [(0, replica) for replica in range(replicas)]
     assigned = np.empty(costs.size, dtype=np.int64)
     values = costs.tolist()
