@@ -7,6 +7,8 @@ Each cell is one world size, measured in a process of its own, forked when all i
 * ``plan_s``: routes of one rank, which is what a training process plans per batch.
 * ``all_plans_s``: routes of every rank of the world, one exchange group after another.
 * ``one_group_s``: routes of one rank when all ranks of the world exchange with one another.
+* ``stages_s``: the same where the language model's two stages are the outermost axis of its grid,
+  at CP 8, with 96,000 rows (1,500 images) in each replica's 131,072 tokens: 768,000 on 128 ranks.
 * ``balance_s``: the items of that one group assigned to the encoder replicas.
 * ``setup_s``, ``groups``: process groups of both modules and both bridges on one rank of a fake
   world, and how many groups the rank made.
@@ -36,7 +38,7 @@ from megatron.core.models.mimo.comm.plan.routed_layout import RouteLayout
 from megatron.core.models.mimo.comm.plan.routes import GroupRoutes, plan_routes
 from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns
 
-SIZES, QUICK = (1024, 4096, 16384), (256, 1024)
+SIZES, QUICK = (128, 1024, 4096, 16384), (128, 1024)
 SECONDS, MEGABYTES = 2.0, 500
 # Encoder TP 2, language model TP 2 and CP 8; one sample per language replica.
 _TP, _CP, _ITEMS, _ITEM_ROWS, _SEQ_LEN = 2, 8, 4, 64, 512
@@ -47,6 +49,7 @@ COLUMNS = {
     "all_plans_s": "of all ranks s",
     "one_group_s": "of a rank, one group s",
     "one_group_MB": "its peak MB",
+    "stages_s": "of a rank, stages outermost s",
     "balance_s": "balance s",
     "plan_MB": "peak MB of planning",
     "setup_s": "set-up s",
@@ -120,6 +123,16 @@ def _plan(world: int) -> dict[str, Any]:
     plan_routes(layout, world // 2 + 1, tokens * layout.dest_dp_size, plan.held_rows())
     result["one_group_s"] = watch.lap()
     result["one_group_MB"] = round(_peak_megabytes() - memory, 1)
+
+    src = GridShape((_TP, world // _TP), ("tp", "dp"))
+    dest = GridShape((1, _CP, world // (2 * _CP), 2), ("tp", "cp", "dp", "pp"))
+    layout, images = RouteLayout.from_grids(src, dest), np.arange(1500)
+    runs = np.stack([images * (131_072 // 1500), np.full(1500, 64)], axis=1)
+    stage_tokens = [TokenRuns(1, 131_072, runs)] * layout.dest_dp_size
+    shares = [layout.dest_dp_size * 96_000 // layout.src_dp_size] * layout.src_dp_size
+    watch.lap()
+    plan_routes(layout, world // 2 + 1, stage_tokens, shares)
+    result["stages_s"] = watch.lap()
     return result
 
 

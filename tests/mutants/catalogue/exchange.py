@@ -7,6 +7,7 @@ from tests.mutants.mutant import Mutant
 _EXCHANGE = MIMO + "comm/exchange.py"
 _BRIDGE = MIMO + "comm/routed_bridge.py"
 _ROUTES = MIMO + "comm/plan/routes.py"
+_ROWS = MIMO + "comm/plan/group_rows.py"
 _ITEMS = MIMO + "comm/item_exchange.py"
 _MOVES = MIMO + "comm/plan/item_moves.py"
 _SIDE = MIMO + "model/routed_side.py"
@@ -68,9 +69,9 @@ EXCHANGE = (
     ),
     Mutant(
         name="all-rows-to-the-first-sequence-shard",
-        file=_ROUTES,
-        old="owners.append(self.group.owner(dest, cp, tp))",
-        new="owners.append(self.group.owner(dest, cp, tp * 0))",
+        file=_ROWS,
+        old="self.group.owner(dest, cp, tp), place",
+        new="self.group.owner(dest, cp, tp * 0), place",
         tests=(_PLANNED,),
         why="with sequence parallelism one TP rank gets all rows, at places of the others",
     ),

@@ -11,8 +11,8 @@ OPTIONS = (
     Mutant(
         name="units-per-item-ignored",
         file=MIMO + "comm/input_balance.py",
-        old="units if packed[encoder, argument] else None",
-        new="None if packed[encoder, argument] else units",
+        old="units if fits else None",
+        new="None if fits else units",
         tests=(UNIT + "test_balance.py::test_packed_inputs_move_item_by_item",),
         why="patches of one image go to another encoder replica than the rest of it",
     ),

@@ -5,6 +5,7 @@ from tests.mutants.catalogue.places import MIMO, UNIT
 from tests.mutants.mutant import Mutant
 
 _ROUTES = MIMO + "comm/plan/routes.py"
+_ROWS = MIMO + "comm/plan/group_rows.py"
 _TESTS = UNIT + "test_routes.py::"
 _EVERY_PAIR = _TESTS + "test_every_pair_of_8_rank_grids_against_the_oracle"
 
@@ -43,9 +44,9 @@ ROUTING = (
     ),
     Mutant(
         name="routed-rows-batch-first",
-        file=_ROUTES,
-        old="places.append(local * tokens.batch + sample)",
-        new="places.append(local + sample)",
+        file=_ROWS,
+        old="place = local * tokens.batch + sample",
+        new="place = local + sample",
         tests=(_EVERY_PAIR,),
         why="with more than one sample rows stand at another sample's tokens",
     ),

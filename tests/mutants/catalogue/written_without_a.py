@@ -257,9 +257,9 @@ WITHOUT_A = (
     ),
     Mutant(
         name="row-beyond-the-last",
-        file=MIMO + "comm/plan/routes.py",
-        old="rows.max() < self.total:",
-        new="rows.max() <= self.total:",
+        file=MIMO + "comm/plan/group_rows.py",
+        old="start + length > self.total",
+        new="start + length > self.total + 1",
         tests=(UNIT + "test_routes.py::test_what_does_not_match_is_refused",),
         why="an assignment one row too far is a bare IndexError",
     ),

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron.core.models.mimo.comm import exchange, item_exchange
 from megatron.core.models.mimo.comm.input_balance import InputBalance
 from megatron.core.models.mimo.comm.item_exchange import ItemExchange
 from megatron.core.models.mimo.comm.plan import balance as balance_module
@@ -302,8 +303,18 @@ def test_how_often_the_guard_compares() -> None:
     assert world.run(body) == [{"always": [1, 1], "first": [1, 0], "off": [0, 0]}] * 8
 
 
-def test_one_rank_packs_what_others_have_one_by_one() -> None:
-    """Images of one patch each are packed, too: the units say so, not the sizes of one rank."""
+def test_one_rank_packs_what_others_have_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of one patch each are packed, too: the units say so, not the sizes of one rank.
+
+    The indices of both kinds of tensors go to the device together.
+    """
+    uploads: list[int] = []
+
+    def to_device(arrays: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+        uploads.append(len(arrays))
+        return exchange.to_device(arrays, device)
+
+    monkeypatch.setattr(item_exchange, "to_device", to_device)
     patches = {0: [4, 2, 1], 1: [1, 1], 2: [0, 2]}
     balance = EncoderBalance(
         tokens_per_item=lambda inputs: inputs["vit"]["sizes"].tolist(),
@@ -326,6 +337,7 @@ def test_one_rank_packs_what_others_have_one_by_one() -> None:
             return vit["sizes"].tolist(), vit["pixels"].flatten().tolist()
 
     found = InProcessWorld(8).run(body)[::2]
+    assert uploads == [4] * 8
     # 4 | 2 | 2 | 1 1 1 0, heaviest first to the least loaded; items ascend on each replica.
     assert sorted(sum((sizes for sizes, _ in found), [])) == [0, 1, 1, 1, 2, 2, 4]
     assert all(len(pixels) == sum(sizes) for sizes, pixels in found)

@@ -65,7 +65,6 @@ EXCEPTIONS = {
         ),
         _RECORD,
     ),
-    "ContextParallelAttention(cp_comm_type)": "accepted for the interface, as its docstring says",
     "peel(wrappers)": "the callers' constant",
     "sharded_state_dict_of_children(wrappers)": "the callers' constant",
     "settle(patience_s)": "a deadline, which correctness does not depend on",

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from megatron.core.hyper_comm_grid import GridShape
-from megatron.core.models.mimo.comm.plan import routed_layout, routes, token_runs
+from megatron.core.models.mimo.comm.plan import group_rows, routed_layout, routes, token_runs
 from megatron.core.models.mimo.comm.plan.routed_layout import RouteLayout
 from megatron.core.models.mimo.comm.plan.routes import GroupRoutes, RoutePlan, plan_routes
 from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns, rows_of_items, split_items
@@ -333,6 +333,30 @@ def test_copies_share_the_sending():
         total = sum(routes_of_group.plan(rank).forward.received for rank in range(8))
         assert sum(sent) == total
         assert max(sent) - min(sent) <= 2
+
+
+def test_a_rank_looks_at_single_rows_of_its_own_replicas_only(monkeypatch):
+    """Stages outermost in the grid make one group of all ranks, here of eight language replicas."""
+    tokens = [TokenRuns.from_positions(np.arange(32), 1, 64)] * 8
+    dest = GridShape((1, 2, 8, 2), ("tp", "cp", "dp", "pp"))
+    layout = RouteLayout.from_grids(GridShape((2, 16), ("tp", "dp")), dest)
+    assert layout.group_count == 1
+    looked_at: list[int] = []
+
+    def owners(positions, *arguments):
+        looked_at.append(positions.size)
+        return position_owners(positions, *arguments)
+
+    monkeypatch.setattr(group_rows, "position_owners", owners)
+    seen = {}
+    for rank in layout.ranks:
+        looked_at.clear()
+        plan_routes(layout, rank, tokens, [16] * 16)
+        seen[rank] = sum(looked_at)
+    # Of 256: those of its own replica (32) to find what it owns; what it owns and holds; one
+    # stretch to see whether anything moves. The other stage owns nothing.
+    assert max(seen.values()) <= 96
+    assert max(seen[rank] for rank in range(16, 32)) <= 32
 
 
 @pytest.mark.parametrize("leg", ["forward", "backward"])

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from megatron.core.models.mimo.comm.plan.merged_routes import Routes
+from megatron.core.models.mimo.uploads import upload
 from mimo_colocated import phases
 
 
@@ -35,9 +36,7 @@ def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.
     """Return index arrays as int64 tensors on a device, all in one copy that nobody waits for."""
     sizes = [array.size for array in arrays]
     flat = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays]))
-    if device != flat.device:
-        flat = flat.pin_memory().to(device, non_blocking=True)
-    return list(flat.split(sizes))
+    return list(upload(flat, device).split(sizes))
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron.core.models.mimo.comm.item_exchange import ItemExchange
 from megatron.core.models.mimo.comm.plan.balance import BalancePlan, EncoderBalance, plan_balance
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
+from megatron.core.models.mimo.uploads import upload
 
 # Keyword arguments of each encoder.
 EncoderInputs = Mapping[str, Mapping[str, Any]]
@@ -97,6 +98,8 @@ class InputBalance:
             return inputs, plan
         tensors, others = self._common(told)
         packed = {path: self._packed(path, told) for path in tensors}
+        kinds = {fits: units if fits else None for fits in packed.values()}
+        self._items.prepare(plan, device, list(kinds.values()))
         me = self._items.exchange.index(self._items.rank)
         encodes = bool((plan.replica == self._items.exchange.src_of[me]).any())
         moved: dict[str, dict[str, Any]] = {}
@@ -107,7 +110,7 @@ class InputBalance:
             # All on the device over which the group communicates: a loader may leave sizes and
             # lengths on the host, and a rank that reads nothing cannot know.
             moved.setdefault(encoder, {})[argument] = self._items.move(
-                value.to(device), plan, units if packed[encoder, argument] else None
+                upload(value, device), plan, kinds[packed[encoder, argument]]
             )
         for (encoder, argument), value in others.items():
             moved.setdefault(encoder, {})[argument] = value

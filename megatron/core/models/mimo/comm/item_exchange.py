@@ -15,18 +15,27 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron.core.models.mimo.comm.exchange import to_device
 from megatron.core.models.mimo.comm.plan.balance import BalancePlan, EncoderBalance, plan_balance
-from megatron.core.models.mimo.comm.plan.item_moves import Units, plan_item_moves
+from megatron.core.models.mimo.comm.plan.item_moves import ItemMoves, Units, plan_item_moves
 from megatron.core.models.mimo.comm.routed_bridge import GUARDS, RoutedBridge
+
+# Moves, and their (send index, arrange) on a device.
+_Prepared = tuple[ItemMoves, Sequence[Any]]
 
 MESSAGE_BYTES = 512
 # Of the two texts in it, as JSON; the rest takes about 150.
 _TEXT_BYTES = 170
+
+
+def _key(kind: Units, device: torch.device) -> tuple[bytes | None, torch.device]:
+    return None if kind is None else np.asarray(kind, dtype=np.int64).tobytes(), device
 
 
 def _brief(text: str) -> str:
@@ -66,6 +75,8 @@ class ItemExchange:
         self.group, self.control = bridge.group, bridge.control
         self.balance, self.guard = balance or EncoderBalance(), guard
         self._confirmed = False
+        # Moves and their indices on the device, of one plan at a time.
+        self._prepared: tuple[Any, dict[Any, _Prepared]] = (None, {})
 
     def plan(self, tokens_of_my_items: Sequence[int]) -> BalancePlan:
         """Plan from what each rank reads itself; two small all-gathers on the host.
@@ -95,6 +106,29 @@ class ItemExchange:
         tokens = [table[place, : counts[place]] for place in first]
         return plan_balance(np.concatenate(tokens), counts[first], self.balance)
 
+    def prepare(self, plan: BalancePlan, device: torch.device, kinds: Sequence[Units]) -> None:
+        """Upload what moves of a plan need, all in one copy that nobody waits for.
+
+        Moves of other kinds, or on other devices, upload their own.
+
+        Args:
+            plan: the object that is then given to :meth:`move`.
+            device: of the units.
+            kinds: ``units_per_item`` of the moves.
+        """
+        moves = [plan_item_moves(plan, self.exchange, self.rank, each) for each in kinds]
+        arrays = [array for each in moves for array in (each.send_index, each.arrange)]
+        indices = to_device(arrays, device) if plan.moves and arrays else arrays
+        known = self._prepared[1] if self._prepared[0] is plan else {}
+        for number, each in enumerate(moves):
+            known[_key(kinds[number], device)] = each, indices[2 * number : 2 * number + 2]
+        self._prepared = plan, known
+
+    def _moves(self, plan: BalancePlan, kind: Units, device: torch.device) -> _Prepared:
+        if self._prepared[0] is not plan or _key(kind, device) not in self._prepared[1]:
+            self.prepare(plan, device, [kind])
+        return self._prepared[1][_key(kind, device)]
+
     def move(
         self,
         units: torch.Tensor,
@@ -113,7 +147,7 @@ class ItemExchange:
                 bring does not fit their plan, or plan, dtype or shape differ. Without a
                 comparison a rank that brings what does not fit raises alone.
         """
-        moves = plan_item_moves(plan, self.exchange, self.rank, units_per_item)
+        moves, indices = self._moves(plan, units_per_item, units.device)
         problem = ""
         if units.size(0) != moves.brought:
             problem = f"brings {units.size(0)} units of {self.name}, planned are {moves.brought}"
@@ -122,8 +156,8 @@ class ItemExchange:
             return units
         shape, width = units.shape[1:], math.prod(units.shape[1:]) * units.element_size()
         # As bytes: backends do not move every dtype.
-        index = torch.from_numpy(moves.send_index).to(units.device)
-        sent = units.detach().index_select(0, index).reshape(-1).view(torch.uint8)
+        send_index, arrange = indices
+        sent = units.detach().index_select(0, send_index).reshape(-1).view(torch.uint8)
         arrived = sent.new_empty(moves.encoded * width)
         dist.all_to_all_single(
             arrived,
@@ -132,7 +166,6 @@ class ItemExchange:
             input_split_sizes=(moves.send_splits * width).tolist(),
             group=self.group,
         )
-        arrange = torch.from_numpy(moves.arrange).to(units.device)
         return arrived.view(units.dtype).reshape(moves.encoded, *shape).index_select(0, arrange)
 
     def confirm(

@@ -16,7 +16,8 @@ So each rank receives what it lacks and nothing else. Holders of one row take tu
 a replica has for an owner (a *cell*) are cut into one stretch per copy, turned by the receiver's
 number so that remainders spread. All ranks compute the same, so nobody asks anybody.
 
-A rank plans its own part only: time and memory are linear in the rows of its exchange group.
+A rank plans its own part only: time and memory are linear in the rows of its own replicas, and in
+the runs (images) of its exchange group.
 """
 
 from __future__ import annotations
@@ -28,15 +29,14 @@ from typing import Any
 
 import numpy as np
 
+from megatron.core.models.mimo.comm.plan.group_rows import GroupRows
 from megatron.core.models.mimo.comm.plan.routed_layout import ExchangeGroup, RouteLayout
 from megatron.core.models.mimo.comm.plan.token_runs import (
     Runs,
     TokenRuns,
     consecutive,
     count_mismatch,
-    expand,
 )
-from megatron.core.models.mimo.partition.position_owners import position_owners
 
 
 class RowCountError(ValueError):
@@ -188,7 +188,7 @@ class GroupRoutes:
         self.held_counts = [int(runs[:, 1].sum()) for runs in self.held]
         self.total = sum(each.count for each in self.tokens)
         self._check_counts()
-        self._lay_out_rows()
+        self._rows = GroupRows(group, self.tokens, self.held)
         self.digest = PlanDigest(
             layout=_digest(group.signature()),
             tokens=_digest(_token_arrays(self.tokens)),
@@ -205,8 +205,52 @@ class GroupRoutes:
         Raises:
             ValueError: the rank is not in the group.
         """
-        group, me = self.group, self.group.index(rank)
-        src, owner = group.src_of[me], group.owner_of[me]
+        return _RankRoutes(self, self._rows, rank).plan(
+            tuple(routes.plan(rank) for routes in self._later)
+        )
+
+    # -- construction ----------------------------------------------------------------------
+
+    def _check_counts(self) -> None:
+        group, layout = self.group, self.group.layout
+        for what, got, wanted in (
+            (f"token places of {layout.dest_name}", len(self.tokens), group.dest_dps.size),
+            (f"held rows of {layout.src_name}", len(self.held), group.src_dps.size),
+        ):
+            if got != wanted:
+                raise ValueError(
+                    f"An exchange group of {group.size} ranks needs the {what} of its {wanted} "
+                    f"replicas, got {got}; give one entry per replica, in DP order"
+                )
+        if self.total != sum(self.held_counts):
+            rows = sum(self.held_counts)
+            raise RowCountError(
+                count_mismatch(layout.src_name, self.total, rows)
+                + f" in the exchange group of {group.size} ranks that starts at rank "
+                f"{group.ranks[0]}: tokens per {layout.dest_name} replica "
+                f"{[each.count for each in self.tokens]}, rows per {layout.src_name} replica "
+                f"{self.held_counts}; the sums must be equal",
+                self.total,
+                rows,
+            )
+
+
+class _RankRoutes:
+    """One rank's part: of the rows that its encoder replica holds, and those that it owns."""
+
+    def __init__(self, of_group: GroupRoutes, rows: GroupRows, rank: int) -> None:
+        self.of_group, self.group, self.rank = of_group, of_group.group, rank
+        self.me = me = self.group.index(rank)
+        self.own_src, self.own_owner = int(self.group.src_of[me]), int(self.group.owner_of[me])
+        found = rows.of(self.own_src, int(self.group.dest_of[me]), self.own_owner)
+        self._src, self._at, self._owner, self._place = (
+            found.src, found.at, found.owner, found.place,
+        )  # fmt: skip
+        self._in_cell, self._cell_size = found.in_cell, found.cell_size
+        self._moves = rows.moves
+
+    def plan(self, later: tuple[RoutePlan, ...]) -> RoutePlan:
+        group, me, src, owner = self.group, self.me, self.own_src, self.own_owner
         # The rows are sorted by holder, so those of one holder are a stretch.
         held = np.arange(*np.searchsorted(self._src, [src, src + 1]))
         owned = np.flatnonzero(self._owner == owner)
@@ -216,7 +260,7 @@ class GroupRoutes:
         incoming = self._holder(lacked, me)
         arrival = np.argsort(incoming, kind="stable")
         own = np.concatenate([local, lacked[arrival]])
-        number = np.empty(self.total, dtype=np.int64)
+        number = np.empty(self._src.size, dtype=np.int64)
         number[own] = np.arange(own.size)
         rows, receivers = self._rows_to_send(held, me)
         forward = self._leg(self._at[rows], receivers, incoming, self._moves[0])
@@ -224,13 +268,13 @@ class GroupRoutes:
         incoming = self._gradient_holder(lent, me)
         rows, receivers = self._gradients_to_send(owned, me)
         backward = self._leg(number[rows], receivers, incoming, self._moves[1])
-        tokens = self.tokens[group.dest_of[me]]
+        tokens = self.of_group.tokens[group.dest_of[me]]
         cp_size, tp_size = group.sequence_parts
         return RoutePlan(
-            rank=rank,
+            rank=self.rank,
             ranks=group.ranks,
-            group_rows=self.total,
-            held=self.held_counts[src],
+            group_rows=self.of_group.total,
+            held=self.of_group.held_counts[src],
             tokens=tokens,
             local_length=tokens.seq_len // (cp_size * tp_size),
             place=self._place[own],
@@ -238,8 +282,8 @@ class GroupRoutes:
             forward=forward,
             backward=backward,
             backward_index=self._at[lent[np.argsort(incoming, kind="stable")]],
-            identity=self.digest,
-            later=tuple(routes.plan(rank) for routes in self._later),
+            identity=self.of_group.digest,
+            later=later,
         )
 
     # -- who sends, seen from the receiver and from the sender: the same rule ------------------
@@ -287,85 +331,6 @@ class GroupRoutes:
             recv_splits=np.bincount(senders, minlength=size),
             moves=moves,
         )
-
-    # -- construction ----------------------------------------------------------------------
-
-    def _check_counts(self) -> None:
-        group, layout = self.group, self.group.layout
-        for what, got, wanted in (
-            (f"token places of {layout.dest_name}", len(self.tokens), group.dest_dps.size),
-            (f"held rows of {layout.src_name}", len(self.held), group.src_dps.size),
-        ):
-            if got != wanted:
-                raise ValueError(
-                    f"An exchange group of {group.size} ranks needs the {what} of its {wanted} "
-                    f"replicas, got {got}; give one entry per replica, in DP order"
-                )
-        if self.total != sum(self.held_counts):
-            rows = sum(self.held_counts)
-            raise RowCountError(
-                count_mismatch(layout.src_name, self.total, rows)
-                + f" in the exchange group of {group.size} ranks that starts at rank "
-                f"{group.ranks[0]}: tokens per {layout.dest_name} replica "
-                f"{[each.count for each in self.tokens]}, rows per {layout.src_name} replica "
-                f"{self.held_counts}; the sums must be equal",
-                self.total,
-                rows,
-            )
-
-    def _lay_out_rows(self) -> None:
-        """Holder, place there, owner and place there of all rows, sorted by (holder, owner)."""
-        src, at = self._holders()
-        owner, place = self._owners()
-        cell = src * self.group.owner_ranks.shape[0] + owner
-        order = np.argsort(cell, kind="stable")
-        cell = cell[order]
-        first = np.flatnonzero(np.diff(cell, prepend=-1))
-        sizes = np.diff(first, append=self.total)
-        self._src, self._at = src[order], at[order]
-        self._owner, self._place = owner[order], place[order]
-        self._cell_size = np.repeat(sizes, sizes)
-        self._in_cell = np.arange(self.total) - np.repeat(first, sizes)
-        src, owner = self._src[first], self._owner[first]
-        group = self.group
-        self._moves = (
-            bool((group.src_of[group.owner_ranks[owner]] != src[:, None]).any()),
-            bool((group.owner_of[group.src_ranks[src]] != owner[:, None]).any()),
-        )
-
-    def _holders(self) -> tuple[np.ndarray, np.ndarray]:
-        """Encoder replica of each row, and the row's place in what that replica brings."""
-        src = np.full(self.total, -1, dtype=np.int64)
-        at = np.empty(self.total, dtype=np.int64)
-        for replica, runs in enumerate(self.held):
-            rows = expand(runs)
-            if rows.size and not 0 <= rows.min() <= rows.max() < self.total:
-                raise ValueError(
-                    f"Encoder replica {self.group.src_dps[replica]} holds rows {rows.min()} to "
-                    f"{rows.max()}, but the exchange group's rows are 0 to {self.total - 1}"
-                )
-            src[rows], at[rows] = replica, np.arange(rows.size)
-        # As many places as rows: a row that is held twice leaves another one out.
-        missing = np.flatnonzero(src < 0)
-        if missing.size:
-            raise ValueError(
-                f"Row {missing[0]} of {self.total} is held by no encoder replica and another one "
-                "is held twice; assign each row to exactly one replica"
-            )
-        return src, at
-
-    def _owners(self) -> tuple[np.ndarray, np.ndarray]:
-        """Owner of each row, and the row's place in the owner's flattened local batch."""
-        cp_size, tp_size = self.group.sequence_parts
-        owners, places = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
-        for dest, tokens in enumerate(self.tokens):
-            sample, position = np.divmod(tokens.positions(), max(tokens.seq_len, 1))
-            cp, tp, local = position_owners(
-                position, tokens.seq_len, cp_size, tp_size, tokens.cu_seqlens
-            )
-            owners.append(self.group.owner(dest, cp, tp))
-            places.append(local * tokens.batch + sample)
-        return np.concatenate(owners), np.concatenate(places)
 
 
 def _as_runs(held: Sequence[Any]) -> list[Runs]:
