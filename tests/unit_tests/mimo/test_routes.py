@@ -336,10 +336,10 @@ def test_copies_share_the_sending():
 
 
 def test_a_rank_looks_at_single_rows_of_its_own_replicas_only(monkeypatch):
-    """Stages outermost in the grid make one group of all ranks, here of four language replicas."""
-    tokens = [TokenRuns.from_positions(np.arange(32), 1, 64)] * 4
-    dest = GridShape((1, 2, 4, 2), ("tp", "cp", "dp", "pp"))
-    layout = RouteLayout.from_grids(GridShape((2, 8), ("tp", "dp")), dest)
+    """Stages outermost in the grid make one group of all ranks, here of eight language replicas."""
+    tokens = [TokenRuns.from_positions(np.arange(32), 1, 64)] * 8
+    dest = GridShape((1, 2, 8, 2), ("tp", "cp", "dp", "pp"))
+    layout = RouteLayout.from_grids(GridShape((2, 16), ("tp", "dp")), dest)
     assert layout.group_count == 1
     looked_at: list[int] = []
 
@@ -351,12 +351,12 @@ def test_a_rank_looks_at_single_rows_of_its_own_replicas_only(monkeypatch):
     seen = {}
     for rank in layout.ranks:
         looked_at.clear()
-        plan_routes(layout, rank, tokens, [16] * 8)
+        plan_routes(layout, rank, tokens, [16] * 16)
         seen[rank] = sum(looked_at)
-    # On the first stage those of its own replica, and those that its encoder's rows go to; on the
-    # other stage, which owns nothing, the latter.
-    assert max(seen.values()) == 32 + 16
-    assert {seen[rank] for rank in range(8, 16)} == {16}
+    # Of 256: those of its own replica (32) to find what it owns; what it owns and holds; one
+    # stretch to see whether anything moves. The other stage owns nothing.
+    assert max(seen.values()) <= 96
+    assert max(seen[rank] for rank in range(16, 32)) <= 32
 
 
 @pytest.mark.parametrize("leg", ["forward", "backward"])

@@ -17,6 +17,7 @@ import numpy as np
 from megatron.core.models.mimo.comm.plan.routed_layout import ExchangeGroup
 from megatron.core.models.mimo.comm.plan.token_runs import Runs, TokenRuns, expand
 from megatron.core.models.mimo.partition.position_owners import position_owners
+from megatron.core.models.mimo.partition.sequence_order import dense_spans, packed_spans
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,6 @@ class GroupRows:
         # Of each language replica; the last entry is the end of the last one's.
         self._first = np.cumsum([0, *(each.count for each in tokens)])
         self.total = int(self._first[-1])
-        self._owned: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._sort_runs()
         for each in tokens:
             self._cut(np.empty(0, dtype=np.int64), each)
@@ -77,7 +77,7 @@ class GroupRows:
         """
         rows = expand(self.held[src])
         if owner >= 0:
-            owned = np.flatnonzero(self._owners(dest)[0] == owner) + self._first[dest]
+            owned = self._owned_by(dest, owner) + self._first[dest]
             rows = np.concatenate([rows, owned[self._holders(owned)[0] != src]])
         rows = np.sort(rows)
         holder, at = self._holders(rows)
@@ -151,20 +151,35 @@ class GroupRows:
         owners, places = zip(*parts, strict=True) if parts else ([none], [none])
         return np.concatenate(owners), np.concatenate(places)
 
-    def _owners(self, dest: int) -> tuple[np.ndarray, np.ndarray]:
-        """Owner of each row of a language replica, and its place in the owner's local batch."""
-        if dest not in self._owned:
-            every = np.arange(self.tokens[dest].count)
-            self._owned[dest] = self._owners_at(dest, every)
-        return self._owned[dest]
+    def _owned_by(self, dest: int, owner: int) -> np.ndarray:
+        """Rows of a language replica that one of its owners owns, ascending."""
+        tokens, (cp_size, tp_size) = self.tokens[dest], self.group.sequence_parts
+        cp = owner // tp_size % cp_size
+        if cp_size == 1:
+            spans = np.array([[0, tokens.batch * tokens.seq_len]])
+        elif tokens.cu_seqlens is None:
+            spans = np.array(dense_spans(tokens.seq_len, cp, cp_size))
+            starts = np.arange(tokens.batch)[:, None, None] * tokens.seq_len
+            spans = (starts + spans).reshape(-1, 2)
+        else:
+            spans = np.array(packed_spans(tokens.cu_seqlens, cp, cp_size)).reshape(-1, 2)
+        # Of runs that lie beside what the CP rank has, no row is looked at.
+        start, length = tokens.runs.T
+        span = np.searchsorted(spans[:, 1], start, side="right")
+        begins = np.append(spans[:, 0], np.iinfo(np.int64).max)[span]
+        meets = begins < start + length
+        first = np.cumsum(length) - length
+        rows = expand(np.stack([first[meets], length[meets]], axis=1))
+        return rows[self._owners_at(dest, rows)[0] == owner]
 
     def _owners_at(self, dest: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The same for some of the replica's rows."""
-        if dest in self._owned:
-            owners, places = self._owned[dest]
-            return owners[rows], places[rows]
+        """Owners of some rows of a language replica, and their places in the local batches."""
         tokens = self.tokens[dest]
-        sample, position = np.divmod(tokens.positions()[rows], max(tokens.seq_len, 1))
+        start, length = tokens.runs.T
+        first = np.cumsum(length) - length
+        run = np.searchsorted(first, rows, side="right") - 1
+        positions = start[run] + rows - first[run]
+        sample, position = np.divmod(positions, max(tokens.seq_len, 1))
         cp, tp, local = self._cut(position, tokens)
         place = local * tokens.batch + sample
         return self.group.owner(dest, cp, tp), place
