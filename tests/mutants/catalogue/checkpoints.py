@@ -4,7 +4,6 @@
 from tests.mutants.catalogue.places import MIMO, UNIT
 from tests.mutants.mutant import Mutant
 
-_STATE = MIMO + "training/optimizer_state.py"
 _HISTORY = MIMO + "checkpoint/history.py"
 _HISTORY_TESTS = UNIT + "test_history.py::"
 _CHECKPOINT_TESTS = UNIT + "test_checkpoint_8rank.py::"
@@ -13,7 +12,7 @@ _REFUSED_TESTS = UNIT + "test_checkpoint_refused_8rank.py::"
 CHECKPOINTS = (
     Mutant(
         name="adam-shares-one-step-count",
-        file=_STATE,
+        file=MIMO + "training/optimizer_state.py",
         old='adam_state["step"] = adam_state["step"].clone()',
         new='pass',
         tests=(_CHECKPOINT_TESTS + "test_the_same_layout_continues_bit_for_bit",),
@@ -22,7 +21,7 @@ CHECKPOINTS = (
     ),
     Mutant(
         name="buckets-saved-without-their-padding",
-        file=_STATE,
+        file=MIMO + "training/optimizer_savers.py",
         old="                    tensors[key] = _spread(value, buffer)\n",
         new="                    pass\n",
         tests=(UNIT + "test_overlap_8rank.py::test_a_checkpoint_has_the_weights_of_the_last_step",),

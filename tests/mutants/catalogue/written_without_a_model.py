@@ -31,7 +31,7 @@ WITHOUT_A_MODEL = (
     ),
     Mutant(
         name="last-stage-if-first",
-        file=MIMO + "model/base.py",
+        file=MIMO + "model/construction.py",
         old="spec, is_first_stage=stage.is_first_stage, is_last_stage=stage.is_last_stage",
         new="spec, is_first_stage=stage.is_first_stage, is_last_stage=stage.is_first_stage",
         tests=(

@@ -187,7 +187,7 @@ WITHOUT_B_OPTIMIZER = (
     ),
     Mutant(
         name="buckets-are-read-where-they-are-padded",
-        file="megatron/core/models/mimo/training/optimizer_state.py",
+        file="megatron/core/models/mimo/training/optimizer_savers.py",
         old="= gathered[start : start + size]",
         new="= gathered[bucket.offset : bucket.offset + size]",
         tests=(

@@ -157,7 +157,7 @@ WITHOUT_C = (
     ),
     Mutant(
         name="padding-problem-stays",
-        file=MIMO + "model/base.py",
+        file=MIMO + "model/no_samples.py",
         old='{} if problem is None else {"problem": problem}',
         new="{}",
         tests=(UNIT + "test_model.py::TestMismatch::test_padding_that_experts_would_count",),

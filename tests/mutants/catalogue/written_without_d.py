@@ -263,9 +263,9 @@ WITHOUT_D = (
     ),
     Mutant(
         name="stage-mask-unchecked",
-        file=MIMO + "model/base.py",
-        old="        self._language.check_mask(batch)\n        batch, stage =",
-        new="        batch, stage =",
+        file=MIMO + "model/stages.py",
+        old="    language.check_mask(batch)\n    batch, stage =",
+        new="    batch, stage =",
         tests=(
             UNIT + "test_stage_side.py"
             "::test_what_nobody_reads_is_refused_in_stages_as_in_a_forward",
@@ -275,7 +275,7 @@ WITHOUT_D = (
     Mutant(
         name="stage-route-plan-unchecked",
         file=MIMO + "model/base.py",
-        old='                self._check_route_plan(batch["route_plan"])',
+        old="                self._check_takes_route_plans()",
         new="                pass",
         tests=(
             UNIT + "test_stage_side.py"

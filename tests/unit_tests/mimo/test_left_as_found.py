@@ -21,10 +21,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mimo.compat import lend_tp_group, tied_heads_as_copies
 from megatron.core.models.mimo.gradients.nonfinite import _watched
 from megatron.core.models.mimo.model.multimodal_rotary import rotary_positions_of
+from megatron.core.models.mimo.training import optimizer_savers
 from megatron.core.models.mimo.training.agreement import _overheard
 from megatron.core.models.mimo.training.initial_weights import seeded
 from megatron.core.models.mimo.training.inner_optimizers import held_scales
-from megatron.core.models.mimo.training.optimizer_state import _known_groups, _mended
+from megatron.core.models.mimo.training.optimizer_state import _known_groups
 from megatron.core.optimizer.optimizer import FP32Optimizer
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -91,7 +92,7 @@ def scales() -> Case:
 
 def mended() -> Case:
     inner = bare(FP32Optimizer)
-    return lambda: _mended(inner), attributes(inner)
+    return lambda: optimizer_savers.mended(inner), attributes(inner)
 
 
 def groups() -> Case:

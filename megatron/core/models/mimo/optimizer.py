@@ -11,33 +11,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from megatron.core.models.mimo.checkpoint.frozen_state import FRESH
-from megatron.core.models.mimo.gradients.finalize import iter_modules
+from megatron.core.models.mimo.gradients.module_optimizers import (
+    ModuleOptimizerInfo,
+    build_module_optimizers,
+)
 from megatron.core.models.mimo.gradients.nonfinite import (
     NonFiniteGradients,
     find_nonfinite_gradients,
 )
 from megatron.core.models.mimo.model.ddp_methods import finish_param_gather
 from megatron.core.models.mimo.training.inner_optimizers import (
-    attend_construction,
-    build_inner_optimizer,
-    count_over_fsdp,
     count_zeros_of,
     dynamic_scalers,
     held_scales,
     inner_optimizers,
-    own_config,
-)
-from megatron.core.models.mimo.training.optimizer_checks import (
-    check_fields_are_used,
-    check_optimizer,
-    problem_of_dtypes,
 )
 from megatron.core.models.mimo.training.optimizer_settings import (
     RUN,
@@ -57,32 +50,12 @@ from megatron.core.models.mimo.wrappers import stepped
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
-from megatron.core.process_groups_config import ProcessGroupCollection
 from mimo_colocated import phases
 
 if TYPE_CHECKING:
     from megatron.core.hyper_comm_grid import HyperCommGrid
     from megatron.core.models.mimo.model.base import MimoModel
-
-
-@dataclass
-class ModuleOptimizerInfo:
-    """The optimizer of one module on this rank.
-
-    Attributes:
-        optimizer: the module's stock optimizer, ``None`` where the rank does not hold the module
-            or nothing in it is trained.
-        grid: the module's grid.
-        pg_collection: the groups the optimizer was made with.
-        is_active: whether this rank is in the module's grid.
-        modules: the module's parts on this rank, to name parameters; several for virtual stages.
-    """
-
-    optimizer: MegatronOptimizer | None
-    grid: HyperCommGrid | None
-    pg_collection: ProcessGroupCollection | None
-    is_active: bool
-    modules: tuple[Any, ...] = ()
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
 
 class MimoOptimizer(MegatronOptimizer):
@@ -427,58 +400,8 @@ def get_mimo_optimizer(mimo_model: MimoModel, config: OptimizerConfig) -> MimoOp
             the dtype of a parameter does not fit ``config``; a module asks for several
             distributed-optimizer instances.
     """
-    check_optimizer(config)
-    grids = mimo_model.mimo_config.module_to_grid_map
-    if not grids:
-        raise ValueError(
-            "get_mimo_optimizer needs module_to_grid_map in MimoModelConfig: "
-            "give one HyperCommGrid per modality and one for 'language'"
-        )
-    _check_dtypes(mimo_model, config)
-    infos = {name: _module_info(mimo_model, name, grids[name], config) for name in grids}
+    infos = build_module_optimizers(mimo_model, config, _get_pg_collection_for_optimizer)
     return MimoOptimizer(infos, config)
-
-
-def _check_dtypes(mimo_model: MimoModel, config: OptimizerConfig) -> None:
-    """Raise the first rank's problem on every rank.
-
-    Raises:
-        ValueError: a parameter's dtype does not fit ``config``.
-    """
-    told: list[tuple[str | None, set[str]]] = [(None, set())] * dist.get_world_size()
-    dist.all_gather_object(told, problem_of_dtypes(iter_modules(mimo_model), config))
-    problem = next((each for each, _ in told if each), None)
-    if problem:
-        raise ValueError(problem)
-    check_fields_are_used(set().union(*(used for _, used in told)), config)
-
-
-def _module_info(
-    mimo_model: MimoModel, name: str, grid: HyperCommGrid, config: OptimizerConfig
-) -> ModuleOptimizerInfo:
-    from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
-    from megatron.core.models.mimo.model.rank_modules import stages_of
-
-    active = grid.is_current_rank_in_grid()
-    if name == MIMO_LANGUAGE_MODULE_KEY:
-        modules = stages_of(mimo_model)
-    else:
-        modules = [mimo_model.modality_submodules[name]] if active else []
-    # Also on ranks outside the grid: making a group takes every rank of the world.
-    collection = _get_pg_collection_for_optimizer(grid)
-    present = active and bool(modules)
-    trained = present and any(p.requires_grad for m in modules for p in m.parameters())
-    trained_on: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(trained_on, trained)
-    optimizer = None
-    if trained:
-        plain = [stepped(module) for module in modules]
-        optimizer = build_inner_optimizer(name, plain, own_config(config, modules), collection)
-        count_over_fsdp(optimizer, modules, collection)
-    elif any(trained_on):
-        attend_construction(config)
-    groups = collection if present else None
-    return ModuleOptimizerInfo(optimizer, grid, groups, active, tuple(modules if present else ()))
 
 
 def _get_pg_collection_for_optimizer(grid: HyperCommGrid) -> ProcessGroupCollection:

@@ -16,43 +16,31 @@ from megatron.core.enums import ModelType
 from megatron.core.models.mimo.comm.gather_bridge import ColocatedBridgeCommunicator
 from megatron.core.models.mimo.comm.plan.routes import RoutePlan
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
-from megatron.core.models.mimo.config.base_configs import MimoModelConfig, bridge_of, option_of
+from megatron.core.models.mimo.config.base_configs import MimoModelConfig, option_of
 from megatron.core.models.mimo.config.checks import check_model_config
-from megatron.core.models.mimo.config.role import (
-    MIMO_LANGUAGE_MODULE_KEY,
-    ModuleLayout,
-    RankRole,
-)
+from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY, ModuleLayout, RankRole
+from megatron.core.models.mimo.model.construction import build_modality, make_bridges
 from megatron.core.models.mimo.model.ddp_methods import DDPMethods
-from megatron.core.models.mimo.model.deepstack import LevelRows, check_levels_move
+from megatron.core.models.mimo.model.deepstack import check_levels_move
 from megatron.core.models.mimo.model.encoded import EncodedMicrobatch, EncodedMicrobatches
 from megatron.core.models.mimo.model.encoder_rank import encode_for_others
 from megatron.core.models.mimo.model.encoder_runner import EncoderRunner
+from megatron.core.models.mimo.model.input_checks import refuse_route_plans
 from megatron.core.models.mimo.model.language_batch import LanguageBatch
 from megatron.core.models.mimo.model.language_groups import partition_adapter
-from megatron.core.models.mimo.model.language_runner import LanguageRunner, StockSteps
-from megatron.core.models.mimo.model.leaves import Leaves
-from megatron.core.models.mimo.model.no_samples import (
-    cut_back,
-    padded_shape,
-    padding_for,
-    padding_problem,
-    without_items,
-)
-from megatron.core.models.mimo.model.paths import choose_path, path_named
+from megatron.core.models.mimo.model.language_rank import run_on_received, unpacked
+from megatron.core.models.mimo.model.language_runner import LanguageRunner
+from megatron.core.models.mimo.model.no_samples import cut_back, padding_in_place_of, without_items
+from megatron.core.models.mimo.model.paths import choose_path
 from megatron.core.models.mimo.model.rank_modules import RankModules
 from megatron.core.models.mimo.model.replaceable import ReplaceableSteps
-from megatron.core.models.mimo.model.replicated_encoders import warn_of_replicated_encoders
-from megatron.core.models.mimo.model.row_path import RowPath, Runners
-from megatron.core.models.mimo.model.stage_checks import (
-    check_problems,
-    check_stages,
-    refuse_stages,
-)
+from megatron.core.models.mimo.model.row_path import RowPath, Runners, levels_of
+from megatron.core.models.mimo.model.stage_checks import check_problems, check_stages, refuse_stages
+from megatron.core.models.mimo.model.stages import encode_together, run_stage
+from megatron.core.models.mimo.model.stock_steps import StockSteps
 from megatron.core.models.mimo.partition.utils import PartitionAdapter
 from megatron.core.models.mimo.stand_ins import model_method
 from megatron.core.models.mimo.torch_native.language_model import TorchNativeLanguageModel
-from megatron.core.models.mimo.transformer.input_gradients import sum_wanted_gradients_only
 from megatron.core.models.mimo.wrappers import hide_in_states
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
@@ -141,21 +129,9 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
 
     @model_method
     def _build_colocated_communicators(self) -> None:
-        """One bridge per modality; grids without ``tp`` or ``dp`` say nothing and get none."""
-        grid_map = self.mimo_config.module_to_grid_map or {}
-        if any(not {"tp", "dp"} <= set(grid.dim_names) for grid in grid_map.values()):
-            return
-        # The spec's order, the same on all ranks: bridges create process groups.
-        for name in self.mimo_config.modality_submodules_spec:
-            path = path_named(bridge_of(self.mimo_config, name))
-            self.colocated_comms[(name, MIMO_LANGUAGE_MODULE_KEY)] = path.make_bridge(
-                self.config,
-                self.mimo_config,
-                src_grid=grid_map[name],
-                dest_grid=grid_map[MIMO_LANGUAGE_MODULE_KEY],
-                src_module_name=name,
-                dest_module_name=MIMO_LANGUAGE_MODULE_KEY,
-            )
+        """See :func:`.make_bridges`."""
+        for ends, bridge in make_bridges(self):
+            self.colocated_comms[ends] = bridge
 
     @model_method
     def _initialize_submodules(self) -> None:
@@ -163,18 +139,7 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
         for name, spec in self.mimo_config.modality_submodules_spec.items():
             stage = self.role.modules.get(name)
             if stage is not None:
-                kind: Any = spec.module
-                built = kind.from_spec(
-                    spec, is_first_stage=stage.is_first_stage, is_last_stage=stage.is_last_stage
-                )
-                memory = option_of(self.mimo_config, "encoder_memory")
-                if name in memory:
-                    built.use_memory(memory[name])
-                if isinstance(built, nn.Module):
-                    sum_wanted_gradients_only(built)
-                    grids = getattr(self.mimo_config, "module_to_grid_map", None) or {}
-                    warn_of_replicated_encoders(name, built, grids.get(name))
-                self.modality_submodules[name] = built
+                self.modality_submodules[name] = build_modality(name, spec, stage, self.mimo_config)
 
     @model_method
     def _initialize_language_model(self) -> None:
@@ -274,11 +239,9 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
                 (or ``None``), handed on to the language model. Schedules put either in a list,
                 and a tensor of the dict too; lists are unpacked.
         """
-        tensors = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        tensors = self.input_tensors = unpacked(input_tensor)
         if isinstance(tensors, dict):
-            self.input_tensors = {name: _only(tensor) for name, tensor in tensors.items()}
             return
-        self.input_tensors = tensors
         language_model = unwrap_model(self.language_model)
         if hasattr(language_model, "set_input_tensor"):
             language_model.set_input_tensor(tensors)
@@ -340,13 +303,10 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
         empty = colocated and input_ids.numel() == 0
         if empty:
             # Padding runs, so that other ranks do not wait in vain; nothing of it comes out.
-            batch = padding_for(self, {**batch, **further}, padded_shape(self, input_ids))
-            problem = padding_problem(self)
-            further = {name: batch.pop(name) for name in further}
-            further |= {} if problem is None else {"problem": problem}
+            batch, further = padding_in_place_of(self, batch, further)
         phases.next_microbatch()
         if route_plan is not None:
-            self._check_route_plan(route_plan)
+            self._check_takes_route_plans()
         gathers = self.start_param_gathers()
         try:
             if colocated:
@@ -369,14 +329,9 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
             self.finish_param_gathers()
         return (cut_back(found[0], shape), cut_back(found[1], shape)) if empty else found
 
-    def _check_route_plan(self, route_plan: Mapping[str, RoutePlan]) -> None:
+    def _check_takes_route_plans(self) -> None:
         if not self._row_path.takes_route_plans:
-            bridge = option_of(self.mimo_config, "bridge")
-            raise ValueError(
-                f"route_plan was given, but this model has no routed bridge (bridge={bridge!r}); "
-                "build it with bridge='routed' and grids over the same ranks, or leave "
-                "route_plan out"
-            )
+            refuse_route_plans(option_of(self.mimo_config, "bridge"))
 
     @model_method
     def _forward_all_modules(
@@ -401,13 +356,8 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
         planned = path.plan(batch, modality_inputs, route_plan)
         moved = path.move(planned)
         fused = path.fuse(planned.batch, moved)
-        levels = self._levels(self.language_model, planned.batch, moved)
+        levels = levels_of(path, self._language, self.language_model, planned.batch, moved)
         return self._language.call(batch, fused, levels=levels)
-
-    def _levels(self, stage: Any, batch: LanguageBatch, moved: Any) -> LevelRows | None:
-        """What the layers of a stage add; ``None`` for nothing."""
-        layers = self._language.level_layers(stage)
-        return self._row_path.levels(batch, moved, layers) if layers else None
 
     @model_method
     def _forward_encoders(
@@ -432,33 +382,11 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
         input_tensors: Mapping[str, torch.Tensor] | None,
         packing_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[Any, torch.Tensor | None]:
-        """Language rank of a non-colocated model: rows or hidden states from other ranks in.
-
-        Returns:
-            (output, CP-local loss mask); before the last stage the output is
-            ``{"language": hidden states}``, for the schedule to route.
-        """
-        language = self._language
+        """See :func:`.run_on_received`."""
         batch = LanguageBatch(
             input_ids, position_ids, attention_mask, loss_mask, labels, packing_kwargs
         )
-        language.check_mask(batch)
-        batch = language.packed(batch)
-        received = dict(input_tensors or {})
-        hidden_states = received.pop(MIMO_LANGUAGE_MODULE_KEY, None)
-        fused = None
-        if self.role.is_first_stage(MIMO_LANGUAGE_MODULE_KEY):
-            phases.mark(phases.LANGUAGE_FORWARD)
-            fused = language.fuse(batch, received)
-        sharded = language.cut(batch, fused)
-        inner = unwrap_model(self.language_model)
-        takes_hidden_states = fused is None and hidden_states is not None
-        if takes_hidden_states and hasattr(inner, "set_input_tensor"):
-            inner.set_input_tensor(hidden_states)
-        output, loss_mask = language.call(batch, sharded)
-        if not self.role.is_last_stage(MIMO_LANGUAGE_MODULE_KEY):
-            output = {MIMO_LANGUAGE_MODULE_KEY: output}
-        return output, loss_mask
+        return run_on_received(self.role, self._language, self.language_model, batch, input_tensors)
 
     # -- a step in stages ------------------------------------------------------------------
 
@@ -481,22 +409,12 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
             ValueError, RuntimeError: as ``forward`` over a routed bridge; a rank has a problem;
                 ranks have different numbers of microbatches.
         """
-        path, leaves = self._row_path, Leaves()
         self.start_param_gathers()
-        check_problems(path, problem, len(microbatches))
+        check_problems(self._row_path, problem, len(microbatches))
         for batch in microbatches:
             if batch.get("route_plan") is not None:
-                self._check_route_plan(batch["route_plan"])
-        planned = (
-            path.plan(
-                LanguageBatch.of(batch),
-                without_items(batch.get("modality_inputs")),
-                batch.get("route_plan"),
-            )
-            for batch in microbatches
-        )
-        encoded = [EncodedMicrobatch(rows) for rows in path.move_together(planned, leaves)]
-        return EncodedMicrobatches(encoded, leaves, path.backward_per_microbatch)
+                self._check_takes_route_plans()
+        return encode_together(self._row_path, microbatches)
 
     def forward_stage(
         self,
@@ -525,21 +443,4 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
         batch = LanguageBatch(
             input_ids, position_ids, attention_mask, loss_mask, labels, packing_kwargs
         )
-        self._language.check_mask(batch)
-        batch, stage = self._language.packed(batch), unwrap_model(language_model)
-        if getattr(stage, "pre_process", True):
-            sharded = self._row_path.fuse(batch, encoded.rows)
-        else:
-            sharded = self._language.cut(batch, None)
-        levels = self._levels(language_model, batch, encoded.rows)
-        output, loss_mask = self._language.call(batch, sharded, language_model, levels)
-        if encoded.stands_for is not None:
-            loss_mask = cut_back(loss_mask, encoded.stands_for)
-            if getattr(stage, "post_process", True):
-                output = cut_back(output, encoded.stands_for)
-        return output, loss_mask
-
-
-def _only(value: Any) -> Any:
-    """The entry of a list of one, as schedules hand tensors over; anything else as it is."""
-    return value[0] if isinstance(value, list) and len(value) == 1 else value
+        return run_stage(self._row_path, self._language, language_model, encoded, batch)

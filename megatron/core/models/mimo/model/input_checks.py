@@ -7,7 +7,7 @@ Problems are texts: the ranks of an exchange group tell each other before anythi
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -91,6 +91,21 @@ def missing_inputs(name: str, tokens: int | None = None) -> str:
     return (
         f"{name} inputs are missing, but matching special tokens exist{count}; pass "
         f"modality_inputs['{name}'] or take the tokens out of input_ids"
+    )
+
+
+def refuse_route_plans(bridge: Any) -> NoReturn:
+    """Refuse a route plan that nobody would read.
+
+    Args:
+        bridge: the model's ``bridge``.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        f"route_plan was given, but this model has no routed bridge (bridge={bridge!r}); "
+        "build it with bridge='routed' and grids over the same ranks, or leave route_plan out"
     )
 
 

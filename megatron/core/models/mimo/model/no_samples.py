@@ -85,6 +85,25 @@ def padding_for(
     return made
 
 
+def padding_in_place_of(
+    model: MimoModel, batch: Mapping[str, Any], further: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return ``forward``'s arguments with padding for samples, and why it may not stand for them.
+
+    Args:
+        model: the whole model.
+        batch: the arguments that every step has, ``input_ids`` without elements.
+        further: those that are said only where they are given.
+
+    Returns:
+        Both with padding; ``further`` has a ``problem`` too, if there is one.
+    """
+    made = padding_for(model, {**batch, **further}, padded_shape(model, batch["input_ids"]))
+    problem = padding_problem(model)
+    said = {name: made.pop(name) for name in further}
+    return made, said | ({} if problem is None else {"problem": problem})
+
+
 def cut_back(value: Any, shape: tuple[int, ...]) -> Any:
     """Cut ``(B, S, ...)`` of padding to a batch of ``shape`` that has no elements."""
     if value is None:

@@ -112,3 +112,11 @@ class RowPath(Protocol):
             count: of the microbatches that this rank is about to encode.
         """
         ...
+
+
+def levels_of(
+    path: RowPath, language: LanguageRunner, stage: Any, batch: LanguageBatch, moved: Any
+) -> LevelRows | None:
+    """Return what the layers of a stage add; ``None`` for nothing."""
+    layers = language.level_layers(stage)
+    return path.levels(batch, moved, layers) if layers else None

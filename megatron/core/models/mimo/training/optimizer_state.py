@@ -2,15 +2,14 @@
 """State of one module's optimizer, to a checkpoint and back.
 
 The inner optimizers are stock's. What is here is what stock leaves to rank 0 (which need not hold
-the module), what its loaders get wrong with PyTorch's optimizers, and what its savers get wrong
-where fp32 parameters stand among half-precision ones.
+the module) and what its loaders get wrong with PyTorch's optimizers; ``optimizer_savers`` has what
+its savers get wrong.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -22,29 +21,23 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedBase,
     ShardedObject,
 )
-from megatron.core.dist_checkpointing.optimizer import (
-    get_param_id_to_sharded_param_map,
-    make_sharded_optimizer_tensor,
-    optim_state_to_sharding_state,
-)
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.models.mimo.training import optimizer_settings
 from megatron.core.models.mimo.training.inner_optimizers import inner_optimizers
+from megatron.core.models.mimo.training.optimizer_savers import (
+    MAIN_COPIES,
+    mended,
+    model_weights,
+)
 from megatron.core.models.mimo.training.optimizer_shards import (
     SHARDS,
     check_place,
     load_shards,
     shards_of,
 )
-from megatron.core.optimizer.optimizer import (
-    ChainedOptimizer,
-    Float16OptimizerWithFloat16Params,
-    FP32Optimizer,
-    MegatronOptimizer,
-)
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 
 _COMMON_KEY = "_mimo_common"
-_MAIN_COPIES = "fp32_from_fp16_params"
 _PARAMETERS = "parameters"
 _MARK = "wd_mult"
 _ABSENT = object()
@@ -83,7 +76,7 @@ def _names(inner: Any) -> list[list[str | None]]:
     if hasattr(inner, "model_fp32_groups"):
         groups = zip(inner.model_fp32_groups, inner.model_float16_groups, strict=True)
         return [[known.get(id(weight)) for weight in chain(*group)] for group in groups]
-    weights = iter(_model_weights(inner))
+    weights = iter(model_weights(inner))
     sizes = [len(group["params"]) for group in inner.param_groups]
     return [[known.get(id(next(weights))) for _ in range(size)] for size in sizes]
 
@@ -112,7 +105,7 @@ def sharded_inner_state(
         **kwargs: ``metadata`` as in stock.
     """
     _give_first_state(optimizer)
-    with _mended(optimizer):
+    with mended(optimizer):
         state = optimizer.sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
     if isinstance(state, list):
         state = dict(enumerate(state))
@@ -125,99 +118,6 @@ def sharded_inner_state(
         f"mimo.{name}.common", _without_local(common), (1,), (0,), replica_id=replica_id
     )
     return sharded
-
-
-@contextlib.contextmanager
-def _mended(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Inside, savers of the inner optimizers do what stock's leave out.
-
-    A distributed optimizer puts its buckets together without their padding and then cuts
-    parameters out at their padded places: from the second bucket of a module on, moments and main
-    weights would be saved shifted. The plain ones number their parameters without the fp32 ones
-    among half-precision ones, and save no step count before the first step. What they load to
-    allocate state has been allocated.
-    """
-    patched = []
-    for inner in inner_optimizers([optimizer]):
-        replaced: dict[str, Callable[..., Any]] = {}
-        if hasattr(inner, "get_parameter_state_dp_zero"):
-            gather = inner.get_parameter_state_dp_zero
-            replaced["get_parameter_state_dp_zero"] = functools.partial(
-                _gather_padded, inner, gather
-            )
-            replaced["load_state_dict"] = lambda _state: None
-        elif isinstance(inner, (FP32Optimizer, Float16OptimizerWithFloat16Params)):
-            replaced["sharded_state_dict"] = functools.partial(_sharded_plain, inner)
-        vars(inner).update(replaced)
-        patched.append((inner, replaced))
-    try:
-        yield
-    finally:
-        for inner, replaced in patched:
-            for name in replaced:
-                delattr(inner, name)
-
-
-def _sharded_plain(inner: Any, model_state: dict, *_args: Any, **_kwargs: Any) -> dict[str, Any]:
-    """Sharded state of a plain optimizer; the keys of tensors are stock's."""
-    state = inner.state_dict()
-    torch_state = state.get("optimizer", state)  # the fp32 optimizer's is the torch optimizer's own
-    numbers = _numbers(inner)
-    parameters: Any = _model_weights(inner)
-    weights: Any = get_param_id_to_sharded_param_map(model_state, parameters)
-    step = inner._extract_common_per_param_step(torch_state)
-    optim_state_to_sharding_state(torch_state, weights, exclude_keys=("step",))
-    if step is not None:
-        torch_state["state"]["common_step"] = step
-    if _MAIN_COPIES in state:
-        state[_MAIN_COPIES] = [
-            [
-                make_sharded_optimizer_tensor(
-                    weights[numbers[id(copy)]], copy, "optimizer.state.fp32_param"
-                )
-                for copy in group
-            ]
-            for group in state[_MAIN_COPIES]
-        ]
-    return state
-
-
-def _numbers(inner: Any) -> dict[int, int]:
-    """The id of a tensor that the torch optimizer steps -> its number in that optimizer's state."""
-    stepped = chain.from_iterable(group["params"] for group in inner.param_groups)
-    return {id(tensor): number for number, tensor in enumerate(stepped)}
-
-
-def _model_weights(inner: Any) -> list[torch.Tensor]:
-    """The model's parameter behind every tensor that the torch optimizer steps, in its order."""
-    halves = chain.from_iterable(getattr(inner, "float16_groups", ()))
-    copies = chain.from_iterable(getattr(inner, "fp32_from_float16_groups", ()))
-    behind = {id(copy): half for half, copy in zip(halves, copies, strict=True)}
-    stepped = chain.from_iterable(group["params"] for group in inner.param_groups)
-    return [behind.get(id(tensor), tensor) for tensor in stepped]
-
-
-def _gather_padded(inner: Any, gather: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Stock's gathered state by buffer and dtype, each tensor as long as its buffer."""
-    state: Any = gather(*args, **kwargs)
-    if state is None:
-        return None
-    for number, buffer in enumerate(inner.buffers):
-        for tensors in state[number].values():
-            for key, value in tensors.items():
-                if torch.is_tensor(value):
-                    tensors[key] = _spread(value, buffer)
-    return state
-
-
-def _spread(gathered: torch.Tensor, buffer: Any) -> torch.Tensor:
-    """Buckets without padding, one after the other, put where they are in the buffer."""
-    whole, start = gathered.new_zeros(buffer.numel), 0
-    for bucket in buffer.buckets:
-        size = bucket.numel_unpadded
-        whole[bucket.offset : bucket.offset + size] = gathered[start : start + size]
-        start += size
-    return whole
 
 
 def load_inner_state(
@@ -312,9 +212,9 @@ def start_anew(optimizer: MegatronOptimizer) -> None:
 
 def _list_main_copies(state: Any) -> None:
     """Make lists of what ``start_fresh`` made dicts of."""
-    groups = state.get(_MAIN_COPIES) if isinstance(state, dict) else None
+    groups = state.get(MAIN_COPIES) if isinstance(state, dict) else None
     if isinstance(groups, dict):
-        state[_MAIN_COPIES] = [
+        state[MAIN_COPIES] = [
             [group[index] for index in sorted(group)] for _, group in sorted(groups.items())
         ]
 
