@@ -20,3 +20,13 @@ def trained() -> Iterator[Run]:
     with run(FAN_IN) as one:
         one.train(0, 1)
         yield one
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A world of this process alone."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -17,25 +17,20 @@ import torch
 import torch.distributed as dist
 
 from mimo_colocated.launch.layouts import Layout
-from tests.models.model import BuiltModel, ModelOptions, ModelSize, build_model
+from tests.models.model import BuiltModel, ModelOptions, build_model
 from tests.models.trainer import Trainer, TrainOptions
 from tests.parity.compare import GRADIENTS, tensor_checks, worst_by_kind
 from tests.parity.rows import FAN_IN, FAN_OUT, Reference
 from tests.parity.tasks import batches
 from tests.parity.tensors import local_gradients, whole_tensors
+from tests.unit_tests.mimo import digits_runs
 
 pytestmark = pytest.mark.ranks(8)
 
 BATCH = 16
 # One number, so fp32 rounding is not averaged over a tensor.
 LOSS_TOLERANCE = 1e-6
-SIZE = ModelSize(
-    vision_hidden=32,
-    vision_layers=1,
-    language_hidden=64,
-    language_layers=2,
-    language_query_groups=4,
-)
+SIZE = replace(digits_runs.SIZE, language_layers=2)
 
 
 @dataclass(frozen=True)

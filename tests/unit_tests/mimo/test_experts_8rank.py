@@ -23,7 +23,7 @@ from megatron.core.models.mimo.training.global_names import global_modules
 from megatron.core.transformer.moe.router import Router
 from mimo_colocated.launch.layouts import Layout
 from tests.models import model
-from tests.models.model import BuiltModel, Experts, ModelOptions, ModelSize, build_model
+from tests.models.model import BuiltModel, Experts, ModelOptions, build_model
 from tests.models.trainer import Trainer, TrainOptions
 from tests.parity.compare import GRADIENTS, tensor_checks, tolerances, worst_by_kind
 from tests.parity.rows import Reference
@@ -35,19 +35,10 @@ from tests.parity.tensors import (
     whole_tensors,
 )
 from tests.unit_tests.mimo.digits_runs import run, same
+from tests.unit_tests.mimo.test_end_to_end_8rank import BATCH, LOSS_TOLERANCE, SIZE
 
 pytestmark = pytest.mark.ranks(8)
 
-BATCH = 16
-# One number, so fp32 rounding is not averaged over a tensor.
-LOSS_TOLERANCE = 1e-6
-SIZE = ModelSize(
-    vision_hidden=32,
-    vision_layers=1,
-    language_hidden=64,
-    language_layers=2,
-    language_query_groups=4,
-)
 PLAIN = Experts(count=4, per_token=2)
 # Sums over tokens and over samples, so no cut of the batch changes them. The weights are large:
 # without these losses the router's gradient is another one altogether.

@@ -102,11 +102,11 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "stages": (MIXED, {
         "vision": "tp=2,dp=4", "language": "tp=1,cp=2,pp=2,dp=2", "micro_batches": 4,
         "encode_ahead": 1, "freeze": "lower-encoder", "tied": True,
-        "size": digits_model.ModelSize(**{**vars(SIZE), "language_layers": 2})}),
+        "size": replace(SIZE, language_layers=2)}),
     "virtual": (MIXED, {
         "vision": "tp=2,dp=4", "language": "tp=1,cp=2,pp=2,dp=2,ep=4", "micro_batches": 2,
         "virtual_stages": 2, "experts": Experts(4),
-        "size": digits_model.ModelSize(**{**vars(SIZE), "language_layers": 4})}),
+        "size": replace(SIZE, language_layers=4)}),
 }  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def test_a_checkpoint_has_the_weights_of_the_last_step(shared_tmp_path: Path) ->
 
 def test_steps_may_have_other_numbers_of_microbatches() -> None:
     """Over a gather bridge encoders run backward once for each."""
-    size = digits_model.ModelSize(**{**vars(SIZE), "language_layers": 2})
+    size = replace(SIZE, language_layers=2)
     layouts = {"vision": "tp=2,dp=4", "language": "tp=1,cp=2,pp=2,dp=2", "size": size}
     batches, found = Steps("none", "all", "all", "none", "all", "all"), []
     for overlap in (False, True):

@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from megatron.core.models.mimo.huggingface import export, pieces
 from megatron.core.models.mimo.huggingface.build import from_folder
@@ -23,14 +21,7 @@ from tests.unit_tests.mimo.huggingface import models
 from tests.unit_tests.mimo.test_history import changes_of_the_disk
 
 
-@pytest.fixture
-def _one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.usefixtures("one_rank")
 def test_what_is_on_the_disk_before_what(tmp_path: Path) -> None:
     """Every file before the folder's name; the name before the model that it replaces goes."""
     models.DENSE["qwen2"]().save_pretrained(tmp_path / "source")

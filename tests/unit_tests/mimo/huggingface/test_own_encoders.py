@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -220,14 +218,7 @@ def test_a_folder_without_the_weights_is_refused(tmp_path: Path) -> None:
         HuggingFaceEncoder(tmp_path)
 
 
-@pytest.fixture
-def _one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.usefixtures("one_rank")
 def test_a_tower_beside_a_language_model_is_transformers_own_sum(tmp_path: Path) -> None:
     """Logits of text with an image: transformers' tower, our projector's weights, its model."""
     language = harness.randomise(models.DENSE["qwen3"](), seed=1)
@@ -261,7 +252,7 @@ def test_a_tower_beside_a_language_model_is_transformers_own_sum(tmp_path: Path)
     built.destroy()
 
 
-@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.usefixtures("one_rank")
 def test_an_export_does_not_lose_the_tower(tmp_path: Path) -> None:
     models.DENSE["qwen3"]().save_pretrained(tmp_path / "language")
     part = tower_part("images", DINO, token_id=98)

@@ -108,18 +108,24 @@ def own_gradients(built: ImportedModel) -> dict[str, Tensor]:
     return {name: p.main_grad for name, p in found.items() if p.requires_grad}
 
 
+def folders(place: Path) -> tuple[harness.Task, Any]:
+    """A task with a language model, and a tower; both saved below ``place``."""
+    task = task_of(harness.randomise(models.DENSE["qwen3"](), seed=1))
+    tower = harness.randomise(transformers.Dinov2Model(transformers.Dinov2Config(**DINO)), seed=2)
+    if dist.get_rank() == 0:
+        task.model.save_pretrained(place / "model")
+        tower.save_pretrained(place / "tower")
+    dist.barrier()
+    return task, tower
+
+
 @pytest.mark.parametrize(
     ("language", "frozen"), [(FAN_IN, False), (EQUAL, True), (STAGES, False), (FAN_IN, True)]
 )
 def test_gradients_are_those_of_one_process(
     language: Layout, frozen: bool, shared_tmp_path: Path
 ) -> None:
-    task = task_of(harness.randomise(models.DENSE["qwen3"](), seed=1))
-    tower = harness.randomise(transformers.Dinov2Model(transformers.Dinov2Config(**DINO)), seed=2)
-    if dist.get_rank() == 0:
-        task.model.save_pretrained(shared_tmp_path / "model")
-        tower.save_pretrained(shared_tmp_path / "tower")
-    dist.barrier()
+    task, tower = folders(shared_tmp_path)
     built = built_with(shared_tmp_path, language, frozen=frozen)
     trainer = harness.trainer_of(built, task)
     trainer.model.train()
@@ -144,12 +150,7 @@ def test_a_model_with_its_own_tower_is_saved_in_two_parts_and_comes_back(
     shared_tmp_path: Path,
 ) -> None:
     """The way that the refusal names, after a step: the tower, its projector, and the rest."""
-    task = task_of(harness.randomise(models.DENSE["qwen3"](), seed=1))
-    tower = harness.randomise(transformers.Dinov2Model(transformers.Dinov2Config(**DINO)), seed=2)
-    if dist.get_rank() == 0:
-        task.model.save_pretrained(shared_tmp_path / "model")
-        tower.save_pretrained(shared_tmp_path / "tower")
-    dist.barrier()
+    task, tower = folders(shared_tmp_path)
     built = built_with(shared_tmp_path, FAN_IN, frozen=False)
     trainer = harness.trainer_of(built, task)
     before = harness.logits_of(trainer, task)[..., :TOKEN]

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from megatron.core.models.mimo.huggingface.composites import describe
@@ -184,14 +182,7 @@ def test_selective_recomputation_is_refused(name: str) -> None:
         with_native_parts(describe(llava("clip-llama").config), [name], "selective")
 
 
-@pytest.fixture
-def _one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.usefixtures("one_rank")
 def test_on_one_rank_nothing_is_split_and_what_is_moved_later_is_refused(tmp_path: Path) -> None:
     layouts = (Layout(), {"images": Layout()})
     case = harness.Case(*layouts, {"torch_native": ("images", "language")})
