@@ -130,7 +130,8 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
     @model_method
     def _build_colocated_communicators(self) -> None:
         """See :func:`.make_bridges`."""
-        self.colocated_comms.update(make_bridges(self))
+        for ends, bridge in make_bridges(self):
+            self.colocated_comms[ends] = bridge
 
     @model_method
     def _initialize_submodules(self) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -18,22 +19,23 @@ if TYPE_CHECKING:
     from megatron.core.models.mimo.model.base import MimoModel
 
 
-def make_bridges(model: MimoModel) -> dict[tuple[str, str], Any]:
+def make_bridges(model: MimoModel) -> Iterator[tuple[tuple[str, str], Any]]:
     """Make one bridge per modality; grids without ``tp`` or ``dp`` say nothing and get none.
 
     Args:
         model: whose configurations say which.
 
-    Returns:
-        ``(modality, "language")`` -> bridge.
+    Yields:
+        ``(modality, "language")`` and its bridge.
     """
     mimo_config = model.mimo_config
     grid_map = mimo_config.module_to_grid_map or {}
     if any(not {"tp", "dp"} <= set(grid.dim_names) for grid in grid_map.values()):
-        return {}
+        return
     # The spec's order, the same on all ranks: bridges create process groups.
-    return {
-        (name, MIMO_LANGUAGE_MODULE_KEY): path_named(bridge_of(mimo_config, name)).make_bridge(
+    for name in mimo_config.modality_submodules_spec:
+        path = path_named(bridge_of(mimo_config, name))
+        yield (name, MIMO_LANGUAGE_MODULE_KEY), path.make_bridge(
             model.config,
             mimo_config,
             src_grid=grid_map[name],
@@ -41,8 +43,6 @@ def make_bridges(model: MimoModel) -> dict[tuple[str, str], Any]:
             src_module_name=name,
             dest_module_name=MIMO_LANGUAGE_MODULE_KEY,
         )
-        for name in mimo_config.modality_submodules_spec
-    }
 
 
 def build_modality(
