@@ -116,7 +116,8 @@ def _memory_lines(
         for name, parameters in _parameters(folder, layouts).items()
     }
     width = _BYTES[recipe.model.dtype]
-    trains = {name: name not in recipe.model.freeze for name in each}
+    # Adapters are small.
+    trains = {name: name not in recipe.model.freeze and not recipe.model.lora.rank for name in each}
     weights = sum(each.values()) * width
     gradients = sum(4 * count for name, count in each.items() if trains[name])
     # Two moments in float32, and a copy of the weights in it where they have less.

@@ -157,6 +157,24 @@ def test_an_item_of_another_size_is_counted_by_its_rows() -> None:
     assert flops(32)["images"] > 2.05 * flops(16)["images"]
 
 
+def test_adapters_want_gradients_through_frozen_weights() -> None:
+    """As a language model that is frozen before encoders that train; none of its weights."""
+
+    def language(names: Sequence[str], adapted: Sequence[str] = ()) -> float:
+        frozen = Frozen.of(names, SHAPES, adapted)
+        rows = {"images": [16]}
+        return step_flops(SHAPES, [9, 30], rows, frozen, causal=True)["language"]
+
+    everything = ["language", "images"]
+    assert language(everything) < language(everything, ["language"]) < language([])
+    assert language(everything, ["language"]) == language(["language"])
+    assert language(everything, ["images"]) == language(["language"])
+    batch = batch_of([9, 30], [16])
+    count = StepNumbers(SHAPES, Layout(), Frozen.of(everything, SHAPES, ["images"]), peak=None)
+    alone = StepNumbers(SHAPES, Layout(), Frozen.of(everything, SHAPES), peak=None)
+    assert count.flops(batch)["images"] > alone.flops(batch)["images"]
+
+
 def test_names_of_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'vision' is none of language, images, images\.encoder"):
         Frozen.of(["vision"], SHAPES)
