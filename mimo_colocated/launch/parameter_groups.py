@@ -34,8 +34,9 @@ class ParameterGroup:
         (0.001, 0.0001)
         """
         peak = lr if self.lr is None else self.lr
-        share = min_lr / lr if lr else 0.0
-        return peak, round(peak * share, 15) if self.min_lr is None else self.min_lr
+        if self.min_lr is not None:
+            return peak, self.min_lr
+        return peak, min(peak, min_lr * (peak / lr) if lr else 0.0)
 
     def problem(self, lr: float, min_lr: float) -> str | None:
         """Return what is wrong with it, whatever the model; None if nothing is.

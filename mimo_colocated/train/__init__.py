@@ -11,6 +11,7 @@
     plan.py        ``--dry-run``: layouts, groups, memory and the torchrun line
     record.py      what is left beside a run: the whole recipe, versions, git state
     data.py        the recipe's data, prepared, and the batches of this rank
+    stages.py      a run that begins with the weights of another one
     trainer.py     steps over those batches
     numbers.py     the work of a step: FLOPs by module, rate, what would be repeated
     reporting.py   what is told of every step

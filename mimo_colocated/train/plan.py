@@ -168,6 +168,8 @@ def _planned(recipe: Recipe, folder: Path) -> tuple[Any, Any]:
         shapes = composite_shapes(models.described(folder))
     data, names = recipe.data, list(shapes.encoders)
     frozen = {name.removesuffix(".encoder") for name in recipe.model.freeze}
+    if recipe.model.lora.rank:  # adapters are small
+        frozen = {*names, LANGUAGE}
     work = Work(
         data.capacity if data.sequences else recipe.longest,
         data.sequences or recipe.training.global_batch_size,

@@ -19,7 +19,9 @@ from megatron.core.models.mimo.huggingface.build import ImportedModel
 from megatron.core.models.mimo.huggingface.export import to_folder
 from megatron.core.models.mimo.huggingface.lora_export import (
     assembled,
+    everywhere,
     merged,
+    module_paths,
     to_adapter_folder,
 )
 from mimo_colocated.launch.lora import Lora
@@ -69,12 +71,17 @@ def gradients_of(built: ImportedModel) -> dict[str, Tensor] | None:
     )
 
 
-def errors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
-    """By name, the norm of the difference over the norm; names differ in what they begin with."""
-    ends = {".".join(name.split(".")[-6:]): value for name, value in found.items()}
-    assert len(ends) == len(found) == len(expected)
+def errors(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], paths: Mapping[str, str]
+) -> dict[str, float]:
+    """By name, the norm of the difference over the norm; ``paths`` are transformers' names."""
+    theirs = {}
+    for name, value in found.items():
+        layer, _, key = name.rpartition(".lora_")
+        theirs[f"base_model.model.{paths[layer]}.lora_{key}"] = value
+    assert theirs.keys() == expected.keys()
     return {
-        name: ((ends[".".join(name.split(".")[-6:])] - value).norm() / value.norm()).item()
+        name: ((theirs[name] - value).norm() / value.norm()).item()
         for name, value in expected.items()
     }
 
@@ -99,7 +106,7 @@ def compared(
     logits = harness.logits_of(trainer, task)
     trainer.model.train()
     trainer.gradients(task, 0)
-    gradients = gradients_of(built)
+    gradients, adapters = gradients_of(built), everywhere(built.adapted)
     with torch.no_grad():
         built.adapted[0].adapter.B[0] += harness.CHANGE * 10
     control = harness.logits_of(trainer, task)
@@ -107,8 +114,9 @@ def compared(
     if gradients is not None:
         kind = type(task.model)
         again = replace(task, model=kind.from_pretrained(folder / "merged").eval())
+        paths = module_paths(built, adapters)
         expected = by_peft(task, folder / "adapter")
-        tensor, worst = harness.worst(errors(gradients, expected.gradients))
+        tensor, worst = harness.worst(errors(gradients, expected.gradients, paths))
         one = harness.oracle(again, folder / "gradients")
         found = {
             "logits": harness.logits_error(logits, expected, task),

@@ -12,11 +12,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.core import ModelParallelConfig
+from megatron.core.models.mimo.checkpoint.store import CheckpointStore
 from megatron.core.models.mimo.huggingface.build import BuildOptions, ImportedModel, from_folder
+from megatron.core.models.mimo.huggingface.earlier_run import EarlierRun
 from megatron.core.models.mimo.huggingface.family import UnsupportedModelError
 from megatron.core.models.mimo.huggingface.folder import FolderError
 from megatron.core.models.mimo.huggingface.lora_export import to_adapter_folder
 from megatron.core.models.mimo.training.parameter_names import adapted_modules, frozen_parts
+from megatron.core.models.mimo.transformer.lora import Adapter, adapt, merge, take_off
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from mimo_colocated.launch.layouts import Layout
 from mimo_colocated.launch.lora import Lora
 from tests.unit_tests.mimo.huggingface import harness, lora_models, models
@@ -89,6 +94,60 @@ def test_what_adapters_see_is_dropped_in_training_alone(folder: Path, task: harn
     plain.destroy()
 
 
+def test_a_checkpoint_with_adapters_becomes_a_model_with_them_merged(
+    folder: Path, task: harness.Task, tmp_path: Path
+) -> None:
+    """Which may have new ones; without the merge it is the base model."""
+    model = built(folder, LORA)
+    lora_models.give_values(model)
+    trainer = harness.trainer_of(model, task)
+    expected = harness.logits_of(trainer, task)
+    CheckpointStore(tmp_path, model.layouts()).save(3, model.model, trainer.optimizer)
+    model.destroy()
+    plain = built(folder, None)
+    base = logits(plain, task)
+    plain.destroy()
+    for lora in (None, replace(LORA, rank=2, targets=["q_proj"])):
+        again = built(folder, lora, weights=EarlierRun(tmp_path, 3, LORA))
+        found = logits(again, task)
+        assert (found - expected).abs().max() <= harness.LOGITS * expected.abs().max()
+        assert (found - base).abs().max() > 100 * harness.LOGITS * expected.abs().max()
+        frozen = [e for e in again.named_parameters() if not e.parameter.requires_grad]
+        assert bool(frozen) is (lora is not None)
+        again.destroy()
+
+
+def test_an_adapter_changes_the_rows_that_it_is_given() -> None:
+    """Of those alone its B has rows."""
+    layer = column_layer()
+    adapter = Adapter(layer, rank=2, scale=3.0, drop=0.5, rows=[1, 4])
+    torch.nn.init.normal_(adapter.A)
+    torch.nn.init.normal_(adapter.B)
+    x = torch.randn(5, 6)
+    plain, _ = layer(x)
+    adapt(layer, {"k": adapter})
+    layer.eval()
+    changed, _ = layer(x)
+    expected = torch.zeros(5, 8)
+    expected[:, [1, 4]] = 3.0 * x @ adapter.A.T @ adapter.B.T
+    torch.testing.assert_close(changed - plain, expected)
+    merge(layer)
+    take_off(layer)
+    assert type(layer) is ColumnParallelLinear
+    torch.testing.assert_close(layer(x)[0], changed)
+
+
+def column_layer() -> ColumnParallelLinear:
+    config = ModelParallelConfig(perform_initialization=False)
+    torch.manual_seed(1)
+    group = dist.group.WORLD
+    layer = ColumnParallelLinear(
+        6, 8, config=config, init_method=torch.nn.init.normal_, bias=False, tp_group=group
+    )
+    torch.nn.init.normal_(layer.weight)
+    return layer
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -110,10 +169,10 @@ def test_what_cannot_have_adapters_is_refused(
 
 
 def test_layers_that_are_no_parallel_ones_are_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="here model.layers.0.* or out of torch_native"):
+    with pytest.raises(UnsupportedModelError, match=r"here model\..* out of torch_native"):
         built(folder, LORA, torch_native=["language"])
     models.SPARSE["qwen3_moe"]().save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match=r"experts.0.down_proj, .* no expert's"):
+    with pytest.raises(UnsupportedModelError, match=r"experts\.0\.down_proj, here .* no expert's"):
         built(tmp_path, replace(LORA, targets=["*.experts.*.down_proj"]))
 
 

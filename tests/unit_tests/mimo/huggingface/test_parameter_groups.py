@@ -112,7 +112,7 @@ def test_a_name_of_one_rank_is_known_on_all() -> None:
 
     def stage(rank: int) -> tuple[list[int], str]:
         parameter = torch.nn.Parameter(torch.zeros(1))
-        named = [Named(f"language.layers.{rank}.weight", parameter)]
+        named = [Named(f"language.layers.{rank}.weight", parameter, (f"model.{rank}",))]
         found = [len(each) for each in select(["language.layers.1", "language"], named)]
         with pytest.raises(ParameterNameError) as caught:
             select(["language.layers.1", "langauge.layers.*"], named)

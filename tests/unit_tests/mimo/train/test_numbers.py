@@ -184,6 +184,24 @@ def test_a_sound_without_rows_is_embedded_as_any_other() -> None:
     assert flops(0, 5) - 2 * flops(0) == pytest.approx((flops(0, 10) - 2 * flops(0)) / 2, rel=0.1)
 
 
+def test_adapters_want_gradients_through_frozen_weights() -> None:
+    """As a language model that is frozen before encoders that train; none of its weights."""
+
+    def language(names: Sequence[str], adapted: Sequence[str] = ()) -> float:
+        frozen = Frozen.of(names, SHAPES, adapted)
+        rows = {"images": [16]}
+        return step_flops(SHAPES, [9, 30], rows, frozen, causal=True)["language"]
+
+    everything = ["language", "images"]
+    assert language(everything) < language(everything, ["language"]) < language([])
+    assert language(everything, ["language"]) == language(["language"])
+    assert language(everything, ["images"]) == language(["language"])
+    batch = batch_of([9, 30], [16])
+    count = StepNumbers(SHAPES, Layout(), Frozen.of(everything, SHAPES, ["images"]), peak=None)
+    alone = StepNumbers(SHAPES, Layout(), Frozen.of(everything, SHAPES), peak=None)
+    assert count.flops(batch)["images"] > alone.flops(batch)["images"]
+
+
 def test_names_of_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'vision' is none of language, images, images\.encoder"):
         Frozen.of(["vision"], SHAPES)

@@ -185,7 +185,7 @@ def test_fields_are_set_by_their_path(file: Path) -> None:
         ("model.lora.rank=0", r"model\.lora\.dropout is of adapters, and rank=0 has none; set"),
         ("model.lora.targets=[]", r"model\.lora\.targets names none; give names of linear layers"),
         ("model.lora.target=[a]", r"model\.lora\.target is no field .* mean model\.lora\.targets"),
-        ("model.from_run=runs/first", "folder='/models/mine' .* from_run='runs/first'; set one"),
+        ("model.from_run=runs/first", "folder='/models/mine' .*from_run='runs/first'; set one"),
         (
             "model={from_run: runs/a, torch_native: [images], lora: {rank: 1, targets: [a]}}",
             r"those of model\.torch_native=\['images'\] cannot; export that run and name its",

@@ -27,6 +27,9 @@ from megatron.core.models.mimo.transformer.lora import merge
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 
+Described = tuple[str, str, int, str, bool]
+"""(module, Megatron's layer, source, name in the folder, whether it is transposed there)."""
+
 
 def to_adapter_folder(built: ImportedModel, folder: str | Path, *, overwrite: bool = False) -> None:
     """Write the adapters as peft reads them; every rank calls it together.
@@ -47,7 +50,7 @@ def to_adapter_folder(built: ImportedModel, folder: str | Path, *, overwrite: bo
         raise UnsupportedModelError("the model has no adapters; build it with BuildOptions(lora=)")
     built.model.start_param_sync(force_sync=True)  # of the last step, still on their way
     whole = assembled(piece for each in built.adapted for k in "AB" for piece in each.pieces(k))
-    found = _everywhere(built.adapted)
+    found = everywhere(built.adapted)
 
     def write() -> None:
         if whole is not None:
@@ -66,14 +69,11 @@ def assembled(pieces: Iterable[Piece]) -> dict[str, Tensor] | None:
     for own in told:
         for name, shape, place, value in own:
             whole.setdefault(name, torch.full(shape, torch.nan, dtype=value.dtype))[place] = value
-    holes = [name for name, value in whole.items() if value.isnan().any()]
-    if holes:
-        raise FolderError(f"{holes[0]} has elements that no rank has, or that are no numbers")
     return whole
 
 
-def _everywhere(adapted: Sequence[Adapted]) -> list[tuple[str, str, int, str, bool]]:
-    """(module, layer, source, name in the folder, transposed) of all ranks' adapters."""
+def everywhere(adapted: Sequence[Adapted]) -> list[Described]:
+    """Return what all ranks' adapters are; every rank calls it together."""
     told: list[Any] = [None] * dist.get_world_size()
     own = [(each.part, each.path, each.source, each.name, each.transposed) for each in adapted]
     dist.all_gather_object(told, own)
@@ -83,7 +83,7 @@ def _everywhere(adapted: Sequence[Adapted]) -> list[tuple[str, str, int, str, bo
 def _write(
     built: ImportedModel,
     whole: Mapping[str, Tensor],
-    found: Sequence[tuple[str, str, int, str, bool]],
+    found: Sequence[Described],
     folder: Path,
     overwrite: bool,
 ) -> None:
@@ -93,7 +93,10 @@ def _write(
     assert lora is not None
     if folder.exists() and not overwrite:
         raise FolderError(f"{folder} exists; give another folder, or overwrite=True")
-    paths = _module_paths(built, found)
+    holes = [name for name, value in whole.items() if value.isnan().any()]
+    if holes:
+        raise FolderError(f"{holes[0]} has elements that no rank has, or that are no numbers")
+    paths = module_paths(built, found)
     kinds = {transposed for *_, transposed in found}
     if len(kinds) > 1:
         raise FolderError("peft has no file for layers stored as (in, out) among others")
@@ -115,22 +118,29 @@ def _write(
         for key in "AB"
     }
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
     try:
         partial.mkdir(parents=True)
         save_file({k: v.contiguous() for k, v in tensors.items()}, partial / WEIGHTS)
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.replace(old)
         partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def _module_paths(
-    built: ImportedModel, found: Sequence[tuple[str, str, int, str, bool]]
-) -> dict[str, str]:
-    """Name of a layer in the folder -> its path in transformers' model, which may be another."""
+def module_paths(built: ImportedModel, found: Sequence[Described]) -> dict[str, str]:
+    """Return name of a layer in the folder -> its path in transformers' model, maybe another.
+
+    Args:
+        built: the model.
+        found: of :func:`everywhere`.
+
+    Raises:
+        FolderError: transformers' model has no such layer.
+    """
     import transformers
 
     config = read_config(Path(str(built.source)))
@@ -156,9 +166,7 @@ def _module_paths(
     return paths
 
 
-def _spelled(
-    table: Table, found: Sequence[tuple[str, str, int, str, bool]], module: str
-) -> dict[str, str]:
+def _spelled(table: Table, found: Sequence[Described], module: str) -> dict[str, str]:
     spelled = {}
     for part, path, source, name, _ in found:
         line = table.find(f"{path}.weight") if part == module else None

@@ -284,7 +284,7 @@ class Trainer(Runner):
                 params_dtype=built.configs[LANGUAGE].params_dtype,
             ),
             options.groups,
-            built.named_parameters(),
+            built.named_parameters() if options.groups else None,
         )
         self.scheduler = self._make_scheduler()
         config = self.model.config

@@ -92,6 +92,8 @@ def select(patterns: Sequence[str], named: Sequence[Named], where: str = "") -> 
         ParameterNameError: the same on all ranks: a pattern means no parameter of any rank, or only
             a part of one that several tensors are joined in.
     """
+    if not patterns:
+        return []
     found, partly = [], ""
     for pattern in patterns:
         fits = re.compile(f"{fnmatch.translate(pattern)}|{fnmatch.translate(pattern + '.*')}").match

@@ -158,8 +158,13 @@ def _adapted(kind: type) -> type:
 
 def can_adapt(layer: nn.Module) -> bool:
     """Return whether a layer is one that takes adapters: not fused with others, no expert's."""
-    parallel = isinstance(layer, (ColumnParallelLinear, RowParallelLinear))
-    return parallel and not getattr(layer, "explicit_expert_comm", False)
+    if isinstance(layer, ColumnParallelLinear):
+        whole = layer.gather_output
+    elif isinstance(layer, RowParallelLinear):
+        whole = not layer.input_is_parallel
+    else:
+        return False
+    return not (whole or layer.is_expert)
 
 
 def adapt(layer: Any, adapters: Mapping[str, Adapter]) -> None:
