@@ -199,8 +199,10 @@ def test_loss_and_answers_are_those_of_transformers(folder: Path) -> None:
         theirs = Transformers(folder)
         messages = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
         said = [theirs.says(each[0]["content"], special=True) for each in messages]
-        # One of the model's own answers is wanted, so that not all are wrong.
-        right = next(n for n, words in enumerate(said) if words.strip() and "<" not in words)
+        # One of the model's own answers to an image is wanted, so that not all are wrong.
+        right = next(
+            n for n, words in enumerate(said) if n % 3 and words.strip() and "<" not in words
+        )
         messages[right][1]["content"][0]["text"] = said[right]
         file.write_text("\n".join(json.dumps({"messages": each}) for each in messages))
         losses = [theirs.losses(each) for each in messages]
