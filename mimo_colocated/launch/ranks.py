@@ -60,7 +60,13 @@ def init_distributed(backend: str, timeout_s: int) -> None:
     everyone = range(int(os.environ["WORLD_SIZE"]))
     waiting = phases.waiting("init_process_group", everyone, "default_pg")
     with waiting, _given_up_after(timeout_s + _JOINING_S):
-        torch.distributed.init_process_group(backend, timeout=timeout, device_id=device)
+        store, rank, world = next(torch.distributed.rendezvous("env://", timeout=timeout))
+        # torchrun keeps its store when it starts ranks again, with addresses of the dead in it.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
+        torch.distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device
+        )
 
 
 @contextlib.contextmanager
