@@ -20,7 +20,7 @@ from studies.lossy.grid import GPT2, SETS, WORLD, Cell, cells
 WORK = "studies.lossy.work:work"
 PAGE = ROOT / "docs" / "lossy.md"
 START, END = "<!-- mimo study lossy -->", "<!-- end of mimo study lossy -->"
-# A cell of the classifier takes half a minute on two quiet cores.
+# 60 steps of the classifier took 24 to 38 s on two cores that other work kept busy.
 _PATIENCE_S = 1800.0
 
 
