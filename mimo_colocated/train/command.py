@@ -207,7 +207,7 @@ def _instead(options: TrainCommand, backend: str) -> bool:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     hush()
     from mimo_colocated.train import plan
-    from mimo_colocated.train.job import model_folder
+    from mimo_colocated.train.makers import model_folder
 
     if options.recipe.lossy.rules:
         from mimo_colocated.train.lossy import spec_of

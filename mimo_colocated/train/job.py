@@ -48,7 +48,7 @@ from mimo_colocated.train.data import (
 )
 from mimo_colocated.train.evaluation import Evaluation, open_held_out
 from mimo_colocated.train.items import readers_of, shared_reads
-from mimo_colocated.train.makers import make_model
+from mimo_colocated.train.makers import model_folder
 from mimo_colocated.train.numbers import StepNumbers, peak_memory
 from mimo_colocated.train.plan import check_model
 from mimo_colocated.train.profile_steps import Profile
@@ -448,17 +448,3 @@ def run_recipe(
         except (SourceError, TemplateError) as error:
             raise JobError(str(error)) from error
     sys.stdout.flush()
-
-
-def model_folder(recipe: Recipe) -> Path:
-    """Return the model's folder, which is made first if the recipe says so.
-
-    Raises:
-        JobError: it cannot be made.
-    """
-    if recipe.model.from_run:
-        return Stage.of(recipe).folder()
-    if not recipe.model.make:
-        return Path(recipe.model.folder).expanduser()
-    place = Path(recipe.run.out) / "model"
-    return make_model(recipe.model.make, recipe.model.settings, place, recipe.run.timeout)

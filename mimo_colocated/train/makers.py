@@ -13,6 +13,8 @@ from typing import Any
 
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.train.joining import check_before_ranks, check_settings, join
+from mimo_colocated.train.recipe import Recipe
+from mimo_colocated.train.stages import Stage
 
 _TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -48,6 +50,20 @@ _TEXT_SIZES: dict[str, int] = {
 }
 _DEFAULTS: dict[str, dict[str, int]] = {"easy-vqa": _SIZES, "text": _TEXT_SIZES}
 _MADE = "made.json"
+
+
+def model_folder(recipe: Recipe) -> Path:
+    """Return the model's folder, which is made first if the recipe says so.
+
+    Raises:
+        JobError: it cannot be made.
+    """
+    if recipe.model.from_run:
+        return Stage.of(recipe).folder()
+    if not recipe.model.make:
+        return Path(recipe.model.folder).expanduser()
+    place = Path(recipe.run.out) / "model"
+    return make_model(recipe.model.make, recipe.model.settings, place, recipe.run.timeout)
 
 
 def make_model(
