@@ -44,7 +44,7 @@ class StepNumbers:
         language: Layout,
         freeze: Collection[str],
         dtype: str,
-        adapted: Collection[str] = (),
+        adapted: Collection[str],
     ) -> StepNumbers:
         """Return what counts the steps of a model on this rank's device.
 

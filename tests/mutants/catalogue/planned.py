@@ -20,7 +20,7 @@ PLANNED = (
     Mutant(
         name="gradients-through-a-frozen-language-model-are-no-work",
         file=_PLAN + "step_flops.py",
-        old="through = trained or frozen.any_encoder_trains(shapes)",
+        old="through = trained or LANGUAGE in frozen.adapted or frozen.any_encoder_trains(shapes)",
         new="through = trained",
         tests=(UNIT + "train/test_numbers.py::test_what_does_not_train_has_no_gradients",),
         why="the first stage of LLaVA looks half as fast as it is",

@@ -245,8 +245,8 @@ WITHOUT_D_PARTS = (
     Mutant(
         name="imported-drawn-from-the-default-seed",
         file=MIMO + "huggingface/build.py",
-        old="            seed=options.seed,\n            freeze=options.freeze,",
-        new="            seed=1234,\n            freeze=options.freeze,",
+        old="            seed=options.seed,\n            freeze=freeze,",
+        new="            seed=1234,\n            freeze=freeze,",
         tests=(
             UNIT + "huggingface/test_from_folders.py"
             "::test_the_projector_is_drawn_from_the_seed_that_is_given",

@@ -80,7 +80,7 @@ def test_it_begins_as_the_same_function_and_only_adapters_train(
 
 
 def test_what_adapters_see_is_dropped_in_training_alone(folder: Path, task: harness.Task) -> None:
-    model = built(folder, replace(LORA, dropout=0.5))
+    model = built(folder, Lora(rank=3, alpha=5.0, dropout=0.5, targets=lora_models.LLAMA))
     lora_models.give_values(model)
     trainer = harness.trainer_of(model, task)
     assert torch.equal(harness.logits_of(trainer, task), harness.logits_of(trainer, task))

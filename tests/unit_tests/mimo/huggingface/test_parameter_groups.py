@@ -18,6 +18,7 @@ from megatron.core.models.mimo.training.parameter_names import (
     Named,
     ParameterNameError,
     frozen_parts,
+    named_parameters,
     select,
 )
 from mimo_colocated.launch.layouts import Layout
@@ -123,6 +124,15 @@ def test_a_name_of_one_rank_is_known_on_all() -> None:
     wrong, right = "'langauge.layers.*'", "'language.layers.*'"
     sentence = f"{wrong} names no parameter of the model; did you mean {right}?"
     assert {said for _, said in told} == {sentence}
+
+
+def test_names_of_a_modules_parameters() -> None:
+    layer = torch.nn.Linear(2, 3)
+    named = named_parameters([("language", layer)], tensors=lambda *names: (".".join(names) + "s",))
+    assert [(each.name, each.tensors) for each in named] == [
+        ("language.weight", ("language.weights",)),
+        ("language.bias", ("language.biass",)),
+    ]
 
 
 PROJECTOR = ParameterGroup(["images.projector"], lr=5e-2, weight_decay=0.5)

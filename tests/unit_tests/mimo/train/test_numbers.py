@@ -78,7 +78,7 @@ def counted(
     built.destroy()
 
     def ours(batch: RankBatch, freeze: Sequence[str] = freeze) -> float:
-        count = StepNumbers.of_model(built.composite, one, freeze, "float32")
+        count = StepNumbers.of_model(built.composite, one, freeze, "float32", ())
         flops = count.flops(batch, causal=False)
         assert count.flops(batch)["language"] < flops["language"]
         return sum(flops.values())

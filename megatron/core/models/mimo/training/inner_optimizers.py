@@ -46,7 +46,7 @@ def build_inner_optimizer(
     modules: list[Any],
     config: OptimizerConfig,
     collection: ProcessGroupCollection,
-    overrides: Mapping[Any, Any] | None = None,
+    overrides: Mapping[Any, Any] | None,
 ) -> MegatronOptimizer:
     """Build stock's optimizer of one module; every rank that trains the module calls this together.
 
