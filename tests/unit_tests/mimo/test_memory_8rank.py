@@ -68,9 +68,8 @@ def test_gradients_are_those_of_kept_activations(pair: tuple[str, str], changes:
             gradients |= {f"later {name}": gradient.clone() for name, gradient in found}
             if stages:
                 losses.append(trainer.gradients(MixedBatches(BATCH, "none"), 2))
-            if "overlap_param_gather" in options:
-                # Weights gathered during the next step's forward are not gathered in backward.
-                losses += one.train(3, 5)
+            # Weights that are gathered during the next step's forward are not gathered in backward.
+            losses += one.train(3, 5)
             module = unwrap_model(trainer.model.modality_submodules[VISION])
             host = module.activation_memory.host
         assert host.now == 0
