@@ -128,6 +128,7 @@ def work(options: CommandOptions) -> None:
             text,
             lambda data, count: side_of(runner, data, padding, readers, share, count),
             _go_on,
+            loss_micro_batches=1,
         )
         found, answers = evaluation.measure(*opened)
         layouts = built.layouts()

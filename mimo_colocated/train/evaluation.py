@@ -61,7 +61,7 @@ class Evaluation:
         text: ChatEncoder | None,
         side: Callable[[DataPart, int], Side],
         between: Callable[[], None],
-        loss_micro_batches: int = 1,
+        loss_micro_batches: int,
     ) -> None:
         self._runner, self._part, self._text, self._between = runner, part, text, between
         # However many sequences are trained on, held-out samples are counted.

@@ -62,8 +62,8 @@ def build_module_optimizers(
     mimo_model: MimoModel,
     config: OptimizerConfig,
     groups_of: GroupsOf,
-    groups: Sequence[ParameterGroup] = (),
-    named: Sequence[Named] | None = None,
+    groups: Sequence[ParameterGroup],
+    named: Sequence[Named] | None,
 ) -> dict[str, ModuleOptimizerInfo]:
     """Build one inner optimizer per module; the arguments and errors of ``get_mimo_optimizer``.
 
