@@ -430,12 +430,15 @@ def test_the_state_of_the_code(tmp_path: Path) -> None:
     assert found["changed"] == [" M old", "?? new"]
 
 
-def test_the_recipe_of_the_docs_can_be_read(tmp_path: Path) -> None:
-    page = (Path(__file__).resolve().parents[4] / "docs" / "training.md").read_text()
+@pytest.mark.parametrize(
+    "page, kinds", [("docs/training.md", ["llava", "chat"]), ("README.md", ["llava"])]
+)
+def test_the_recipe_of_the_docs_can_be_read(page: str, kinds: list[str], tmp_path: Path) -> None:
+    text = (Path(__file__).resolve().parents[4] / page).read_text()
     file = tmp_path / "mine.yaml"
-    file.write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    file.write_text(text.partition("```yaml\n")[2].partition("```")[0])
     recipe = read_recipe(str(file))
-    assert [part.kind for part in recipe.data.train] == ["llava", "chat"]
+    assert [part.kind for part in recipe.data.train] == kinds
 
 
 ELSEWHERE = (
