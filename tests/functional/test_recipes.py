@@ -116,7 +116,9 @@ def test_eight_ranks_follow_one_process(alone: Path, eight: Path) -> None:
             assert sum(line["times"].values()) == pytest.approx(line["seconds"])
             assert set(line["times"]) == {*PARTS.values(), "other"}
             assert all(part > 0 for name, part in line["times"].items() if name != "bridge")
-            assert line["times"]["data"] >= line["waited_s"]
+        # Of 8 ranks what is told is that of the one that waited longest, and rank 0's times.
+        assert one["times"]["data"] >= one["waited_s"]
+        assert other["waited_s"] >= 0
         assert one["spread_before"] == one["spread_after"] == {"images": 1.0}
         assert other["times"]["bridge"] > 0
         # Two replicas of the encoder share the images of one of the language model.

@@ -26,7 +26,7 @@ from megatron.core.models.mimo.huggingface.composites import Composite, EncoderP
 from megatron.core.models.mimo.huggingface.configuration import changed, read_config
 from megatron.core.models.mimo.huggingface.cuts import Heads
 from megatron.core.models.mimo.huggingface.earlier_run import EarlierRun
-from megatron.core.models.mimo.huggingface.family import Family
+from megatron.core.models.mimo.huggingface.family import Family, UnsupportedModelError
 from megatron.core.models.mimo.huggingface.fits import check_fits
 from megatron.core.models.mimo.huggingface.folder import ModelFolder, OpenFolder
 from megatron.core.models.mimo.huggingface.joined_folder import Folders
@@ -156,7 +156,10 @@ def named(model: MimoModel, parts: Iterable[Part]) -> list[Named]:
     tables = {part.name: part.table for part in parts}
 
     def tensors(module: str, name: str) -> tuple[str, ...]:
-        found = tables[module].find(name) if module in tables else None
+        try:
+            found = tables[module].find(name) if module in tables else None
+        except UnsupportedModelError:  # of a tower that is brought as it is: no tensor of a folder
+            return ()
         return found.names if found else ()
 
     return named_parameters(iter_modules(model), tensors)
