@@ -36,7 +36,7 @@ class ParameterGroup:
         peak = lr if self.lr is None else self.lr
         if self.min_lr is not None:
             return peak, self.min_lr
-        return peak, min(peak, min_lr * (peak / lr) if lr else 0.0)
+        return peak, min(peak, min_lr * (peak / lr) if lr > 0 else 0.0)
 
     def problem(self, lr: float, min_lr: float) -> str | None:
         """Return what is wrong with it, whatever the model; None if nothing is.
