@@ -20,7 +20,7 @@ from megatron.core.models.mimo.data.readers import (
     alone,
 )
 from megatron.core.models.mimo.data.shared_reads import SharedReads
-from megatron.core.models.mimo.huggingface.all_ranks import gathered
+from megatron.core.models.mimo.training.agreement import gathered
 from mimo_colocated.cli import models
 from mimo_colocated.launch.layouts import Layout
 from mimo_colocated.process_groups import make_groups
@@ -47,8 +47,6 @@ def readers_of(
     """
     with models.one_sentence():
         parts = models.described(folder).encoders
-    if not parts:
-        return {}
     found: dict[str, Reader] = {}
     for part in parts:
         reader = _reader(part, folder)

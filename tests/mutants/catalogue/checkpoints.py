@@ -77,8 +77,8 @@ CHECKPOINTS = (
     Mutant(
         name="weights-loaded-under-fp32-copies",
         file=MIMO + "checkpoint/load_checks.py",
-        old="if any(of_all_ranks(copied)):",
-        new="if any(of_all_ranks(False)):",
+        old="if any(gathered(copied)):",
+        new="if any(gathered(False)):",
         tests=(
             UNIT + "test_load_weights_8rank.py::"
             "test_fp32_copies_of_an_optimizer_are_not_forgotten",

@@ -207,8 +207,8 @@ WITHOUT_B_CHECKPOINTS = (
     Mutant(
         name="main-copies-are-refused-on-one-rank",
         file="megatron/core/models/mimo/checkpoint/load_checks.py",
-        old="if any(of_all_ranks(copied)):",
-        new="if of_all_ranks(copied)[dist.get_rank()]:",
+        old="if any(gathered(copied)):",
+        new="if gathered(copied)[dist.get_rank()]:",
         tests=(
             "tests/unit_tests/mimo/test_load_checks.py::test_fp32_copies_on_some_ranks_are_an_error_on_all",
         ),

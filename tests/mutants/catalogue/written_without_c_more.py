@@ -58,7 +58,7 @@ WITHOUT_C_MORE = (
     Mutant(
         name="main-copies-refused-on-one-rank",
         file=MIMO + "checkpoint/load_checks.py",
-        old="if any(of_all_ranks(copied)):",
+        old="if any(gathered(copied)):",
         new="if copied:",
         tests=(UNIT + "test_load_checks.py::test_fp32_copies_on_some_ranks_are_an_error_on_all",),
         why=(

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron.core.models.mimo.data.readers import Inputs, ReadError
 from megatron.core.models.mimo.data.shared_reads import SharedReads
-from megatron.core.models.mimo.huggingface.all_ranks import gathered
+from megatron.core.models.mimo.training.agreement import gathered
 from mimo_colocated.process_groups import make_groups
 
 pytestmark = pytest.mark.ranks(8)

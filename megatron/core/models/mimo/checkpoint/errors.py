@@ -35,13 +35,6 @@ def together(action: Callable[[], Any], doing: str) -> None:
     _raise(run_together(action, has_collectives=True), doing)
 
 
-def of_all_ranks(own: Any) -> list[Any]:
-    """Return what each rank says, by rank."""
-    said: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, own)
-    return said
-
-
 def _raise(failure: Failure | None, doing: str, advice: str = "") -> None:
     if failure is not None:
         text = f"rank {failure.rank} could not {doing}: {failure.reason}"

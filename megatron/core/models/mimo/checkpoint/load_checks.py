@@ -16,11 +16,11 @@ from megatron.core.models.mimo.checkpoint import integrity, safe_pickles
 from megatron.core.models.mimo.checkpoint.errors import (
     CheckpointError,
     alone,
-    of_all_ranks,
 )
 from megatron.core.models.mimo.checkpoint.history import History
 from megatron.core.models.mimo.checkpoint.manifest import Manifest
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
+from megatron.core.models.mimo.training.agreement import gathered
 
 Shapes = Mapping[str, list[int]]
 
@@ -37,7 +37,7 @@ def read_manifest(history: History, step: int) -> Manifest:
         digest = hashlib.sha256(manifest.to_json().encode()).hexdigest()
     except CheckpointError as error:
         problem = str(error)
-    said = of_all_ranks((problem, digest))
+    said = gathered((problem, digest))
     for rank, (problem, digest) in enumerate(said):
         if problem:
             raise CheckpointError(problem)
@@ -153,7 +153,7 @@ def check_no_main_copies(state: Mapping[str, Any]) -> None:
         for weight in weights
         if isinstance(weight, torch.nn.Parameter)
     )
-    if any(of_all_ranks(copied)):
+    if any(gathered(copied)):
         raise CheckpointError(
             "an optimizer keeps fp32 copies of this model's weights, and its next step would put "
             "them back; load weights before the optimizer is built, or load the optimizer, too"

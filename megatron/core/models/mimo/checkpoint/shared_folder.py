@@ -24,8 +24,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron.core.models.mimo.checkpoint.errors import CheckpointError, of_all_ranks
+from megatron.core.models.mimo.checkpoint.errors import CheckpointError
 from megatron.core.models.mimo.checkpoint.history import History
+from megatron.core.models.mimo.training.agreement import gathered
 from mimo_colocated.forensics.who_waits import ranks_in_words
 
 # Network file systems show a new file to other hosts only after their caches' time.
@@ -63,9 +64,9 @@ def check_shared(root: Path, what: str = "a checkpoint") -> None:
     """
     probe, rank = _Probe(root, dist.get_rank(), what), dist.get_rank()
     try:
-        question = of_all_ranks(probe.ask() if rank == 0 else None)[0]
-        answers = of_all_ranks(probe.answer(question))
-        verdict = of_all_ranks(probe.verdict(question, answers) if rank == 0 else None)[0]
+        question = gathered(probe.ask() if rank == 0 else None)[0]
+        answers = gathered(probe.answer(question))
+        verdict = gathered(probe.verdict(question, answers) if rank == 0 else None)[0]
     finally:
         probe.clean()
     if verdict:

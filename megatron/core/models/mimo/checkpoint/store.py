@@ -28,7 +28,6 @@ from megatron.core.models.mimo.checkpoint.background_save import ShardWriter
 from megatron.core.models.mimo.checkpoint.errors import (
     CheckpointError,
     alone,
-    of_all_ranks,
     on_rank_0,
     together,
 )
@@ -53,6 +52,7 @@ from megatron.core.models.mimo.randomness import (
     set_rng_state,
 )
 from megatron.core.models.mimo.training import optimizer_settings
+from megatron.core.models.mimo.training.agreement import gathered
 from megatron.core.models.mimo.wrappers import name_as_saved
 from mimo_colocated import phases
 
@@ -198,7 +198,7 @@ class CheckpointStore:
         if self._under_way is None:
             return True
         writer = self._under_way[1]
-        said = of_all_ranks((writer.is_done(), writer.failed()))
+        said = gathered((writer.is_done(), writer.failed()))
         if not (all(done for done, _ in said) or any(failed for _, failed in said)):
             return False
         self.wait()
@@ -264,7 +264,7 @@ class CheckpointStore:
         with self._nothing_left_behind(step):
             alone(writer.join, self._writing(step))
             together(writer.complete, self._writing(step))
-            files = [file for part in of_all_ranks(writer.files) for file in part.items()]
+            files = [file for part in gathered(writer.files) for file in part.items()]
             manifest = replace(manifest, files=dict(files))
             final = self.path(step)
             on_rank_0(lambda: self._publish(manifest), f"complete checkpoint {final}")

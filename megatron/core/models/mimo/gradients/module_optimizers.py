@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.models.mimo.gradients.finalize import iter_modules
 from megatron.core.models.mimo.model.rank_modules import stages_of
+from megatron.core.models.mimo.training.agreement import gathered
 from megatron.core.models.mimo.training.inner_optimizers import (
     attend_construction,
     build_inner_optimizer,
@@ -97,8 +96,7 @@ def _check_dtypes(mimo_model: MimoModel, config: OptimizerConfig) -> None:
     Raises:
         ValueError: a parameter's dtype does not fit ``config``.
     """
-    told: list[tuple[str | None, set[str]]] = [(None, set())] * dist.get_world_size()
-    dist.all_gather_object(told, problem_of_dtypes(iter_modules(mimo_model), config))
+    told = gathered(problem_of_dtypes(iter_modules(mimo_model), config))
     problem = next((each for each, _ in told if each), None)
     if problem:
         raise ValueError(problem)
@@ -122,8 +120,7 @@ def _module_info(
     collection = groups_of(grid)
     present = active and bool(modules)
     trained = present and any(p.requires_grad for m in modules for p in m.parameters())
-    trained_on: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(trained_on, trained)
+    trained_on = gathered(trained)
     optimizer = None
     if trained:
         plain = [stepped(module) for module in modules]

@@ -23,7 +23,6 @@ import torch.distributed as dist
 from megatron.core.models.mimo.checkpoint.errors import (
     CheckpointError,
     alone,
-    of_all_ranks,
     on_rank_0,
     together,
 )
@@ -44,6 +43,7 @@ from megatron.core.models.mimo.huggingface.pieces import Piece, Planned, plan
 from megatron.core.models.mimo.huggingface.safetensors_file import SafetensorsFile
 from megatron.core.models.mimo.huggingface.target import Target, TargetError
 from megatron.core.models.mimo.huggingface.weights import Held, held_by
+from megatron.core.models.mimo.training.agreement import gathered
 
 
 class ExportError(RuntimeError):
@@ -82,7 +82,7 @@ def to_folder(
     with _opened(built.source) as source, _as_export_errors():
         target = Target(folder, overwrite=overwrite, source=source)
         rank, writing = dist.get_rank(), f"write {target.folder}"
-        _refuse(of_all_ranks(_taken(target) if rank == 0 else None)[0])
+        _refuse(gathered(_taken(target) if rank == 0 else None)[0])
         check_shared(target.folder.parent, "a model's files")
         built.model.start_param_sync(force_sync=True)  # of the last step, still on their way
         held = on_all_ranks(lambda: list(held_by(built.parts)), "name its parameters")

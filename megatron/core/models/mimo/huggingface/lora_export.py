@@ -22,6 +22,7 @@ from megatron.core.models.mimo.huggingface.family import UnsupportedModelError
 from megatron.core.models.mimo.huggingface.folder import FolderError
 from megatron.core.models.mimo.huggingface.lora import Adapted, Piece, adapted_layers
 from megatron.core.models.mimo.huggingface.tables import Table
+from megatron.core.models.mimo.training.agreement import gathered
 from megatron.core.models.mimo.transformer.lora import merge
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -74,10 +75,8 @@ def assembled(pieces: Iterable[Piece]) -> dict[str, Tensor] | None:
 
 def everywhere(adapted: Sequence[Adapted]) -> list[Described]:
     """Return what all ranks' adapters are; every rank calls it together."""
-    told: list[Any] = [None] * dist.get_world_size()
     own = [(each.part, each.path, each.source, each.name, each.transposed) for each in adapted]
-    dist.all_gather_object(told, own)
-    return sorted({each for rank in told for each in rank})
+    return sorted({each for rank in gathered(own) for each in rank})
 
 
 def _write(

@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch.distributed as dist
-
+from megatron.core.models.mimo.training.agreement import gathered
 from megatron.core.models.mimo.training.parameter_names import (
     Named,
     ParameterNameError,
@@ -89,11 +88,7 @@ def _check_all_count(
     chosen: Mapping[int, int],
 ) -> None:
     used = {chosen.get(id(each.parameter)) for each in named if each.parameter.requires_grad}
-    told: list[set[Any]] = [used]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        told = [set()] * dist.get_world_size()
-        dist.all_gather_object(told, used)
-    everywhere = set().union(*told)
+    everywhere = set().union(*gathered(used))
     for number, group in enumerate(groups):
         if number not in everywhere:
             raise ParameterNameError(

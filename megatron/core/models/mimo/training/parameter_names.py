@@ -20,11 +20,10 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch.distributed as dist
 from torch.nn import Module, Parameter
 
+from megatron.core.models.mimo.training.agreement import gathered
 from megatron.core.models.mimo.training.global_names import global_modules, join
 from megatron.core.models.mimo.transformer.lora import is_adapters
 
@@ -108,13 +107,13 @@ def select(patterns: Sequence[str], named: Sequence[Named], where: str = "") -> 
                     f"{', '.join(each.tensors)}, which are one weight here; name all of them"
                 )
         found.append(own)
-    told = _gathered((partly, [bool(own) for own in found]))
+    told = gathered((partly, [bool(own) for own in found]))
     for sentence, _ in told:
         if sentence:
             raise ParameterNameError(sentence)
     for number, pattern in enumerate(patterns):
         if not any(matched[number] for _, matched in told):
-            near = max(_gathered(_nearest(pattern, named)))[1]
+            near = max(gathered(_nearest(pattern, named)))[1]
             raise ParameterNameError(
                 f"{where}{pattern!r} names no parameter of the model; did you mean {near!r}?"
             )
@@ -134,7 +133,7 @@ def freeze(patterns: Sequence[str], named: Sequence[Named]) -> None:
         for each in named:
             if id(each.parameter) in own:
                 each.parameter.requires_grad_(False)
-    if patterns and not any(_gathered(any(each.parameter.requires_grad for each in named))):
+    if patterns and not any(gathered(any(each.parameter.requires_grad for each in named))):
         raise ParameterNameError(f"{list(patterns)} leave nothing to train; take one out")
 
 
@@ -180,12 +179,3 @@ def _candidates(named: Iterable[Named]) -> set[str]:
 def _beginnings(name: str) -> Iterator[str]:
     parts = name.split(".")
     return (".".join(parts[: count + 1]) for count in range(len(parts)))
-
-
-def _gathered(own: Any) -> list[Any]:
-    """What every rank says, in rank order."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [own]
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, own)
-    return everywhere
