@@ -97,8 +97,8 @@ def launch(
     path.unlink(missing_ok=True)
     told, limit = Told(path), _START_S
     deadline = time.monotonic() + limit
-    with Ranks(world, "campaigns.launches:on_rank", str(path), work, list(tasks), plan,
-               backend=backend, logs=folder, preload=work.partition(":")[0]) as ranks:  # fmt: skip
+    arguments = (str(path), work, list(tasks), plan)
+    with Ranks(world, f"{__name__}:on_rank", *arguments, backend=backend, logs=folder) as ranks:
         while True:
             try:
                 ended, broken = ranks.wait(_POLL_S), None

@@ -33,7 +33,9 @@ def work(tell: Tell, tasks: list[str], plan: Any) -> None:
             dist.barrier()
         if task == "hangs":
             time.sleep(60)
-        tell.part(task, {"half": True})
+        pids: list[int] = [0] * dist.get_world_size()
+        dist.all_gather_object(pids, os.getpid())
+        tell.part(task, {"pids": pids})
         tell.finished(task, {"passed": True, "total": total.item()})
 
 
@@ -70,10 +72,11 @@ def test_a_launch_that_is_closed_leaves_no_ranks(tmp_path) -> None:
     assert [event[:2] for event in events] == [
         ("started", "a"), ("part", "a"), ("finished", "a"), ("started", "hangs")
     ]  # fmt: skip
+    (pids,) = (event[2]["pids"] for event in events if event[0] == "part")
+    assert len(pids) == 2
+    assert all(Path(f"/proc/{pid}").exists() for pid in pids)
     told.close()
-    mine = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in mine]
-    assert not [text for text in commands if "spawn_main" in text]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def test_what_a_launch_cannot_start_fails_with_all_its_tasks(tmp_path) -> None:

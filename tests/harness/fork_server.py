@@ -142,7 +142,10 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
     def close(self) -> None:
-        """Go away; the server then kills what still runs."""
+        """Go away; the server then kills what still runs, and this waits until it has."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_WR)
+            self._connection.recv(64)
         self._lines.close()
         self._connection.close()
 
@@ -279,11 +282,13 @@ def _follow(workers: dict[int, int], connection: socket.socket) -> tuple[int, in
     left = dict(workers)
     while left:
         gone = bool(select.select([connection], [], [], _POLL_S)[0])
+        ended = []
         for pid in list(left):
             done, status = os.waitpid(pid, os.WNOHANG)
-            ended = left.pop(pid) if done else None
-            if done and status and not code:
-                code, rank = os.waitstatus_to_exitcode(status), ended
+            if done:
+                ended.append((os.waitstatus_to_exitcode(status), left.pop(pid)))
+        # Of those that end at once one that a signal ended comes first: the others lost it.
+        code, rank = (code, rank) if code else min((e for e in ended if e[0]), default=(0, 0))
         if code and deadline == float("inf"):
             deadline = time.monotonic() + _PATIENCE_S
             _signal(left, signal.SIGTERM)

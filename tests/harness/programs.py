@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.harness.fork_server import Forked, Start, shared_server
+
+_EXIT_ORPHAN = 18
 
 
 def start(
@@ -27,6 +32,7 @@ def start(
     *,
     fresh: bool = False,
     ranks: int = 0,
+    logs: Path | None = None,
 ) -> subprocess.Popen | Forked:
     """Start ``python ARGUMENTS`` in a session of its own.
 
@@ -38,17 +44,20 @@ def start(
         errors: file for what it writes to stderr.
         fresh: import everything anew, as a user does.
         ranks: that torchrun would start; 0 for one process that is no rank.
+        logs: folder for what ranks print, each in a folder of its own.
     """
     address = None if fresh else shared_server()
     for path in (output, errors):
         path.touch()  # there before the program is
     if address is not None:
-        asked = (list(arguments), str(folder), dict(environment), str(output))
-        return Forked(address, Start(*asked, ranks, str(errors)))
+        to = [f"{logs}/{{rank}}/stdout.log", ranks] if logs else [str(output), ranks, str(errors)]
+        return Forked(address, Start(list(arguments), str(folder), dict(environment), *to))
     if ranks:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-        arguments = [*torchrun, f"--nproc-per-node={ranks}", *arguments]
-    with output.open("w") as out, errors.open("w") as err:
+        apart = ["--redirects=3", f"--log-dir={logs}"] if logs else []
+        arguments = [*torchrun, *apart, f"--nproc-per-node={ranks}", *arguments]
+    # Appended: both may be the same file.
+    with output.open("a") as out, errors.open("a") as err:
         return subprocess.Popen(
             [sys.executable, *arguments],
             cwd=folder,
@@ -58,6 +67,37 @@ def start(
             stderr=err,
             start_new_session=True,
         )
+
+
+def first_failed(process: subprocess.Popen | Forked, log: Path) -> tuple[int | None, int | None]:
+    """Rank and exit code of the first rank that failed, ``None`` where it is not known.
+
+    Args:
+        process: of :func:`start`, with ranks; it has ended.
+        log: where its errors went.
+    """
+    if isinstance(process, Forked):
+        return process.rank, process.returncode
+    said = log.read_text(errors="replace")
+    first = re.search(r"Root Cause.*?\n +rank +: (\d+)", said, re.DOTALL)
+    if first is None:
+        return None, None
+    code = re.search(rf"\n +rank +: {first[1]} .*\n +exitcode +: (-?\d+)", said)
+    return int(first[1]), int(code[1]) if code else None
+
+
+def end_with(pid: int) -> None:
+    """End this process when another one has ended, which cannot say so if it was killed."""
+
+    def watch() -> None:
+        while True:
+            time.sleep(2)
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                os._exit(_EXIT_ORPHAN)
+
+    threading.Thread(target=watch, daemon=True, name="watch").start()
 
 
 def run(

@@ -18,8 +18,6 @@ import os
 import signal
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any, TextIO
@@ -30,10 +28,10 @@ import torch.distributed as dist
 from tests.harness import backend
 from tests.harness.garbage import end_threads_of_groups, set_imports_aside
 from tests.harness.plugin import ranks_of, timeout_of
+from tests.harness.programs import end_with
 from tests.harness.records import SUPERVISOR_VARIABLE, RecordWriter, read_plan, stacks_path
 
 _EXIT_GAVE_UP = 17
-_EXIT_ORPHAN = 18
 # Tests between two collections of garbage: one after each would cost more than it saves.
 _TESTS_PER_COLLECTION = 10
 _START_TIMEOUT = datetime.timedelta(seconds=300)
@@ -65,7 +63,8 @@ class RankPlugin:
         self._texts: list[str] = []
         self._elsewhere: list[str] = []
         self._redirect_tmp_path()
-        self._watch_supervisor()
+        if SUPERVISOR_VARIABLE in os.environ:
+            end_with(int(os.environ[SUPERVISOR_VARIABLE]))
 
     # --- process set-up -------------------------------------------------------------------
 
@@ -82,22 +81,6 @@ class RankPlugin:
             self.config.option.basetemp = tempfile.mkdtemp(prefix=f"pytest-rank{self.rank}-")
         else:
             self.config.option.basetemp = str(Path(parent) / f"tmp-rank{self.rank}")
-
-    def _watch_supervisor(self) -> None:
-        """End this process when the supervising pytest has died without saying so."""
-        supervisor = os.environ.get(SUPERVISOR_VARIABLE)
-        if supervisor is None:
-            return
-
-        def watch() -> None:
-            while True:
-                time.sleep(2)
-                try:
-                    os.kill(int(supervisor), 0)
-                except ProcessLookupError:
-                    os._exit(_EXIT_ORPHAN)
-
-        threading.Thread(target=watch, daemon=True, name="supervisor-watch").start()
 
     @pytest.hookimpl(trylast=True)
     def pytest_configure(self, config: pytest.Config) -> None:

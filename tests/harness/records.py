@@ -123,7 +123,7 @@ class RankLog:
 def trim_stacks(text: str) -> str:
     """Drop what says nothing about the test: the harness's own thread and pytest's frames."""
     threads = re.split(r"\n(?=(?:Current thread|Thread) )", text.strip())
-    kept = [t for t in threads if "rank_plugin.py" not in t or "in watch" not in t]
+    kept = [t for t in threads if "programs.py" not in t or "in watch" not in t]
     return "\n".join(_PYTEST_FRAMES.sub("", t).strip() for t in kept)
 
 

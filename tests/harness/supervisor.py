@@ -24,9 +24,10 @@ from pathlib import Path
 import pytest
 
 from tests.harness import records
-from tests.harness.fork_server import Forked, Start, shared_server
+from tests.harness.fork_server import Forked
 from tests.harness.gpus import VISIBLE, show_to_ranks
 from tests.harness.plugin import ranks_of, timeout_of
+from tests.harness.programs import first_failed, start
 from tests.harness.records import RankLog
 from tests.harness.reports import RankFailure, error, merge
 
@@ -57,26 +58,17 @@ class Launch:
 
     def start_ranks(self, config: pytest.Config, size: int) -> subprocess.Popen | Forked:
         """Fork the ranks from the server, or start torchrun where each has a GPU."""
-        environment = self.environment()
-        arguments = self.arguments(config)
-        folder, log = str(config.invocation_params.dir), str(self.directory / "logs")
-        forks = environment.get(VISIBLE) == "" and config.getini("ranks_start") == "fork"
-        address = shared_server() if forks else None
-        if address is not None:
-            output = f"{log}/{{rank}}/stdout.log"
-            return Forked(address, Start(arguments, folder, environment, output, size))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--local-addr=127.0.0.1", f"--nproc-per-node={size}", "--redirects=3"]
-        with (self.directory / "agent.log").open("wb") as output:
-            return subprocess.Popen(
-                [*command, f"--log-dir={log}", *arguments],
-                cwd=folder,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        environment, log = self.environment(), self.directory / "agent.log"
+        return start(
+            self.arguments(config),
+            config.invocation_params.dir,
+            environment,
+            log,
+            log,
+            fresh=environment.get(VISIBLE) != "" or config.getini("ranks_start") != "fork",
+            ranks=size,
+            logs=self.directory / "logs",
+        )
 
     def arguments(self, config: pytest.Config) -> list[str]:
         """What a rank runs."""
@@ -164,26 +156,16 @@ class Launch:
         return self._why_dead()
 
     def _why_dead(self) -> str:
-        first, code, agent = self._first_dead()
+        agent = self.directory / "agent.log"
+        first, code = first_failed(self.process, agent)
         # Without a first one: ranks that were stopped have left a stack, one that died has not.
         silent = [log for log in self.logs if not log.stacks() and not log.ended]
         log = (silent or self.logs)[0] if first is None else self.logs[first]
         ended = (
             f"the launch exited {self.process.returncode}" if code is None else f"exit code {code}"
         )
-        output = log.output_tail() or agent[-2000:]
+        output = log.output_tail() or agent.read_text(errors="replace")[-2000:]
         return f"rank {log.rank} died ({ended}); its last output:\n{output}"
-
-    def _first_dead(self) -> tuple[int | None, int | None, str]:
-        """The rank that was seen to fail first, its exit code, and what torchrun said."""
-        if isinstance(self.process, Forked):
-            return self.process.rank, self.process.returncode, ""
-        agent = (self.directory / "agent.log").read_text(errors="replace")
-        first = re.search(r"Root Cause.*?\n +rank +: (\d+)", agent, re.DOTALL)
-        if first is None:
-            return None, None, agent
-        code = re.search(rf"\n +rank +: {first[1]} .*\n +exitcode +: (-?\d+)", agent)
-        return int(first[1]), int(code[1]) if code else None, agent
 
     def close(self) -> None:
         """Stop what still runs and remove the launch's files."""

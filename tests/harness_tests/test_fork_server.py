@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -86,8 +87,9 @@ def test_a_client_that_goes_away_takes_everything_along(server: ForkServer, tmp_
         running.wait(0.1)
     while not all((tmp_path / f"pid{rank}").exists() for rank in range(2)):
         time.sleep(0.05)
-    running.close()
-    assert all(gone(int((tmp_path / f"pid{rank}").read_text())) for rank in range(2))
+    running.close()  # not before they are gone
+    pids = [(tmp_path / f"pid{rank}").read_text() for rank in range(2)]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def test_the_server_ends_with_its_client(tmp_path: Path) -> None:
@@ -150,3 +152,19 @@ def test_the_rank_that_fails_first_is_named(server: ForkServer, tmp_path: Path) 
         server.address, Start(["-c", code], str(tmp_path), dict(os.environ), said, ranks=3)
     )
     assert (running.wait(60), running.rank) == (7, 2)
+
+
+def test_the_rank_that_a_signal_ended_comes_before_those_that_lost_it(
+    server: ForkServer, tmp_path: Path
+) -> None:
+    """Both have ended when the server looks: a peer that fails because it lost one is no cause."""
+    test = RANKS + "    while not pathlib.Path('go').exists(): time.sleep(0.01)\n"
+    test += "    os._exit(1) if rank == 0 else os.kill(os.getpid(), 9)\n"
+    running = start(server, tmp_path, test, ranks=2)
+    while not all((tmp_path / f"pid{rank}").exists() for rank in range(2)):
+        time.sleep(0.05)
+    os.kill(running.pid, signal.SIGSTOP)
+    (tmp_path / "go").touch()
+    assert all(gone(int((tmp_path / f"pid{rank}").read_text())) for rank in range(2))
+    os.kill(running.pid, signal.SIGCONT)
+    assert (running.wait(60), running.rank) == (-signal.SIGKILL, 1)
