@@ -31,7 +31,7 @@ from tests.functional.digits_job import (
 ONE_RANK = "--vision tp=1,dp=1 --language tp=1,dp=1"
 TWO_RANKS = "--vision tp=1,dp=2 --language tp=2,dp=1"
 FOUR_RANKS = "--vision tp=2,dp=2 --language tp=1,cp=2,dp=2"
-PARITY_STEPS = 12
+PARITY_STEPS = 6
 LAST_STEP = f"step_{PARITY_STEPS:08}"
 
 
@@ -78,7 +78,7 @@ EIGHT_RANKS = {
     ),
     "equal DP": Parity(
         "--vision tp=4,dp=2 --language tp=2,cp=2,dp=2 --sequence-parallel "
-        "--distributed-optimizer --overlap-grad-reduce --micro-batches 4 --no-evaluate",
+        "--distributed-optimizer --overlap-grad-reduce --micro-batches 2 --no-evaluate",
         {"tp": 4, "dp": 2},
         {"tp": 2, "cp": 2, "dp": 2},
     ),
@@ -177,7 +177,7 @@ def test_fresh_sets_earlier_results_aside_and_deletes_nothing(
 
 # ----------------------------------------------------------------------------------- two encoders
 
-SOUND_STEPS = 12
+SOUND_STEPS = 6
 ONE_RANK_WITH_SOUNDS = "--vision tp=1,dp=1 --audio tp=1,dp=1 --language tp=1,dp=1"
 STAGES_WITH_SOUNDS = (
     "--vision tp=2,dp=4 --audio tp=1,dp=8 --language tp=1,cp=2,pp=2,dp=2 --micro-batches 4 "
@@ -189,7 +189,7 @@ STAGES_WITH_SOUNDS = (
 def with_sounds(shelf: Path) -> tuple[Job, Job]:
     """The same steps on one process and on 8 ranks, with images and sounds."""
     alone = f"{ONE_RANK_WITH_SOUNDS} --steps {SOUND_STEPS} --no-evaluate --save-every 0"
-    staged = f"{STAGES_WITH_SOUNDS} --steps {SOUND_STEPS} --save-every 6"
+    staged = f"{STAGES_WITH_SOUNDS} --steps {SOUND_STEPS} --save-every 3"
     return (
         Job(shelf / "sounds_one", alone).wait().succeeded(),
         Job(shelf / "sounds_eight", staged).wait().succeeded(),
@@ -236,7 +236,7 @@ def test_a_run_with_sounds_goes_on_in_another_layout(
     shutil.rmtree(out / "checkpoints" / f"step_{SOUND_STEPS:08}")
     two_ranks = "--vision tp=1,dp=2 --audio tp=2,dp=1 --language tp=2,dp=1 --micro-batches 4"
     job = Job(out, f"{two_ranks} --steps {SOUND_STEPS} --no-evaluate").wait().succeeded()
-    assert f"resuming after step 6 from {out}" in job.output
+    assert f"resuming after step 3 from {out}" in job.output
     assert "saved in another layout" in job.output
     assert job.losses() == pytest.approx(alone.losses(), rel=0, abs=1e-4)
 

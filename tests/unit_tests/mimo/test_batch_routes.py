@@ -12,6 +12,8 @@ from megatron.core.models.mimo.comm.plan.routed_layout import RouteLayout
 from megatron.core.models.mimo.comm.plan.routes import RowCountError, plan_routes
 from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns
 
+pytestmark = pytest.mark.once
+
 SRC = GridShape((2, 4), ("tp", "dp"))
 DEST = GridShape((2, 2, 2), ("tp", "cp", "dp"))
 # Samples with other numbers of tokens, one with none.

@@ -16,6 +16,8 @@ from megatron.core.models.mimo.comm.collectives import (
     take_block,
 )
 
+pytestmark = pytest.mark.once
+
 CALLS = [
     pytest.param(lambda x, group: gather_blocks(x, group, 0), id="gather_blocks"),
     pytest.param(lambda x, group: take_block(x, group, 0), id="take_block"),

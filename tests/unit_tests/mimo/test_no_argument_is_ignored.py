@@ -13,6 +13,8 @@ import pytest
 
 from tests.functional.readme_blocks import REPO
 
+pytestmark = pytest.mark.once
+
 # FILE::function(argument) -> why it is accepted and not read.
 NOT_READ = {
     "megatron/core/models/mimo/model/ddp_methods.py::start_grad_sync(unused)": (

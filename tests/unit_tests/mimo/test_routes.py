@@ -32,6 +32,8 @@ from megatron.core.models.mimo.partition.sequence_order import (
     packed_positions,
 )
 
+pytestmark = pytest.mark.once
+
 POWERS = (1, 2, 4, 8)
 PAIRS = [
     ((tp, 8 // tp), (dest_tp, cp, 8 // (dest_tp * cp)))

@@ -20,6 +20,8 @@ from megatron.core.models.mimo.comm.plan.routes import RoutePlan, plan_routes
 from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns
 from tests.unit_tests.mimo.test_routes import World, check, move, plan_all, random_tokens
 
+pytestmark = pytest.mark.once
+
 POWERS = (1, 2, 4, 8)
 # (tp, dp) of the encoder, (tp, cp, pp, dp) of the language model.
 PAIRS = [

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[3]
 FOLDERS = ("megatron", "mimo_colocated", "examples")
 NUMBERS = ("int", "float")
