@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mimo generate``: what a model answers to a question about images, or about none."""
+"""``mimo generate``: what a model answers to a question about images, sounds, or neither."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from mimo_colocated.launch.errors import JobError
 
 if TYPE_CHECKING:
     from megatron.core.models.mimo.data.batches import ItemRows
-    from megatron.core.models.mimo.data.conversation import Conversation
+    from megatron.core.models.mimo.data.conversation import Conversation, Part
 
 _DRAWS = ("top_k", "top_p", "seed")
 _LONGEST = 2**31 - 1  # tokens, where a configuration names no bound
@@ -26,14 +27,14 @@ def check_first(options: CommandOptions) -> None:
     """Refuse what can be refused before ranks start.
 
     Raises:
-        JobError: the model, the layouts, the images or the question.
+        JobError: the model, the layouts, what is shown or the question.
     """
     with one_sentence():
         Question(options, checked_model(options).folder)
 
 
 class Question:
-    """One question, as samples and as the source of their images.
+    """One question, as samples and as the source of their images or sounds.
 
     Args:
         options: of the command.
@@ -45,31 +46,23 @@ class Question:
 
     Raises:
         JobError: options that say nothing, or a question that the model cannot be asked.
-        SampleError: an image cannot be read.
+        SampleError: an image or a sound cannot be read, or has no place in the model.
         TemplateError: the folder cannot write questions.
     """
 
     def __init__(self, options: CommandOptions, folder: Path) -> None:
         from megatron.core.models.mimo.data.conversation import (
             Conversation,
-            FileItem,
-            Part,
             Turn,
             text,
         )
         from megatron.core.models.mimo.data.encoding import ChatEncoder
-        from megatron.core.models.mimo.data.images import look_at
         from mimo_colocated.train.data import question
 
         more = options.more
         _check_draws(options)
         described = models.described(folder)
-        if more["image"] and not described.encoders:
-            raise JobError(f"--image is given, and the model in {folder} takes text alone")
-        items = [FileItem(Path(name).expanduser()) for name in more["image"]]
-        for item in items:
-            look_at(item)
-        shown = [Part("image", "", item) for item in items]
+        shown = list(_shown(options, described, folder))
         asked = Conversation((Turn("user", (*shown, text(more["question"]))),))
         config, places = described.language.config, more["max_new_tokens"]
         longest = getattr(config, "max_position_embeddings", None) or _LONGEST
@@ -80,7 +73,7 @@ class Question:
             raise JobError(
                 f"the question has {count - places} tokens and the answer may have {places}, "
                 f"together more than the {longest} of the model; ask for less with "
-                "--max-new-tokens, or show fewer images"
+                "--max-new-tokens, or show fewer images or sounds"
             )
         self._asked, self._made = [asked], [made]
         self.numbers = np.zeros(1, dtype=np.int64)
@@ -100,7 +93,7 @@ class Question:
         return np.array([len(self._made[sample].input_ids) for sample in samples.tolist()])
 
     def items(self, samples: np.ndarray) -> ItemRows:
-        """Return the rows of its images, sample after sample."""
+        """Return the rows of its images or sounds, sample after sample."""
         from megatron.core.models.mimo.data.batches import ItemRows
 
         rows = [np.asarray(self._made[at].rows, dtype=np.int64) for at in samples.tolist()]
@@ -109,12 +102,33 @@ class Question:
         return ItemRows(np.concatenate([none, *rows]), counts)
 
     def grids(self, sample: int) -> np.ndarray:
-        """Return the grids of its images, int32 ``(items, 3)``."""
+        """Return the grids of what it shows, int32 ``(items, 3)``."""
         return self._made[sample].grids
 
     def tokens(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
         """Return its tokens, and that none is learned: int32, bool ``(n,)``."""
         return self._made[sample].input_ids, self._made[sample].learned
+
+
+def _shown(options: CommandOptions, described: Any, folder: Path) -> Iterator[Part]:
+    """What is shown or played before the question, looked at; the model takes such."""
+    from megatron.core.models.mimo.data import images, sounds
+    from megatron.core.models.mimo.data.conversation import FileItem, Part
+
+    flags = models.flag_of(described).values()
+    for option, kind, flag, look_at in (
+        ("image", "image", "vision", images.look_at),
+        ("sound", "audio", "audio", sounds.look_at),
+    ):
+        items = [FileItem(Path(name).expanduser()) for name in options.more[option]]
+        if items and flag not in flags:
+            takes = " and ".join({"vision": "images", "audio": "sounds"}[each] for each in flags)
+            raise JobError(
+                f"--{option} is given, and the model in {folder} takes {takes or 'text alone'}"
+            )
+        for item in items:
+            look_at(item)
+            yield Part(kind, "", item)
 
 
 def _check_draws(options: CommandOptions) -> None:

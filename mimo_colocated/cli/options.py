@@ -127,6 +127,11 @@ def read(command: str, argv: Sequence[str]) -> CommandOptions:
     """
     found = vars(parser_of(command).parse_args(list(argv)))
     found.pop("config", None)
+    if command == "generate" and "=" not in (found["audio"] or "="):
+        raise JobError(
+            f"--audio {found['audio']!r} is no layout, such as tp=2,dp=4; a sound that is played "
+            "before the question is given with --sound"
+        )
     layouts = {
         name: Layout.parse(text, name)
         for name in (*ENCODERS, "language")
@@ -294,6 +299,13 @@ def _generate(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="shown before the question; may be given several times",
     )
+    add(
+        "--sound",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="played before the question; may be given several times (--audio is a layout)",
+    )
     add("--max-new-tokens", type=WHOLE, default=64, help="the answer is cut after so many")
     add(
         "--temperature",
@@ -399,7 +411,7 @@ DESCRIPTIONS = {
     "export": "Write a Hugging Face folder from a checkpoint of any layout.",
     "check": "Compare a model's logits here, in any layout, with transformers'.",
     "eval": "Measure loss and exact match of a model on held-out data, in any layout.",
-    "generate": "Answer a question about images, or about none, with a model in any layout.",
+    "generate": "Answer a question about images, sounds, or neither, with a model in any layout.",
     "calibrate": "Measure what `mimo plan` needs to know of this machine, in about a minute.",
     "plan": "Predict time and memory of all pairs of layouts, and of the best homogeneous ones.",
     "draw": "Draw which rank holds what on either side of the bridges.",

@@ -64,7 +64,7 @@ def ready_model(options: CommandOptions) -> ReadyModel:
         options: ``checkpoint`` is the folder, the run or the checkpoint.
 
     Raises:
-        JobError: there is no model, or it takes sounds.
+        JobError: there is no model.
     """
     from megatron.core.models.mimo.checkpoint.history import History
 
@@ -84,11 +84,8 @@ def ready_model(options: CommandOptions) -> ReadyModel:
             saved = History(found.root, 1).manifest(found.step).extra
         recipe = saved.get("options", {}).get("recipe", {})
     with models.one_sentence():
-        flags = models.flag_of(models.described(folder))
         trained = recipe.get("model", {}).get("dtype")
         dtype = options.dtype or trained or models.folder_dtype(folder)
-    if "audio" in flags.values():
-        raise JobError(f"{options.command} asks about text and images, and {folder} takes sounds")
     return ReadyModel(folder, found, recipe, tuple(native), dtype)
 
 

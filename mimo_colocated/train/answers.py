@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections import Counter
@@ -20,6 +21,7 @@ from megatron.core.models.mimo.data.conversation import Conversation
 from megatron.core.models.mimo.data.encoding import ChatEncoder
 from megatron.core.models.mimo.data.loader import Microbatch, RankBatches
 from megatron.core.models.mimo.huggingface.all_ranks import on_all_ranks
+from megatron.core.models.mimo.job.key_value_cache import KeyValueCache, can_cache
 from megatron.core.models.mimo.job.next_tokens import Choice
 from megatron.core.models.mimo.training.agreement import gathered
 from mimo_colocated import phases
@@ -102,26 +104,35 @@ class Answering:
         asked = [length - self._places for length in language.lengths]
         said = np.full((len(asked), self._places), end)
         ids, (ends, rows) = language.input_ids.copy(), _rows(language)
+        cache, shown = self._cache(*ids.shape), np.empty(0)
         for place in range(self._places):
-            fed = replace(microbatch, language=replace(language, input_ids=ids))
-            next_ids = self._runner.next_tokens(
-                {**self._runner.inputs(fed), "labels": None, "loss_mask": None},
-                [(row, at + n - 1 + place) for (row, at), n in zip(rows, asked, strict=True)],
-                self._choice,
-                [(start + sample, place) for sample in microbatch.samples],
-                ends,
-            ).cpu()
+            names = [(start + sample, place) for sample in microbatch.samples]
+            at = [(row, first + n - 1 + place) for (row, first), n in zip(rows, asked, strict=True)]
+            if cache is not None and place:
+                tokens, positions = torch.from_numpy(shown), [position for _, position in at]
+                found = self._runner.further_tokens(cache, tokens, positions, self._choice, names)
+            else:
+                fed = replace(microbatch, language=replace(language, input_ids=ids))
+                inputs = {**self._runner.inputs(fed), "labels": None, "loss_mask": None}
+                with contextlib.nullcontext() if cache is None else cache.filled():
+                    found = self._runner.next_tokens(inputs, at, self._choice, names, ends)
+            next_ids = found.cpu()
             done = np.isin(said[:, :place], self._ends).any(axis=1)
             said[:, place] = np.where(done, end, next_ids.numpy())
             shown = np.where(
                 np.isin(said[:, place], self._stand_ins), self._encoder.padding, said[:, place]
             )
-            for number, (row, at) in enumerate(rows):
-                ids[row, at + asked[number] + place] = shown[number]
+            for number, (row, first) in enumerate(rows):
+                ids[row, first + asked[number] + place] = shown[number]
             all_done = np.isin(said[:, : place + 1], self._ends).any(axis=1).all()
             if self._all_done(bool(all_done), bool((next_ids < 0).any())):
                 break
         return [_until(tokens.tolist(), self._ends) for tokens in said]
+
+    def _cache(self, samples: int, length: int) -> KeyValueCache | None:
+        """What keeps keys and values of so many samples, where the layout and the model let it."""
+        built = self._runner.built
+        return KeyValueCache(built, samples, length) if can_cache(built) else None
 
     def _all_done(self, own: bool, broken: bool) -> bool:
         """Whether all answers of all replicas have ended."""

@@ -153,6 +153,10 @@ class RecipeLoop(TracedLoop):
         self._boards: list[Board] = on_all_ranks(
             lambda: [] if self.rank else boards_of(options.recipe, done), "open its boards"
         )
+        built: Any = self.trainer.built
+        named = built.named_parameters()
+        # Of all stages; what counts the work is on rank 0 alone.
+        self._frozen, self._adapted = frozen_parts(named), adapted_modules(named)
         return done
 
     def found(self) -> dict[str, Any]:
@@ -163,10 +167,8 @@ class RecipeLoop(TracedLoop):
         options: Any = self.options
         model = options.recipe.model
         built: Any = self.trainer.built
-        parameters = built.named_parameters()
-        frozen, adapted = frozen_parts(parameters), adapted_modules(parameters)
         numbers = StepNumbers.of_model(
-            built.composite, options.language, frozen, model.dtype, adapted
+            built.composite, options.language, self._frozen, model.dtype, self._adapted
         )
         return RecipeReporter(
             options.out, done, self.trainer, self.data, numbers, boards=self._boards

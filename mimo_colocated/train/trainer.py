@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core.models.mimo.data.loader import Microbatch, RankBatch
 from megatron.core.models.mimo.job.packing import packing
-from megatron.core.models.mimo.job.trainer import LossFunction, Runner, StepResult, Trainer
+from megatron.core.models.mimo.job.trainer import LossFunction, Runner, Trainer
 from mimo_colocated import phases
 from mimo_colocated.train.data import StepData
 
@@ -69,7 +70,7 @@ class RecipeRunner(Runner):
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         if outputs:
             sums = torch.stack(outputs).sum(dim=0)
-        torch.distributed.all_reduce(sums, group=self.groups.dp_cp)
+        dist.all_reduce(sums, group=self.groups.dp_cp)
         loss, tokens = self.from_last_stage(sums).tolist()
         return loss, tokens
 
@@ -77,16 +78,24 @@ class RecipeRunner(Runner):
 class RecipeTrainer(RecipeRunner, Trainer):
     """Steps over :class:`StepData`."""
 
-    def step(self, data: StepData, step: int) -> StepResult:
-        """Make one training step; ``data.waited_s`` becomes that of the rank that waited longest.
+    def gradients(self, data: StepData, step: int) -> tuple[float, int]:
+        """Run forward and backward; ``data.waited_s`` becomes the longest wait of a rank."""
+        self._data = data
+        return super().gradients(data, step)
 
-        The others wait for it in their collectives.
+    def summed(self, sums: Tensor) -> list[float]:
+        """Return a step's loss and counted tokens; the longest wait for its data comes along.
+
+        The others wait for it in their collectives. One reduction serves all of it: TP ranks, which
+        have the same loss, give a part each, and every rank its waiting in a place of its own.
         """
-        result = super().step(data, step)
-        waited = torch.tensor(data.waited_s, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(waited, op=torch.distributed.ReduceOp.MAX)
-        data.waited_s = waited.item()
-        return result
+        numbers = torch.zeros(2 + dist.get_world_size(), dtype=torch.float64, device=self.device)
+        numbers[:2] = sums / self.groups.tp.size()
+        numbers[2 + dist.get_rank()] = self._data.waited_s
+        dist.all_reduce(numbers)
+        loss, tokens, *waited = numbers.tolist()
+        self._data.waited_s = max(waited)
+        return [loss, tokens]
 
     def microbatches(self, data: StepData, step: int) -> Iterator[Mapping[str, Any]]:
         """Yield what the model is called with in each of a step's microbatches."""

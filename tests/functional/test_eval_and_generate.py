@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import transformers
 
 from mimo_colocated.cli.main import main
-from tests.unit_tests.mimo.data import small
-from tests.unit_tests.mimo.huggingface import harness, models, sounds
+from tests.unit_tests.mimo.huggingface import harness, models
 from tests.unit_tests.mimo.train import strangers
 
 DATA = "{kind: chat, settings: {path: nowhere.jsonl}}"
@@ -62,6 +62,8 @@ def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
         (("--seed", "-1"), "must be a whole number from 0"),
         (("--max-new-tokens", "32760"), "and the answer may have 32760, together more than the"),
         (("--image", "x.png"), "--image is given, and the model in"),
+        (("--sound", "x.wav"), "language takes text alone"),
+        (("--audio", "x.wav"), "'x.wav' is no layout, such as tp=2,dp=4; a sound that is played"),
         (("--source", "a"), "is a model itself; leave --source out"),
         (("--vision", "tp=1"), "--vision is given, but the model in"),
         (("--language", "tp=8"), "language tp=8 does not divide its"),
@@ -112,9 +114,20 @@ def test_an_evaluation_that_cannot_be_is_refused(
     assert said in refused(capsys, "eval", folder, *given)
 
 
-def test_sounds_are_not_asked_about(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    sounds.qwen2_audio().save_pretrained(tmp_path)
-    small.save_text(tmp_path)
-    words = refused(capsys, "generate", tmp_path, "what")
-    assert "generate asks about text and images, and" in words
-    assert "takes sounds" in words
+def test_sounds_that_cannot_be_played_are_refused(
+    seeing: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    hearing = tmp_path / "hearing"
+    strangers.write_qwen_audio(hearing)
+    for name, length in (("long", 2 * strangers.RATE), ("short", 0)):
+        strangers.write_wav(tmp_path / f"{name}.wav", np.zeros(length))
+    for folder, given, said in (
+        (hearing, ("--image", "x.png"), "--image is given, and the model in"),
+        (hearing, ("--image", "x.png"), "hearing takes sounds"),
+        (seeing, ("--sound", "x.wav"), "takes images"),
+        (hearing, ("--sound", tmp_path / "x.wav"), "x.wav cannot be read: No such file"),
+        (hearing, ("--sound", hearing / "config.json"), "config.json is no sound"),
+        (hearing, ("--sound", tmp_path / "long.wav"), "long.wav has 2 s, and its processor takes"),
+        (hearing, ("--sound", tmp_path / "short.wav"), "short.wav has 0 s, too few for a row"),
+    ):
+        assert said in refused(capsys, "generate", folder, "what", *given)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 
+from megatron.core.models.mimo.training import pretrained
 from megatron.core.models.mimo.training.initial_weights import initialize_weights
 from megatron.core.models.mimo.training.pretrained import keep_weights, refuse_different_weights
 from tests.unit_tests.mimo.attention_oracle import FakeGroup
@@ -109,17 +110,13 @@ def compare(monkeypatch: pytest.MonkeyPatch, models: list[nn.Module], tp: int = 
     """What each rank says of weights of which ``models`` has one rank's each."""
     told: list[Any] = []
 
-    def record(everywhere: list[Any], mine: Any) -> None:
+    def record(mine: Any) -> list[Any]:
         told.append(mine)
-        everywhere[:] = [mine] * WORLD
-
-    def deliver(everywhere: list[Any], mine: Any) -> None:
-        everywhere[:] = told
+        return [mine] * WORLD
 
     said = []
-    monkeypatch.setattr(dist, "get_world_size", lambda: WORLD)
-    for exchange in (record, deliver):
-        monkeypatch.setattr(dist, "all_gather_object", exchange)
+    for exchange in (record, lambda _mine: told):
+        monkeypatch.setattr(pretrained, "gathered", exchange)
         said.clear()
         for rank, model in enumerate(models):
             groups = {"images": SimpleNamespace(tp=FakeGroup(rank % tp, tp), pp=FakeGroup(0, 1))}

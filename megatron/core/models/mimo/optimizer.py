@@ -26,6 +26,7 @@ from megatron.core.models.mimo.gradients.nonfinite import (
     find_nonfinite_gradients,
 )
 from megatron.core.models.mimo.model.ddp_methods import finish_param_gather
+from megatron.core.models.mimo.training.agreement import gathered
 from megatron.core.models.mimo.training.inner_optimizers import (
     count_zeros_of,
     dynamic_scalers,
@@ -292,10 +293,8 @@ class MimoOptimizer(MegatronOptimizer):
         ]
         mine = [scaler.state_dict() for scaler in dynamic_scalers(going_on)]
         # On the host: the ranks' devices differ.
-        states: list = [None] * dist.get_world_size()
         first = {**mine[0], "scale": mine[0]["scale"].cpu()} if mine else None
-        dist.all_gather_object(states, first)
-        known: Any = next((state for state in states if state is not None), None)
+        known: Any = next((state for state in gathered(first) if state is not None), None)
         for scaler in dynamic_scalers(self._active_optimizers) if known else []:
             scaler.load_state_dict(known)
 

@@ -17,6 +17,7 @@ from megatron.core.models.mimo.job.trainer import Trainer, TrainOptions
 from megatron.core.models.mimo.training.parameter_names import (
     Named,
     ParameterNameError,
+    adapted_modules,
     frozen_parts,
     named_parameters,
     select,
@@ -124,6 +125,20 @@ def test_a_name_of_one_rank_is_known_on_all() -> None:
     wrong, right = "'langauge.layers.*'", "'language.layers.*'"
     sentence = f"{wrong} names no parameter of the model; did you mean {right}?"
     assert {said for _, said in told} == {sentence}
+
+
+def test_a_module_is_frozen_if_all_its_stages_are() -> None:
+    def stage(rank: int) -> tuple[set[str], set[str]]:
+        weight, a = (torch.nn.Parameter(torch.zeros(1), requires_grad=rank == 1) for _ in "wa")
+        path = f"language.decoder.layers.{rank}.mlp.linear_fc2"
+        named = [
+            Named(f"{path}.weight", weight),
+            Named(f"{path}.lora.down_proj.A", a),
+            Named("images.input_projections.0.weight", torch.nn.Parameter(a, requires_grad=False)),
+        ]
+        return frozen_parts(named), adapted_modules(named)
+
+    assert InProcessWorld(2).run(stage) == [({"images", "images.projector"}, {"language"})] * 2
 
 
 def test_names_of_a_modules_parameters() -> None:

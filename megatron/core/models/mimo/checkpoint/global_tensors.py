@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.models.mimo.training.agreement import gathered
 
 # Key of a tensor -> (its global shape, bytes of an element).
 Described = dict[str, tuple[list[int], int]]
@@ -59,9 +60,7 @@ def different_parts(own: Any, digest: str) -> dict[int, Any]:
         own: what this rank says.
         digest: of it, the same for equal ones.
     """
-    digests: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(digests, digest)
-    first = {digest: rank for rank, digest in reversed(list(enumerate(digests)))}
+    first = {each: rank for rank, each in reversed(list(enumerate(gathered(digest))))}
     if len(first) == 1:
         return {0: own}
     parts: dict[int, Any] = {}

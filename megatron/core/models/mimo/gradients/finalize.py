@@ -26,6 +26,7 @@ from megatron.core.models.mimo.gradients.nonfinite import ranks_text
 from megatron.core.models.mimo.model.rank_modules import stages_of
 from megatron.core.models.mimo.torch_native.data_parallel import TorchNativeParallel
 from megatron.core.models.mimo.torch_native.part import native_parts
+from megatron.core.models.mimo.training.agreement import gathered
 from megatron.core.models.mimo.training.experts import check_expert_sizes, mark_expert_parameters
 from megatron.core.models.mimo.training.pretrained import refuse_different_weights
 from megatron.core.models.mimo.wrappers import clean_name, is_torch_native, stepped
@@ -310,10 +311,7 @@ def refuse_missing_gradients(
         ValueError: a parameter without a gradient; ``together``: the same on all ranks.
     """
     mine = {name: keys for name, parts in modules.items() if (keys := _without_gradient(parts))}
-    everywhere = [mine]
-    if together:
-        everywhere = [{}] * dist.get_world_size()
-        dist.all_gather_object(everywhere, mine)
+    everywhere = gathered(mine) if together else [mine]
     name = min((name for found in everywhere for name in found), default=None)
     if name is None:
         return

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.models.mimo.model.rank_modules import LANGUAGE_MODEL
+from megatron.core.models.mimo.training.agreement import gathered
 from megatron.core.models.mimo.training.global_names import global_modules, join
 from megatron.core.models.mimo.wrappers import stepped
 
@@ -58,9 +59,7 @@ def find_nonfinite_gradients(
         if found:
             named = tuple(reversed(found[-_NAMED:]))
             mine.append(NonFiniteGradients(name, rank, named, len(found)))
-    everywhere: list[list[NonFiniteGradients]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(everywhere, mine)
-    return tuple(each for found in everywhere for each in found)
+    return tuple(each for found in gathered(mine) for each in found)
 
 
 def gradients_sentence(modules: Sequence[str], found: Sequence[NonFiniteGradients]) -> str:
@@ -87,8 +86,7 @@ def find_nonfinite_outputs(
     """
     with _watched(modules) as mine:
         run()
-    everywhere: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(everywhere, sorted(mine))
+    everywhere: list[list[str]] = gathered(sorted(mine))
     names = sorted({name for found in everywhere for name in found})
     return {
         name: tuple(rank for rank, found in enumerate(everywhere) if name in found)

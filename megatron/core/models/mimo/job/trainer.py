@@ -19,6 +19,7 @@ from megatron.core.models.mimo.gradients.nonfinite import (
     outputs_sentence,
 )
 from megatron.core.models.mimo.job.built_model import LANGUAGE, BuiltModel
+from megatron.core.models.mimo.job.key_value_cache import KeyValueCache
 from megatron.core.models.mimo.job.logits import whole_logits, whole_packed_logits
 from megatron.core.models.mimo.job.next_tokens import Choice, next_tokens, rows_at
 from megatron.core.models.mimo.job.route_plans import RoutePlans
@@ -237,6 +238,26 @@ class Runner:
         rows, owned = rows_at(logits, places, positions)
         return self.from_last_stage(next_tokens(rows, owned, self.groups, choice, names))
 
+    @torch.no_grad()
+    def further_tokens(
+        self,
+        cache: KeyValueCache,
+        tokens: torch.Tensor,
+        positions: Sequence[int],
+        choice: Choice,
+        names: Sequence[Sequence[int]],
+    ) -> torch.Tensor:
+        """Return the tokens that follow one further token of each sample, as :meth:`next_tokens`.
+
+        Args:
+            cache: has all that comes before.
+            tokens, positions: see :meth:`.KeyValueCache.logits`.
+            choice, names: see :func:`.next_tokens.next_tokens`.
+        """
+        rows = cache.logits(tokens.to(self.device), positions)
+        owned = torch.ones(len(rows), dtype=torch.bool, device=self.device)
+        return next_tokens(rows, owned, self.groups, choice, names)
+
     def _logits(self, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
         """This rank's logits of one microbatch, on the last stage."""
         # Virtual stages work on as many microbatches as there are stages; one answer is enough.
@@ -340,9 +361,17 @@ class Trainer(Runner):
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         if outputs:
             sums = torch.stack(outputs).sum(dim=0)
+        loss_sum, tokens = self.summed(sums)
+        return loss_sum / max(tokens, 1.0), round(tokens)
+
+    def summed(self, sums: torch.Tensor) -> list[float]:
+        """Return a step's loss and counted tokens, summed over the ranks; the same on every rank.
+
+        Args:
+            sums: of this rank, float64 ``(2,)``; zeros on stages before the last.
+        """
         dist.all_reduce(sums, group=self.groups.dp_cp)
-        loss_sum, tokens = self.from_last_stage(sums).tolist()
-        return loss_sum / max(tokens, 1.0), int(tokens)
+        return self.from_last_stage(sums).tolist()
 
     def step(self, data: Any, step: int) -> StepResult:
         """Make one training step.

@@ -140,7 +140,11 @@ def freeze(patterns: Sequence[str], named: Sequence[Named]) -> None:
 def frozen_parts(named: Iterable[Named]) -> set[str]:
     """Return what trains no parameter: modules, ``MODALITY.encoder``, ``MODALITY.projector``.
 
-    Adapters are no parameters of theirs.
+    All ranks call it together: a pipeline stage may be frozen where another one trains. Adapters
+    are no parameters of theirs.
+
+    Args:
+        named: this rank's parameters.
     """
     trains: dict[str, bool] = {}
     for each in named:
@@ -151,16 +155,22 @@ def frozen_parts(named: Iterable[Named]) -> set[str]:
         names = [module, f"{module}.{part}"] if part in ("encoder", "projector") else [module]
         for name in names:
             trains[name] = trains.get(name, False) or each.parameter.requires_grad
-    return {name for name, any_of_it in trains.items() if not any_of_it}
+    told = {each for own in gathered(trains) for each in own.items()}
+    return {name for name, any_of_it in told if not any_of_it and (name, True) not in told}
 
 
 def adapted_modules(named: Iterable[Named]) -> set[str]:
-    """Return the modules in which adapters train."""
-    return {
+    """Return the modules in which adapters train, on any rank; all of them call it together.
+
+    Args:
+        named: this rank's parameters.
+    """
+    own = {
         each.name.partition(".")[0]
         for each in named
         if is_adapters(each.name) and each.parameter.requires_grad
     }
+    return set().union(*gathered(own))
 
 
 def _nearest(pattern: str, named: Iterable[Named]) -> tuple[float, str]:

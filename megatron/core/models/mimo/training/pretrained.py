@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import Module, Parameter
 
+from megatron.core.models.mimo.training.agreement import gathered
 from megatron.core.models.mimo.training.global_names import global_modules, join
 from megatron.core.models.mimo.wrappers import unwrapped
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -82,8 +83,7 @@ def refuse_different_weights(
     mine = {}
     for name, parts in modules.items():
         mine.update(_digests(name, parts, collections[name]))
-    everywhere: list[dict[tuple, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everywhere, mine)
+    everywhere: list[dict[tuple, str]] = gathered(mine)
     for place in sorted({place for told in everywhere for place in told}):
         found: dict[str, list[int]] = {}
         for rank, told in enumerate(everywhere):
