@@ -21,7 +21,7 @@ from campaigns.record import Record, Result
 from mimo_colocated.launch.errors import JobError
 
 WORK = "benchmarks.work:work"
-_NOT_SHOWN = ("passed", "backend", "expected", "curve")
+_NOT_SHOWN = ("passed", "backend", "expected", "curve", "parts_ms", "machine")
 # Kind -> what plots its cells.
 _PLOTS = {"step": report.plot_steps, "memory-policies": report.plot_memory}
 

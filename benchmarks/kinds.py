@@ -40,6 +40,7 @@ KINDS = (
     Kind("torch-native", "Torch-native modules beside Megatron's layers", "torch_native"),
     Kind("wall", "Wall time, forward + backward, routed over gather", "wall_time"),
     Kind("plan", "Steps as planned and as measured", "plan_pairs"),
+    Kind("plan-memory", "Peaks as planned and as counted", "plan_memory", on_ranks=False),
     Kind("scale", "Planning and set-up for thousands of ranks", "scale", on_ranks=False),
     Kind("data-index", "Opening a million samples", "data_index", on_ranks=False),
     Kind("data-steps", "Planning a global batch of many replicas", "data_steps", on_ranks=False),

@@ -15,10 +15,10 @@ def check_first(options: CommandOptions) -> None:
         JobError: heads that do not divide the width.
     """
     more = options.more
-    if more["width"] % more["heads"]:
-        raise JobError(
-            f"--heads {more['heads']} must divide --width {more['width']}; take a divisor"
-        )
+    for name in ("width", "encoder_width"):
+        if more[name] % more["heads"]:
+            option = f"--{name.replace('_', '-')} {more[name]}"
+            raise JobError(f"--heads {more['heads']} must divide {option}; take a divisor")
     if options.target.is_dir():
         raise JobError(f"{options.target} is a folder; give the name of a file")
 
@@ -50,6 +50,8 @@ def work(options: CommandOptions) -> None:
     say(
         f"{machine.name}: products {machine.matmul / 1e9:.1f}, of encoders "
         f"{machine.encoder / 1e9:.1f}, attention {machine.attention / 1e9:.1f} GFLOP/s; "
-        f"{machine.inside / 1e9:.2f} GB/s inside a node, {machine.between / 1e9:.2f} between; "
+        f"{machine.inside / 1e9:.2f} GB/s inside a node, {machine.between / 1e9:.2f} between, "
+        f"{100 * machine.hidden:.0f} % of it beside products; a layer starts in "
+        f"{1e6 * machine.layer_start:.0f} us; "
         f"plan with --gpu {options.target}"
     )

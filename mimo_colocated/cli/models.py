@@ -6,13 +6,15 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mimo_colocated.cli.options import CommandOptions
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.launch.layouts import LANGUAGE, Layout
+from mimo_colocated.launch.lora import Lora
+from mimo_colocated.launch.parameter_groups import ParameterGroup
 from mimo_colocated.launch.ranks import hush
 from mimo_colocated.launch.starts import CAN_FORK
 
@@ -29,8 +31,10 @@ def one_sentence() -> Iterator[None]:
     from megatron.core.models.mimo.huggingface.family import UnsupportedModelError
     from megatron.core.models.mimo.huggingface.fits import LayoutError
     from megatron.core.models.mimo.huggingface.folder import FolderError
+    from megatron.core.models.mimo.training.parameter_names import ParameterNameError
 
-    ours = (CheckpointError, ExportError, FolderError, LayoutError, UnsupportedModelError)
+    of_folders = (ExportError, FolderError, LayoutError, UnsupportedModelError)
+    ours = (CheckpointError, ParameterNameError, *of_folders)
     try:
         yield
     except ours as error:
@@ -61,40 +65,86 @@ def check_source(folder: Path, options: CommandOptions) -> None:
 
 
 def _check_headers(folder: Path) -> None:
-    """Compare a folder's tensors with its model, in a process that leaves nothing behind here.
+    """Compare a folder's tensors with its model.
 
     Raises:
         JobError: tensors are missing, left over or of another shape.
+    """
+    # Without an answer the ranks will say what is wrong.
+    with contextlib.suppress(EOFError):
+        apart(_compare_headers, folder)
+
+
+def _compare_headers(folder: Path) -> None:
+    from megatron.core.models.mimo.huggingface.build import check_headers
+
+    check_headers(folder)
+
+
+def trained_of(
+    folder: Path, freeze: Sequence[str], lora: Lora, groups: Sequence[ParameterGroup]
+) -> dict[str, Any]:
+    """Return what of a folder's model trains, as the planner takes it, by modality and part.
+
+    Args:
+        folder: of the model.
+        freeze, lora, groups: as a recipe has them.
+
+    Raises:
+        JobError: a name that means nothing, or nothing is left to train.
+    """
+    try:
+        return apart(_count_trained, folder, freeze, lora, [each.parameters for each in groups])
+    except EOFError:
+        raise JobError(f"counting what of {folder} trains ended without an answer") from None
+
+
+def _count_trained(
+    folder: Path, freeze: Sequence[str], lora: Lora, groups: Sequence[Sequence[str]]
+) -> dict[str, Any]:
+    from megatron.core.models.mimo.huggingface.trained import trained_parts
+
+    return trained_parts(folder, freeze, lora, groups)
+
+
+def apart(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a call returns in a process of one rank, which leaves nothing behind here.
+
+    Args:
+        call: a function of a module.
+        arguments: its.
+
+    Raises:
+        JobError: as the call.
+        EOFError: the process ended without an answer.
     """
     # CUDA, which the launcher may have asked for devices, does not survive a fork.
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
     context: Any = multiprocessing.get_context("fork" if hidden and CAN_FORK else "spawn")
     answer, told = context.Pipe(duplex=False)
-    process = context.Process(target=_compare_headers, args=(folder, told))
+    process = context.Process(target=_answer, args=(call, arguments, told))
     process.start()
     told.close()
-    # Without an answer the ranks will say what is wrong.
-    with contextlib.suppress(EOFError):
-        if words := answer.recv():
-            raise JobError(words)
+    words, found = answer.recv()
     process.join()
+    if words:
+        raise JobError(words)
+    return found
 
 
-def _compare_headers(folder: Path, told: Any) -> None:
+def _answer(call: Callable[..., Any], arguments: Sequence[Any], told: Any) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch.distributed as dist
 
     hush()
-    from megatron.core.models.mimo.huggingface.build import check_headers
-
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    words = ""
+    words, found = "", None
     try:
         with one_sentence():
-            check_headers(folder)
+            found = call(*arguments)
     except JobError as error:
         words = str(error)
-    told.send(words)
+    told.send((words, found))
     dist.destroy_process_group()
 
 

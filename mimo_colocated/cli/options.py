@@ -330,8 +330,9 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=some, default=1024, help="of a rank, in every measurement")
     add("--width", type=some, default=1024, help="of the language model")
     add("--encoder-width", type=some, default=512, help="of the encoder")
-    add("--heads", type=some, default=8, help="of the attention")
-    add("--seconds", type=_ABOVE_ZERO, default=4.0, help="for each of about ten measurements")
+    add("--heads", type=some, default=8, help="of the attention of either")
+    add("--item-tokens", type=some, default=256, help="of an image, or what else is encoded")
+    add("--seconds", type=_ABOVE_ZERO, default=3.0, help="for each of about fifteen measurements")
 
 
 def _plan(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,8 @@ from megatron.core.models.mimo.plan.shapes import Shapes, Work
 
 _MB, _GB = 1e6, 1e9
 _PARTS = ("encoder", "language", "tp", "cp", "ep", "bubble", "bridge", "dp", "optimizer")
-_MEMORY = ("weights", "gradients", "optimizer", "encoder", "activations", "logits", "bridge")
+_KEPT = ("encoder", "activations", "logits", "bridge", "batch")
+_MEMORY = ("weights", "gradients", "optimizer", *_KEPT)
 
 
 def text(found: Plan, shapes: Shapes, work: Work, top: int) -> str:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mimo_colocated.cli.models import trained_of
 from mimo_colocated.launch.errors import JobError, write_atomically
 from mimo_colocated.train.reading import as_yaml, read_recipe
 from mimo_colocated.train.recipe import Recipe
@@ -30,7 +31,7 @@ def open_recipe(named: str) -> tuple[Recipe, Path]:
     return recipe, folder
 
 
-def options_of(recipe: Recipe, flags: dict[str, str]) -> dict[str, Any]:
+def options_of(recipe: Recipe) -> dict[str, Any]:
     """Return the values of options of ``mimo plan`` that a recipe says.
 
     A packed sequence is as long as it may be, and so is a sample: what is planned is the fullest
@@ -38,21 +39,35 @@ def options_of(recipe: Recipe, flags: dict[str, str]) -> dict[str, Any]:
 
     Args:
         recipe: with data and training.
-        flags: modality -> the encoder's option.
     """
     data, training = recipe.data, recipe.training
-    frozen = []
-    for name in recipe.model.freeze:
-        # A projector that trains alone is little beside its frozen encoder.
-        module = name.removesuffix(".encoder")
-        if module in ("language", *flags):
-            frozen.append(flags.get(module, module))
     return {
         "seq": data.capacity if data.sequences else data.max_tokens,
         "global_batch": data.sequences or training.global_batch_size,
-        "frozen": "+".join(dict.fromkeys(frozen)) or None,
         "itemsize": 4 if recipe.model.dtype == "float32" else 2,
     }
+
+
+def trained_in(recipe: Recipe, folder: Path, flags: dict[str, str]) -> dict[str, Any]:
+    """Return what of the model trains, by the encoders' options: frozen parts, adapters.
+
+    Args:
+        recipe: with names or patterns of what is frozen, adapters and parameter groups.
+        folder: of the model.
+        flags: modality -> the encoder's option.
+
+    Raises:
+        JobError: a name that means nothing, or nothing is left to train.
+    """
+    model = recipe.model
+    if not (model.freeze or model.lora.rank or recipe.training.groups):
+        return {}
+    found = trained_of(folder, model.freeze, model.lora, recipe.training.groups)
+    named = {}
+    for name, trained in found.items():
+        module, dot, part = name.partition(".")
+        named[f"{flags.get(module, module)}{dot}{part}"] = trained
+    return named
 
 
 def write_recipe(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ def run(options: Any) -> None:
 
     recipe: Any = None
     flags: dict[str, str] = {}
+    trained: dict[str, Any] = {}
     if options.recipe is not None:
-        recipe, flags = _with_recipe(options)
+        recipe, flags, trained = _with_recipe(options)
     elif options.source is None or options.write_recipe is not None:
         raise JobError(
             "--write-recipe needs --recipe" if options.source else
@@ -42,7 +44,7 @@ def run(options: Any) -> None:
         )  # fmt: skip
     shapes = read_shapes(Path(options.source).expanduser(), options.item_tokens)
     try:
-        work = work_of(shapes, options)
+        work = replace(work_of(shapes, options), trained=trained)
         machine = find_machine(options.gpu)
         search = Search(
             options.gpus,
@@ -73,16 +75,16 @@ def run(options: Any) -> None:
         print(f"row {row} is in {path}")
 
 
-def _with_recipe(options: Any) -> tuple[Any, dict[str, str]]:
-    """The recipe, and its encoders' options; fills in what the command line leaves out.
+def _with_recipe(options: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
+    """The recipe, its encoders' options, what trains; fills in what the command line leaves out.
 
     Raises:
-        JobError: a source beside it, or no such recipe.
+        JobError: a source beside it, no such recipe, or one that names what the model has not.
     """
     from megatron.core.models.mimo.huggingface.composites import describe
     from megatron.core.models.mimo.huggingface.configuration import read_config
     from mimo_colocated.cli.models import flag_of, one_sentence
-    from mimo_colocated.cli.planned_recipe import open_recipe, options_of
+    from mimo_colocated.cli.planned_recipe import open_recipe, options_of, trained_in
 
     if options.source is not None:
         raise JobError(f"--recipe names its model; leave out {options.source}")
@@ -90,10 +92,10 @@ def _with_recipe(options: Any) -> tuple[Any, dict[str, str]]:
     with one_sentence():
         flags = flag_of(describe(read_config(folder)))
     options.source = str(folder)
-    for name, value in options_of(recipe, flags).items():
+    for name, value in options_of(recipe).items():
         if getattr(options, name, None) is None:
             setattr(options, name, value)
-    return recipe, flags
+    return recipe, flags, trained_in(recipe, folder, flags)
 
 
 def read_shapes(source: Path, item_tokens: int) -> Any:
@@ -108,8 +110,6 @@ def read_shapes(source: Path, item_tokens: int) -> Any:
     Raises:
         JobError: it is neither, or its content is not understood.
     """
-    from dataclasses import replace
-
     from megatron.core.models.mimo.plan.shapes import shapes_from
     from mimo_colocated.cli.models import flag_of, one_sentence
 

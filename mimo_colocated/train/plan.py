@@ -167,16 +167,14 @@ def _planned(recipe: Recipe, folder: Path) -> tuple[Any, Any]:
     with models.one_sentence():
         shapes = composite_shapes(models.described(folder))
     data, names = recipe.data, list(shapes.encoders)
-    frozen = {name.removesuffix(".encoder") for name in recipe.model.freeze}
-    if recipe.model.lora.rank:  # adapters are small
-        frozen = {*names, LANGUAGE}
+    model, groups = recipe.model, recipe.training.groups
+    partly = model.freeze or model.lora.rank or groups
     work = Work(
         data.capacity if data.sequences else recipe.longest,
         data.sequences or recipe.training.global_batch_size,
         {name: _ROWS / len(names) for name in names},
         itemsize=_BYTES[recipe.model.dtype],
-        # A projector that trains alone is little beside its frozen encoder.
-        frozen_modules=frozenset(frozen & {*names, LANGUAGE}),
+        trained=models.trained_of(folder, model.freeze, model.lora, groups) if partly else {},
     )
     return shapes, work
 

@@ -146,13 +146,17 @@ def test_a_recipe_is_planned_and_written(
     plain = {"micro_batches": 1, "encode_ahead": None, "recompute": "none"}
     changed = replace(after.training, **plain)
     assert replace(after, layout=before.layout, training=changed) == before
-    flags = {"images": "vision"}
-    said = planned_recipe.options_of(before, flags)
-    assert said == {"seq": 512, "global_batch": 64, "frozen": "vision", "itemsize": 2}
+    said = planned_recipe.options_of(before)
+    assert said == {"seq": 512, "global_batch": 64, "itemsize": 2}
     packed = replace(before.data, sequences=4, capacity=2048, packed=True)
     whole = replace(before, data=packed, model=replace(before.model, dtype="float32", freeze=[]))
-    said = planned_recipe.options_of(whole, flags)
-    assert said == {"seq": 2048, "global_batch": 4, "frozen": None, "itemsize": 4}
+    said = planned_recipe.options_of(whole)
+    assert said == {"seq": 2048, "global_batch": 4, "itemsize": 4}
+    assert planned_recipe.trained_in(whole, folder, {"images": "vision"}) == {}
+    # A name of nothing is refused, in the words of training.
+    mine.write_text(mine.read_text().replace("images.encoder", "images.enkoder"))
+    assert main(command) == 2
+    assert "'images.enkoder' names no parameter" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

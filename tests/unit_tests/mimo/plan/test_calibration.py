@@ -15,15 +15,13 @@ import torch.distributed as dist
 
 from megatron.core.models.mimo.job import calibration
 from megatron.core.models.mimo.job.calibration import Probe, calibrate
-from megatron.core.models.mimo.plan.flops import seen_pairs
+from megatron.core.models.mimo.job.probed_layers import encoder_stack, language_stack
+from megatron.core.models.mimo.plan.flops import attention_flops, layer_flops, seen_pairs
 from megatron.core.models.mimo.plan.machine import machine_from, to_json
 from mimo_colocated.cli.main import main
 from mimo_colocated.cli.options import read
 
-# Nothing of Megatron-Core is in them.
-pytestmark = pytest.mark.once
-
-TOKENS, WIDTH, ENCODER, HEADS = 8, 16, 12, 4
+TOKENS, WIDTH, ENCODER, HEADS, ITEM = 16, 16, 12, 4, 2
 
 
 @pytest.fixture
@@ -37,7 +35,7 @@ def probe(seconds: float) -> Probe:
     """Every call of the clock is a second later: so long takes whatever is between two."""
     ticks = itertools.count()
     return Probe(
-        torch.device("cpu"), torch.float32, TOKENS, WIDTH, ENCODER, HEADS, seconds,
+        torch.device("cpu"), torch.float32, TOKENS, WIDTH, ENCODER, HEADS, ITEM, seconds,
         ranks_of_node=8, clock=lambda: float(next(ticks)),
     )  # fmt: skip
 
@@ -48,12 +46,25 @@ def test_rates_are_work_over_time(seconds: float) -> None:
     """Calls are repeated as often as the time allows, at least once."""
     found = calibrate(probe(seconds), "mine")
     repeats = max(1, int(seconds))
-    assert found.matmul == 3 * 2 * 2 * TOKENS * WIDTH * 4 * WIDTH * repeats
-    assert found.encoder == 3 * 2 * 2 * TOKENS * ENCODER * 4 * ENCODER * repeats
-    assert found.attention == 3.5 * 4 * seen_pairs([TOKENS], causal=True) * WIDTH * repeats
+    scores = 4 * seen_pairs([TOKENS], causal=True) * WIDTH
+    assert found.attention == 3.5 * scores * repeats
+    # On this clock few tokens take as long as many: half of it is what the layer takes to start,
+    # and of the few tokens' time what their own part of the rest is not.
+    few = TOKENS // 8
+    causal = language_stack(WIDTH, HEADS)
+    many_flops, few_flops = (3 * layer_flops(causal, count) for count in (TOKENS, few))
+    rate = (many_flops - few_flops) * 2 / (1 / repeats / 2)
+    assert found.matmul == pytest.approx(rate)
+    known = 4 * seen_pairs([few], causal=True) * WIDTH * 3.5 / found.attention
+    assert found.layer_start == pytest.approx((1 / repeats - known - few_flops / rate) / 3)
+    whole = encoder_stack(ENCODER, HEADS)
+    item = 3 * layer_flops(whole, ITEM)
+    item += 3.5 * attention_flops(whole, seen_pairs([ITEM], causal=False))
+    assert found.encoder == pytest.approx((TOKENS - few) / ITEM * item * 2 * repeats)
     copied = 2 * 4 * TOKENS * 4 * WIDTH * repeats
     assert found.memory_rate == found.host == found.inside == found.between == copied
     assert (found.node, found.communicator, found.inside_latency) == (1, 0.0, 0.0)
+    assert (found.hop_latency, found.hidden) == (0.0, 0.0)
     assert machine_from(json.loads(to_json(found))) == found
 
 
@@ -69,6 +80,7 @@ def test_nodes_are_as_launchers_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     ("options", "message"),
     [
         (["--heads", "3"], "--heads 3 must divide --width 1024"),
+        (["--encoder-width", "12"], "--heads 8 must divide --encoder-width 12"),
         (["--ranks", "0"], "must be a whole number from 1"),
         (["--seconds", "0"], "must be a number above 0"),
     ],
@@ -90,5 +102,6 @@ def test_as_many_ranks_as_asked_for() -> None:
     options = read("calibrate", ["mine.json", "--ranks", "3", "--dtype", "bfloat16"])
     assert options.world_size == 3
     assert options.more == {
-        "tokens": 1024, "width": 1024, "encoder_width": 512, "heads": 8, "seconds": 4.0
+        "tokens": 1024, "width": 1024, "encoder_width": 512, "heads": 8, "item_tokens": 256,
+        "seconds": 3.0,
     }  # fmt: skip

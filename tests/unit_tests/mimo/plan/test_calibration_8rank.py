@@ -13,19 +13,21 @@ import torch.distributed as dist
 from megatron.core.models.mimo.job.calibration import Probe, calibrate
 from tests.harness.backend import own_device
 
-# Nothing of Megatron-Core is in it.
-pytestmark = [pytest.mark.ranks(8), pytest.mark.once]
+pytestmark = pytest.mark.ranks(8)
 
 
 def test_links_inside_and_between_nodes() -> None:
-    probe = Probe(own_device(), torch.float32, 16, 16, 8, 2, seconds=0.01, ranks_of_node=4)
+    probe = Probe(own_device(), torch.float32, 16, 16, 8, 2, 4, seconds=0.01, ranks_of_node=4)
     found = calibrate(probe, "two nodes")
     told: list[Any] = [None] * 8
     dist.all_gather_object(told, asdict(found))
     assert all(each["node"] == 4 for each in told)
     # Rates are those of the slowest rank, so all say the same of what they did together.
-    same = ("matmul", "attention", "encoder", "memory_rate", "inside", "between")
+    same = ("matmul", "attention", "encoder", "memory_rate", "layer_start", "hidden")
     for name in same:
         assert len({each[name] for each in told}) == 1, name
     assert found.inside_latency > 0
     assert found.between_latency > 0
+    assert 0 <= found.hidden <= 1
+    assert found.layer_start >= 0
+    assert found.hop_latency >= 0

@@ -15,7 +15,7 @@ from megatron.core.models.mimo.plan.estimates import estimate
 from megatron.core.models.mimo.plan.flops import encoder_flops, language_flops
 from megatron.core.models.mimo.plan.footprint import MARGIN, groups, layer_bytes
 from megatron.core.models.mimo.plan.machine import PRESETS
-from megatron.core.models.mimo.plan.shapes import LanguageShape, Shapes, Stack, Work
+from megatron.core.models.mimo.plan.shapes import LanguageShape, Shapes, Stack, Trained, Work
 from mimo_colocated.launch.layouts import Layout
 from tests.unit_tests.mimo.plan.plan_cases import (
     ENCODER,
@@ -76,6 +76,46 @@ def test_tp_collectives_by_hand() -> None:
     assert more == pytest.approx(calls * 1e-5)
 
 
+def test_what_operations_take_to_start_by_hand() -> None:
+    """Whatever their sizes: once in a layer's pass forward, twice in one back."""
+    started = replace(H100, layer_start=1e-3)
+    whole, more = seconds_of(COLOCATED), seconds_of(COLOCATED, started)
+    m, layers = COLOCATED.microbatches, LANGUAGE.stack.layers
+    # The output layer starts once more, and so do an encoder's embedding and projector.
+    assert more.language - whole.language == pytest.approx(3e-3 * m * (layers + 1))
+    again = 3e-3 * m * (ENCODER.stack.layers + 1)
+    assert more.encoder - whole.encoder == pytest.approx(again)
+    frozen = replace(WORK, frozen_modules=frozenset({"vision"}))
+    tower = [seconds_of(COLOCATED, each, frozen).encoder for each in (H100, started)]
+    assert tower[1] - tower[0] == pytest.approx(again / 3)
+
+
+def test_collectives_of_more_ranks_begin_later() -> None:
+    """Of local attention over CP 8 six ranks beyond two, one gather a layer and pass."""
+    local = replace(H100, fused=False)
+    before, later = (
+        seconds_of(COLOCATED, each) for each in (local, replace(local, hop_latency=1e-3))
+    )
+    calls = 2 * LANGUAGE.stack.layers * COLOCATED.microbatches
+    assert later.cp - before.cp == pytest.approx(6e-3 * calls)
+    # Those of two begin as before.
+    assert later.tp == before.tp
+
+
+def test_links_that_need_the_cores_hide_nothing() -> None:
+    shared = replace(H100, hidden=0.0)
+    whole, seen = seconds_of(COLOCATED), seconds_of(COLOCATED, shared)
+    assert whole.dp == 0
+    weights = LANGUAGE.weights / 2
+    bytes_ = weights * (15 / 16) * (4 + 2)
+    assert seen.dp > bytes_ / min(H100.inside, 8 * H100.between)
+    # What a pass back gathers again, two of four collectives of one pass.
+    assert seen.tp == pytest.approx(whole.tp * 10 / 8)
+    assert seen.cp > whole.cp
+    half = seconds_of(COLOCATED, replace(H100, hidden=0.5))
+    assert half.dp == pytest.approx(seen.dp / 2)
+
+
 def test_a_ring_counts_beyond_the_attention_that_it_runs_beside() -> None:
     assert seconds_of(COLOCATED).cp > 0
     assert seconds_of(COLOCATED, replace(H100, between=1e15, between_latency=0.0)).cp == 0
@@ -125,6 +165,48 @@ def test_frozen_modules_have_no_backward_pass_of_their_own() -> None:
     assert model.optimizer < whole.optimizer
     memory = bytes_of(COLOCATED, replace(WORK, frozen_modules=frozenset({"language"})))
     assert memory.optimizer < bytes_of(COLOCATED).optimizer / 4
+
+
+def test_parts_that_train_in_part() -> None:
+    """Gradients and optimizer of what trains; products of gradients of weights as many."""
+    whole = bytes_of(COLOCATED)
+    work = replace(WORK, trained={"language": Trained(0.25), "vision.encoder": Trained(0.0)})
+    memory, language = bytes_of(COLOCATED, work), LANGUAGE.weights / 2
+    projector = ENCODER.projector_weights(4096)
+    assert memory.weights == whole.weights
+    assert memory.gradients == pytest.approx(4 * (language / 4 + projector))
+    assert memory.optimizer == pytest.approx(12 * (language / 4 / 16 + projector / 32))
+    # A frozen encoder keeps nothing, its projector what it needs.
+    assert 0 < memory.encoder < whole.encoder / 4
+    free, all_of_it = (seconds_of(COLOCATED, H100, each) for each in (work, WORK))
+    frozen = seconds_of(COLOCATED, H100, replace(WORK, frozen_modules=frozenset({"language"})))
+    quarter = frozen.language + (all_of_it.language - frozen.language) / 4
+    # The output layer's gradients are counted in full.
+    assert free.language == pytest.approx(quarter, rel=0.02)
+    assert free.encoder < all_of_it.encoder / 2
+    tower = seconds_of(COLOCATED, H100, replace(WORK, frozen_modules=frozenset({"vision"})))
+    assert free.encoder > tower.encoder
+
+
+def test_adapters_train_alone() -> None:
+    added = {"language": Trained(0.0, 1e6), "vision.encoder": Trained(0.0)}
+    work = replace(WORK, trained=added | {"vision.projector": Trained(0.0)})
+    memory, whole = bytes_of(COLOCATED, work), bytes_of(COLOCATED)
+    assert memory.weights - whole.weights == pytest.approx(2 * 1e6 / 2)
+    assert memory.gradients == pytest.approx(4 * 1e6 / 2)
+    assert memory.optimizer == pytest.approx(12 * 1e6 / 2 / 16)
+    frozen = replace(WORK, frozen_modules=frozenset({"language", "vision"}))
+    none, through, all_of_it = (
+        seconds_of(COLOCATED, H100, each).language for each in (frozen, work, WORK)
+    )
+    # Gradients go through all layers for them; where nothing trains, nothing goes back.
+    assert 2 * none < through < 0.95 * all_of_it
+
+
+def test_what_cannot_train() -> None:
+    for wrong in ({"share": 1.5}, {"share": -0.1}, {"added": -1.0}):
+        with pytest.raises(ValueError, match="share must be from 0 to 1 and added 0 or more"):
+            Trained(**wrong)
 
 
 def test_policies_trade_time_for_memory() -> None:

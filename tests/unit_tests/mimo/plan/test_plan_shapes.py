@@ -126,6 +126,8 @@ def test_machines_that_cannot_be() -> None:
         replace(H100, inside_latency=-1)
     with pytest.raises(ValueError, match="between must be more than 0, got 0"):
         replace(H100, between=0)
+    with pytest.raises(ValueError, match="hidden must be at most 1, got 2"):
+        replace(H100, hidden=2)
     assert with_memory(H100, 1e9).memory == 1e9
 
 

@@ -17,5 +17,6 @@ logits_check.py    logits against transformers', on samples that examples.py mak
 family.py          what a family says; what it refuses
 language_model.py  stock's GPT with their rotary frequencies and a padded vocabulary
 plan_shapes.py     sizes of a folder's model, for planning layouts
+trained.py         what of it trains under a recipe, for planning, too
 rotary.py          rotary frequencies of a configuration
 """

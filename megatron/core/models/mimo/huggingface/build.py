@@ -153,6 +153,16 @@ def named(model: MimoModel, parts: Iterable[Part]) -> list[Named]:
         model: bare or wrapped.
         parts: its modules with their tables.
     """
+    return named_in(iter_modules(model), parts)
+
+
+def named_in(modules: Iterable[tuple[str, torch.nn.Module]], parts: Iterable[Part]) -> list[Named]:
+    """Return parameters of modules with their names here and in the folder.
+
+    Args:
+        modules: (name, module).
+        parts: their tables.
+    """
     tables = {part.name: part.table for part in parts}
 
     def tensors(module: str, name: str) -> tuple[str, ...]:
@@ -162,7 +172,7 @@ def named(model: MimoModel, parts: Iterable[Part]) -> list[Named]:
             return ()
         return found.names if found else ()
 
-    return named_parameters(iter_modules(model), tensors)
+    return named_parameters(modules, tensors)
 
 
 def from_folder(
@@ -227,7 +237,7 @@ def import_from(
         virtual_stages=options.virtual_stages,
     )
     built, parts = _build(composite, layouts, options)
-    spelled = tuple(_spelled(part, composite, opened) for part in parts)
+    spelled = tuple(_spelled(part, composite, opened.tensors) for part in parts)
 
     adapted: list[Adapted] = []
     lora = options.lora if options.lora and options.lora.rank else None
@@ -280,13 +290,31 @@ def check_headers(folder: str | Path) -> None:
     """
     options = BuildOptions(dtype=torch.get_default_dtype())
     opened, composite = _opened(folder, options)
+    with opened:
+        spelled = fake_parts(composite, opened.tensors, options, FakeTensorMode())
+        check(list(held_by(spelled)), spelled, opened, headers_only=True)
+
+
+def fake_parts(
+    composite: Composite, names: Collection[str], options: BuildOptions, mode: FakeTensorMode
+) -> list[Part]:
+    """Return a model's modules, whose parameters take no memory, with their tables.
+
+    One process calls it, as its default process group's only rank.
+
+    Args:
+        composite: what it is made of.
+        names: of a folder's tensors, in whose spelling the tables are.
+        options: how it is built.
+        mode: in which its parameters are made.
+
+    Raises:
+        UnsupportedModelError: a setting that is not supported.
+    """
     composite = with_native_parts(composite, options.torch_native, options.recompute)
     modules = (LANGUAGE, *(part.modality for part in composite.encoders))
-    layouts = dict.fromkeys(modules, Layout())
-    with opened:
-        _finish, parts = _build(composite, layouts, options, FakeTensorMode())
-        spelled = [_spelled(part, composite, opened) for part in parts]
-        check(list(held_by(spelled)), spelled, opened, headers_only=True)
+    _finish, parts = _build(composite, dict.fromkeys(modules, Layout()), options, mode)
+    return [_spelled(part, composite, names) for part in parts]
 
 
 def module_config(
@@ -472,7 +500,7 @@ def _encoder_part(
     return Part(part.modality, modules, table, groups, _heads(config), part.drawn)
 
 
-def _spelled(part: Part, composite: Composite, folder: OpenFolder) -> Part:
+def _spelled(part: Part, composite: Composite, names: Collection[str]) -> Part:
     own = next((e for e in composite.encoders if e.modality == part.name), composite.language)
-    table = best_spelled(part.table, own.spellings, folder.tensors)
+    table = best_spelled(part.table, own.spellings, names)
     return replace(part, table=table)

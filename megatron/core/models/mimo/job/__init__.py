@@ -14,6 +14,7 @@
     memory_plan.py   what each way to hold an encoder's activations would save
     plots.py         figures that are whole or not there; the loss
     calibration.py   what this machine reaches, to plan with
+    probed_layers.py the layers that a calibration times
     plan_picture.py  bars of what layouts are predicted to take
     layout_plot.py   which rank holds what on either side of a bridge
 

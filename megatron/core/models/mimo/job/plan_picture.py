@@ -15,7 +15,7 @@ from megatron.core.models.mimo.plan.estimates import Estimate
 
 _COLORS = (
     "#0969da", "#54aeff", "#1a7f37", "#8250df", "#bf3989",
-    "#bc4c00", "#9a6700", "#57606a", "#afb8c1",
+    "#bc4c00", "#9a6700", "#57606a", "#afb8c1", "#6f42c1",
 )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def _scaled(parts: Any, factor: float) -> dict[str, float]:
 
 def _bars(axes: Axes, rows: Sequence[Mapping[str, float]]) -> None:
     left = [0.0] * len(rows)
-    for color, name in zip(_COLORS, rows[0], strict=True):
+    for color, name in zip(_COLORS, rows[0], strict=False):
         widths = [row[name] for row in rows]
         axes.barh(range(len(rows)), widths, left=left, color=color, label=name, height=0.7)
         left = [start + width for start, width in zip(left, widths, strict=True)]

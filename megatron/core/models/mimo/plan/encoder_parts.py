@@ -13,7 +13,7 @@ from megatron.core.models.mimo.memory.plan import (
     transformer_bytes,
 )
 from megatron.core.models.mimo.plan.candidates import Candidate
-from megatron.core.models.mimo.plan.shapes import EncoderShape, Shapes, Work
+from megatron.core.models.mimo.plan.shapes import ENCODER, PROJECTOR, EncoderShape, Shapes, Work
 
 
 def items_per_replica(name: str, candidate: Candidate, shape: EncoderShape, work: Work) -> int:
@@ -56,13 +56,13 @@ def encoder_prediction(
     shape, at = shapes.encoders[name], candidate.encoder(name)
     items = items_per_replica(name, candidate, shape, work)
     parts = transformer_bytes(_transformer(shape, candidate, shapes, work, at.tp), items)
-    trains = name not in work.frozen_modules
+    trains = {f"{part}_trains": work.trains(name, part).any for part in (ENCODER, PROJECTOR)}
     if candidate.homogeneous:
         # The encoder is a part of the first stage, which holds as many microbatches of it.
         kept = math.ceil(microbatches_kept(candidate))
-        step = Step(kept, stages=kept, encoder_trains=trains, projector_trains=trains)
+        step = Step(kept, stages=kept, **trains)
     else:
-        step = Step(candidate.microbatches, candidate.language.pp, 1, trains, trains)
+        step = Step(candidate.microbatches, candidate.language.pp, 1, **trains)
     return predict(parts, step, candidate.memory)
 
 

@@ -11,19 +11,24 @@ import math
 from dataclasses import dataclass
 
 from megatron.core.models.mimo.memory.plan import Step
+from megatron.core.models.mimo.memory.policy import RECOMPUTE
 from megatron.core.models.mimo.plan.candidates import Candidate
-from megatron.core.models.mimo.plan.encoder_parts import encoder_prediction, microbatches_kept
+from megatron.core.models.mimo.plan.encoder_parts import (
+    encoder_prediction,
+    items_per_replica,
+    microbatches_kept,
+)
 from megatron.core.models.mimo.plan.machine import Machine
-from megatron.core.models.mimo.plan.shapes import Shapes, Stack, Work
+from megatron.core.models.mimo.plan.shapes import ENCODER, Shapes, Stack, Work
 from megatron.core.models.mimo.plan.step_time import (
     GRADIENT_BYTES,
-    encoder_weights,
-    language_weights,
-    replicas,
+    held_weights,
 )
+from mimo_colocated.launch.layouts import LANGUAGE
 
 # Adam's two moments in float32, and a weight beside one of 16 bits.
 _MOMENTS, _MASTER = 8, 4
+_TOKEN_BYTES = 3 * 8 + 4
 MARGIN = 0.05
 """Part of all else that is kept free: fragments of the allocator, kernels' workspaces, the context
 of the driver. A run that does not fit costs more than a layout that was passed over."""
@@ -39,6 +44,7 @@ class RankBytes:
         activations: what layers of the language model keep.
         logits: of the output layer and the loss.
         bridge: rows of microbatches that wait, as they came and among the text.
+        batch: what modules read of a step: this one's, and the next one's as it is loaded.
         communicators: of process groups.
         margin: kept free.
     """
@@ -50,6 +56,7 @@ class RankBytes:
     activations: float
     logits: float
     bridge: float
+    batch: float
     communicators: float
     margin: float
 
@@ -83,6 +90,42 @@ def rank_bytes(candidate: Candidate, shapes: Shapes, work: Work, machine: Machin
     return max(moments, key=lambda each: each.total)
 
 
+@dataclass(frozen=True)
+class Peaks:
+    """Bytes of a rank at the fullest moments of a step without pipeline stages.
+
+    Attributes:
+        encoder: while encoders go back, weights and what belongs to them left out.
+        language: of the language model alone, likewise, while it runs.
+        whole: all of it, the margin left out.
+    """
+
+    encoder: float
+    language: float
+    whole: float
+
+
+def peaks(candidate: Candidate, shapes: Shapes, work: Work, machine: Machine) -> Peaks:
+    """Return the fullest moments of each module, and of a rank.
+
+    Args:
+        candidate: one without pipeline stages.
+        shapes, work, machine: what runs, on what, and where.
+
+    Raises:
+        ValueError: pipeline stages, whose modules have no moments of their own.
+    """
+    if candidate.language.pp > 1:
+        raise ValueError(f"peaks of modules are of one stage, got pp={candidate.language.pp}")
+    runs = _moment(candidate, shapes, work, machine, first=True)
+    back = _moment(candidate, shapes, work, machine, first=True, language=False)
+    return Peaks(
+        encoder=back.encoder + back.bridge + back.batch,
+        language=runs.activations + runs.logits + runs.batch,
+        whole=max(runs.expected, back.expected),
+    )
+
+
 def _moment(
     candidate: Candidate,
     shapes: Shapes,
@@ -102,16 +145,25 @@ def _moment(
         encoder += kept.total if alone and language else kept.peak
         if first and not candidate.homogeneous:
             bridge += _bridge_bytes(name, candidate, shapes, work)
-    if language:
+        if not language and work.trains(name, ENCODER).any:
+            encoder += _encoder_working(name, candidate, shapes, work)
+    if not language:
+        # Gradients of rows as they came; and the rows, where they are computed again.
+        bridge *= 1.0 if candidate.memory.encoder == RECOMPUTE else 0.5
+    else:
         fused = machine.fused
-        activations = _activations(candidate, shapes.language.stack, work, waiting, fused)
+        stack = shapes.language.stack
+        activations, working = _activations(candidate, stack, work, waiting, fused)
         logits = _logits(candidate, shapes, work, fused) if alone or not first else 0.0
+        # When a layer goes back, what the loss kept is gone.
+        activations += max(0.0, working - logits)
     parts = {
         **_states(candidate, shapes, work, encoders=encodes),
         "encoder": encoder,
         "activations": activations,
         "logits": logits,
         "bridge": bridge,
+        "batch": 2.0 * _batch_bytes(candidate, shapes, work),
         "communicators": machine.communicator * groups(candidate),
     }
     return RankBytes(**parts, margin=MARGIN * sum(parts.values()))
@@ -121,22 +173,14 @@ def _states(
     candidate: Candidate, shapes: Shapes, work: Work, *, encoders: bool
 ) -> dict[str, float]:
     """Weights, gradients and optimizer of a rank, with the optimizer's state cut over DP and CP."""
-    dense, experts = language_weights(candidate, shapes)
-    at = candidate.language
-    # Experts have fewer replicas than the rest: EP ranks hold different ones.
-    expert_ranks = max(1, at.dp * at.cp * at.tp // (at.ep * at.expert_tp))
-    held = [("language", dense, at.dp * at.cp), ("language", experts, expert_ranks)]
-    if encoders:
-        held += [
-            (name, encoder_weights(name, candidate, shapes), replicas(candidate, name))
-            for name in shapes.encoders
-        ]
+    held = held_weights(candidate, shapes, work)
+    if not encoders:
+        held = [each for each in held if each.name == LANGUAGE]
     adam = _MOMENTS + (_MASTER if work.itemsize < 4 else 0)
-    trained = [(weights, ranks) for name, weights, ranks in held if name not in work.frozen_modules]
     return {
-        "weights": work.itemsize * sum(weights for _, weights, _ in held),
-        "gradients": GRADIENT_BYTES * sum(weights for weights, _ in trained),
-        "optimizer": adam * sum(weights / ranks for weights, ranks in trained),
+        "weights": work.itemsize * sum(each.weights for each in held),
+        "gradients": GRADIENT_BYTES * sum(each.trained for each in held),
+        "optimizer": adam * sum(each.trained / each.ranks for each in held),
     }
 
 
@@ -188,36 +232,59 @@ def layer_bytes(stack: Stack, itemsize: int, tp: int, cp: int, *, fused: bool) -
 
 def _activations(
     candidate: Candidate, stack: Stack, work: Work, waiting: float, fused: bool
-) -> float:
+) -> tuple[float, float]:
+    """What layers keep; and what the pass back of one needs, with what it computes again."""
     at = candidate.language
     samples = work.samples // (at.dp * candidate.microbatches)
     tokens = samples * work.sequence / at.cp
-    layers, whole = (
-        stack.layers / at.pp,
-        layer_bytes(stack, work.itemsize, at.tp, at.cp, fused=fused),
-    )
+    layers = stack.layers / at.pp
+    whole = layer_bytes(stack, work.itemsize, at.tp, at.cp, fused=fused)
+    if not fused and not work.trains(LANGUAGE).any:
+        whole -= _for_weights(stack, work.itemsize, at.tp)
     each = whole
     if candidate.recompute == "full":
         each = work.itemsize * stack.hidden / at.tp
     elif candidate.recompute == "selective":
         output = work.itemsize * stack.head * stack.heads + 4 * stack.heads
         each = whole - output / at.tp
-    # One layer goes back at a time: its gradients, and what it had to compute again.
-    working = work.itemsize * (2 * stack.ffn + stack.hidden) / at.tp
-    working += whole - each
-    return tokens * (waiting * layers * each + working)
+    # One layer goes back at a time: gradients in its MLP, and of what goes into it and around it.
+    working = work.itemsize * (2 * stack.ffn + 2 * stack.hidden) / at.tp
+    return tokens * waiting * layers * each, tokens * (working + whole - each)
+
+
+def _for_weights(stack: Stack, itemsize: int, tp: int) -> float:
+    """Of what a layer keeps without Transformer Engine, what gradients of its weights alone need.
+
+    Inputs of its four products, and of both norms' scales.
+    """
+    dense = 1 - stack.expert_layers / stack.layers
+    products = 2 * stack.hidden + stack.head * stack.heads + dense * stack.ffn
+    return (itemsize * products + 8 * stack.hidden) / tp
+
+
+def _encoder_working(name: str, candidate: Candidate, shapes: Shapes, work: Work) -> float:
+    """Gradients of the layer that goes back; in its MLP, where all else is there again by then."""
+    shape = shapes.encoders[name]
+    tokens = items_per_replica(name, candidate, shape, work) * shape.tokens
+    widths = 3.0 * shape.stack.hidden
+    if candidate.memory.encoder == RECOMPUTE:
+        widths += 2 * shape.stack.ffn / candidate.encoder(name).tp
+    return tokens * work.itemsize * widths
 
 
 def _logits(candidate: Candidate, shapes: Shapes, work: Work, fused: bool) -> float:
     """Logits as the output layer makes them, and in float32, where the loss keeps them.
 
-    Before them comes the last norm, which keeps what a layer's does.
+    Before them comes the last norm, which keeps what a layer's does. Without Transformer Engine its
+    pass back makes two gradients in float32 beside that of the logits, and one in 16 bits.
     """
     at = candidate.language
     samples = work.samples // (at.dp * candidate.microbatches)
     tokens = samples * work.sequence / at.cp
     h, e = shapes.width, work.itemsize
     norm = 2 * e * h if fused else 8 * h + e * h + 4
+    if not fused:
+        norm += 8 * h + 4 * shapes.language.vocab + (e * h if e < 4 else 0)
     # The place of its token in the vocabulary, and whether it is there.
     return tokens * (shapes.language.vocab * (e + 4) / at.tp + norm / at.tp + 9)
 
@@ -231,6 +298,18 @@ def _bridge_bytes(name: str, candidate: Candidate, shapes: Shapes, work: Work) -
         rows /= at.cp * at.tp
     kept = Step(candidate.microbatches, at.pp, 1).kept
     return 2 * kept * rows * shapes.width * work.itemsize
+
+
+def _batch_bytes(candidate: Candidate, shapes: Shapes, work: Work) -> float:
+    """Tokens, positions and labels of 8 bytes, a loss mask of 4, and items of 4 bytes a number.
+
+    Of a whole step, as loaders make it: a replica's samples, whole on all of its ranks.
+    """
+    size = work.tokens / candidate.language.dp * _TOKEN_BYTES
+    for name, shape in shapes.encoders.items():
+        items = items_per_replica(name, candidate, shape, work) * candidate.microbatches
+        size += items * (shape.embedded or shape.tokens) * shape.patch * 4
+    return size
 
 
 def groups(candidate: Candidate) -> int:

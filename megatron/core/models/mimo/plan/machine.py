@@ -25,12 +25,18 @@ class Machine:
         inside, between: bytes a second that one accelerator sends to others of its node, and to
             another node, as they are reached.
         inside_latency, between_latency: seconds until a collective's first byte is there.
+        hop_latency: seconds more for every rank of a collective beyond two.
+        layer_start: seconds to start the operations of one layer's forward pass, its products and
+            its attention, whatever their sizes; a backward pass starts twice as many.
+        hidden: the part of a collective's time that products beside it hide: 1 where links need no
+            core, 0 where ranks compute and send on the same cores.
         host: bytes a second between an accelerator and its host's memory.
         communicator: bytes of memory that a process group takes.
         fused: layers are Transformer Engine's, which keep less than Megatron's local ones.
 
     Raises:
-        ValueError: a number that is not positive; a latency or a communicator may be 0.
+        ValueError: a number that is not positive; what starts, hides or is held by a communicator
+            may be 0; more than all of a collective hidden.
     """
 
     name: str
@@ -44,6 +50,9 @@ class Machine:
     between: float
     inside_latency: float
     between_latency: float
+    hop_latency: float
+    layer_start: float
+    hidden: float
     host: float
     communicator: float
     fused: bool
@@ -55,14 +64,31 @@ class Machine:
                 continue
             if not value >= 0:
                 raise ValueError(f"{name} must be 0 or more, got {value!r}")
-            if value == 0 and name != "communicator" and not name.endswith("latency"):
+            if value == 0 and name not in _MAY_BE_NOTHING:
                 raise ValueError(f"{name} must be more than 0, got {value!r}")
+        if self.hidden > 1:
+            raise ValueError(f"hidden must be at most 1, got {self.hidden!r}")
 
-    def link(self, span: int) -> tuple[float, float]:
-        """Return the slowest link's rate and latency among ``span`` neighbouring ranks."""
+    def link(self, span: int, ranks: int = 2) -> tuple[float, float]:
+        """Return the slowest link's rate, and what a collective of ``ranks`` ranks takes to begin.
+
+        Args:
+            span: neighbours among which the ranks are.
+            ranks: that take part.
+        """
+        begin = self.hop_latency * max(0, ranks - 2)
         if span <= self.node:
-            return self.inside, self.inside_latency
-        return self.between, self.between_latency
+            return self.inside, self.inside_latency + begin
+        return self.between, self.between_latency + begin
+
+    def seen(self, collective: float, products: float) -> float:
+        """Return the seconds of a collective that the products beside it do not hide.
+
+        >>> h100 = PRESETS["h100"]
+        >>> h100.seen(3.0, 2.0), replace(h100, hidden=0.0).seen(3.0, 2.0)
+        (1.0, 3.0)
+        """
+        return collective - self.hidden * min(collective, products)
 
     def group_link(self, ranks: int, stride: int) -> tuple[float, float]:
         """Return what one rank reaches in a collective of ``ranks`` ranks, ``stride`` apart.
@@ -75,10 +101,16 @@ class Machine:
         >>> h100.group_link(4, 1)[0] == h100.inside, h100.group_link(4, 8)[0] == h100.between
         (True, True)
         """
+        rate, latency = self.link(ranks * stride, ranks)
         if ranks * stride <= self.node:
-            return self.inside, self.inside_latency
+            return rate, latency
         members = min(ranks, max(1, self.node // stride))
-        return min(self.inside, members * self.between), self.between_latency
+        return min(self.inside, members * self.between), latency
+
+
+_MAY_BE_NOTHING = (
+    "communicator", "inside_latency", "between_latency", "hop_latency", "layer_start", "hidden"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -171,6 +203,12 @@ def machine_of(name: str, sheet: DataSheet, reached: Reached) -> Machine:
         between=sheet.between * reached.between,
         inside_latency=_INSIDE_LATENCY,
         between_latency=_BETWEEN_LATENCY,
+        # Rings of NCCL's begin everywhere at once, as far as published runs show.
+        hop_latency=0.0,
+        # Kernels are queued ahead of the accelerator, and take longer than to be queued.
+        layer_start=0.0,
+        # Links and network cards move bytes without the accelerator's cores.
+        hidden=1.0,
         host=sheet.host * _HOST,
         communicator=_COMMUNICATOR,
         fused=True,

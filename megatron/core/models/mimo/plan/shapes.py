@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,38 @@ class EncoderShape:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """What of a module, or of an encoder's part, trains.
+
+    Attributes:
+        share: of its own weights, from 0 for a frozen one to 1.
+        added: weights of adapters beside them, which all train.
+
+    Raises:
+        ValueError: a share that is no part of a whole, or fewer weights than none.
+    """
+
+    share: float = 1.0
+    added: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1 or self.added < 0:
+            raise ValueError(
+                f"share must be from 0 to 1 and added 0 or more, got {self.share!r} and "
+                f"{self.added!r}"
+            )
+
+    @property
+    def any(self) -> bool:
+        """Whether something trains, so that gradients go through."""
+        return self.share > 0 or self.added > 0
+
+
+ENCODER, PROJECTOR = "encoder", "projector"
+"""Parts of an encoder that train apart from each other."""
+
+
+@dataclass(frozen=True)
 class Work:
     """What one step trains on.
 
@@ -187,6 +219,8 @@ class Work:
         shares: encoder -> the part of a sample's tokens that are its rows.
         itemsize: bytes of a weight and of an activation.
         frozen_modules: those that do not train.
+        trained: ``language``, ``ENCODER.encoder`` or ``ENCODER.projector`` -> what of it trains;
+            all of what is not named and not frozen.
 
     Raises:
         ValueError: a size that is not positive, or shares that are no parts of a whole.
@@ -197,6 +231,7 @@ class Work:
     shares: Mapping[str, float]
     itemsize: int = 2
     frozen_modules: frozenset[str] = frozenset()
+    trained: Mapping[str, Trained] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("sequence", "samples", "itemsize"):
@@ -212,6 +247,21 @@ class Work:
     def tokens(self) -> int:
         """Tokens of a step."""
         return self.sequence * self.samples
+
+    def trains(self, name: str, part: str = "") -> Trained:
+        """Return what trains of the language model, or of an encoder's part.
+
+        Args:
+            name: ``language`` or an encoder.
+            part: of an encoder: ``encoder`` or ``projector``.
+        """
+        if name in self.frozen_modules:
+            return Trained(0.0)
+        return self.trained.get(f"{name}.{part}" if part else name, Trained())
+
+    def encoder_trains(self, name: str) -> bool:
+        """Return whether anything of an encoder or its projector trains."""
+        return any(self.trains(name, part).any for part in (ENCODER, PROJECTOR))
 
     def items(self, name: str, encoder: EncoderShape) -> int:
         """Return whole items of an encoder in one sample, as many as its share has room for."""

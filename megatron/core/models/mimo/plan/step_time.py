@@ -3,7 +3,8 @@
 
 What a part takes is its FLOPs or its bytes over what the machine reaches of them. Transformer
 Engine's context parallel attention overlaps its ring with its products, and gradients are reduced
-beside the backward pass, so of these only what is longer than the products counts.
+beside the backward pass, so of these only what the machine does not hide behind products counts.
+Each layer's pass starts its operations, each collective itself, whatever their sizes.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from megatron.core.models.mimo.plan.flops import (
     attention_flops,
     encoder_flops,
     layer_flops,
+    projector_flops,
     seen_pairs,
 )
 from megatron.core.models.mimo.plan.machine import Machine
 from megatron.core.models.mimo.plan.pipeline import Passes, pipeline_seconds
-from megatron.core.models.mimo.plan.shapes import Shapes, Stack, Work
+from megatron.core.models.mimo.plan.shapes import ENCODER, PROJECTOR, Shapes, Stack, Work
+from mimo_colocated.launch.layouts import LANGUAGE
 
 GRADIENT_BYTES = 4
 """Gradients are summed in float32."""
@@ -33,6 +36,8 @@ GRADIENT_BYTES = 4
 # bits; the gradients' norm reads them once more.
 _OPTIMIZER_BYTES = 4 * 4 + 3 * 4 + 2 + 4
 _TP_CALLS = 4
+# Inputs that a backward pass gathers once more, with sequence parallelism.
+_TP_AGAIN = 2
 # Weights of a bucket that DDP reduces at once, Megatron-Core's defaults.
 _BUCKET, _BUCKET_PER_RANK = 40e6, 1e6
 
@@ -119,16 +124,17 @@ def step_seconds(
         there, back = encoder_passes(name, candidate, shapes, work, machine)
         forward, backward = forward + there, backward + back
     ends = language.output()
+    ends_back = ends * BACKWARD_MATMUL if language.backward.seconds else 0.0
     passes = Passes(
         forward=language.forward.seconds,
         backward=language.backward.seconds,
         first_forward=forward.seconds if candidate.homogeneous else 0.0,
         first_backward=backward.seconds if candidate.homogeneous else 0.0,
         last_forward=ends,
-        last_backward=ends * BACKWARD_MATMUL,
+        last_backward=ends_back,
     )
     encoding, all_of_it = (forward + backward) * m, (language.forward + language.backward) * m
-    output = m * ends * (1 + BACKWARD_MATMUL)
+    output = m * (ends + ends_back)
     whole = pipeline_seconds(passes, m, at.pp, candidate.virtual_stages) + language.sends()
     copies = 0.0
     if not candidate.homogeneous:
@@ -164,11 +170,13 @@ class _LanguageTime:
         # Tokens of a rank before TP cuts them.
         self.tokens = self.samples * work.sequence / self.at.cp
         self.layers = self.stack.layers / self.at.pp
-        trained = "language" not in work.frozen_modules
-        self.forward = self._pass(1.0, 1.0, 1)
+        own = work.trains(LANGUAGE)
+        self.forward = self._pass(1.0, 1.0, back=False)
         # A frozen model's activations still have gradients, as encoders train through them.
-        products = BACKWARD_MATMUL if trained else 1.0
-        self.backward = self._pass(products, BACKWARD_ATTENTION, 2)
+        if not own.any and not any(work.encoder_trains(name) for name in shapes.encoders):
+            self.backward = _NOTHING
+            return
+        self.backward = self._pass(1.0 + own.share, BACKWARD_ATTENTION, back=True)
         again = {"none": _NOTHING, "full": self.forward}
         if candidate.recompute == "selective":
             again["selective"] = _Pass(self._attention())
@@ -180,16 +188,21 @@ class _LanguageTime:
         flops = attention_flops(self.stack, pairs) / (self.at.tp * self.at.cp)
         return self.layers * flops / self.machine.attention
 
-    def _pass(self, products: float, attention: float, ring: int) -> _Pass:
-        """Of ``products`` and ``attention`` times a forward pass's; ``ring`` times its ring."""
+    def _pass(self, products: float, attention: float, *, back: bool) -> _Pass:
+        """Of ``products`` and ``attention`` times a forward pass's."""
         at, work, machine = self.at, self.work, self.machine
         linear = layer_flops(self.stack, self.tokens) / (at.tp * at.pp) / machine.matmul
+        linear = (linear + self.layers * machine.layer_start) * products
         scores = self._attention() * attention
         bytes_ = self.tokens * self.stack.hidden * work.itemsize
+        tp = self.layers * tp_seconds(bytes_, at.tp, machine)
+        if back:
+            again = tp * _TP_AGAIN / _TP_CALLS
+            tp += machine.seen(again, again)
         return _Pass(
-            products=linear * products + scores,
-            tp=self.layers * tp_seconds(bytes_, at.tp, machine),
-            cp=self.layers * self._ring(scores / self.layers, ring),
+            products=linear + scores,
+            tp=tp,
+            cp=self.layers * self._ring(scores / self.layers, 2 if back else 1),
             ep=self.stack.expert_layers / at.pp * self._to_experts(bytes_),
         )
 
@@ -199,26 +212,27 @@ class _LanguageTime:
         if at.cp == 1:
             return 0.0
         bytes_ = 2 * self.tokens * stack.groups * stack.head / at.tp * self.work.itemsize
-        rate, latency = self.machine.link(at.tp * at.cp)
         if not self.machine.fused:
             # This project's attention gathers them at once, and nothing runs beside it.
+            rate, latency = self.machine.link(at.tp * at.cp, at.cp)
             return latency + (at.cp - 1) * bytes_ / rate
-        bytes_ *= tensors
-        return (at.cp - 1) * max(0.0, latency + bytes_ / rate - attention / at.cp)
+        rate, latency = self.machine.link(at.tp * at.cp)
+        step = latency + tensors * bytes_ / rate
+        return (at.cp - 1) * self.machine.seen(step, attention / at.cp)
 
     def _to_experts(self, bytes_: float) -> float:
         """Seconds of both all-to-alls of one layer's pass."""
         at = self.at
         if at.ep == 1:
             return 0.0
-        rate, latency = self.machine.link(at.ep * at.expert_tp)
+        rate, latency = self.machine.link(at.ep * at.expert_tp, at.ep)
         sent = bytes_ / at.tp * self.stack.chosen * (at.ep - 1) / at.ep
         return 2 * (latency + sent / rate)
 
     def output(self) -> float:
         """Return seconds of the output layer's forward pass."""
         flops = 2 * self.tokens * self.stack.hidden * self.vocab / self.at.tp
-        return flops / self.machine.matmul
+        return flops / self.machine.matmul + self.machine.layer_start
 
     def sends(self) -> float:
         """Return seconds in which stages send to each other."""
@@ -237,7 +251,7 @@ def tp_seconds(bytes_: float, tp: int, machine: Machine) -> float:
     Attention and MLP gather their inputs and scatter sums of their outputs; an all-reduce without
     sequence parallelism moves as much (Korthikanti et al. 2022, "Reducing Activation Recomputation
     in Large Transformer Models", 4.2.2). Backward moves as much again; what it gathers once more
-    runs beside its products.
+    with sequence parallelism runs beside its products and is not in here.
 
     Args:
         bytes_: of the hidden states that TP ranks share.
@@ -246,7 +260,7 @@ def tp_seconds(bytes_: float, tp: int, machine: Machine) -> float:
     """
     if tp == 1:
         return 0.0
-    rate, latency = machine.link(tp)
+    rate, latency = machine.link(tp, tp)
     return _TP_CALLS * (latency + bytes_ * (tp - 1) / tp / rate)
 
 
@@ -262,14 +276,25 @@ def encoder_passes(
     shape, at = shapes.encoders[name], candidate.encoder(name)
     items = items_per_replica(name, candidate, shape, work)
     flops = encoder_flops(shape, items, shapes.width)
+    # Embedding and projector start about as much as a layer does.
+    start = (shape.stack.layers + 1) * machine.layer_start
     forward = _Pass(
-        products=(flops.layers + flops.ends + flops.attention) / at.tp / machine.encoder,
+        products=start + (flops.layers + flops.ends + flops.attention) / at.tp / machine.encoder,
         tp=_encoder_tp(shape.stack, items * shape.tokens * work.itemsize, at.tp, machine),
     )
-    if name in work.frozen_modules:
+    encoder, projector = (work.trains(name, part) for part in (ENCODER, PROJECTOR))
+    if not encoder.any and not projector.any:
         return forward, _NOTHING
-    products = BACKWARD_MATMUL * (flops.layers + flops.ends) + BACKWARD_ATTENTION * flops.attention
-    backward = _Pass(products / at.tp / machine.encoder, forward.tp)
+    joined = projector_flops(shape, items, shapes.width)
+    if not encoder.any:
+        # Gradients stop at what the projector reads.
+        seconds = joined * projector.share / at.tp / machine.encoder + machine.layer_start
+        return forward, _Pass(seconds)
+    layers = flops.layers + flops.ends - joined
+    products = layers * (1 + encoder.share) + joined * (1 + projector.share)
+    products += BACKWARD_ATTENTION * flops.attention
+    products = products / at.tp / machine.encoder + (1 + encoder.share) * start
+    backward = _Pass(products, forward.tp)
     if candidate.memory.encoder == RECOMPUTE:
         backward += forward
     return forward, backward
@@ -295,7 +320,8 @@ def bridge_seconds(
             rows = routed_rows(way, scale, at.cp * at.tp)
         moved = float(rows.forward + rows.backward) * samples * work.items(name, shape) * shape.rows
         low = min(candidate.encoder(name).dp, at.dp)
-        rate, latency = machine.link(at.size // (math.gcd(low, at.dp) * at.pp))
+        span = at.size // (math.gcd(low, at.dp) * at.pp)
+        rate, latency = machine.link(span, span)
         seconds += 2 * latency + moved * shapes.width * work.itemsize / rate
     return seconds
 
@@ -311,16 +337,56 @@ def language_weights(candidate: Candidate, shapes: Shapes) -> tuple[float, float
     return dense, shape.stack.expert_weights / (at.pp * at.ep * at.expert_tp)
 
 
-def encoder_weights(name: str, candidate: Candidate, shapes: Shapes) -> float:
-    """Return one rank's weights of an encoder and its projector."""
-    return shapes.encoders[name].weights(shapes.width) / candidate.encoder(name).tp
-
-
 def replicas(candidate: Candidate, name: str) -> int:
     """Return the ranks that reduce the same gradients of a module."""
-    if name == "language" or candidate.homogeneous:
+    if name == LANGUAGE or candidate.homogeneous:
         return candidate.language.dp * candidate.language.cp
     return candidate.encoder(name).dp
+
+
+@dataclass(frozen=True)
+class Held:
+    """Weights of one kind on a rank.
+
+    Attributes:
+        name: of their module.
+        weights: of the kind, adapters among them.
+        trained: those that train.
+        ranks: that reduce the same gradients.
+    """
+
+    name: str
+    weights: float
+    trained: float
+    ranks: int
+
+
+def held_weights(candidate: Candidate, shapes: Shapes, work: Work) -> list[Held]:
+    """Return one rank's weights: the language model's, its experts', encoders', projectors'.
+
+    Args:
+        candidate, shapes, work: what runs.
+    """
+    at, all_of_it = candidate.language, work.trains(LANGUAGE)
+    dense, experts = language_weights(candidate, shapes)
+    # Experts have fewer replicas than the rest: EP ranks hold different ones.
+    expert_ranks = max(1, at.dp * at.cp * at.tp // (at.ep * at.expert_tp))
+    added = all_of_it.added / (at.tp * at.pp)
+    kinds = [
+        (LANGUAGE, dense, all_of_it.share, added, at.dp * at.cp),
+        (LANGUAGE, experts, all_of_it.share, 0.0, expert_ranks),
+    ]
+    for name, shape in shapes.encoders.items():
+        tp, ranks = candidate.encoder(name).tp, replicas(candidate, name)
+        joined = shape.projector_weights(shapes.width)
+        parts = {ENCODER: shape.weights(shapes.width) - joined, PROJECTOR: joined}
+        for part, weights in parts.items():
+            each = work.trains(name, part)
+            kinds.append((name, weights / tp, each.share, each.added / tp, ranks))
+    return [
+        Held(name, weights + more, share * weights + more, ranks)
+        for name, weights, share, more, ranks in kinds
+    ]
 
 
 def _reducing(
@@ -334,15 +400,15 @@ def _reducing(
     """
     seconds = 0.0
     at = candidate.language
-    modules = [("language", sum(language_weights(candidate, shapes)), at.tp)]
-    for name in shapes.encoders:
-        tp = candidate.encoder(name).tp
-        modules.append((name, encoder_weights(name, candidate, shapes), tp))
-    hiding = {"language": (language.backward.seconds, language.forward.seconds)}
-    for name, weights, stride in modules:
+    trained: dict[str, float] = {}
+    for each in held_weights(candidate, shapes, work):
+        trained[each.name] = trained.get(each.name, 0.0) + each.trained
+    hiding = {LANGUAGE: (language.backward.seconds, language.forward.seconds)}
+    for name, weights in trained.items():
         ranks = replicas(candidate, name)
-        if name in work.frozen_modules or ranks == 1:
+        if not weights or ranks == 1:
             continue
+        stride = at.tp if name == LANGUAGE else candidate.encoder(name).tp
         rate, latency = machine.group_link(ranks, stride)
         part = (ranks - 1) / ranks / rate
         # A ring's first byte goes from node to node, for every bucket anew.
@@ -352,17 +418,11 @@ def _reducing(
         backward, forward = hiding.get(name, (encoding.seconds, encoding.seconds / 2))
         summing = GRADIENT_BYTES * weights * part + begins
         gathering = work.itemsize * weights * part + begins
-        seconds += max(0.0, summing - backward) + max(0.0, gathering - forward)
+        seconds += machine.seen(summing, backward) + machine.seen(gathering, forward)
     return seconds
 
 
 def _updating(candidate: Candidate, shapes: Shapes, work: Work, machine: Machine) -> float:
     """Seconds of the optimizer's update of a rank's shards."""
-    weights = 0.0
-    if "language" not in work.frozen_modules:
-        weights += sum(language_weights(candidate, shapes)) / replicas(candidate, "language")
-    for name in shapes.encoders:
-        if name not in work.frozen_modules:
-            held = encoder_weights(name, candidate, shapes)
-            weights += held / replicas(candidate, name)
+    weights = sum(each.trained / each.ranks for each in held_weights(candidate, shapes, work))
     return weights * _OPTIMIZER_BYTES / machine.memory_rate
