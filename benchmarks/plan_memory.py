@@ -3,8 +3,8 @@
 
 Counted are the bytes of all tensors that live before a step, and the most that are allocated and
 not freed yet within it, as PyTorch's profiler tells every allocation. The language model's peak is
-what the step has beyond what the encoder holds then, the encoder's what there is while it goes
-back. A prediction may be too high by :data:`BOUND`, never too low.
+what the step has beyond what the encoder holds then, the encoder's what it holds and what comes
+to that while it goes back. A prediction may be too high by :data:`BOUND`, never too low.
 """
 
 from __future__ import annotations
@@ -214,18 +214,18 @@ def _mark(name: str) -> Callable[..., None]:
 
 def _peaks(profiler: Any, before: int) -> Peaks:
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda each: each.start_ns())
-    now = whole = back = begun = held = 0
+    now = whole = back = begun = held = at = 0
     goes_back = False
     for event in events:
         name = event.name()
         if name == "[memory]":
             now += event.nbytes()
             whole = max(whole, now)
-            back = max(back, now) if goes_back else 0
+            back = max(back, held + now - at) if goes_back else 0
         elif name == _BEGIN:
             begun, goes_back = now, False
         elif name.startswith(_END):
             held = now - begun - int(name.removeprefix(_END))
         elif name == _BACK:
-            goes_back = True
+            goes_back, at = True, now
     return Peaks(encoder=back, language=whole - held, whole=before + whole)

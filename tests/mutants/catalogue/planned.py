@@ -108,6 +108,24 @@ PLANNED = (
         why="a recipe that freezes layers by a pattern is planned as if it froze nothing",
     ),
     Mutant(
+        name="frozen-layers-keep-what-trained-ones-do",
+        file=_PLAN + "footprint.py",
+        old="whole -= _for_weights(stack, work.itemsize, at.tp)",
+        new="whole -= 0.0",
+        tests=("tests/benchmarks_tests/test_plan_memory.py::test_a_step_is_planned_as_it_is"
+               "_counted",),
+        why="layouts that fit a frozen language model are rejected",
+    ),
+    Mutant(
+        name="layers-are-computed-again-in-no-memory",
+        file=_PLAN + "footprint.py",
+        old="return gradients + computed_again(name, candidate, shapes, work)",
+        new="return gradients",
+        tests=("tests/benchmarks_tests/test_plan_memory.py::test_a_step_is_planned_as_it_is"
+               "_counted",),
+        why="an encoder runs out of memory when its layers are computed again",
+    ),
+    Mutant(
         name="states-on-every-replica",
         file=_PLAN + "footprint.py",
         old="sum(each.trained / each.ranks for each in held)",
@@ -119,8 +137,8 @@ PLANNED = (
     Mutant(
         name="backward-pass-of-the-encoder-forgotten",
         file=_PLAN + "footprint.py",
-        old="first=True, language=False)",
-        new="first=True)",
+        old="moments.append(_moment(candidate, shapes, work, machine, first=True, language=False))",
+        new="moments.append(_moment(candidate, shapes, work, machine, first=True))",
         tests=(_TESTS + "test_plan_parts.py::test_the_encoders_own_backward_pass_may_be_the"
                "_fullest_moment",),
         why="a layout is chosen that runs out of memory when the encoder goes back",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from megatron.core.models.mimo.memory.plan import (
     Prediction,
@@ -64,6 +65,20 @@ def encoder_prediction(
     else:
         step = Step(candidate.microbatches, candidate.language.pp, 1, **trains)
     return predict(parts, step, candidate.memory)
+
+
+def computed_again(name: str, candidate: Candidate, shapes: Shapes, work: Work) -> float:
+    """Return bytes more while one of an encoder's layers is computed again and goes back.
+
+    By then the projector has gone back, and what it kept is free.
+    """
+    shape = shapes.encoders[name]
+    items = items_per_replica(name, candidate, shape, work)
+    own = _transformer(shape, candidate, shapes, work, candidate.encoder(name).tp)
+    kept, whole = (
+        transformer_bytes(each, items) for each in (own, replace(own, recompute="none"))
+    )
+    return max(0.0, (whole.encoder - kept.encoder) / own.layers - kept.projector)
 
 
 def offloaded(name: str, candidate: Candidate, shapes: Shapes, work: Work) -> int:

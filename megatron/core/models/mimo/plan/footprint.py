@@ -11,9 +11,9 @@ import math
 from dataclasses import dataclass
 
 from megatron.core.models.mimo.memory.plan import Step
-from megatron.core.models.mimo.memory.policy import RECOMPUTE
 from megatron.core.models.mimo.plan.candidates import Candidate
 from megatron.core.models.mimo.plan.encoder_parts import (
+    computed_again,
     encoder_prediction,
     items_per_replica,
     microbatches_kept,
@@ -95,8 +95,9 @@ class Peaks:
     """Bytes of a rank at the fullest moments of a step without pipeline stages.
 
     Attributes:
-        encoder: while encoders go back, weights and what belongs to them left out.
-        language: of the language model alone, likewise, while it runs.
+        encoder: of encoders and projectors, while they go back; weights, their gradients and the
+            optimizer left out, and what the bridge holds.
+        language: of the language model, while it runs, likewise; and the batch.
         whole: all of it, the margin left out.
     """
 
@@ -120,7 +121,7 @@ def peaks(candidate: Candidate, shapes: Shapes, work: Work, machine: Machine) ->
     runs = _moment(candidate, shapes, work, machine, first=True)
     back = _moment(candidate, shapes, work, machine, first=True, language=False)
     return Peaks(
-        encoder=back.encoder + back.bridge + back.batch,
+        encoder=back.encoder,
         language=runs.activations + runs.logits + runs.batch,
         whole=max(runs.expected, back.expected),
     )
@@ -147,10 +148,7 @@ def _moment(
             bridge += _bridge_bytes(name, candidate, shapes, work)
         if not language and work.trains(name, ENCODER).any:
             encoder += _encoder_working(name, candidate, shapes, work)
-    if not language:
-        # Gradients of rows as they came; and the rows, where they are computed again.
-        bridge *= 1.0 if candidate.memory.encoder == RECOMPUTE else 0.5
-    else:
+    if language:
         fused = machine.fused
         stack = shapes.language.stack
         activations, working = _activations(candidate, stack, work, waiting, fused)
@@ -239,16 +237,19 @@ def _activations(
     tokens = samples * work.sequence / at.cp
     layers = stack.layers / at.pp
     whole = layer_bytes(stack, work.itemsize, at.tp, at.cp, fused=fused)
+    # One layer goes back at a time: gradients in its MLP, and of what goes into it and around it.
+    working = 2 * stack.ffn + 2 * stack.hidden
     if not fused and not work.trains(LANGUAGE).any:
         whole -= _for_weights(stack, work.itemsize, at.tp)
+        # Nothing that was kept for gradients of weights makes room for them.
+        working = 4 * stack.ffn + stack.hidden
     each = whole
     if candidate.recompute == "full":
         each = work.itemsize * stack.hidden / at.tp
     elif candidate.recompute == "selective":
         output = work.itemsize * stack.head * stack.heads + 4 * stack.heads
         each = whole - output / at.tp
-    # One layer goes back at a time: gradients in its MLP, and of what goes into it and around it.
-    working = work.itemsize * (2 * stack.ffn + 2 * stack.hidden) / at.tp
+    working *= work.itemsize / at.tp
     return tokens * waiting * layers * each, tokens * (working + whole - each)
 
 
@@ -263,13 +264,11 @@ def _for_weights(stack: Stack, itemsize: int, tp: int) -> float:
 
 
 def _encoder_working(name: str, candidate: Candidate, shapes: Shapes, work: Work) -> float:
-    """Gradients of the layer that goes back; in its MLP, where all else is there again by then."""
+    """Gradients where a norm goes back, as one rank of TP has them, and a layer computed again."""
     shape = shapes.encoders[name]
     tokens = items_per_replica(name, candidate, shape, work) * shape.tokens
-    widths = 3.0 * shape.stack.hidden
-    if candidate.memory.encoder == RECOMPUTE:
-        widths += 2 * shape.stack.ffn / candidate.encoder(name).tp
-    return tokens * work.itemsize * widths
+    gradients = 4.0 * tokens * work.itemsize * shape.stack.hidden
+    return gradients + computed_again(name, candidate, shapes, work)
 
 
 def _logits(candidate: Candidate, shapes: Shapes, work: Work, fused: bool) -> float:
