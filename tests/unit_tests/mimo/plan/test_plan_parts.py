@@ -203,6 +203,15 @@ def test_adapters_train_alone() -> None:
     assert 2 * none < through < 0.95 * all_of_it
 
 
+def test_what_trains_by_name() -> None:
+    work = Work(64, 8, {"vision": 0.5}, trained={"vision.encoder": Trained(0.0)})
+    assert not work.trains("vision", part="encoder").any
+    assert work.trains("vision", part="projector") == work.trains("language") == Trained()
+    assert work.encoder_trains("vision")
+    frozen = replace(work, frozen_modules=frozenset({"vision"}))
+    assert not frozen.encoder_trains("vision")
+
+
 def test_what_cannot_train() -> None:
     for wrong in ({"share": 1.5}, {"share": -0.1}, {"added": -1.0}):
         with pytest.raises(ValueError, match="share must be from 0 to 1 and added 0 or more"):
