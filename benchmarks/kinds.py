@@ -36,6 +36,7 @@ KINDS = (
     Kind("memory-policies", "Encoder activations kept, recomputed, offloaded", "memory_policies"),
     Kind("overlap", "What the asynchronous exchange hides", "overlap"),
     Kind("gathers", "What overlapping reductions and parameter gathers hide", "gathers"),
+    Kind("attention", "Attention over CP that keeps its own keys and values", "attention"),
     Kind("step", "Whole step of the digits job", "whole_step"),
     Kind("torch-native", "Torch-native modules beside Megatron's layers", "torch_native"),
     Kind("wall", "Wall time, forward + backward, routed over gather", "wall_time"),

@@ -35,7 +35,11 @@ _unmet = itertools.count()
 
 
 def make_groups(
-    rank_enum: list[list[int]], backend: str | None = None, **kwargs: Any
+    rank_enum: list[list[int]],
+    backend: str | None = None,
+    *,
+    connect: bool = True,
+    **kwargs: Any,
 ) -> dist.ProcessGroup | None:
     """Make this rank's group among several; all ranks of the world call it, in the same order.
 
@@ -46,6 +50,11 @@ def make_groups(
     Args:
         rank_enum: ranks of each group, none in two of them.
         backend: their backend; ``None`` is the default group's.
+        connect: whether NCCL connects members at once, where the default group has a device. Else
+            it does in the group's first collective, which all of them enter, so one that is not
+            used takes no memory of the device. Not for sends and receives: every pair would connect
+            for itself. Gloo connects at once always, as waiting it can deadlock (seen on 8 ranks
+            with torch 2.13), and so does all where torch needs every rank.
         kwargs: ``timeout``, ``pg_options``, ``group_desc``, as for
             ``torch.distributed.new_subgroups_by_enumeration``. ``timeout`` also bounds the wait
             for the other members; it is the default group's if none is given, not torch's 30
@@ -63,7 +72,7 @@ def make_groups(
         kwargs["timeout"] = timeout
     pg: Any
     if _members_suffice(backend):
-        pg = _make_own_group(rank_enum, backend, **kwargs)
+        pg = _make_own_group(rank_enum, backend, connect, **kwargs)
     else:
         pg, _ = dist.new_subgroups_by_enumeration(rank_enum, backend=backend, **kwargs)
     logger.debug("Created process groups with ranks %s", rank_enum)
@@ -104,6 +113,7 @@ def _members_suffice(backend: str | None) -> bool:
 def _make_own_group(
     rank_enum: list[list[int]],
     backend: str | None,
+    connect: bool,
     timeout: timedelta | None = None,
     pg_options: Any = None,
     group_desc: str | None = None,
@@ -136,7 +146,8 @@ def _make_own_group(
             group_name=group_name,
             backend_options=pg_options,
             timeout=timeout,
-            device_id=device,
+            # With a device NCCL connects at once.
+            device_id=device if connect else None,
             group_desc=group_desc,
         )
     c10d._world.pg_group_ranks[pg] = {rank: place for place, rank in enumerate(ranks)}

@@ -1,28 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranks as a named box, and process groups made from it on request.
 
-``GridShape`` is the pure part: integers only, no process group, no ``torch.distributed`` call.
-``HyperCommGrid`` adds what needs a world: groups over any dims, and further factorisations
-("views") of the same ranks. Stock Megatron-Core imports this module while ``megatron.core`` itself
-is being imported, so nothing of ``megatron`` is imported here.
-
-The dim that is named first varies fastest: ``rank = rank_offset + sum(coord[d] * stride[d])``,
-where a dim's stride is the product of the sizes named before it.
+``GridShape`` (``mimo_colocated/grid_shape.py``) is the pure part. ``HyperCommGrid`` adds what needs
+a world: groups over any dims, and further factorisations ("views") of the same ranks. Stock
+Megatron-Core imports this module while ``megatron.core`` itself is being imported, so nothing of
+``megatron`` is imported here.
 """
 
 from __future__ import annotations
 
-import math
-import numbers
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch.distributed as dist
 
+from mimo_colocated.communicators import Lane, lane_of
+from mimo_colocated.grid_shape import GridShape, check_box
 from mimo_colocated.process_groups import is_member, make_groups, release_group
+from mimo_colocated.shared_groups import SharedGroup, members, share_groups
 
 _is_process_group_member = is_member
 
@@ -30,98 +28,6 @@ _BASE_VIEW_NAME = "base"
 
 # A base group's key is its dims joined with dashes; a view's own group has (view, dims).
 _GroupKey = str | tuple[str, tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class GridShape:
-    """A named box over the ranks ``rank_offset .. rank_offset + size - 1``; first dim fastest.
-
-    >>> box = GridShape((2, 2, 2), ("tp", "cp", "dp"))
-    >>> box.coords(5)
-    {'tp': 1, 'cp': 0, 'dp': 1}
-    >>> box.enumerate_groups(["cp"])
-    [[0, 2], [1, 3], [4, 6], [5, 7]]
-
-    Args:
-        shape: size of each dim, a positive integer.
-        dim_names: name of each dim, no name twice.
-        rank_offset: the box's first rank.
-
-    Raises:
-        ValueError: lengths differ, a size is not a positive integer, a name occurs twice, or the
-            offset is negative.
-    """
-
-    shape: tuple[int, ...]
-    dim_names: tuple[str, ...]
-    rank_offset: int = 0
-    _strides: dict[str, int] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        _check_box(self.shape, self.dim_names)
-        if self.rank_offset < 0:
-            raise ValueError(f"rank_offset must be non-negative, got {self.rank_offset}")
-        strides = {name: math.prod(self.shape[:axis]) for axis, name in enumerate(self.dim_names)}
-        object.__setattr__(self, "_strides", strides)
-
-    @property
-    def size(self) -> int:
-        """Number of ranks in the box."""
-        return math.prod(self.shape)
-
-    @property
-    def ranks(self) -> range:
-        """Every rank of the box, ascending."""
-        return range(self.rank_offset, self.rank_offset + self.size)
-
-    def dim_size(self, name: str) -> int:
-        """Return the size of one dim; 1 for a dim that the box does not name."""
-        return self.shape[self.dim_names.index(name)] if name in self.dim_names else 1
-
-    def coords(self, rank: int) -> dict[str, int]:
-        """Return where a rank lies: its coordinate along each dim, in ``dim_names`` order.
-
-        Raises:
-            ValueError: the rank is outside the box.
-        """
-        if rank not in self.ranks:
-            raise ValueError(
-                f"Rank {rank} is not in the grid {self._describe()}; its ranks are "
-                f"{self.ranks.start} to {self.ranks.stop - 1}"
-            )
-        place = rank - self.rank_offset
-        return {
-            name: place // self._strides[name] % size
-            for name, size in zip(self.dim_names, self.shape, strict=True)
-        }
-
-    def enumerate_groups(self, dims: Sequence[str]) -> list[list[int]]:
-        """Return the ranks of every group over ``dims``; inside, the *last* of ``dims`` is fastest.
-
-        Groups follow one another with the remaining dims, the first-named fastest. Linear in
-        the number of ranks.
-
-        >>> GridShape((2, 2), ("a", "b")).enumerate_groups(["a", "b"])
-        [[0, 2, 1, 3]]
-        """
-        members = self._steps(dims)
-        others = [name for name in reversed(self.dim_names) if name not in dims]
-        return [
-            [self.rank_offset + first + step for step in members] for first in self._steps(others)
-        ]
-
-    def _steps(self, dims: Iterable[str]) -> list[int]:
-        """Rank distances that moving along ``dims`` reaches from coordinate 0; last fastest."""
-        steps = [0]
-        for name in dims:
-            stride, size = self._strides[name], self.dim_size(name)
-            steps = [base + stride * coord for base in steps for coord in range(size)]
-        return steps
-
-    def _describe(self) -> str:
-        return " x ".join(
-            f"{name}={size}" for name, size in zip(self.dim_names, self.shape, strict=True)
-        )
 
 
 @dataclass(frozen=True)
@@ -186,8 +92,9 @@ class HyperCommGrid:
         self._views: dict[str, _RankViewSpec] = {_BASE_VIEW_NAME: base}
         # None on a rank in no group; who asks for a group to use it is in one, hence not Optional.
         self._pgs: dict[_GroupKey, Any] = {}
-        # Who is in the groups that were made here, to share them instead of making twins.
-        self._members: dict[_GroupKey, frozenset[tuple[int, ...]]] = {}
+        # Who is in the groups that are here, and in which lane, to use them instead of twins.
+        self._members: dict[_GroupKey, tuple[Lane, frozenset[tuple[int, ...]]]] = {}
+        self._taken: list[SharedGroup] = []
 
     def coords(self, rank: int) -> dict[str, int]:
         """Return the coordinate of a global rank along each dim of the base view.
@@ -263,46 +170,75 @@ class HyperCommGrid:
                 "cannot be compared with the ones given now, so it is not handed out again: "
                 "use get_pg."
             )
-        self._make(key, box.enumerate_groups(ordered), **kwargs)
+        rank_enum = box.enumerate_groups(ordered)
+        # Said of a rank that is waited for.
+        kwargs.setdefault("group_desc", "-".join(ordered))
+        self._pgs[key] = make_groups(rank_enum, self.backend, **kwargs)
+        self._members[key] = lane_of(ordered), members(rank_enum)
         return self._pgs[key]
 
     def get_or_create_pg(
-        self, dims: str | list[str], *, view: str | None = None
+        self, dims: str | list[str], *, view: str | None = None, connect: bool = True
     ) -> dist.ProcessGroup:
         """Return this rank's group over ``dims``, made before or made now (a collective).
 
         Dims of size 1 change no group, so one over the others serves, too: "tp-pp" with PP 1 is
-        "tp". A group costs memory and connections on every rank.
+        "tp". A group costs memory and connections on every rank, so it may be another grid's, see
+        :meth:`keep_pg`.
+
+        Args:
+            dims, view: as of :meth:`create_pg`.
+            connect: as of :meth:`keep_pg`.
 
         Raises:
             KeyError: there is no such view.
             ValueError: the view has no such dim.
         """
         key, box, ordered = self._locate(dims, view)
-        found: Any = self.keep_pg(key, box.enumerate_groups(ordered))
+        found: Any = self.keep_pg(
+            key, box.enumerate_groups(ordered), lane=lane_of(ordered), connect=connect
+        )
         return found
 
-    def keep_pg(self, key: _GroupKey, rank_enum: list[list[int]]) -> dist.ProcessGroup | None:
+    def keep_pg(
+        self,
+        key: _GroupKey,
+        rank_enum: list[list[int]],
+        *,
+        lane: Lane = Lane.BETWEEN,
+        connect: bool = True,
+    ) -> dist.ProcessGroup | None:
         """Make groups inside the grid, keep this rank's under ``key`` and return it.
 
-        For groups that are no box of dims (first and last pipeline stage). Groups that the grid
-        already has over the same ranks are used again; else all ranks of the world make them.
-        """
-        if key not in self._pgs:
-            members = _members(rank_enum)
-            twin = next((k for k, m in self._members.items() if m == members), None)
-            if twin is None:
-                self._make(key, rank_enum)
-            else:
-                self._pgs[key] = self._pgs[twin]
-        return self._pgs[key]
+        For groups that are no box of dims (first and last pipeline stage). Groups over the same
+        ranks are used again where their lanes allow it: the grid's own and, but for
+        ``Lane.BESIDE``, those that other grids have made. Else all ranks of the world make them.
 
-    def _make(self, key: _GroupKey, rank_enum: list[list[int]], **kwargs: Any) -> None:
-        # Said of a rank that is waited for.
-        name = key if self._is_base_pg_key(key) else "-".join(key[1])
-        kwargs.setdefault("group_desc", name)
-        self._pgs[key] = make_groups(rank_enum, self.backend, **kwargs)
-        self._members[key] = _members(rank_enum)
+        Args:
+            key: a new one; with a known one the rest is not looked at.
+            rank_enum: ranks of each group, none in two of them.
+            lane: beside what their collectives run.
+            connect: whether groups that are made now connect at once, see
+                :func:`~mimo_colocated.process_groups.make_groups`.
+        """
+        if key in self._pgs:
+            return self._pgs[key]
+        wanted, name = members(rank_enum), key if isinstance(key, str) else "-".join(key[1])
+        same = (k for k, (own, m) in self._members.items() if m == wanted and lane.meets(own))
+        twin = next(same, None)
+        if twin is not None:
+            self._pgs[key] = self._pgs[twin]
+        elif lane is Lane.BESIDE and any(len(ranks) > 1 for ranks in rank_enum):
+            made = make_groups(rank_enum, self.backend, connect=connect, group_desc=name)
+            self._pgs[key], self._members[key] = made, (lane, wanted)
+        else:
+            self._pgs[key], shared = share_groups(
+                rank_enum, self.backend, connect=connect, group_desc=name
+            )
+            self._taken.append(shared)
+            # One that all grids may use is in none's way.
+            self._members[key] = Lane.WITHIN, wanted
+        return self._pgs[key]
 
     def get_pg(self, dims: str | list[str], *, view: str | None = None) -> dist.ProcessGroup:
         """Return this rank's group over ``dims``, which ``create_pg`` has made before.
@@ -328,10 +264,17 @@ class HyperCommGrid:
         return spec.box.enumerate_groups(self._order_dims_for_view(spec, dims)[0])
 
     def destroy(self) -> None:
-        """Destroy each process group that this grid made and this rank is in; idempotent."""
+        """Destroy each process group that this grid made and this rank is in; idempotent.
+
+        Groups that other grids use as well end with the last of them.
+        """
         groups = {id(pg): pg for pg in self._pgs.values()}
+        shared, self._taken = self._taken, []
         self._pgs.clear()
         self._members.clear()
+        for each in shared:
+            groups.pop(id(each.group), None)
+            each.give_back()
         for pg in groups.values():
             release_group(pg)
 
@@ -442,29 +385,11 @@ def box_of(grid: Any) -> GridShape:
     return _box(grid.shape, grid.dim_names, grid.rank_offset)
 
 
-def _members(rank_enum: list[list[int]]) -> frozenset[tuple[int, ...]]:
-    """Who is together with whom, whatever the order. (Making tuples is faster than making sets.)"""
-    return frozenset(tuple(sorted(ranks)) for ranks in rank_enum)
-
-
 def _box(
     shape: Sequence[int], dim_names: Sequence[str], rank_offset: int, view: str | None = None
 ) -> GridShape:
-    _check_box(shape, dim_names, "" if view is None else f"View {view!r} ")
+    check_box(shape, dim_names, "" if view is None else f"View {view!r} ")
     return GridShape(tuple(int(size) for size in shape), tuple(dim_names), rank_offset)
-
-
-def _check_box(shape: Sequence[int], dim_names: Sequence[str], label: str = "") -> None:
-    if len(shape) != len(dim_names):
-        raise ValueError(
-            f"{label}len(shape) {shape} != len(dim_names) {dim_names}: {len(shape)} sizes for "
-            f"{len(dim_names)} names"
-        )
-    if any(not isinstance(size, numbers.Integral) or size <= 0 for size in shape):
-        raise ValueError(f"{label}shape must be positive ints, got {shape} for {dim_names}")
-    if len(set(dim_names)) != len(dim_names):
-        verb = "has" if label else "Grid has"
-        raise ValueError(f"{label}{verb} duplicate dim_names: {dim_names}; name each dim once")
 
 
 def _world_size() -> int:

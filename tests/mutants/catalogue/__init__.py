@@ -11,6 +11,7 @@ from tests.mutants.catalogue.exported import EXPORTED
 from tests.mutants.catalogue.faults import FAULTS
 from tests.mutants.catalogue.files import FILES
 from tests.mutants.catalogue.frozen import FROZEN
+from tests.mutants.catalogue.groups import GROUPS
 from tests.mutants.catalogue.imported import IMPORTED
 from tests.mutants.catalogue.imported_sounds import IMPORTED_SOUNDS
 from tests.mutants.catalogue.imported_towers import IMPORTED_TOWERS
@@ -49,6 +50,7 @@ from tests.mutants.catalogue.written_without_d_parts import WITHOUT_D_PARTS
 
 MUTANTS = (
     *GRIDS,
+    *GROUPS,
     *BRIDGE,
     *ROUTING,
     *EXCHANGE,

@@ -5,6 +5,7 @@ from tests.mutants.catalogue.places import CORE, MIMO, UNIT
 from tests.mutants.mutant import Mutant
 
 _GRID = CORE + "hyper_comm_grid.py"
+_SHAPE = "mimo_colocated/grid_shape.py"
 _LAYOUT = MIMO + "comm/plan/gather_layout.py"
 _COMM = MIMO + "comm/gather_bridge.py"
 _COLLECTIVES = MIMO + "comm/collectives.py"
@@ -17,7 +18,7 @@ _EVERY_BRIDGE = UNIT + "test_bridge_properties.py::test_every_bridge"
 GRIDS = (
     Mutant(
         name="last-dim-fastest",
-        file=_GRID,
+        file=_SHAPE,
         old="math.prod(self.shape[:axis])",
         new="math.prod(self.shape[axis + 1 :])",
         tests=(_GRID_TESTS + "test_coords_invert_the_rank_formula",),
@@ -33,7 +34,7 @@ GRIDS = (
     ),
     Mutant(
         name="groups-without-the-rank-offset",
-        file=_GRID,
+        file=_SHAPE,
         old="[self.rank_offset + first + step for step in members]",
         new="[first + step for step in members]",
         tests=(_GRID_TESTS + "test_rank_enum_is_the_brute_force_one_for_any_order_of_dims",),

@@ -7,6 +7,7 @@ from tests.mutants.mutant import Mutant
 _ORDER = MIMO + "partition/sequence_order.py"
 _ADAPTER = MIMO + "partition/utils.py"
 _ATTENTION = MIMO + "transformer/context_parallel_attention.py"
+_KEYS = MIMO + "transformer/gathered_keys.py"
 _ORDER_TESTS = UNIT + "test_sequence_order.py::"
 _ADAPTER_TESTS = UNIT + "test_partition.py::"
 _ATTENTION_TESTS = UNIT + "test_cp_attention.py::"
@@ -116,10 +117,47 @@ ATTENTION = (
     Mutant(
         name="keys-and-values-swapped",
         file=_ATTENTION,
-        old="return [k for k, _ in whole], [v for _, v in whole]",
-        new="return [v for _, v in whole], [k for k, _ in whole]",
+        old="for seq_spans, length, (k, v) in zip",
+        new="for seq_spans, length, (v, k) in zip",
         tests=(_UNSHARDED,),
         why="attends with values and returns keys; shapes are the same",
+    ),
+    Mutant(
+        name="whole-keys-are-kept",
+        file=_KEYS,
+        old="        if sequence is None or not tensor.numel():\n",
+        new="        if True:\n",
+        tests=(UNIT + "test_cp_attention_ranks.py::test_what_is_kept_divides_by_cp",),
+        why="every rank keeps keys and values of all, for every layer",
+        ranks=8,
+    ),
+    Mutant(
+        name="only-ranks-with-queries-gather-again",
+        file=_KEYS,
+        old="        ctx.keys.gather_again()\n",
+        new="        if grad.any():\n            ctx.keys.gather_again()\n",
+        tests=(_ATTENTION_TESTS + "test_a_rank_of_padding_gathers_again_with_the_others",),
+        why="a rank without a real query does not enter the gather that the others wait in",
+    ),
+    Mutant(
+        name="gathered-again-and-kept",
+        file=_KEYS,
+        old="local.register_hook(lambda _: self._again.clear())",
+        new="pass",
+        tests=(
+            UNIT + "test_cp_attention_ranks.py::"
+            "test_what_was_gathered_again_goes_with_the_backward_pass",
+        ),
+        why="whole keys and values of layers that are through stay until the graph goes",
+        ranks=8,
+    ),
+    Mutant(
+        name="groups-of-queries-in-turn",
+        file=_ATTENTION,
+        old="query = query.reshape(query.size(0), -1, query.size(2) // groups, query.size(3))",
+        new="query = query.unflatten(2, (-1, groups)).transpose(2, 3).flatten(1, 2)",
+        tests=(_UNSHARDED,),
+        why="heads attend to the keys of other groups",
     ),
     Mutant(
         name="keys-in-rank-order",

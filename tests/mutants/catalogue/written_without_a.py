@@ -49,8 +49,8 @@ WITHOUT_A = (
     Mutant(
         name="grid-group-desc-overwritten",
         file=CORE + "hyper_comm_grid.py",
-        old='kwargs.setdefault("group_desc", name)',
-        new='kwargs["group_desc"] = name',
+        old='kwargs.setdefault("group_desc", "-".join(ordered))',
+        new='kwargs["group_desc"] = "-".join(ordered)',
         tests=(UNIT + "test_hyper_comm_grid.py::TestGroups::test_created_once_and_handed_out",),
         why="a caller's group_desc is accepted and ignored",
     ),

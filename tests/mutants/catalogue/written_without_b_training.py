@@ -96,9 +96,9 @@ WITHOUT_B_TRAINING = (
     ),
     Mutant(
         name="the-experts-group-lacks-expert-tp",
-        file="megatron/core/models/mimo/training/groups.py",
-        old='collection.tp_ep = grid.get_or_create_pg(["expt_tp", "ep"], view=EXPERT_VIEW)',
-        new='collection.tp_ep = grid.get_or_create_pg(["ep"], view=EXPERT_VIEW)',
+        file="mimo_colocated/communicators.py",
+        old='"tp_ep": ("expt_tp", "ep"),',
+        new='"tp_ep": ("ep",),',
         tests=(
             "tests/unit_tests/mimo/test_experts_8rank.py::test_loss_gradients_and_norm_equal_the_unsharded_model",
         ),
@@ -118,9 +118,9 @@ WITHOUT_B_TRAINING = (
     ),
     Mutant(
         name="the-optimizers-group-lacks-stages",
-        file="megatron/core/models/mimo/training/groups.py",
-        old='"intra_dist_opt": ["tp", "cp", "dp", "pp"],',
-        new='"intra_dist_opt": ["tp", "cp", "dp"],',
+        file="mimo_colocated/communicators.py",
+        old='"intra_dist_opt": ("tp", "cp", "dp", "pp"),',
+        new='"intra_dist_opt": ("tp", "cp", "dp"),',
         tests=(
             "tests/unit_tests/mimo/test_groups_8rank.py::test_members_are_those_of_the_coordinates",
         ),

@@ -8,8 +8,8 @@ WITHOUT_D = (
     Mutant(
         name="grid-twin-of-a-part",
         file=CORE + "hyper_comm_grid.py",
-        old="if m == members), None)",
-        new="if m <= members), None)",
+        old="if m == wanted and",
+        new="if m <= wanted and",
         tests=(
             UNIT + "test_hyper_comm_grid.py"
             "::TestGroups::test_groups_of_some_ranks_are_no_twins_of_those_of_all",

@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron.core.models.mimo.partition.sequence_order import packed_positions
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -149,3 +153,27 @@ def tiny_config(**changes: object) -> TransformerConfig:
 def fake_groups(cp: FakeGroup | None = None, tp: FakeGroup | None = None) -> ProcessGroupCollection:
     one = FakeGroup(0, 1)
     return ProcessGroupCollection(cp=cp or one, tp=tp or one, pp=one)
+
+
+class Storages(TorchDispatchMode):
+    """All memory that is taken meanwhile; what of it is alive is asked later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for each in tree_leaves(out):
+            if isinstance(each, torch.Tensor):
+                storage = StorageWeakRef(each.untyped_storage())
+                self.taken[storage.cdata] = storage, each.untyped_storage().nbytes()
+        return out
+
+    def sizes(self) -> list[int]:
+        """Bytes of each."""
+        return [size for _, size in self.taken.values()]
+
+    def alive(self) -> int:
+        """Bytes of those that something refers to."""
+        return sum(size for storage, size in self.taken.values() if not storage.expired())

@@ -25,6 +25,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from tests.unit_tests.mimo.attention_oracle import (
     Case,
     FakeGroup,
+    Storages,
     fake_groups,
     reference,
     reference_with_gradients,
@@ -126,7 +127,8 @@ def test_rank_with_nothing_but_padding_keeps_the_gather_in_its_graph(
 
     def gather(x: torch.Tensor, group: FakeGroup) -> torch.Tensor:
         gathered = torch.cat([x, x])
-        gathered.register_hook(lambda g: entered.append(g.size(0)))
+        if gathered.requires_grad:  # in backward keys are gathered again, without a gradient
+            gathered.register_hook(lambda g: entered.append(g.size(0)))
         return gathered
 
     monkeypatch.setattr(cpa._GatherSequence, "apply", gather)
@@ -136,6 +138,42 @@ def test_rank_with_nothing_but_padding_keeps_the_gather_in_its_graph(
     assert entered == [8]
     for tensor in (q, k, v):
         assert torch.count_nonzero(tensor.grad) == 0  # there, and zero
+
+
+def test_a_rank_of_padding_gathers_again_with_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its queries need no keys, and gradients of its output may be zeros."""
+    case = Case((1,), (8,), packed=True)
+    q, k, v, _ = case.tensors()
+    place = case.positions(1, 2)
+    gathers: list[int] = []
+
+    def gather(x: torch.Tensor, group: FakeGroup) -> torch.Tensor:
+        gathers.append(x.size(0))
+        return torch.cat([x, x])
+
+    monkeypatch.setattr(cpa._GatherSequence, "apply", gather)
+    out = run_rank(build(FakeGroup(1, 2)), case, [q[place], k[place], v[place]])
+    assert gathers == [4]
+    (0 * out).sum().backward()
+    assert gathers == [4, 4]
+
+
+@pytest.mark.parametrize("fold", [True, False], ids=["", "control"])
+def test_grouped_queries_in_fp32_repeat_no_keys_and_write_no_scores(
+    fold: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No tensor of the forward pass is larger than the queries, or than all keys and values."""
+    monkeypatch.setattr(cpa._GatherSequence, "apply", lambda x, group: torch.cat([x] * 4))
+    if not fold:
+        repeat = lambda q, *kv: (q, *(x.repeat(1, 1, 16, 1) for x in kv))  # noqa: E731
+        monkeypatch.setattr(cpa, "_by_groups", repeat)
+    q, k, v = (torch.randn(16, 1, heads, 8, requires_grad=True) for heads in (16, 1, 1))
+    attention = build(FakeGroup(1, 4), AttnMaskType.no_mask)
+    with Storages() as storages:
+        run = attention(q, k, v, None)
+    run.sum().backward()
+    own, whole = 16 * 16 * 8 * 4, 64 * 2 * 8 * 4
+    assert (max(storages.sizes()) <= max(own, whole)) is fold
 
 
 def test_packed_in_inference_mode() -> None:

@@ -9,6 +9,7 @@ of 100 over what was observed; a dropped chunk, a wrong position or a missing su
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -19,11 +20,17 @@ from megatron.core.models.mimo.transformer import context_parallel_attention as 
 from megatron.core.models.mimo.transformer.context_parallel_attention import (
     ContextParallelAttention,
 )
+from megatron.core.models.mimo.transformer.gathered_keys import GatheredKeys
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from tests.harness.backend import own_device
-from tests.unit_tests.mimo.attention_oracle import Case, reference_with_gradients, tiny_config
+from tests.unit_tests.mimo.attention_oracle import (
+    Case,
+    Storages,
+    reference_with_gradients,
+    tiny_config,
+)
 from tests.unit_tests.mimo.parallel_models import (
     VOCABULARY,
     Layout,
@@ -109,8 +116,8 @@ def collectives(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 @pytest.mark.parametrize(
     ("cp_size", "needs_gradient", "expected"),
     [
-        (2, True, {"_all_gather": 1, "_reduce_scatter": 1}),
-        (2, False, {"_all_gather": 1}),
+        (2, True, {"_all_gather": 2, "_reduce_scatter": 1}),
+        (2, False, {"_all_gather": 2}),
         (1, True, {}),
     ],
 )
@@ -121,11 +128,54 @@ def test_number_of_collectives(
     with process_groups(Layout(cp=cp_size)) as groups:
         attention = attention_for(groups, cp_size)
         q, k, v = local_inputs(case, groups.cp.rank(), cp_size)
-        # Frozen keys and values: the query's own gradient needs no communication.
+        # Frozen keys and values: the query's own gradient needs them again, they get none.
         k.requires_grad_(needs_gradient)
         v.requires_grad_(needs_gradient)
         attention(q, k, v, None, packed_seq_params=case.packed_params()).sum().backward()
     assert collectives == expected
+
+
+def kept_per_rank(cp_size: int) -> int:
+    """Bytes that live between forward and backward, but for the inputs."""
+    case = Case((256,), (256,), causal=False)
+    with process_groups(Layout(cp=cp_size)) as groups:
+        attention = attention_for(groups, cp_size)
+        local = local_inputs(case, groups.cp.rank(), cp_size)
+        with Storages() as storages:
+            out = attention(*local, None, attn_mask_type=AttnMaskType.no_mask)
+        kept = storages.alive()
+        out.sum().backward()
+        del out
+        assert storages.alive() < kept
+    return kept
+
+
+def test_what_is_kept_divides_by_cp() -> None:
+    """Output, keys and values, whatever the kernel has of the queries: all of own tokens."""
+    assert kept_per_rank(8) * 8 == pytest.approx(kept_per_rank(2) * 2, rel=0.02)
+
+
+def test_control_whole_keys_and_values_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GatheredKeys, "leaving_out", lambda self: nullcontext())
+    assert kept_per_rank(8) * 8 > 1.5 * kept_per_rank(2) * 2
+
+
+def test_what_was_gathered_again_goes_with_the_backward_pass() -> None:
+    """Twice over the same graph is twice the gradient, and nothing stays."""
+    case = Case((64,), (64,), groups=2)
+    with process_groups(Layout(cp=2)) as groups:
+        attention = attention_for(groups, 2)
+        local = local_inputs(case, groups.cp.rank(), 2)
+        out = attention(*local, None)
+        out.sum().backward(retain_graph=True)
+        once = [x.grad.clone() for x in local]
+        with Storages() as storages:
+            out.sum().backward()
+        for x, grad in zip(local, once, strict=True):
+            torch.testing.assert_close(x.grad, 2 * grad, **EXACT)
+            x.grad = None
+        whole = 64 * 2 * 2 * 8 * local[1].size(-1)
+        assert storages.alive() < whole / 4
 
 
 # --- inside stock models ------------------------------------------------------------------

@@ -293,9 +293,9 @@ def test_a_layer_keeps_34_bytes_per_channel_less_what_kernels_spare() -> None:
     kept = 1024 * 8 + 2 * 64 * 2 * 20 + 64 + 2 * 3 * 4096
     assert layer_bytes(gated, 2, 1, 1, fused=True) == kept
     assert layer_bytes(gated, 2, 1, 1, fused=False) > 1.5 * kept
-    # Local attention keeps the keys and values of the whole sequence.
+    # Local attention keeps a rank's own keys and values, and gathers the others' again.
     wider = [layer_bytes(gated, 2, 1, cp, fused=False) for cp in (2, 4)]
-    assert wider[1] - wider[0] == 2 * 2 * 2 * 4 * 64
+    assert wider[1] == wider[0] < layer_bytes(gated, 2, 1, 1, fused=False)
     assert layer_bytes(gated, 2, 1, 8, fused=True) == kept
 
 
@@ -310,9 +310,16 @@ def test_stages_hold_what_waits() -> None:
 
 
 def test_process_groups_are_counted() -> None:
-    """TP, CP, CP and DP, DP of the language model; DP and the bridge's of the encoder."""
+    """World; TP, CP, CP and DP of the language model; DP and the bridge's of the encoder."""
     assert groups(COLOCATED) == 6
-    assert groups(HOMOGENEOUS) == 3
+    assert groups(replace(COLOCATED, bridge="gather")) == 6
+    equal = Candidate(Layout(dp=8), {"vision": Layout(dp=8)}, 1, bridge="gather")
+    assert groups(equal) == 3
+    assert groups(HOMOGENEOUS) == 4
+    # Experts, two beside each other: those of a pair are that of TP, a quad has one of its own.
+    pair, quad = (Candidate(Layout(tp=2, dp=4, ep=ep, etp=1), {}, 1) for ep in (2, 4))
+    assert groups(pair) == 3
+    assert groups(quad) == 5
     without = bytes_of(COLOCATED, machine=replace(H100, communicator=0.0))
     assert bytes_of(COLOCATED).communicators - without.communicators == 6 * H100.communicator
 

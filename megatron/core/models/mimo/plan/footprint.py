@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron.core.models.mimo.memory.plan import Step
 from megatron.core.models.mimo.plan.candidates import Candidate
@@ -24,7 +25,9 @@ from megatron.core.models.mimo.plan.step_time import (
     GRADIENT_BYTES,
     held_weights,
 )
-from mimo_colocated.launch.layouts import LANGUAGE
+from mimo_colocated.communicators import communicators
+from mimo_colocated.grid_shape import GridShape
+from mimo_colocated.launch.layouts import LANGUAGE, Layout
 
 # Adam's two moments in float32, and a weight beside one of 16 bits.
 _MOMENTS, _MASTER = 8, 4
@@ -196,7 +199,7 @@ def layer_bytes(stack: Stack, itemsize: int, tp: int, cp: int, *, fused: bool) -
     both norms, and what they return  ``4 e h``              ``16 h + 2 e h + 8``
     query, key, value                 ``e d (a + 2 g)``      the same, and ``e d (a + g)``
                                                              with rotary positions; with CP
-                                                             ``c``: ``e d (a + 2 g c)``
+                                                             ``e d a``
     attention's output                ``e d a + 4 a``        ``2 e d a + 4 a``
     gated MLP                         ``3 e f``              ``5 e f``
     other MLP                         ``2 e f``              ``2 e f``
@@ -209,7 +212,7 @@ def layer_bytes(stack: Stack, itemsize: int, tp: int, cp: int, *, fused: bool) -
         stack: the layers.
         itemsize: bytes of a number.
         tp: ranks that share a layer.
-        cp: ranks that share a sequence; without Transformer Engine each keeps all keys and values.
+        cp: ranks that share a sequence; each keeps its own keys and values.
         fused: the layers are Transformer Engine's.
 
     >>> layer_bytes(Stack.of(1, 1024, 4096, 16), 2, 1, 1, fused=True) / 1024
@@ -221,7 +224,7 @@ def layer_bytes(stack: Stack, itemsize: int, tp: int, cp: int, *, fused: bool) -
     norms = 4 * e * h if fused else 16 * h + 2 * e * h + 8
     attention = queries + 2 * keys + queries + 4 * stack.heads
     if not fused:
-        attention += queries + (2 * keys * (cp - 1) if cp > 1 else queries + keys)
+        attention += queries + (0 if cp > 1 else queries + keys)
     part = stack.expert_layers / stack.layers
     experts = stack.chosen * (wide * stack.expert_ffn + 2 * h)
     mlp = e * ((1 - part) * wide * stack.ffn + part * experts)
@@ -312,12 +315,30 @@ def _batch_bytes(candidate: Candidate, shapes: Shapes, work: Work) -> float:
 
 
 def groups(candidate: Candidate) -> int:
-    """Return process groups of more than one rank that a rank is in, each a communicator."""
-    at = candidate.language
-    sizes = [at.tp, at.cp, at.dp * at.cp, at.pp, at.ep]
-    if at.cp > 1:
-        sizes.append(at.dp)
-    for each in candidate.encoders.values():
-        # TP, DP, and the ranks that exchange rows.
-        sizes += [each.tp, each.dp, at.size // math.gcd(each.dp, at.dp)]
-    return sum(size > 1 for size in sizes)
+    """Return how many communicators are connected on the first rank, the world's among them.
+
+    Those of the grids as :func:`~mimo_colocated.communicators.communicators` lists them, and the
+    bridges': the ranks that exchange rows, or replicas that gather them.
+    """
+    made = _connected(candidate.language, tuple(candidate.encoders.values()))
+    return made + sum(_joined(candidate, each) > 1 for each in candidate.encoders.values())
+
+
+@lru_cache(maxsize=4096)
+def _connected(at: Layout, encoders: tuple[Layout, ...]) -> int:
+    """Those of the grids, once for the many candidates that differ in other things."""
+    grids = {str(n): GridShape((e.tp, e.dp), ("tp", "dp")) for n, e in enumerate(encoders)}
+    grids[LANGUAGE] = GridShape((at.tp, at.cp, at.dp, at.pp), ("tp", "cp", "dp", "pp"))
+    experts = {}
+    if at.ep > 1 or at.expert_tp != at.tp:
+        cut = (at.expert_tp, at.ep, at.tp * at.cp * at.dp // (at.expert_tp * at.ep), at.pp)
+        experts[LANGUAGE] = GridShape(cut, ("expt_tp", "ep", "expt_dp", "pp"))
+    return sum(each.connects for each in communicators(grids, experts))
+
+
+def _joined(candidate: Candidate, encoder: Layout) -> int:
+    """Ranks of a bridge's group."""
+    low, high = sorted((encoder.dp, candidate.language.dp))
+    if candidate.bridge == "gather":
+        return high // low
+    return candidate.language.size // math.gcd(low, high)

@@ -14,21 +14,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
+from mimo_colocated.communicators import EXPERT_FIELDS, FIELDS, ON_DEMAND
 
 GRID_DIMS = ["tp", "cp", "dp", "pp"]
-
-# Field of ProcessGroupCollection -> dims of the grid. The order is the order of creation.
-_FIELDS: dict[str, list[str]] = {
-    "tp": ["tp"],
-    "cp": ["cp"],
-    "pp": ["pp"],
-    "dp": ["dp"],
-    "dp_cp": ["cp", "dp"],
-    "mp": ["tp", "pp"],
-    "tp_cp": ["tp", "cp"],
-    "tp_dp_cp": ["tp", "cp", "dp"],
-    "intra_dist_opt": ["tp", "cp", "dp", "pp"],
-}
 
 EXPERT_VIEW = "expert"
 EXPERT_DIMS = ["expt_tp", "ep", "expt_dp", "pp"]
@@ -95,7 +83,8 @@ def create_process_groups(grid: HyperCommGrid) -> ProcessGroupCollection:
     """Create, or reuse, every group that models, DDP, optimizer and schedules ask for.
 
     Every rank of the world must call it, in the same order for several grids, also for grids
-    that the rank is not part of. Dims that the grid lacks count as size 1.
+    that the rank is not part of. Dims that the grid lacks count as size 1. Which groups are one,
+    over several grids too, says ``mimo_colocated/communicators.py``.
 
     Args:
         grid: the module's grid. Its base view has ``tp`` and ``dp``; ``cp`` and ``pp`` optional.
@@ -107,7 +96,7 @@ def create_process_groups(grid: HyperCommGrid) -> ProcessGroupCollection:
     ensure_global_memory_buffer()
     lacking = any(d not in grid.dim_names for d in GRID_DIMS)
     singles = _singleton_group(grid) if lacking else None
-    groups = {name: _group(grid, dims, singles) for name, dims in _FIELDS.items()}
+    groups = {name: _group(grid, name, singles) for name in FIELDS}
     collection: Any = ProcessGroupCollection(**groups)
     collection.intra_dp_cp = collection.dp_cp
     collection.hcp = None
@@ -124,12 +113,12 @@ def ensure_global_memory_buffer() -> None:
 
 
 def _group(
-    grid: HyperCommGrid, dims: list[str], single: dist.ProcessGroup | None
+    grid: HyperCommGrid, field: str, single: dist.ProcessGroup | None
 ) -> dist.ProcessGroup | None:
-    present = [d for d in dims if d in grid.dim_names]
+    present = [d for d in FIELDS[field] if d in grid.dim_names]
     if not present:
         return single
-    return grid.get_or_create_pg(present)
+    return grid.get_or_create_pg(present, connect=field not in ON_DEMAND)
 
 
 def _singleton_group(grid: HyperCommGrid) -> dist.ProcessGroup | None:
@@ -162,9 +151,6 @@ def _set_expert_groups(grid: HyperCommGrid, collection: Any) -> None:
         collection.tp_ep_pp = collection.mp
         collection.expt_dp = collection.intra_expt_dp = collection.dp_cp
         return
-    collection.ep = grid.get_or_create_pg(["ep"], view=EXPERT_VIEW)
-    collection.expt_tp = grid.get_or_create_pg(["expt_tp"], view=EXPERT_VIEW)
-    collection.tp_ep = grid.get_or_create_pg(["expt_tp", "ep"], view=EXPERT_VIEW)
-    collection.tp_ep_pp = grid.get_or_create_pg(["expt_tp", "ep", "pp"], view=EXPERT_VIEW)
-    collection.expt_dp = grid.get_or_create_pg(["expt_dp"], view=EXPERT_VIEW)
+    for field, dims in EXPERT_FIELDS.items():
+        setattr(collection, field, grid.get_or_create_pg(list(dims), view=EXPERT_VIEW))
     collection.intra_expt_dp = collection.expt_dp

@@ -4,14 +4,16 @@
 Every CP rank holds chunks ``r`` and ``2 * cp - 1 - r`` of the sequence ("zigzag"). The queries
 stay where they are. Keys and values are gathered once per layer over the CP group, put back
 into natural order, and each of the two local query chunks attends to the prefix of keys that it
-may see. Forward: one all-gather. Backward: one reduce-scatter. Nothing is approximated: the
-result is the unsharded attention, up to the order of floating-point sums.
+may see. Until backward a rank keeps its own keys and values alone. Forward: one all-gather.
+Backward: the same all-gather and one reduce-scatter. Nothing is approximated: the result is the
+unsharded attention, up to the order of floating-point sums.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,6 +26,7 @@ from torch.nn.attention.bias import causal_lower_right
 from megatron.core import parallel_state
 from megatron.core.models.mimo.partition.packed_lengths import packed_lengths
 from megatron.core.models.mimo.partition.sequence_order import cp_chunks, dense_spans
+from megatron.core.models.mimo.transformer.gathered_keys import GatheredKeys
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -178,13 +181,23 @@ class ContextParallelAttention(MegatronModule):
             # A cache of earlier keys (stock's static inference): bottom-right causal.
             return self._attend(query, key, value, causal).flatten(-2)
         _check_local_length(sum(chunk_lengths), query, key, cp_size)
-        keys, values = _whole_sequences(key, value, padded, chunk_lengths, group)
+        # K and V travel in one collective.
+        local = key if cp_size == 1 else torch.cat([key, value], dim=-1)
+        gather = partial(_whole_sequences, padded=padded, chunks=chunk_lengths, group=group)
+        if cp_size == 1:
+            keys, kept = zip(key.split(list(padded)), value.split(list(padded)), strict=True), None
+        else:
+            whole = gather(local)
+            kept = GatheredKeys(whole, gather, local)
+            keys = (each.split([key.size(-1), value.size(-1)], dim=-1) for each in whole)
         queries = iter(query.split(chunk_lengths))
         out: list[Tensor] = []
-        for seq_spans, length, k, v in zip(spans, real, keys, values, strict=True):
-            for start, stop in seq_spans:
-                out += self._attend_chunk(next(queries), k, v, causal, start, stop, length)
-        return torch.cat(out).flatten(-2)
+        with kept.leaving_out() if kept else nullcontext():
+            for seq_spans, length, (k, v) in zip(spans, real, keys, strict=True):
+                for start, stop in seq_spans:
+                    out += self._attend_chunk(next(queries), k, v, causal, start, stop, length)
+        joined = torch.cat(out).flatten(-2)
+        return kept.before_backward(joined) if kept else joined
 
     def _attend_chunk(
         self,
@@ -232,10 +245,12 @@ class ContextParallelAttention(MegatronModule):
         Causal means aligned to the last key: query ``i`` of ``sq`` sees ``sk - sq + i + 1`` keys.
         A ``bias`` is True where a query may see a key.
         """
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        query_shape = (*query.shape[:-1], value.size(-1))
         is_causal = False
         if bias is None:
-            bias, is_causal = _mask_arguments(q.size(2), k.size(2), causal)
+            query, key, value = _by_groups(query, key, value)
+            bias, is_causal = _mask_arguments(query.size(0), key.size(0), causal)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout_p = self.dropout_p if self.training else 0.0
         with self._dropout_rng(dropout_p):
             out = F.scaled_dot_product_attention(
@@ -248,7 +263,7 @@ class ContextParallelAttention(MegatronModule):
                 scale=self.softmax_scale,
                 enable_gqa=q.size(1) != k.size(1),
             )
-        return out.permute(2, 0, 1, 3)
+        return out.permute(2, 0, 1, 3).reshape(query_shape)
 
     def _dropout_rng(self, dropout_p: float) -> AbstractContextManager[Any]:
         """TP ranks hold different heads, so dropout draws from the TP-specific RNG state.
@@ -308,25 +323,16 @@ def natural_pieces(num_sequences: int, cp_size: int) -> list[list[int]]:
 
 
 def _whole_sequences(
-    key: Tensor,
-    value: Tensor,
-    padded: Sequence[int],
-    chunk_lengths: Sequence[int],
-    group: dist.ProcessGroup | None,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Keys and values of each whole sequence in natural order, from the CP-local ones.
+    both: Tensor, *, padded: Sequence[int], chunks: Sequence[int], group: dist.ProcessGroup
+) -> list[Tensor]:
+    """Each whole sequence in natural order, from the CP-local tokens; a collective.
 
-    K and V travel in one collective. Pieces are taken with ``split`` and joined with ``cat``:
-    their gradients are copies, where an index would need an atomic, order-dependent sum.
+    Pieces are taken with ``split`` and joined with ``cat``: their gradients are copies, where an
+    index would need an atomic, order-dependent sum.
     """
-    if group is None or group.size() == 1:
-        return list(key.split(list(padded))), list(value.split(list(padded)))
-    both = _GatherSequence.apply(torch.cat([key, value], dim=-1), group)
-    pieces = both.split(list(chunk_lengths) * group.size())
-    widths = [key.size(-1), value.size(-1)]
+    pieces = _GatherSequence.apply(both, group).split(list(chunks) * group.size())
     order = natural_pieces(len(padded), group.size())
-    whole = [torch.cat([pieces[i] for i in seq]).split(widths, dim=-1) for seq in order]
-    return [k for k, _ in whole], [v for _, v in whole]
+    return [torch.cat([pieces[i] for i in seq]) for seq in order]
 
 
 def _mask_arguments(q_len: int, k_len: int, causal: bool) -> tuple[Tensor | None, bool]:
@@ -336,6 +342,24 @@ def _mask_arguments(q_len: int, k_len: int, causal: bool) -> tuple[Tensor | None
     if q_len == k_len:
         return None, True
     return causal_lower_right(q_len, k_len), False
+
+
+def _by_groups(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Grouped queries as if each group of heads were a sample of its own.
+
+    ``(sq, b, heads, d)``, ``(sk, b, groups, d)`` -> ``(sq, b * groups, heads / groups, d)`` and
+    views ``(sk, b * groups, heads / groups, d)``. Of PyTorch's kernels only one takes groups, and
+    that one not every dtype; what is left to it repeats keys and values, and writes out all scores.
+    """
+    groups = key.size(2)
+    if query.size(2) == groups:
+        return query, key, value
+    query = query.reshape(query.size(0), -1, query.size(2) // groups, query.size(3))
+    key, value = (
+        x.reshape(x.size(0), -1, 1, x.size(3)).expand(-1, -1, query.size(2), -1)
+        for x in (key, value)
+    )
+    return query, key, value
 
 
 def _empty_rows(query: Tensor, value: Tensor) -> Tensor:
