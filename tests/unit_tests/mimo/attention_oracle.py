@@ -164,10 +164,10 @@ class Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for each in tree_leaves(out):
-            if isinstance(each, torch.Tensor):
-                storage = StorageWeakRef(each.untyped_storage())
-                self.taken[storage.cdata] = storage, each.untyped_storage().nbytes()
+        there = {storage.cdata for storage, _ in _storages((args, kwargs))}
+        for storage, size in _storages(out):
+            if storage.cdata not in there:
+                self.taken[storage.cdata] = storage, size
         return out
 
     def sizes(self) -> list[int]:
@@ -177,3 +177,8 @@ class Storages(TorchDispatchMode):
     def alive(self) -> int:
         """Bytes of those that something refers to."""
         return sum(size for storage, size in self.taken.values() if not storage.expired())
+
+
+def _storages(tree: Any) -> list[tuple[StorageWeakRef, int]]:
+    found = [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+    return [(StorageWeakRef(each), each.nbytes()) for each in found]
