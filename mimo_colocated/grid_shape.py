@@ -39,7 +39,7 @@ class GridShape:
     _strides: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_box(self.shape, self.dim_names)
+        check_box(self.shape, self.dim_names, "")
         if self.rank_offset < 0:
             raise ValueError(f"rank_offset must be non-negative, got {self.rank_offset}")
         strides = {name: math.prod(self.shape[:axis]) for axis, name in enumerate(self.dim_names)}
@@ -123,7 +123,7 @@ class GridShape:
         )
 
 
-def check_box(shape: Sequence[int], dim_names: Sequence[str], label: str = "") -> None:
+def check_box(shape: Sequence[int], dim_names: Sequence[str], label: str) -> None:
     """Refuse what is no box: other numbers of sizes and names, no positive integers, a name twice.
 
     Args:

@@ -18,9 +18,9 @@ from megatron.core.hyper_comm_grid import HyperCommGrid, box_of
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
 from megatron.core.models.mimo.training.groups import EXPERT_VIEW, create_process_groups, make_grid
 from mimo_colocated import process_groups, shared_groups
-from mimo_colocated.communicators import Communicator, communicators
+from mimo_colocated.communicators import Communicator, Lane, communicators
 from mimo_colocated.grid_shape import GridShape
-from mimo_colocated.process_groups import release_group
+from mimo_colocated.process_groups import make_groups, release_group
 
 Sizes = dict[str, dict[str, int]]
 # The first is the README's.
@@ -160,6 +160,19 @@ def test_a_group_that_waits_is_a_group(rank_device: torch.device) -> None:
     assert total.item() == (6 if rank < 4 else 22)
     dist.barrier()
     grid.destroy()
+
+
+@pytest.mark.ranks(8)
+def test_who_asks_says_whether_a_group_connects(made: list[Any], ended: list[Any]) -> None:
+    grid = make_grid(tp=2, dp=4)
+    ended.append(grid)
+    grid.get_or_create_pg("tp", connect=False)
+    pairs = [[rank, rank + 4] for rank in range(4)]
+    grid.keep_pg(("own", ("pairs",)), pairs, lane=Lane.BESIDE, connect=False)
+    everyone = make_groups([list(range(8))], connect=False)
+    assert [connects for _, connects, _ in made] == [False] * 3
+    dist.barrier()
+    release_group(everyone)
 
 
 @pytest.mark.ranks(8)
