@@ -323,7 +323,7 @@ def natural_pieces(num_sequences: int, cp_size: int) -> list[list[int]]:
 
 
 def _whole_sequences(
-    both: Tensor, *, padded: Sequence[int], chunks: Sequence[int], group: dist.ProcessGroup
+    both: Tensor, *, padded: Sequence[int], chunks: Sequence[int], group: Any
 ) -> list[Tensor]:
     """Each whole sequence in natural order, from the CP-local tokens; a collective.
 
