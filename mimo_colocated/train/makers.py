@@ -7,32 +7,23 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mimo_colocated.launch.errors import JobError
+from mimo_colocated.train.easy_vqa_model import write_easy_vqa
 from mimo_colocated.train.joining import check_before_ranks, check_settings, join
 from mimo_colocated.train.recipe import Recipe
 from mimo_colocated.train.stages import Stage
 
-_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% if message.content is string %}{{ message.content }}{% else %}"
-    "{% for part in message.content %}"
-    "{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-_SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<image>"]
-_SIDE = 64
 _SIZES: dict[str, int] = {
     "patch": 8,
     "vision_width": 128,
-    "vision_layers": 4,
+    "vision_layers": 3,
     "vision_heads": 4,
     "width": 128,
-    "layers": 4,
+    "layers": 2,
     "heads": 4,
     "seed": 0,
 }
@@ -164,93 +155,6 @@ def _check_made(name: str, settings: Mapping[str, Any], folder: Path) -> None:
             )
 
 
-def train_tokenizer(texts: Iterable[str]) -> Any:
-    """Return a byte-level BPE tokenizer of texts, whose answers end in ``<|im_end|>``.
-
-    Args:
-        texts: that it is trained on.
-    """
-    import tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=512, special_tokens=_SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    inner.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token="<|pad|>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>", "<image>"],
-    )
-
-
-def _easy_vqa(settings: Mapping[str, Any], folder: Path) -> None:
-    """Write a LLaVA folder: SigLIP's tower on 64 x 64 pixels, Qwen2, weights drawn from a seed."""
-    import torch
-    import transformers
-
-    from megatron.core.models.mimo.data.easy_vqa import EasyVqa
-
-    sizes = settings
-    asked = EasyVqa("train").questions
-    words = [text for pairs in asked for pair in pairs for text in pair]
-    tokenizer = train_tokenizer([*words, "user", "assistant", "system"])
-    images = transformers.SiglipImageProcessorPil(size={"height": _SIDE, "width": _SIDE})
-    processor = transformers.LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=sizes["patch"],
-        vision_feature_select_strategy="full",
-        num_additional_image_tokens=0,
-        chat_template=_TEMPLATE,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(sizes["seed"])
-        model = transformers.LlavaForConditionalGeneration(_config(sizes, tokenizer))
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-        model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-
-def _config(sizes: Mapping[str, int], tokenizer: Any) -> Any:
-    import transformers
-
-    vision = transformers.SiglipVisionConfig(
-        hidden_size=sizes["vision_width"],
-        intermediate_size=2 * sizes["vision_width"],
-        num_hidden_layers=sizes["vision_layers"],
-        num_attention_heads=sizes["vision_heads"],
-        image_size=_SIDE,
-        patch_size=sizes["patch"],
-    )
-    text = transformers.Qwen2Config(
-        hidden_size=sizes["width"],
-        intermediate_size=2 * sizes["width"],
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes["heads"],
-        num_key_value_heads=sizes["heads"],
-        vocab_size=len(tokenizer),
-        max_position_embeddings=2048,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return transformers.LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_select_strategy="full",
-        vision_feature_layer=-1,
-        tie_word_embeddings=False,
-    )
-
-
 def _text(settings: Mapping[str, Any], folder: Path) -> None:
     """Write a language model alone in the shape of Qwen3, with experts where some are asked for."""
     import torch
@@ -285,7 +189,7 @@ def _text(settings: Mapping[str, Any], folder: Path) -> None:
 
 
 MAKERS: dict[str, Callable[[Mapping[str, Any], Path], None]] = {
-    "easy-vqa": _easy_vqa,
+    "easy-vqa": write_easy_vqa,
     "llava": join,
     "text": _text,
 }

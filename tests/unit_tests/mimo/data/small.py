@@ -21,7 +21,7 @@ from megatron.core.models.mimo.data.conversation import (
     text,
 )
 from megatron.core.models.mimo.data.prepared import Piece, keep, write
-from mimo_colocated.train.makers import train_tokenizer
+from mimo_colocated.train.easy_vqa_model import train_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}"

@@ -23,7 +23,7 @@ from megatron.core.models.mimo.data.conversation import (
     text,
 )
 from megatron.core.models.mimo.data.encoding import ChatEncoder, TemplateError
-from mimo_colocated.train.makers import train_tokenizer
+from mimo_colocated.train.easy_vqa_model import train_tokenizer
 from tests.unit_tests.mimo.data.small import (
     PATCH,
     ROWS,

@@ -21,6 +21,7 @@ from megatron.core.models.mimo.data.conversation import (
     SampleError,
     StretchItem,
 )
+from megatron.core.models.mimo.data.easy_vqa import EasyVqa
 from megatron.core.models.mimo.data.llava_json import LlavaJson
 from megatron.core.models.mimo.data.sources import Source, SourceError, open_source
 from megatron.core.models.mimo.data.tables import Tables
@@ -152,6 +153,33 @@ def test_easy_vqa_by_image_and_by_question() -> None:
     assert alone.fingerprint() != together.fingerprint()
     with pytest.raises(SourceError, match="no split 'dev'; it has train, test"):
         open_source("easy-vqa", {"split": "dev"})
+
+
+def test_few_turns_of_easy_vqa_are_drawn_anew_for_each_sample() -> None:
+    whole, few = EasyVqa("train", images=50), EasyVqa("train", images=50, turns=4, draws=6)
+    assert len(few) == 300
+    orders = set()
+    for number, pairs in enumerate(few.questions):
+        known = whole.questions[number % 50]
+        assert few.image(number) == whole.image(number % 50)
+        assert set(pairs) <= set(known)
+        assert len(set(pairs)) == len(pairs) == min(4, len(pairs))
+        opened = {answer for _, answer in known} - {"yes", "no"}
+        assert sorted(a for _, a in pairs if a not in ("yes", "no")) == sorted(opened)
+        orders |= {tuple(pairs)} if number % 50 == 0 else set()
+    assert len(orders) > 3  # those of the first image differ
+    assert few.questions == EasyVqa("train", images=50, turns=4, draws=6).questions
+    assert few.fingerprint() != whole.fingerprint()
+    single = EasyVqa("train", images=1, turns=1, draws=40).questions
+    assert {answer for ((_, answer),) in single} == {"rectangle", "blue", "yes", "no"}
+    for wrong, said in (
+        ({"turns": 0}, "turns=0 has to be at least 1, with together"),
+        ({"turns": 2, "together": False}, "turns=2 has to be at least 1, with together"),
+        ({"draws": 2}, "draws=2 has to be at least 1, and more than one need turns"),
+        ({"turns": 2, "draws": 0}, "draws=0 has to be at least 1"),
+    ):
+        with pytest.raises(SourceError, match=said):
+            open_source("easy-vqa", {"split": "train", **wrong})
 
 
 @pytest.mark.parametrize(

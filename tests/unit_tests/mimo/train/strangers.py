@@ -12,7 +12,7 @@ import torch
 import transformers
 from PIL import Image
 
-from mimo_colocated.train.makers import train_tokenizer
+from mimo_colocated.train.easy_vqa_model import train_tokenizer
 
 TOKEN = "<image>"
 SIDE = 16

@@ -22,8 +22,8 @@ from megatron.core.models.mimo.job.loop import TrainingLoop
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.train import data, job
 from mimo_colocated.train.answers import Answer, majority
+from mimo_colocated.train.easy_vqa_model import train_tokenizer
 from mimo_colocated.train.job import RecipeJob, RecipeLoop, RunOptions
-from mimo_colocated.train.makers import train_tokenizer
 from mimo_colocated.train.profile_steps import Profile
 from mimo_colocated.train.recipe import (
     DataPart,
