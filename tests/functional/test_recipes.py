@@ -48,6 +48,7 @@ TINY = {
     "training.warmup_steps": 2,
     "training.save_every": STEPS // 2,
     "data.train.0.settings.images": 60,
+    "data.train.0.settings.draws": 1,
     "data.held_out.0.settings.images": IMAGES,
     "evaluation.batch": 24,
     "evaluation.without_images": False,
