@@ -134,8 +134,9 @@ def communicators(
         # The embedding's, of the first and the last stage.
         _add(made, module, tuple(ends), Lane.BETWEEN, connects=True)
         view = (experts or {}).get(module)
-        for dims in EXPERT_FIELDS.values() if view is not None else ():
-            _add(made, module, _along(view, dims), lane_of(dims), connects=True)
+        if view is not None:
+            for dims in EXPERT_FIELDS.values():
+                _add(made, module, _along(view, dims), lane_of(dims), connects=True)
     return made
 
 

@@ -104,6 +104,6 @@ def members(rank_enum: list[list[int]]) -> frozenset[tuple[int, ...]]:
 
 
 def _is_world(rank_enum: list[list[int]], backend: str | None) -> bool:
-    default = c10d._world.pg_map[c10d._world.default_pg][0]
+    default = dist.get_backend()
     one_of_all = len(rank_enum) == 1 and len(rank_enum[0]) == dist.get_world_size()
     return one_of_all and backend in (None, default)

@@ -144,7 +144,6 @@ def _config(sizes: Mapping[str, int], tokenizer: Any) -> Any:
         num_attention_heads=sizes["vision_heads"],
         image_size=_SIDE,
         patch_size=sizes["patch"],
-        initializer_range=_STD,
     )
     text = transformers.Qwen2Config(
         hidden_size=sizes["width"],

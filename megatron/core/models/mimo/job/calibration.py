@@ -282,16 +282,17 @@ def _hidden(probe: Probe, group: dist.ProcessGroup) -> float:
     one = _normal(probe, probe.tokens, probe.width).detach()
     other = _normal(probe, probe.width, 4 * probe.width).detach()
 
-    def gather() -> dist.Work:
+    def gather() -> Any:
         return _gather(whole, mine, group=group, async_op=True)
 
     def both(repeats: int) -> None:
         sent = gather()
         for _ in range(repeats):
-            one @ other
+            torch.mm(one, other)
         sent.wait()
 
-    alone, product = _seconds(probe, lambda: gather().wait()), _seconds(probe, lambda: one @ other)
+    alone = _seconds(probe, lambda: gather().wait())
+    product = _seconds(probe, lambda: torch.mm(one, other))
     # About as many products as the collective takes.
     repeats = max(1, min(_MOST_REPEATS, round(alone / product)))
     together = _seconds(probe, lambda: both(repeats))

@@ -75,7 +75,7 @@ class GatheredKeys:
         sequence = self._sequences.get(_storage(tensor))
         if sequence is None or not tensor.numel():
             return tensor
-        return _Place(sequence, tensor.shape, tensor.stride(), tensor.storage_offset())
+        return _Place(sequence, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     def _unpack(self, packed: Tensor | _Place) -> Tensor:
         if isinstance(packed, Tensor):
