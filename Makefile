@@ -13,7 +13,7 @@ SEED ?= $(shell date +%Y%m%d)
 PYTHON ?=
 export PYTHON
 
-.PHONY: help train train-audio test test-newest parity parity-nightly mutants properties reshape faults models bench plan-check setup lint clean
+.PHONY: help train train-audio train-vqa test test-newest parity parity-nightly mutants properties reshape faults models bench plan-check setup lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do \
@@ -29,6 +29,9 @@ train-audio: ## the same on images and spoken digits, two encoders; results in r
 	@python=$$(sh tools/find_python.sh base) && sh tools/setup_venv.sh $(VENV) examples "$$python"
 	@$(VENV)/bin/python examples/mimo/digits/train.py --audio tp=1,dp=8 --steps 1000 \
 		--out runs/digits-audio $(ARGS)
+
+train-vqa: setup ## train a LLaVA from scratch on easy-VQA, then ask it all held-out questions
+	@$(VENV)/bin/mimo train easy-vqa $(ARGS)
 
 setup: ## make .venv with all that train and test need
 	@python=$$(sh tools/find_python.sh base) && \
