@@ -29,6 +29,8 @@ SETTINGS = {
     "data.train": "[{kind: easy-vqa, settings: {split: train, images: 48}}, "
     "{kind: easy-vqa, settings: {split: test, images: 16}, weight: 2.0}]",
     "data.held_out": "[]",
+    "data.max_tokens": 512,
+    "data.packed": "true",
     "training.steps": STEPS,
     "training.global_batch_size": BATCH,
     "training.warmup_steps": 2,

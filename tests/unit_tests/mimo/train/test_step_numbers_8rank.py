@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.job.trainer import Runner, Trainer
 from mimo_colocated.train.trainer import RecipeTrainer
+from tests.harness.backend import own_device
 
 pytestmark = pytest.mark.ranks(8)
 AXES = ["tp", "cp", "dp", "pp"]
@@ -26,12 +27,13 @@ def test_loss_tokens_and_the_longest_wait(
     grid, rank = HyperCommGrid(list(shape), AXES), dist.get_rank()
     groups = {"tp": "tp", "pp": "pp", "dp_cp": ["cp", "dp"]}
     made = {name: grid.create_pg(dims) for name, dims in groups.items()}
-    runner: Any = SimpleNamespace(groups=SimpleNamespace(**made), device=torch.device("cpu"))
+    runner: Any = SimpleNamespace(groups=SimpleNamespace(**made), device=own_device())
     runner.from_last_stage = lambda value: Runner.from_last_stage(runner, value)
     at = grid.coords(rank)
     last = at["pp"] == grid.dim_size("pp") - 1
     # TP ranks have the same, stages before the last have none.
-    own = torch.tensor([0.1 + at["dp"] + 10 * at["cp"], 7 + at["cp"]], dtype=torch.float64) * last
+    numbers = [0.1 + at["dp"] + 10 * at["cp"], 7 + at["cp"]]
+    own = torch.tensor(numbers, dtype=torch.float64, device=own_device()) * last
     calls: list[Any] = []
     reduce = dist.all_reduce
 
