@@ -161,7 +161,8 @@ def recipe_loop(out: Path, *, fresh: bool, steps: int = 1, before: int = 1) -> A
         root=there, steps=lambda: [1] if there.exists() else [], manifest=lambda _step: manifest
     )
     found._load = lambda _manifest: None
-    found.trainer = SimpleNamespace(built=SimpleNamespace(source="a", layouts=dict, named_parameters=list))
+    built = SimpleNamespace(source="a", layouts=dict, named_parameters=list)
+    found.trainer = SimpleNamespace(built=built)
     found.opened = data.Opened([], [], ())
     return found
 
