@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import pytest
 
@@ -30,3 +31,11 @@ def one_rank() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def own_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grids of this test make all their groups, also those that another test has left."""
+    from mimo_colocated import shared_groups
+
+    monkeypatch.setattr(shared_groups, "_of_world", WeakKeyDictionary())

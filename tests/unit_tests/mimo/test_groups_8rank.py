@@ -156,7 +156,9 @@ def test_groups_may_be_destroyed_as_soon_as_they_are_made() -> None:
         grid.destroy()
 
 
-def test_the_grid_destroys_every_group(layout: tuple[list[int], list[str], int]) -> None:
+def test_the_grid_destroys_every_group(
+    layout: tuple[list[int], list[str], int], own_groups: None
+) -> None:
     shape, names, offset = layout
     known = set(dist.distributed_c10d._world.pg_map)
     grid = HyperCommGrid(shape, names, rank_offset=offset)
