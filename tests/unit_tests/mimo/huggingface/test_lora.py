@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,9 @@ from mimo_colocated.launch.lora import Lora
 from tests.unit_tests.mimo.huggingface import harness, lora_models, models
 from tests.unit_tests.mimo.huggingface.lora_models import LORA
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 ONE = Layout()
-
-
-@pytest.fixture(autouse=True)
-def _one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

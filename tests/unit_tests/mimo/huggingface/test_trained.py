@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from megatron.core.models.mimo.huggingface.build import BuildOptions, from_folder
 from megatron.core.models.mimo.huggingface.trained import trained_parts
@@ -17,15 +16,10 @@ from mimo_colocated.launch.layouts import Layout
 from mimo_colocated.launch.lora import Lora
 from tests.unit_tests.mimo.huggingface import llava_models
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 LORA = Lora(rank=4, targets=["language_model.*.q_proj", "language_model.*.down_proj"])
 PARTS = ("language", "images.encoder", "images.projector")
-
-
-@pytest.fixture(autouse=True)
-def _one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
