@@ -53,7 +53,8 @@ def _scaled(parts: Any, factor: float) -> dict[str, float]:
 
 def _bars(axes: Axes, rows: Sequence[Mapping[str, float]]) -> None:
     left = [0.0] * len(rows)
-    for color, name in zip(_COLORS, rows[0], strict=False):
+    # One color each: with more parts than colors this is an error.
+    for color, name in zip(_COLORS[: len(rows[0])], rows[0], strict=True):
         widths = [row[name] for row in rows]
         axes.barh(range(len(rows)), widths, left=left, color=color, label=name, height=0.7)
         left = [start + width for start, width in zip(left, widths, strict=True)]
