@@ -77,6 +77,16 @@ class Report:
         temporary.replace(path)
 
 
+def crash_log(folder: Path, rank: int) -> Path:
+    """Return the file in which a rank that a library's fault ends leaves its stacks.
+
+    Args:
+        folder: that the ranks of this machine share.
+        rank: of the whole job.
+    """
+    return folder / f"crash_{rank}.txt"
+
+
 def read_reports(folder: Path) -> dict[int, Report]:
     """Return every report in ``folder`` by rank."""
     found = (Report(**json.loads(path.read_text())) for path in folder.glob("report_*.json"))

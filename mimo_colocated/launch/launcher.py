@@ -8,6 +8,7 @@ port) and waits. Started by torchrun, or by srun as one of several tasks, it is 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from mimo_colocated.launch.errors import JobError, Packages, one_sentence
-from mimo_colocated.launch.failures import Exit, Reason, explain, read_reports
+from mimo_colocated.launch.failures import Exit, Reason, crash_log, explain, read_reports
 from mimo_colocated.launch.slurm import become_rank
 
 if TYPE_CHECKING:
@@ -199,7 +200,8 @@ def _start_and_wait(
     told = forwarding.outcome({end.code for end in exits.values()})
     if told is not None:
         return complain(*told, None) if told[0] else told[1]
-    return complain(_reason(exits, options.world_size, folder, dumps, reaper.fates), 1, dumps)
+    reason = _reason(exits, options.world_size, folder, dumps, reaper.fates)
+    return complain(_with_stacks(reason, exits, folder, options.out), 1, dumps)
 
 
 def _reason(
@@ -211,6 +213,20 @@ def _reason(
 
     evidence = Evidence.read(folder, dumps, fates, peers_gave_up(folder))
     return explain(world_size, exits, read_reports(folder), evidence)
+
+
+def _with_stacks(reason: Reason, exits: Mapping[int, Exit], folder: Path, out: Path) -> Reason:
+    """Keep where Python was in ranks that a fault inside a library ended, and name the first."""
+    kept = []
+    for rank in sorted(exits, key=lambda rank: exits[rank].at):
+        with contextlib.suppress(OSError):
+            stacks = crash_log(folder, rank).read_text()
+            if stacks:
+                path = out / "errors" / f"rank_{rank}.log"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(stacks)
+                kept.append(str(path))
+    return reason if reason.log or not kept else dataclasses.replace(reason, log=kept[0])
 
 
 @contextlib.contextmanager

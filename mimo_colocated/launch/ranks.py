@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import faulthandler
 import logging
 import os
 import signal
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from mimo_colocated.launch import connection_notes
 from mimo_colocated.launch.errors import Stopped
-from mimo_colocated.launch.failures import Report, explain, read_reports
+from mimo_colocated.launch.failures import Report, crash_log, explain, read_reports
 from mimo_colocated.launch.launcher import (
     REPORTS_VARIABLE,
     Job,
@@ -105,6 +106,7 @@ def run_rank(job: Job, argv: Sequence[str]) -> int:
     ours = REPORTS_VARIABLE in os.environ
     if ours:
         end_with_the_launcher()
+    _tell_of_crashes(rank)
     signals: Any = _signals(rank, world, stops=job.stops, prints=not ours)
     watch = signals.watch if signals else None
     out: Any = None  # the job's folder, when it is known
@@ -133,6 +135,14 @@ def run_rank(job: Job, argv: Sequence[str]) -> int:
     except Exception as error:
         fail(error)
     return 0
+
+
+def _tell_of_crashes(rank: int) -> None:
+    """Let a fault inside a library leave where Python was: for the launcher, else on stderr."""
+    folder = _report_folder() if REPORTS_VARIABLE in os.environ else None
+    with contextlib.suppress(OSError, ValueError):  # a stderr that is no file
+        file = open(crash_log(folder, rank), "w") if folder is not None else sys.stderr  # noqa: SIM115
+        faulthandler.enable(file)
 
 
 def _signals(rank: int, world: int, *, stops: bool, prints: bool) -> RankSignals | None:

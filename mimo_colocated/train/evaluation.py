@@ -14,6 +14,7 @@ import torch
 from megatron.core.models.mimo.data.encoding import ChatEncoder
 from megatron.core.models.mimo.data.loader import RankBatches, Side
 from megatron.core.models.mimo.job.next_tokens import Choice
+from mimo_colocated.cli.progress import bar
 from mimo_colocated.train.answers import Answer, Answering, ends_of, wanted
 from mimo_colocated.train.data import Opened, held_out_stream, open_data
 from mimo_colocated.train.recipe import DataPart, EvaluationPart, Recipe
@@ -100,10 +101,12 @@ class Evaluation:
         """Mean over the counted tokens of whole batches, and of the tail filled up."""
         batches, count = self._batches(held_out, self._measuring)
         sums = torch.zeros(2, dtype=torch.float64)
-        for start in range(0, count, self._part.batch):
-            self._between()
-            batch = batches.at(start).only(count - start)
-            sums += torch.tensor(self._runner.held_out_loss(batch), dtype=torch.float64)
+        with bar("held-out loss", count, "samples") as tell:
+            for start in range(0, count, self._part.batch):
+                self._between()
+                batch = batches.at(start).only(count - start)
+                sums += torch.tensor(self._runner.held_out_loss(batch), dtype=torch.float64)
+                tell(min(self._part.batch, count - start))
         return (sums[0] / sums[1].clamp(min=1)).item()
 
     def _answers(self, questions: Opened) -> list[Answer]:
@@ -115,9 +118,12 @@ class Evaluation:
         places = self._part.answer_tokens
         answering = Answering(self._runner, self._text, batches, places, choice, ends)
         said: list[str] = []
-        for start in range(0, count, self._part.batch):
-            self._between()
-            said += self._text.tokenizer.batch_decode(answering.answers(start))
+        what = "answers without images" if self._runner.blank else "answers"
+        with bar(what, count, "questions") as tell:
+            for start in range(0, count, self._part.batch):
+                self._between()
+                said += self._text.tokenizer.batch_decode(answering.answers(start))
+                tell(min(self._part.batch, count - start))
         asked = (
             wanted(source[number])
             for source, prepared in zip(questions.sources, questions.prepared, strict=True)

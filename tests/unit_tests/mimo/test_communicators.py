@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -78,6 +79,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], bool, s
         seen.append((tuple(ranks), kwargs.pop("device_id") is not None, kwargs["group_name"]))
         return helper(size, rank, ranks, *args, **kwargs)
 
+    # Whatever the tests before it in this world have left.
+    monkeypatch.setattr(shared_groups, "_of_world", WeakKeyDictionary())
     monkeypatch.setattr(process_groups, "_unbound", bound)
     monkeypatch.setattr(c10d, "_new_process_group_helper", note)
     return seen
