@@ -69,4 +69,5 @@ class _Lines:
     def _amount(self, count: int) -> str:
         from tqdm import tqdm
 
-        return tqdm.format_sizeof(count, self._unit) if self._unit == "B" else f"{count}{self._unit}"
+        in_bytes = self._unit == "B"
+        return tqdm.format_sizeof(count, self._unit) if in_bytes else f"{count}{self._unit}"
