@@ -2,7 +2,9 @@
 """Predicted against counted peaks of steps of the digits model, in one process.
 
 Counted are the bytes of all tensors that live before a step, and the most that are allocated and
-not freed yet within it, as PyTorch's profiler tells every allocation. The language model's peak is
+not freed yet within it, as PyTorch's profiler tells every allocation. What a kernel takes and gives
+back at once is left out, as the workspace of the CPU's products in 16 bits, which differs between
+processors: the planner's margin is for it. The language model's peak is
 what the step has beyond what the encoder holds then, the encoder's what it holds and what comes
 to that while it goes back. A prediction may be too high by :data:`BOUND`, never too low.
 """
@@ -215,14 +217,21 @@ def _mark(name: str) -> Callable[..., None]:
 def _peaks(profiler: Any, before: int) -> Peaks:
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda each: each.start_ns())
     now = whole = back = begun = held = at = 0
-    goes_back = False
-    for event in events:
+    goes_back, ends = False, [0]  # of the operations that are under way
+    for event, after in zip(events, [*events[1:], None], strict=True):
         name = event.name()
+        while len(ends) > 1 and ends[-1] < event.start_ns():
+            ends.pop()
         if name == "[memory]":
             now += event.nbytes()
+            given_back = after is not None and after.nbytes() == -event.nbytes() < 0
+            if given_back and after.start_ns() < ends[-1]:
+                continue  # a kernel's workspace
             whole = max(whole, now)
             back = max(back, held + now - at) if goes_back else 0
-        elif name == _BEGIN:
+            continue
+        ends.append(event.start_ns() + event.duration_ns())
+        if name == _BEGIN:
             begun, goes_back = now, False
         elif name.startswith(_END):
             held = now - begun - int(name.removeprefix(_END))

@@ -71,6 +71,8 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     if argv[0] == "doctor":
         return _doctor(argv[1:])
+    if list(argv[:2]) == ["plan", "--calibrate"]:
+        argv = ["calibrate", *argv[2:]]
     if argv[0] == "study":
         return _study(argv[1:])
     if argv[0] in ALONE:

@@ -414,7 +414,8 @@ DESCRIPTIONS = {
     "eval": "Measure loss and exact match of a model on held-out data, in any layout.",
     "generate": "Answer a question about images, sounds, or neither, with a model in any layout.",
     "calibrate": "Measure what `mimo plan` needs to know of this machine, in about a minute.",
-    "plan": "Predict time and memory of all pairs of layouts, and of the best homogeneous ones.",
+    "plan": "Predict time and memory of all pairs of layouts, and of the best homogeneous ones. "
+    "`mimo plan --calibrate OUT` is `mimo calibrate OUT`, for this machine's own figures.",
     "draw": "Draw which rank holds what on either side of the bridges.",
     "report": "Write RUN/report.html: a run, also one under way, on a page that needs no network.",
 }

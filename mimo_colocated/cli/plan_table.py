@@ -44,7 +44,7 @@ def _row(each: Estimate, shapes: Shapes, work: Work) -> tuple[str, ...]:
     said = str(candidate)
     return (
         f"{1000 * each.seconds.total:.0f}",
-        *(f"{1000 * seconds[name]:.0f}" for name in _PARTS),
+        *(str(round(1000 * seconds[name])) for name in _PARTS),  # never "-0"
         f"{each.memory.total / _GB:.1f}",
         f"{traffic:.0f}",
         f"{spread:.2f}",

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from megatron.core.models.mimo.job.built_model import LANGUAGE
 from megatron.core.models.mimo.job.trainer import Runner
 from megatron.core.models.mimo.training.agreement import gathered
 from mimo_colocated import phases
+from mimo_colocated.cli.progress import bar
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.train.checks import SEQUENCE_MULTIPLE
 from mimo_colocated.train.recipe import DataPart, SourcePart
@@ -237,11 +238,20 @@ def _prepare(source: Source, encode: Encode, place: Path, key: str, *, look: boo
     rank, world, count = dist.get_rank(), dist.get_world_size(), len(source)
     own = range(count * rank // world, count * (rank + 1) // world)
     pieces = [place.with_name(f"{place.name}.rank_{number}") for number in range(world)]
-    on_all_ranks(
-        lambda: keep(encode_piece(source, encode, own, look), pieces[rank]), "encode samples"
-    )
+    with bar("preparing samples", count, "samples") as tell:
+        told = _told(own, lambda: tell(world))
+        on_all_ranks(
+            lambda: keep(encode_piece(source, encode, told, look), pieces[rank]), "encode samples"
+        )
     on_all_ranks(lambda: write(place, pieces, key) if rank == 0 else None, f"write {place}")
     shutil.rmtree(pieces[rank], ignore_errors=True)
+
+
+def _told(numbers: Iterable[int], tell: Callable[[], object]) -> Iterator[int]:
+    """Yield the numbers, and tell of each when it is done."""
+    for number in numbers:
+        yield number
+        tell()
 
 
 class InOrder:

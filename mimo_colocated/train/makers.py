@@ -108,6 +108,9 @@ def _is_there(folder: Path) -> bool:
 
 
 def _make(name: str, settings: Mapping[str, Any], folder: Path) -> None:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # one line says it, below
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
@@ -115,6 +118,7 @@ def _make(name: str, settings: Mapping[str, Any], folder: Path) -> None:
         said = {"make": name, "settings": settings}
         (temporary / _MADE).write_text(json.dumps(said, default=str, indent=2) + "\n")
         temporary.replace(folder)
+        print(f"wrote the model into {folder}", flush=True)
     except OSError as error:
         if not _is_there(folder):  # else another process was faster
             reason = error.strerror or str(error)

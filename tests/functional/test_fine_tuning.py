@@ -30,6 +30,11 @@ GROUPS = (
 LAYOUTS = {
     "alone": {"layout.language": "dp=1", "layout.encoders": "{images: dp=1}"},
     "four": {"layout.language": "tp=2,dp=2", "layout.encoders": "{images: 'tp=2,dp=2'}"},
+    "stages": {
+        "layout.language": "pp=2,dp=2",
+        "layout.encoders": "{images: 'tp=2,dp=2'}",
+        "training.micro_batches": 2,
+    },
 }
 
 
@@ -69,7 +74,7 @@ def test_groups_and_frozen_names_go_on_in_another_layout(place: Path) -> None:
         "training.groups": GROUPS,
         "run.tensorboard": True,
     }
-    out, again = place / "groups", place / "again"
+    out = place / "groups"
     done = train(out, {**changes, **LAYOUTS["alone"]}, recipe="llava-finetune")
     assert done.code == 0, done.err
     rates = [line["learning_rates"] for line in metrics(out)]
@@ -86,13 +91,17 @@ def test_groups_and_frozen_names_go_on_in_another_layout(place: Path) -> None:
     frozen = ("vision_tower", "embed_tokens", "model.norm.")
     assert kept == {name for name in before if any(part in name for part in frozen)}
 
-    shutil.copytree(out, again)
-    shutil.rmtree(again / "checkpoints" / f"step_{STEPS:08d}")
-    done = train(again, {**changes, **LAYOUTS["four"]}, recipe="llava-finetune")
-    assert done.code == 0, done.err
-    assert f"resuming after step {STEPS // 2}" in done.out
-    assert [line["learning_rates"] for line in metrics(again)] == rates
-    assert losses(again) == pytest.approx(losses(out), rel=1e-4)
+    for layout in ("four", "stages"):
+        again = place / f"again-{layout}"
+        shutil.copytree(out, again)
+        shutil.rmtree(again / "checkpoints" / f"step_{STEPS:08d}")
+        done = train(again, {**changes, **LAYOUTS[layout]}, recipe="llava-finetune")
+        assert done.code == 0, done.err
+        assert f"resuming after step {STEPS // 2}" in done.out
+        assert [line["learning_rates"] for line in metrics(again)] == rates
+        assert losses(again) == pytest.approx(losses(out), rel=1e-4)
+        after = weights(again / "exported")
+        assert kept == {name for name in before if torch.equal(before[name], after[name])}
 
     other = {**changes, **LAYOUTS["alone"], "training.groups": "[]"}
     done = train(again, other, recipe="llava-finetune")
@@ -159,11 +168,12 @@ def test_adapters_train_on_eight_ranks_as_on_one_and_leave_for_peft(place: Path)
         "training.lr": 1e-2,
         "training.save_every": steps // 2,
     }
-    alone, eight, again = (place / name for name in ("lora-alone", "lora-eight", "lora-again"))
-    for out, layout in ((alone, LAYOUTS["alone"]), (eight, {})):
+    names = ("alone", "eight", "stages", "again")
+    alone, eight, stages, again = (place / f"lora-{name}" for name in names)
+    for out, layout in ((alone, LAYOUTS["alone"]), (eight, {}), (stages, LAYOUTS["stages"])):
         done = train(out, {**changes, **layout}, recipe="llava-finetune")
         assert done.code == 0, done.err
-    assert losses(eight) == pytest.approx(losses(alone), rel=1e-4)
+        assert losses(out) == pytest.approx(losses(alone), rel=1e-4)
     assert losses(alone)[-1] < losses(alone)[0] - 0.3
 
     shutil.copytree(eight, again)

@@ -94,8 +94,9 @@ def test_wrong_options(
 
 
 def test_a_folder_is_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["calibrate", str(tmp_path), "--backend", "gloo"]) == 2
-    assert "is a folder; give the name of a file" in capsys.readouterr().err
+    for command in (["calibrate"], ["plan", "--calibrate"]):
+        assert main([*command, str(tmp_path), "--backend", "gloo"]) == 2
+        assert "is a folder; give the name of a file" in capsys.readouterr().err
 
 
 def test_as_many_ranks_as_asked_for() -> None:
