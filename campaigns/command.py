@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import json
 import signal
 import sys
@@ -221,9 +222,9 @@ def parse(campaign: Campaign, argv: Sequence[str]) -> argparse.Namespace:
         CampaignError: one sentence on what is wrong.
         SystemExit: after ``--help``.
     """
-    parser = _Parser(
-        prog=f"python -m {campaign.module}", allow_abbrev=False, description=campaign.__doc__
-    )
+    about = inspect.cleandoc(campaign.__doc__ or "").partition("\n\n")[0]
+    program = f"python -m {campaign.module}"
+    parser = _Parser(prog=program, allow_abbrev=False, description=about)
     campaign.add_options(parser.add_argument)
     several = campaign.nouns[1]
     parser.add_argument("--out", "--output", type=Path, help="folder of the results")

@@ -26,6 +26,8 @@ from mimo_colocated.launch.layouts import (
     suggestion,
 )
 
+pytestmark = pytest.mark.once
+
 
 def pair(vision: Layout, language: Layout, audio: Layout | None = None) -> Layouts:
     return Layouts({"vision": vision} | ({"audio": audio} if audio else {}), language)

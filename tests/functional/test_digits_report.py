@@ -31,6 +31,8 @@ from megatron.core.models.mimo.job.results import (
 )
 from mimo_colocated.launch.errors import JobError, write_atomically
 
+pytestmark = pytest.mark.once
+
 _FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

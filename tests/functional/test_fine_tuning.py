@@ -66,6 +66,7 @@ def exported(run: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     return programs.run(given, Path.cwd(), environment, timeout=TIMEOUT_S)
 
 
+@pytest.mark.once
 def test_groups_and_frozen_names_go_on_in_another_layout(place: Path) -> None:
     changes = {
         **recipe(place),
@@ -156,6 +157,7 @@ def test_a_second_stage_begins_with_the_weights_of_the_first(place: Path) -> Non
         assert "Traceback" not in done.err
 
 
+@pytest.mark.once
 def test_adapters_train_on_eight_ranks_as_on_one_and_leave_for_peft(place: Path) -> None:
     """On both modules, with a cut sequence; a run goes on, and a stage begins with them merged."""
     steps = 20

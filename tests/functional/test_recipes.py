@@ -220,6 +220,7 @@ def mimo(*arguments: object, ranks: int = 0) -> str:
     return done.stdout
 
 
+@pytest.mark.once
 def test_a_run_is_evaluated_in_any_layout_on_any_ranks(alone: Path, tmp_path: Path) -> None:
     """The checkpoint of one process, on one and on 8 ranks: what the run said at its end."""
     summary = json.loads((alone / "summary.json").read_text())
@@ -275,6 +276,7 @@ def resumed(run: Path, to: Path, changes: dict[str, Any]) -> SimpleNamespace:
     return train(to, {**changes, "data.held_out": "[]", "run.export": False})
 
 
+@pytest.mark.once
 def test_a_run_goes_on_in_another_layout_on_other_ranks(eight: Path, tmp_path: Path) -> None:
     done = resumed(eight, tmp_path / "run", FOUR)
     assert done.code == 0, done.err
@@ -289,6 +291,7 @@ def test_a_run_does_not_go_on_with_other_data(alone: Path, tmp_path: Path) -> No
     assert "holds a run with training.seed=1234, this one has 5; give --set" in done.err
 
 
+@pytest.mark.once
 def test_a_dry_run_says_what_would_run(tmp_path: Path, eight: Path) -> None:
     done = train(eight, EIGHT, "--dry-run", "--nodes", "2")
     assert done.code == 0, done.err
@@ -305,6 +308,7 @@ def test_a_dry_run_says_what_would_run(tmp_path: Path, eight: Path) -> None:
 # ---- a job that is a program of its own ------------------------------------------------------
 
 
+@pytest.mark.once
 def test_digits_is_the_job_of_the_example(tmp_path: Path) -> None:
     """The same losses, to the digit, as the example's own command line."""
     layouts = {"language": "tp=1,dp=2", "vision": "tp=2,dp=1"}
@@ -342,6 +346,7 @@ LOST: dict[str, Any] = {
 }
 
 
+@pytest.mark.once
 def test_links_without_loss_leave_the_easy_vqa_run_as_it_is(eight: Path, tmp_path: Path) -> None:
     """Bit for bit: losses, answers, and every weight of what is exported."""
     done = train(tmp_path / "run", {**EIGHT, "lossy.rules": "[{loss: {rate: 0.0}}]"})
@@ -370,6 +375,7 @@ def lost(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.once
 def test_a_run_that_loses_packets_is_recorded_and_counted(lost: Path, eight: Path) -> None:
     assert losses(lost / "run")[0] != losses(eight)[0]
     assert "replacement: stale" in (lost / "run" / "recipe.yaml").read_text()
@@ -384,6 +390,7 @@ def test_a_run_that_loses_packets_is_recorded_and_counted(lost: Path, eight: Pat
     assert {row["rank"] for row in found["rows"]} == set(range(8))
 
 
+@pytest.mark.once
 def test_a_run_that_loses_packets_goes_on_bit_for_bit(lost: Path, tmp_path: Path) -> None:
     """From the checkpoint in its middle; and no run goes on with other links than it had."""
     shutil.copytree(lost / "run", tmp_path / "run")
@@ -444,6 +451,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.once
 def test_the_first_stage_trains_the_projector_alone(folders: Path, pretrained: Path) -> None:
     before, after = weights(pretrained / "model"), weights(pretrained / "exported")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -456,6 +464,7 @@ def test_the_first_stage_trains_the_projector_alone(folders: Path, pretrained: P
     assert losses(pretrained)[-1] < losses(pretrained)[0]
 
 
+@pytest.mark.once
 def test_the_second_stage_follows_one_process_on_eight_ranks(
     folders: Path, pretrained: Path
 ) -> None:
@@ -482,6 +491,7 @@ def test_folders_that_cannot_be_joined_are_refused(folders: Path, tmp_path: Path
     assert list((tmp_path / "run").glob("*")) == []
 
 
+@pytest.mark.once
 def test_images_of_any_size_train_packed_on_ranks_as_in_rows_on_one(folders: Path) -> None:
     """Qwen2.5-VL: positions count rows and columns, of every sample by itself."""
     strangers.write_qwen_vl(folders / "qwen")
@@ -507,6 +517,7 @@ def test_images_of_any_size_train_packed_on_ranks_as_in_rows_on_one(folders: Pat
         assert answers(ranks) == answers(alone)
 
 
+@pytest.mark.once
 def test_sounds_train_on_ranks_as_on_one(folders: Path) -> None:
     """Qwen2-Audio on chat with audio parts; in stages too, where samples have no sound or two."""
     strangers.write_qwen_audio(folders / "qwen-audio")
@@ -543,6 +554,7 @@ def test_sounds_train_on_ranks_as_on_one(folders: Path) -> None:
 # ---- text alone -----------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_a_language_model_with_experts_learns_token_files(tmp_path: Path) -> None:
     """A count upwards, which every layout learns alike."""
     sources = {}
@@ -582,6 +594,7 @@ def test_a_language_model_with_experts_learns_token_files(tmp_path: Path) -> Non
         assert all(torch.allclose(one[name], other[name], atol=1e-3) for name in one)
 
 
+@pytest.mark.once
 def test_a_model_that_pytorch_shards_follows_megatrons_layers(
     folders: Path, tmp_path: Path
 ) -> None:

@@ -18,6 +18,8 @@ from tests.faults.starts import LAUNCH_VARIABLES
 from tests.functional.recorded_train import digest
 from tests.harness import programs
 
+pytestmark = pytest.mark.once
+
 PROGRAM = "tests/functional/recorded_train.py"
 TIMEOUT_S = 400
 STOPPED = 75

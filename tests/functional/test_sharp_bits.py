@@ -22,6 +22,8 @@ import pytest
 
 from tests.functional.readme_blocks import REPO
 
+pytestmark = pytest.mark.once
+
 PAGE = REPO / "docs" / "sharp-bits.md"
 _PARTS = re.compile(
     r"^#+ (?P<title>[^\n]+)$"

@@ -65,6 +65,12 @@ def test_modules_never_share_what_their_gradients_go_over() -> None:
 # -- 8 ranks -----------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def nothing_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever groups the tests before this one in its world have left."""
+    monkeypatch.setattr(shared_groups, "_of_world", WeakKeyDictionary())
+
+
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], bool, str]]:
     """Members, whether NCCL would connect at once, and name of every group asked of torch."""
@@ -79,8 +85,6 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], bool, s
         seen.append((tuple(ranks), kwargs.pop("device_id") is not None, kwargs["group_name"]))
         return helper(size, rank, ranks, *args, **kwargs)
 
-    # Whatever the tests before it in this world have left.
-    monkeypatch.setattr(shared_groups, "_of_world", WeakKeyDictionary())
     monkeypatch.setattr(process_groups, "_unbound", bound)
     monkeypatch.setattr(c10d, "_new_process_group_helper", note)
     return seen

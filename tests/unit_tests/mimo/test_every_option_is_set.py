@@ -18,6 +18,8 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 from tests.unit_tests.mimo.option_uses import Option, Uses, options_of
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parents[3]
 # Options of a command line are set as text (functional/test_digits_options.py), fields of a recipe
 # as YAML (unit_tests/mimo/train/test_recipe.py).

@@ -14,6 +14,8 @@ import pytest
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.launch.slurm import first_host, rank_variables, tasks_of_node
 
+pytestmark = pytest.mark.once
+
 STEP = {
     "SLURM_JOB_ID": "4711",
     "SLURM_STEP_ID": "2",

@@ -19,6 +19,8 @@ import pytest
 
 import megatron.core
 
+pytestmark = pytest.mark.once
+
 HERE = Path(__file__).resolve().parent
 MUST_DIFFER = {  # in the control; a case that cannot see a replaced function proves nothing
     "with_device_meta",

@@ -20,6 +20,8 @@ from megatron.core.models.mimo.memory import offload
 from megatron.core.models.mimo.memory.offload import HostUse, OffloadedPart
 from megatron.core.models.mimo.memory.transfers import AtOnce, SideStream, transfers_of
 
+pytestmark = pytest.mark.once
+
 GARBAGE = 0xEE
 
 

@@ -21,7 +21,7 @@ from tests.unit_tests.mimo.huggingface import harness
 from tests.unit_tests.mimo.huggingface.llava_models import llava, llava_task
 from tests.unit_tests.mimo.torch_native.kept_bytes import kept_by_norms
 
-pytestmark = pytest.mark.ranks(8)
+pytestmark = [pytest.mark.ranks(8), pytest.mark.once]
 
 CUT, TP2 = Layout(tp=2, cp=2, dp=2), {"images": Layout(tp=2, dp=4)}
 BOTH = {"torch_native": ("images", "language"), "sequence_parallel": True}

@@ -25,7 +25,7 @@ from tests.harness.backend import own_device
 from tests.unit_tests.mimo.huggingface import harness, models
 from tests.unit_tests.mimo.huggingface.llava_models import SIDE, TOWER, llava, llava_task
 
-pytestmark = pytest.mark.ranks(8)
+pytestmark = [pytest.mark.ranks(8), pytest.mark.once]
 
 SP = {"sequence_parallel": True}
 TP2, TP4 = {"images": Layout(tp=2, dp=4)}, {"images": Layout(tp=4, dp=2)}

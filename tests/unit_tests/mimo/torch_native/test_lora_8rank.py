@@ -18,7 +18,7 @@ from tests.parity.tensors import local_gradients, whole_tensors
 from tests.unit_tests.mimo.huggingface import harness
 from tests.unit_tests.mimo.torch_native.test_inside_8rank import BOTH, TP2, Inside
 
-pytestmark = pytest.mark.ranks(8)
+pytestmark = [pytest.mark.ranks(8), pytest.mark.once]
 
 
 def adapt(model: nn.Module) -> None:

@@ -23,7 +23,7 @@ from mimo_colocated.cli.options import read
 from tests.unit_tests.mimo.huggingface.harness import randomise
 from tests.unit_tests.mimo.train import strangers
 
-pytestmark = pytest.mark.ranks(8)
+pytestmark = [pytest.mark.ranks(8), pytest.mark.once]
 
 LAYOUTS = {
     "fan-in": ("--audio", "tp=2,dp=4", "--language", "tp=2,cp=2,dp=2"),
