@@ -21,6 +21,7 @@ from mimo_colocated.cli.options import read
 from mimo_colocated.launch.errors import JobError
 from tests.unit_tests.mimo.data import small
 from tests.unit_tests.mimo.huggingface.harness import randomise
+from tests.unit_tests.mimo.train.by_transformers import ByTransformers, Message
 
 pytestmark = pytest.mark.ranks(8)
 
@@ -85,48 +86,22 @@ def write(place: Path) -> None:
     (place / "held_out.jsonl").write_text("\n".join(lines))
 
 
-class Transformers:
+class Transformers(ByTransformers):
     """The same model by transformers, on this rank."""
 
     def __init__(self, folder: Path) -> None:
-        self._place = folder.parent
-        self._processor = transformers.AutoProcessor.from_pretrained(folder)
-        kind = transformers.LlavaForConditionalGeneration
-        self._model = kind.from_pretrained(folder).eval()
+        super().__init__(folder, transformers.LlavaForConditionalGeneration, NEW)
 
-    def _inputs(self, messages: list[dict[str, Any]], **more: Any) -> Any:
+    def inputs(self, messages: list[Message], *, ask: bool) -> Any:
         content = [
-            {"type": "image", "path": str(self._place / part["image"])}
+            {"type": "image", "path": str(self.place / part["image"])}
             if part["type"] == "image"
             else part
             for part in messages[0]["content"]
         ]
         whole = [{**messages[0], "content": content}, *messages[1:]]
-        how = {"tokenize": True, "return_dict": True, "return_tensors": "pt", **more}
-        return self._processor.apply_chat_template(whole, **how)
-
-    @torch.no_grad()
-    def says(self, content: list[dict[str, Any]], *, special: bool) -> str:
-        """The answer up to its end, with or without special tokens."""
-        inputs = self._inputs([{"role": "user", "content": content}], add_generation_prompt=True)
-        said = self._model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
-        new_ids = said[0, inputs["input_ids"].shape[1] :]
-        text = self._processor.tokenizer.decode(new_ids, skip_special_tokens=not special)
-        return text.partition("<|im_end|>")[0]
-
-    @torch.no_grad()
-    def losses(self, messages: list[dict[str, Any]]) -> tuple[float, int]:
-        """Sum over an answer's tokens up to its end, and their number."""
-        inputs = self._inputs(messages)
-        asked = self._inputs(messages[:1], add_generation_prompt=True)["input_ids"].shape[1]
-        ids = inputs["input_ids"][0]
-        stop = int((ids == self._processor.tokenizer.eos_token_id).nonzero()[-1]) + 1
-        logits = self._model(**inputs).logits[0]
-        labels = ids[asked:stop]
-        loss = torch.nn.functional.cross_entropy(
-            logits[asked - 1 : stop - 1], labels, reduction="sum"
-        )
-        return loss.item(), len(labels)
+        how = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        return self.processor.apply_chat_template(whole, add_generation_prompt=ask, **how)
 
 
 def of_first_rank(make: Callable[[], Any]) -> Any:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
 import transformers
 
@@ -22,6 +21,7 @@ from mimo_colocated.cli import evaluating, generating, models
 from mimo_colocated.cli.options import read
 from tests.unit_tests.mimo.huggingface.harness import randomise
 from tests.unit_tests.mimo.train import strangers
+from tests.unit_tests.mimo.train.by_transformers import ByTransformers, Message
 
 pytestmark = [pytest.mark.ranks(8), pytest.mark.once]
 
@@ -71,47 +71,23 @@ def content(heard: Sequence[str], words: str) -> list[dict[str, Any]]:
     return [*sounds, {"type": "text", "text": words}]
 
 
-class Transformers:
+class Transformers(ByTransformers):
     """The same model by transformers, on this rank."""
 
     def __init__(self, folder: Path) -> None:
-        self._place = folder.parent
-        self._processor = transformers.AutoProcessor.from_pretrained(folder)
-        kind = transformers.Qwen2AudioForConditionalGeneration
-        self._model = kind.from_pretrained(folder).eval()
+        super().__init__(folder, transformers.Qwen2AudioForConditionalGeneration, NEW)
 
     def _wave(self, name: str) -> np.ndarray:
-        with wave.open(str(self._place / name)) as file:
+        with wave.open(str(self.place / name)) as file:
             raw = file.readframes(file.getnframes())
         return np.frombuffer(raw, "<i2").astype(np.float32) / 2**15
 
-    def _inputs(self, messages: list[dict[str, Any]], *, ask: bool = False) -> Any:
-        text = self._processor.apply_chat_template(messages, add_generation_prompt=ask)
+    def inputs(self, messages: list[Message], *, ask: bool) -> Any:
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=ask)
         parts = messages[0]["content"]
         heard = [self._wave(part["audio"]) for part in parts if part["type"] == "audio"]
         how = {"sampling_rate": strangers.RATE, "return_tensors": "pt"}
-        return self._processor(text=text, audio=heard or None, **how)
-
-    @torch.no_grad()
-    def says(self, asked: list[dict[str, Any]], *, special: bool) -> str:
-        """The answer up to its end, with or without special tokens."""
-        inputs = self._inputs([{"role": "user", "content": asked}], ask=True)
-        said = self._model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
-        new_ids = said[0, inputs["input_ids"].shape[1] :]
-        text = self._processor.tokenizer.decode(new_ids, skip_special_tokens=not special)
-        return text.partition("<|im_end|>")[0]
-
-    @torch.no_grad()
-    def losses(self, messages: list[dict[str, Any]]) -> tuple[float, int]:
-        """Sum over an answer's tokens up to its end, and their number."""
-        inputs = self._inputs(messages)
-        start = self._inputs(messages[:1], ask=True)["input_ids"].shape[1]
-        ids = inputs["input_ids"][0]
-        stop = int((ids == self._processor.tokenizer.eos_token_id).nonzero()[-1]) + 1
-        logits = self._model(**inputs).logits[0, start - 1 : stop - 1]
-        labels = ids[start:stop]
-        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-        return loss.item(), len(labels)
+        return self.processor(text=text, audio=heard or None, **how)
 
 
 def generate(folder: Path, case: str, *more: object) -> tuple[str, bool]:
