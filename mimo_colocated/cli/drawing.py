@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,13 @@ def run(options: Any) -> None:
     if not encoders or options.language is None:
         raise JobError("give --language and --vision or --audio, as in --vision tp=1,dp=8")
     language = Layout.parse(options.language, LANGUAGE)
+    for name, at in {**encoders, LANGUAGE: language}.items():
+        if options.samples % at.dp:
+            fitting = math.lcm(*(each.dp for each in (*encoders.values(), language)))
+            raise JobError(
+                f"--samples {options.samples} does not divide over {name} dp={at.dp}; "
+                f"draw --samples {fitting}"
+            )
     limits = Limits(
         options.samples,
         sequence_parallel=options.sequence_parallel,

@@ -358,12 +358,18 @@ def _plan(parser: argparse.ArgumentParser) -> None:
             default=None,
             help=f"part of the tokens that are rows of {name}; without: a half, shared evenly",
         )
-    add("--item-tokens", type=some, default=1024, help="of an image, where it may have any size")
+    add(
+        "--item-tokens",
+        type=some,
+        default=None,
+        help="of an image, where a folder's model takes any size; without: 1024",
+    )
+    add("--bridge", choices=("routed", "gather"), default="routed", help="that joins the two")
     add("--frozen", default=None, help="modules that do not train, such as vision+language")
     add(
         "--encoder-memory",
-        default="keep,recompute,offload",
-        help="what may become of encoders' activations",
+        default=None,
+        help="what may become of encoders' activations; without: keep,recompute,offload",
     )
     add("--replica-samples", default="1,2", help="samples of a replica in a microbatch, to try")
     add("--top", type=some, default=10, help="rows of the table")

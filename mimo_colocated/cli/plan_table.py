@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from megatron.core.models.mimo.plan.estimates import Estimate, Plan, moved
 from megatron.core.models.mimo.plan.footprint import MARGIN
@@ -25,28 +25,61 @@ def text(found: Plan, shapes: Shapes, work: Work, top: int) -> str:
         top: rows.
     """
     chosen = [*found.colocated[:top], *found.homogeneous[:1]]
-    lines = _aligned([_HEAD, *(_row(each, shapes, work) for each in chosen)])
-    lines += ["", _verdict(found)]
-    if chosen:
-        lines += ["", "memory of the first row, GB:", f"  {_memory(chosen[0])}"]
+    if not chosen:
+        return _verdict(found)
+    time = _Unit.of((each.seconds.total for each in chosen), (("ms", 1e-3), ("us", 1e-6)))
+    size = _Unit.of((each.memory.total for each in chosen), (("GB", _GB), ("MB", _MB)))
+    head = (time.name, *_PARTS, size.name, "bridge MB", "spread", "layouts")
+    rows = [_row(each, shapes, work, time, size) for each in chosen]
+    lines = [*_aligned([head, *rows]), "", _verdict(found), ""]
+    lines.append(f"memory of the fullest rank, row by row, {size.name}:")
+    lines += _aligned([_MEMORY_HEAD, *(_memory(each, size) for each in chosen)])
     return "\n".join(lines)
 
 
-_HEAD = ("ms", *_PARTS, "GB", "bridge MB", "spread", "layouts")
+@dataclass(frozen=True)
+class _Unit:
+    """What a column is said in."""
+
+    name: str
+    one: float
+
+    @classmethod
+    def of(cls, values: Iterable[float], units: Sequence[tuple[str, float]]) -> _Unit:
+        """The first of two in which the least value has two digits; else the second."""
+        least = min(values)
+        return cls(*next((each for each in units if least >= 10 * each[1]), units[-1]))
+
+    def said(self, value: float, digits: int = 0) -> str:
+        """A value in it; a small one never as ``-0``."""
+        number = round(value / self.one, digits)
+        return f"{number + 0.0:.{digits}f}"
 
 
-def _row(each: Estimate, shapes: Shapes, work: Work) -> tuple[str, ...]:
+def bridges(each: Estimate, shapes: Shapes, work: Work) -> tuple[int, float]:
+    """Return bytes that all bridges move in a step of the whole world, and the worst spread.
+
+    Args:
+        each: a row.
+        shapes, work: what runs.
+    """
+    candidate = each.candidate
+    found = [] if candidate.homogeneous else moved(candidate, shapes, work)
+    traffic = sum(m.traffic.total * m.row_bytes for m in found) * candidate.microbatches
+    return traffic, max((m.spread for m in found), default=1.0)
+
+
+def _row(
+    each: Estimate, shapes: Shapes, work: Work, time: _Unit, size: _Unit
+) -> tuple[str, ...]:
     seconds, candidate = vars(each.seconds), each.candidate
-    bridges = [] if candidate.homogeneous else moved(candidate, shapes, work)
-    # Of a step and the whole world; the spread is that of the worst encoder.
-    traffic = sum(m.traffic.total * m.row_bytes for m in bridges) * candidate.microbatches / _MB
-    spread = max((m.spread for m in bridges), default=1.0)
+    traffic, spread = bridges(each, shapes, work)
     said = str(candidate)
     return (
-        f"{1000 * each.seconds.total:.0f}",
-        *(str(round(1000 * seconds[name])) for name in _PARTS),  # never "-0"
-        f"{each.memory.total / _GB:.1f}",
-        f"{traffic:.0f}",
+        time.said(each.seconds.total),
+        *(time.said(seconds[name]) for name in _PARTS),
+        size.said(each.memory.total, 1),
+        f"{traffic / _MB:.0f}",
         f"{spread:.2f}",
         f"homogeneous: {said}" if candidate.homogeneous and shapes.encoders else said,
     )
@@ -79,9 +112,10 @@ def _verdict(found: Plan) -> str:
     return f"no homogeneous layout fits; {counts}" if found.rejected else counts
 
 
-def _memory(each: Estimate) -> str:
-    memory: dict[str, Any] = vars(each.memory)
-    parts = [f"{name} {memory[name] / _GB:.1f}" for name in _MEMORY]
-    parts.append(f"communicators {memory['communicators'] / _GB:.1f}")
-    parts.append(f"margin of {100 * MARGIN:.0f} % {memory['margin'] / _GB:.1f}")
-    return ", ".join(parts)
+_MEMORY_HEAD = (*_MEMORY, "communicators", f"margin of {100 * MARGIN:.0f} %", "all", "layouts")
+
+
+def _memory(each: Estimate, size: _Unit) -> tuple[str, ...]:
+    memory = vars(each.memory)
+    parts = [*(memory[n] for n in (*_MEMORY, "communicators", "margin")), each.memory.total]
+    return (*(size.said(part, 1) for part in parts), str(each.candidate))

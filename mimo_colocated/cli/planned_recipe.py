@@ -71,15 +71,18 @@ def trained_in(recipe: Recipe, folder: Path, flags: dict[str, str]) -> dict[str,
 
 
 def write_recipe(
-    path: Path, recipe: Recipe, candidates: Sequence[Any], flags: dict[str, str]
+    path: Path, recipe: Recipe, candidates: Sequence[Any], flags: dict[str, str], work: Any
 ) -> int:
     """Write a recipe with the layouts, microbatches and recomputation of a candidate.
+
+    Its length and its batch are those that were planned.
 
     Args:
         path: a YAML file.
         recipe: that everything else is of.
         candidates: the planner's choices, the best first; recipes keep what encoders keep.
         flags: modality -> the encoder's option.
+        work: the step that was planned.
 
     Returns:
         Which of them it is, from 1: the first that the recipe's data can be shared out for.
@@ -88,6 +91,7 @@ def write_recipe(
         JobError: there is none, or the file cannot be written.
     """
     refusal: JobError | None = None
+    recipe = _of_work(recipe, work)
     for number, candidate in enumerate(candidates, start=1):
         changed = _changed(recipe, candidate, flags)
         try:
@@ -98,6 +102,17 @@ def write_recipe(
         write_atomically(path, as_yaml(changed).encode(), "the recipe")
         return number
     raise refusal or JobError("no row of the plan fits the recipe")
+
+
+def _of_work(recipe: Recipe, work: Any) -> Recipe:
+    """The recipe with a step's length and batch; the other way round than :func:`options_of`."""
+    data, training = recipe.data, recipe.training
+    if data.sequences:
+        data = replace(data, sequences=work.samples, capacity=work.sequence)
+    else:
+        data = replace(data, max_tokens=work.sequence)
+        training = replace(training, global_batch_size=work.samples)
+    return replace(recipe, data=data, training=training)
 
 
 def _changed(recipe: Recipe, candidate: Any, flags: dict[str, str]) -> Recipe:

@@ -16,6 +16,7 @@ from mimo_colocated.launch.layouts import LANGUAGE, Layout
 _HALF = 0.5
 # Where neither the command line nor a recipe says.
 _SEQUENCE, _SAMPLES = 8192, 8
+_ITEM_TOKENS = 1024
 
 
 def run(options: Any) -> None:
@@ -32,6 +33,7 @@ def run(options: Any) -> None:
     from megatron.core.models.mimo.plan.machine import find_machine
     from mimo_colocated.cli import plan_table
 
+    _check_outputs(options)
     recipe: Any = None
     flags: dict[str, str] = {}
     trained: dict[str, Any] = {}
@@ -51,18 +53,18 @@ def run(options: Any) -> None:
             machine.node,
             _numbers(options.replica_samples),
             # In a recipe encoders keep what they keep.
-            encoder_memory=("keep",) if recipe else tuple(options.encoder_memory.split(",")),
+            encoder_memory=("keep",) if recipe else _policies(options.encoder_memory),
+            bridge=options.bridge,
         )
+        if options.why is not None:
+            print(_explain(options.why, (shapes, work, machine, search)))
+            return
         found = plan(shapes, work, machine, search)
     except ValueError as error:
         raise JobError(str(error)) from error
-    if options.why is not None:
-        best = found.colocated[0] if found.colocated else None
-        print(_explain(options.why, (shapes, work, machine, search), best))
-        return
     print(plan_table.text(found, shapes, work, options.top))
     if options.json is not None:
-        _write_json(Path(options.json), found, machine)
+        _write_json(Path(options.json), found, machine, (shapes, work), options.top)
     if options.picture is not None:
         _picture(Path(options.picture), found, options.top)
     if options.write_recipe is not None:
@@ -71,7 +73,7 @@ def run(options: Any) -> None:
         from mimo_colocated.cli.planned_recipe import write_recipe
 
         path = Path(options.write_recipe).expanduser()
-        row = write_recipe(path, recipe, [each.candidate for each in found.colocated], flags)
+        row = write_recipe(path, recipe, [each.candidate for each in found.colocated], flags, work)
         print(f"row {row} is in {path}")
 
 
@@ -88,6 +90,11 @@ def _with_recipe(options: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
 
     if options.source is not None:
         raise JobError(f"--recipe names its model; leave out {options.source}")
+    if options.encoder_memory is not None or options.bridge != "routed":
+        given = "--bridge gather" if options.bridge != "routed" else "--encoder-memory"
+        raise JobError(
+            f"{given} is nothing that a recipe can say; leave it out, or plan the model's folder"
+        )
     recipe, folder = open_recipe(options.recipe)
     with one_sentence():
         flags = flag_of(describe(read_config(folder)))
@@ -98,7 +105,28 @@ def _with_recipe(options: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
     return recipe, flags, trained_in(recipe, folder, flags)
 
 
-def read_shapes(source: Path, item_tokens: int) -> Any:
+def _check_outputs(options: Any) -> None:
+    """Refuse files that would not be written, or not as asked for.
+
+    Raises:
+        JobError: ``--why`` beside them, or a picture of another kind.
+    """
+    names = ("json", "picture", "write_recipe")
+    given = [name for name in names if getattr(options, name) is not None]
+    if options.why is not None and given:
+        option = f"--{given[0].replace('_', '-')}"
+        raise JobError(f"--why explains one pair and writes nothing; leave out {option}")
+    if options.picture is not None and Path(options.picture).suffix not in (".png", ".svg"):
+        raise JobError(f"--picture {options.picture} must end in .png or .svg")
+
+
+def _policies(text: str | None) -> tuple[str, ...]:
+    from megatron.core.models.mimo.memory.policy import POLICIES
+
+    return POLICIES if text is None else tuple(text.split(","))
+
+
+def read_shapes(source: Path, item_tokens: int | None) -> Any:
     """Return the shapes of a Hugging Face folder or of a YAML file.
 
     Encoders of a folder get the names that the command line gives them, ``vision`` and ``audio``.
@@ -114,6 +142,8 @@ def read_shapes(source: Path, item_tokens: int) -> Any:
     from mimo_colocated.cli.models import flag_of, one_sentence
 
     if source.is_file():
+        if item_tokens is not None:
+            raise JobError(f"--item-tokens {item_tokens}: {source} has the tokens of its items")
         try:
             return shapes_from(_yaml(source))
         except ValueError as error:
@@ -128,7 +158,7 @@ def read_shapes(source: Path, item_tokens: int) -> Any:
         from megatron.core.models.mimo.huggingface.plan_shapes import composite_shapes
 
         composite = describe(read_config(source))
-        shapes = composite_shapes(composite, item_tokens)
+        shapes = composite_shapes(composite, item_tokens or _ITEM_TOKENS)
     flags = flag_of(composite)
     return replace(shapes, encoders={flags[n]: each for n, each in shapes.encoders.items()})
 
@@ -189,8 +219,9 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def _explain(text: str, what: tuple[Any, Any, Any, Any], best: Any) -> str:
-    """Words for ``--why``."""
+def _explain(text: str, what: tuple[Any, Any, Any, Any]) -> str:
+    """Words for ``--why``; where nothing can run, why this pair cannot."""
+    from megatron.core.models.mimo.plan.estimates import plan
     from megatron.core.models.mimo.plan.why import variants, why
 
     shapes, work, machine, search = what
@@ -205,17 +236,30 @@ def _explain(text: str, what: tuple[Any, Any, Any, Any], best: Any) -> str:
     layouts = {n: Layout.parse(each, n) for n, each in zip(names, encoders, strict=False)}
     if layout.size != search.ranks:
         raise JobError(f"--why {text!r} spans {layout.size} ranks, --gpus is {search.ranks}")
+    try:
+        best = next(iter(plan(shapes, work, machine, search).colocated), None)
+    except ValueError:
+        best = None
     return why(variants(layout, layouts, work, search), shapes, work, machine, search, best)
 
 
-def _write_json(path: Path, found: Any, machine: Any) -> None:
+def _write_json(path: Path, found: Any, machine: Any, what: tuple[Any, Any], top: int) -> None:
+    """Write all estimates; those of the table with what their bridges move, which takes longer."""
     from dataclasses import asdict
+
+    from mimo_colocated.cli.plan_table import bridges
+
+    def row(number: int, each: Any) -> dict[str, Any]:
+        if number >= top:
+            return each.to_dict()
+        moved, uneven = bridges(each, *what)
+        return {**each.to_dict(), "bridge_moved": moved, "encoder_spread": uneven}
 
     content = {
         "machine": asdict(machine),
         "gain": found.gain,
-        "colocated": [each.to_dict() for each in found.colocated],
-        "homogeneous": [each.to_dict() for each in found.homogeneous],
+        "colocated": [row(*each) for each in enumerate(found.colocated)],
+        "homogeneous": [row(*each) for each in enumerate(found.homogeneous)],
         "rejected": len(found.rejected),
     }
     text = json.dumps(content, indent=1) + "\n"

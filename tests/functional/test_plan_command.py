@@ -60,8 +60,16 @@ def test_the_table(
     assert times == sorted(times)
     assert "homogeneous: --language" in lines[4]
     assert re.search(r"\+\d+\.\d % against the best homogeneous layout; \d+ ways fit", lines[6])
-    assert "margin of 5 %" in lines[-1]
+    assert lines[8] == "memory of the fullest rank, row by row, GB:"
+    assert "margin of 5 %" in lines[9]
+    memory = [line.split() for line in lines[10:]]
+    assert [float(row[10]) for row in memory] == [float(line.split()[10]) for line in lines[1:5]]
+    assert all(sum(map(float, row[:10])) == pytest.approx(float(row[10]), 0.02) for row in memory)
     found = json.loads(out.read_text())
+    first, fourth = (found["colocated"][n] for n in (0, 3))
+    assert str(round(first["bridge_moved"] / 1e6)) == lines[1].split()[11]
+    assert first["encoder_spread"] == 1.0
+    assert "bridge_moved" not in fourth
     assert found["colocated"][0]["layout"] in lines[1]
     assert found["machine"]["name"] == "h100"
     total = found["colocated"][0]["seconds"]["total"]
@@ -69,6 +77,31 @@ def test_the_table(
         found["homogeneous"][0]["seconds"]["total"] / total - 1
     )
     assert picture.read_text().startswith("<?xml")
+
+
+def test_a_bridge_that_is_asked_for(shapes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Planned with, named in the row, and moving more."""
+    moved = {}
+    for bridge in ("routed", "gather"):
+        given = ["--gpus", "8", "--global-batch", "8", "--top", "60", "--bridge", bridge]
+        assert main(["plan", shapes, *given]) == 0
+        rows = capsys.readouterr().out.partition("\n\n")[0].splitlines()[1:-1]
+        assert all(("--bridge gather" in row) == (bridge == "gather") for row in rows)
+        pair = "--vision tp=1,dp=8 --language tp=1,cp=4,dp=2"
+        moved[bridge] = next(int(row.split()[11]) for row in rows if pair in row)
+    assert moved["gather"] > moved["routed"] > 0
+
+
+def test_small_models_are_told_in_smaller_units(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {"layers": 2, "hidden": 64, "ffn": 128, "heads": 8, "groups": 8, "head": 8}
+    content = {"language": {"stack": small, "vocab": 512}, "encoders": {}}
+    (tmp_path / "small.json").write_text(json.dumps(content))
+    assert main(["plan", str(tmp_path / "small.json"), "--seq", "64", "--top", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[0] == "us"
+    assert all(int(line.split()[0]) > 0 for line in lines[1:3])
 
 
 def why(shapes: str, layouts: str, capsys: pytest.CaptureFixture[str], *more: str) -> str:
@@ -117,7 +150,8 @@ def test_frozen_modules_take_less_memory(
     assert main(["plan", shapes, "--gpus", "8", "--json", str(out), *frozen]) == 0
     found = json.loads(out.read_text())
     assert found["colocated"][0]["bytes"]["optimizer"] == 0
-    assert "gradients 0.0" in capsys.readouterr().out
+    last = capsys.readouterr().out.splitlines()[-1].split()
+    assert last[1:3] == ["0.0", "0.0"]  # gradients, optimizer
 
 
 def test_a_recipe_is_planned_and_written(
@@ -146,6 +180,11 @@ def test_a_recipe_is_planned_and_written(
     plain = {"micro_batches": 1, "encode_ahead": None, "recompute": "none"}
     changed = replace(after.training, **plain)
     assert replace(after, layout=before.layout, training=changed) == before
+    # What the command line changes of the step is written, too.
+    step = ["--seq", "256", "--global-batch", "16"]
+    assert main([*command, *step, "--write-recipe", str(planned)]) == 0
+    other = read_recipe(str(planned))
+    assert (other.data.max_tokens, other.training.global_batch_size) == (256, 16)
     said = planned_recipe.options_of(before)
     assert said == {"seq": 512, "global_batch": 64, "itemsize": 2}
     packed = replace(before.data, sequences=4, capacity=2048, packed=True)
@@ -166,6 +205,8 @@ def test_a_recipe_is_planned_and_written(
         (["folder", "--recipe", "text"], "--recipe names its model; leave out folder"),
         (["folder", "--write-recipe", "x.yaml"], "--write-recipe needs --recipe"),
         (["--recipe", "text"], "runs/text/model is not there; `mimo train text --dry-run` makes"),
+        (["--recipe", "text", "--encoder-memory", "keep"], "--encoder-memory is nothing that a"),
+        (["--recipe", "text", "--bridge", "gather"], "--bridge gather is nothing that a recipe"),
         (["--recipe", "txt"], "no recipe is called 'txt'; did you mean text"),
     ],
 )
@@ -193,6 +234,10 @@ def test_wrong_recipes(
         (["--why", "tp=8"], "'tp=8' spans 8 ranks, --gpus is 32"),
         (["--why", "tp=8/tp=8/tp=8"], r"has 2 encoders, the model has 1 \(vision\)"),
         (["--vision-share", "1.5"], "must be a number from 0 to below 1"),
+        (["--vision-share", "0"], "more replicas than a microbatch has items, 0, most often"),
+        (["--item-tokens", "7"], "--item-tokens 7: .* has the tokens of its items"),
+        (["--why", "tp=8", "--json", "x"], "--why explains one pair .*; leave out --json"),
+        (["--picture", "x.bmp"], "x.bmp must end in .png or .svg"),
     ],
 )
 def test_wrong_options(
@@ -241,7 +286,10 @@ def test_what_is_drawn_is_what_executes() -> None:
         (["x.png", "--vision", "dp=4", "--language", "dp=8"], "spans 4 ranks.*try --vision"),
         (["x.pdf", *DRAWN], "x.pdf must end in .png or .svg"),
         (["x.png", *DRAWN, "--bridge", "gather"], "gather with pp=2 has no picture"),
-        (["x.png", *DRAWN, "--samples", "6"], "6 samples .* does not divide over vision dp=8"),
+        (
+            ["x.png", *DRAWN, "--samples", "6"],
+            "samples 6 does not divide over vision dp=8; draw --samples 8",
+        ),
         (
             ["x.png", "--vision", "dp=1024", "--language", "dp=1024", "--samples", "1024"],
             "1024 ranks are too many to draw; up to 512",

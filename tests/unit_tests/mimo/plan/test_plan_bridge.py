@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megatron.core.models.mimo.comm.plan.gather_layout import BridgeDirection
@@ -12,7 +14,7 @@ from megatron.core.models.mimo.plan.bridge import (
     planned_traffic,
     routed_rows,
 )
-from megatron.core.models.mimo.plan.candidates import Candidate
+from megatron.core.models.mimo.plan.candidates import Candidate, problem
 from megatron.core.models.mimo.plan.estimates import estimate, moved
 from megatron.core.models.mimo.plan.footprint import rank_bytes
 from megatron.core.models.mimo.plan.shapes import EncoderShape, Stack, Work
@@ -80,3 +82,25 @@ def test_what_is_moved_for_every_encoder() -> None:
     assert found.spread == 1
     assert found.traffic.own == 48 * 1024 // 16
     assert found.traffic.sent <= 48 * 1024
+
+
+def test_rows_that_go_nowhere_take_no_time() -> None:
+    """With equal layouts, each rank's encoder has the rows of its own samples."""
+    same = {"vision": Layout(dp=8)}
+    work = replace(WORK, samples=8)
+    apart = estimate(Candidate(Layout(dp=8), same, 1), SHAPES, work, H100).seconds
+    forced = estimate(Candidate(Layout(dp=8), {}, 1), SHAPES, work, H100).seconds
+    assert apart.bridge == 0
+    assert apart.total == pytest.approx(forced.total)
+
+
+def test_gather_needs_equal_blocks() -> None:
+    odd = Work(61_440, 10, {"vision": 1 / 60})
+    for language, encoder, work, said in (
+        (Layout(cp=4, dp=2), Layout(dp=8), odd, "gather needs 10 items of a microbatch"),
+        (Layout(cp=8, dp=4), Layout(dp=32), WORK, ""),
+    ):
+        routed = Candidate(language, {"vision": encoder}, 1)
+        assert problem(routed, SHAPES, work) is None
+        assert (problem(replace(routed, bridge="gather"), SHAPES, work) or "").startswith(said)
+        assert bool(problem(replace(routed, bridge="gather"), SHAPES, work)) == bool(said)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -94,14 +95,14 @@ def routed_rows(way: BridgeDirection, scale: int, cp: int) -> Rows:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one microbatch of one encoder moves over the routed bridge, by its route plan.
+    """What one microbatch of one encoder moves over its bridge.
 
     Attributes:
         forward, backward: the most rows that a rank receives.
         total: rows that all ranks receive, in both directions.
         sent: the most rows that a rank sends in one direction.
         own: the most rows that a rank's language model gets.
-        group: ranks of an exchange group.
+        group: ranks that exchange rows.
     """
 
     forward: int
@@ -149,6 +150,24 @@ def planned_traffic(
         own = max(own, plan.own)
         total += sum(leg.received for leg in legs)
     return Traffic(forward, backward, total * layout.group_count, sent, own, group.size)
+
+
+def gathered_traffic(
+    encoder: Layout, language: Layout, samples: int, shape: EncoderShape, items: int, work: Work
+) -> Traffic:
+    """Return what the gather bridge moves, by :func:`gather_rows`; rings send what they receive.
+
+    Arguments as of :func:`planned_traffic`.
+
+    Raises:
+        ValueError: neither number of replicas divides the other.
+    """
+    way, scale = direction(encoder, language)
+    own = samples * items * shape.rows
+    rows = gather_rows(way, scale, language.cp) * own
+    forward, backward = (math.ceil(each) for each in (rows.forward, rows.backward))
+    total = math.ceil((rows.forward + rows.backward) * (language.size // language.pp))
+    return Traffic(forward, backward, total, max(forward, backward), own, scale)
 
 
 def _tokens(samples: int, sequence: int, items: int, rows: int) -> TokenRuns:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron.core.models.mimo.memory.plan import LAYER_RECOMPUTE
 from megatron.core.models.mimo.memory.policy import POLICIES, EncoderMemory
@@ -72,6 +73,8 @@ class Candidate:
         parts += [f"--{name} {value}" for name, value in more.items() if value > 1]
         if self.recompute != "none":
             parts.append(f"--recompute {self.recompute}")
+        if self.bridge != "routed":
+            parts.append(f"--bridge {self.bridge}")
         if self.memory != EncoderMemory():
             parts.append(f"--encoder-memory {self.memory.encoder}")
             parts.append(f"--projector-memory {self.memory.projector}")
@@ -111,8 +114,18 @@ def problem(candidate: Candidate, shapes: Shapes, work: Work) -> str | None:
                 f"{name} dp={candidate.encoder(name).dp} has more replicas than a microbatch has "
                 f"items, {items}"
             )
+        if candidate.bridge == "gather" and (why := _ungathered(name, candidate, items)):
+            return why
     if why := _uncut(shapes.language.stack, language.tp):
         return f"language tp={language.tp} does not divide its {why}"
+    return None
+
+
+def _ungathered(name: str, candidate: Candidate, items: int) -> str | None:
+    """Why the gather bridge, whose replicas have equal blocks of items, cannot join the two."""
+    high = max(candidate.encoder(name).dp, candidate.language.dp)
+    if items % high:
+        return f"gather needs {items} items of a microbatch to divide over dp={high} replicas"
     return None
 
 
@@ -153,6 +166,7 @@ class Search:
         stages: pipeline sizes; none for all that divide the layers.
         experts: EP sizes of a model with experts.
         encoder_memory: what may become of encoders' activations.
+        bridge: ``"routed"``, which moves no row that ``"gather"`` does not move as well.
 
     Raises:
         ValueError: an unknown policy.
@@ -164,6 +178,7 @@ class Search:
     stages: tuple[int, ...] = ()
     experts: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     encoder_memory: tuple[str, ...] = POLICIES
+    bridge: str = "routed"
 
     def __post_init__(self) -> None:
         unknown = [each for each in self.encoder_memory if each not in POLICIES]
@@ -190,9 +205,24 @@ def candidates(shapes: Shapes, work: Work, search: Search) -> Iterator[Candidate
         if shapes.encoders and problem(start, shapes, work) is None:
             yield start
         for encoders in _encoder_layouts(shapes, search):
-            each = Candidate(start.language, encoders, start.microbatches, start.virtual_stages)
+            each = replace(start, encoders=encoders, bridge=search.bridge)
             if not shapes.encoders or problem(each, shapes, work) is None:
                 yield each
+
+
+def obstacle(shapes: Shapes, work: Work, search: Search) -> str | None:
+    """Return what most often keeps a pair from running, one clause; None if nothing is tried.
+
+    Args:
+        shapes, work, search: for which :func:`candidates` yields nothing.
+    """
+    tried = (
+        replace(start, encoders=encoders, bridge=search.bridge)
+        for start in _language_candidates(shapes, work, search)
+        for encoders in _encoder_layouts(shapes, search)
+    )
+    said = Counter(why for each in tried if (why := problem(each, shapes, work)))
+    return said.most_common(1)[0][0] if said else None
 
 
 def _language_candidates(shapes: Shapes, work: Work, search: Search) -> Iterator[Candidate]:

@@ -9,8 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron.core.models.mimo.memory.policy import KEEP, EncoderMemory
-from megatron.core.models.mimo.plan.bridge import Traffic, planned_traffic
-from megatron.core.models.mimo.plan.candidates import Candidate, Search, candidates, problem
+from megatron.core.models.mimo.plan.bridge import Traffic, gathered_traffic, planned_traffic
+from megatron.core.models.mimo.plan.candidates import (
+    Candidate,
+    Search,
+    candidates,
+    obstacle,
+    problem,
+)
 from megatron.core.models.mimo.plan.encoder_parts import spread
 from megatron.core.models.mimo.plan.footprint import RankBytes, rank_bytes
 from megatron.core.models.mimo.plan.machine import Machine
@@ -112,9 +118,12 @@ def plan(shapes: Shapes, work: Work, machine: Machine, search: Search) -> Plan:
         for each in candidates(shapes, work, search)
     ]
     if not found:
+        why = obstacle(shapes, work, search)
         raise ValueError(
             f"no layout of {search.ranks} ranks can run {work.samples} samples of {work.sequence} "
-            "tokens: give a number of samples and a length that more sizes divide, or other ranks"
+            "tokens: "
+            + (f"{why}, most often" if why else "no size divides them all")
+            + "; give other samples, another length or share, or other ranks"
         )
     fitting = sorted((e for e in found if e.fits), key=lambda e: e.seconds.total)
     return Plan(
@@ -188,10 +197,11 @@ def moved(candidate: Candidate, shapes: Shapes, work: Work) -> list[Moved]:
         candidate, shapes, work: what runs.
     """
     samples = work.samples // (candidate.language.dp * candidate.microbatches)
+    traffic = gathered_traffic if candidate.bridge == "gather" else planned_traffic
     return [
         Moved(
             name,
-            planned_traffic(
+            traffic(
                 candidate.encoder(name),
                 candidate.language,
                 samples,

@@ -137,12 +137,12 @@ def step_seconds(
     output = m * (ends + ends_back)
     whole = pipeline_seconds(passes, m, at.pp, candidate.virtual_stages) + language.sends()
     copies = 0.0
+    if candidate.memory.uses(OFFLOAD):
+        # Copies run while the language model does.
+        copied = sum(offloaded(name, candidate, shapes, work) for name in shapes.encoders)
+        copies = max(0.0, copied / machine.host - all_of_it.seconds)
     if not candidate.homogeneous:
         whole += encoding.seconds
-        if candidate.memory.uses(OFFLOAD):
-            # Copies run while the language model does.
-            copied = sum(offloaded(name, candidate, shapes, work) for name in shapes.encoders)
-            copies = max(0.0, copied / machine.host - all_of_it.seconds)
     busy = encoding.seconds + all_of_it.seconds + output
     return StepSeconds(
         encoder=encoding.products + copies,
@@ -322,7 +322,8 @@ def bridge_seconds(
         low = min(candidate.encoder(name).dp, at.dp)
         span = at.size // (math.gcd(low, at.dp) * at.pp)
         rate, latency = machine.link(span, span)
-        seconds += 2 * latency + moved * shapes.width * work.itemsize / rate
+        if moved:
+            seconds += 2 * latency + moved * shapes.width * work.itemsize / rate
     return seconds
 
 

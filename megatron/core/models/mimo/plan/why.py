@@ -31,7 +31,8 @@ def variants(
     for count in search.replica_samples:
         m = max(1, work.samples // (language.dp * count))
         for virtual in VIRTUAL_STAGES if language.pp > 1 else (1,):
-            found.append(Candidate(language, encoders, m, virtual))
+            bridge = search.bridge if encoders else "routed"
+            found.append(Candidate(language, encoders, m, virtual, bridge=bridge))
     # Equal ones once.
     return list({str(each): each for each in found}.values())
 
