@@ -183,7 +183,7 @@ def _start_and_wait(
     from mimo_colocated.launch import starts
     from mimo_colocated.launch.lost_ranks import Reaper, dump_folder
 
-    dumps, reaper = dump_folder(options.out), Reaper(folder)
+    dumps, reaper, there = dump_folder(options.out), Reaper(folder), options.out.exists()
     start = starts.fork_ranks if forked and starts.CAN_FORK else starts.start_scripts
     with contextlib.suppress(OSError):
         clear_dumps(dumps)
@@ -196,6 +196,9 @@ def _start_and_wait(
     finally:
         reaper.close()
     if not exits:
+        for empty in (dumps, dumps.parent, *([] if there else [options.out])):
+            with contextlib.suppress(OSError):
+                empty.rmdir()
         return 0
     told = forwarding.outcome({end.code for end in exits.values()})
     if told is not None:

@@ -213,6 +213,7 @@ def _instead(options: TrainCommand, backend: str) -> bool:
         from mimo_colocated.train.lossy import spec_of
 
         spec_of(options.recipe.lossy)
+    plan.check_data(options.recipe)
     folder = model_folder(options.recipe)
     if options.dry_run:
         print(plan.dry_run(options.recipe, folder, options.nodes, options.named))

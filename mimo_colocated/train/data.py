@@ -76,9 +76,14 @@ class Opened:
         return {name: sum(each.get(name, 0) for each in reasons) for name in names}
 
     def summary(self) -> str:
-        """Say how many samples there are, and how many are skipped for what."""
+        """Say how many samples there are, how many are skipped for what, and which is the first."""
         skipped = ", ".join(f"{count} {reason}" for reason, count in self.skipped().items())
-        return f"{sum(map(len, self.prepared))} samples, skipped: {skipped or 'none'}"
+        found = f"{sum(map(len, self.prepared))} samples, skipped: {skipped or 'none'}"
+        for number, each in enumerate(self.prepared):
+            if each.skipped:
+                found += f"; of data set {number} {sum(each.skipped.values())}"
+                found += f", the first: {each.first_skipped}" if each.first_skipped else ""
+        return found
 
     def kept(self) -> list[dict[str, Any]]:
         """Return of each data set how many samples are kept, and a digest of which and how long.
@@ -281,7 +286,10 @@ def training_stream(opened: Opened, data: DataPart, seed: int, samples: int) -> 
         seed: of the order.
         samples: of a global batch.
     """
-    order = Order(tuple(map(len, opened.prepared)), opened.weights, seed)
+    try:
+        order = Order(tuple(map(len, opened.prepared)), opened.weights, seed)
+    except ValueError as error:
+        raise JobError(f"data.train, counted from 0: {error}") from error
     counted = 0 if data.sequences else samples
     size = BatchSize(counted, data.sequences, data.capacity, SEQUENCE_MULTIPLE)
     return SampleStream(order, opened.prepared, size)

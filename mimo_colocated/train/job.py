@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from megatron.core.models.mimo.checkpoint.history import History
 from megatron.core.models.mimo.checkpoint.store import Manifest
 from megatron.core.models.mimo.data.encoding import ChatEncoder, TemplateError
 from megatron.core.models.mimo.data.loader import RankBatches, Side
@@ -240,7 +241,8 @@ class RecipeJob:
     ) -> None:
         self.recipe, self.folder, self.readers = recipe, folder, readers
         data, training = recipe.data, recipe.training
-        self._begins = fresh or not any((Path(recipe.run.out) / "checkpoints").glob("*"))
+        # What an interrupted save left is no checkpoint to go on from.
+        self._begins = fresh or not History(Path(recipe.run.out) / "checkpoints", 1).steps()
         self._text = None if recipe.of_tokens else self._text_of(folder)
         text, place = self._text or self._vocabulary(), Path(recipe.run.out) / "prepared"
         self.opened = open_data(data.train, data, text, place, 0, self._begins)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import shutil
@@ -97,10 +98,18 @@ def _whole(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     known = _DEFAULTS[name]
     unknown = settings.keys() - known.keys()
     if unknown:
+        near = difflib.get_close_matches(min(unknown), known, 1)
+        meant = f"did you mean {near[0]}? " if near else ""
         raise JobError(
-            f"model.settings.{min(unknown)} is not known; {name} takes {', '.join(known)}"
+            f"model.settings.{min(unknown)} is not known; {meant}{name} takes {', '.join(known)}"
         )
-    return {**known, **settings}
+    whole = {**known, **settings}
+    if whole.get("experts") and whole["chosen"] < 2:
+        raise JobError(
+            f"model.settings.chosen={whole['chosen']}; experts are weighted among those that are "
+            "chosen, so choose at least 2"
+        )
+    return whole
 
 
 def _is_there(folder: Path) -> bool:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,39 @@ def check_model(recipe: Recipe, folder: Path) -> Mapping[str, Layout]:
         virtual = recipe.layout.virtual_stages
         check_fits(composite, layouts, sequence_parallel=cut, virtual_stages=virtual)
     return layouts
+
+
+def check_data(recipe: Recipe) -> None:
+    """Refuse settings of data sets that their kinds do not have; nothing is opened.
+
+    Args:
+        recipe: with the data.
+
+    Raises:
+        JobError: the setting, with the nearest name, or one that is missing.
+    """
+    from megatron.core.models.mimo.data.sources import KINDS, SourceError, kind_of
+    from megatron.core.models.mimo.data.token_files import TokenFiles
+
+    for name in ("train", "held_out"):
+        for number, part in enumerate(getattr(recipe.data, name)):
+            where = f"data.{name}.{number}.settings"
+            try:
+                kind = kind_of(part.kind) if part.kind in KINDS else TokenFiles
+            except SourceError as error:
+                raise JobError(str(error)) from error
+            known = inspect.signature(kind).parameters
+            taken = [each for each in known if each != "vocabulary"]
+            for setting in part.settings.keys() - set(taken):
+                near = difflib.get_close_matches(setting, taken, 1)
+                meant = f"did you mean {near[0]}? " if near else ""
+                raise JobError(
+                    f"{where}.{setting} is not known; {meant}{part.kind} takes {', '.join(taken)}"
+                )
+            for setting in taken:
+                needed = known[setting].default is inspect.Parameter.empty
+                if needed and setting not in part.settings:
+                    raise JobError(f"{where}.{setting} is missing; {part.kind} data needs it")
 
 
 def dry_run(recipe: Recipe, folder: Path, nodes: int, named: str) -> str:

@@ -115,6 +115,7 @@ def recipe_from(named: str, values: Mapping[str, Any], changes: Sequence[str]) -
     found = changed(values, changes)
     for problem in _unknown(Recipe, found, ""):
         raise JobError(f"{named}: {problem}")
+    _say_empty(Recipe, found)
     return _typed(named, found)
 
 
@@ -214,6 +215,10 @@ def _unknown(kind: Any, values: Any, path: str) -> Iterator[str]:
             yield _no_field(str(name), path, list(types))
             return
         inner, below = types[name], f"{path}{name}."
+        if value is None and inner is not str and type(None) not in typing.get_args(inner):
+            empty = "[] is none of it" if typing.get_origin(inner) is list else "give a value"
+            yield f"{path}{name} is null; {empty}, or leave it out for its default"
+            return
         if dataclasses.is_dataclass(inner):
             yield from _unknown(inner, value, below)
         elif typing.get_origin(inner) is list and isinstance(value, list):
@@ -221,6 +226,22 @@ def _unknown(kind: Any, values: Any, path: str) -> Iterator[str]:
             if dataclasses.is_dataclass(each):
                 for number, one in enumerate(value):
                     yield from _unknown(each, one, f"{below}{number}.")
+
+
+def _say_empty(kind: Any, values: Any) -> None:
+    """Make what is left empty, which YAML takes for null, an empty text where a text belongs."""
+    if not isinstance(values, dict):
+        return
+    types = typing.get_type_hints(kind)
+    for name, value in values.items():
+        inner = types[name]
+        if value is None and inner is str:
+            values[name] = ""
+        elif dataclasses.is_dataclass(inner):
+            _say_empty(inner, value)
+        elif typing.get_origin(inner) is list and isinstance(value, list):
+            for one in value:
+                _say_empty(typing.get_args(inner)[0], one)
 
 
 def _no_field(name: str, path: str, known: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from mimo_colocated.launch.parameter_groups import ParameterGroup
 from mimo_colocated.train import checks
 
 DTYPES = ("float32", "bfloat16", "float16")
+BACKENDS = ("auto", "nccl", "gloo")
 
 
 @dataclass(frozen=True)
@@ -338,6 +339,10 @@ class Recipe:
         if sum(map(bool, where.values())) != 1:
             said = " and ".join(f"model.{name}={value!r}" for name, value in where.items())
             found.append(f"{said}; set one of them")
+        texts = {"name": self.name, "run.out": self.run.out}
+        found += [f"{name} is empty; give one" for name, text in texts.items() if not text]
+        if self.run.backend not in BACKENDS:
+            found.append(f"run.backend={self.run.backend!r} is none of {', '.join(BACKENDS)}")
         if model.dtype not in DTYPES:
             found.append(f"model.dtype={model.dtype!r} is none of {', '.join(DTYPES)}")
         kinds = {part.kind == "tokens" for part in [*data.train, *data.held_out]}

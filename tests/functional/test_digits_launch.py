@@ -391,6 +391,7 @@ def _finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 def test_the_ranks_run_and_find_each_other(tmp_path: Path) -> None:
     code, output, errors = _finish(_start(tmp_path, "works"))
     assert (code, output, errors) == (0, "running 2 gloo 1\n", "")
+    assert not list((tmp_path / "out").iterdir())  # no empty folder for what did not go wrong
     assert (tmp_path / "prepared").read_text() == "once"
 
 

@@ -133,6 +133,8 @@ def test_a_second_stage_begins_with_the_weights_of_the_first(place: Path) -> Non
     }
     frozen = "[language, images.encoder]"
     begin = {**changes, **LAYOUTS["alone"], "model.freeze": frozen, "training.lr": 1e-9}
+    # A first save that was interrupted is no checkpoint: the run begins as if it were not there.
+    (second / "checkpoints" / ".saving_00000002").mkdir(parents=True)
     done = train(second, begin, recipe="llava-finetune")
     assert done.code == 0, done.err
     assert "starting anew" in done.out

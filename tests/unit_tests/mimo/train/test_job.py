@@ -58,6 +58,31 @@ def test_the_most_frequent_answer_is_that_of_samples_that_are_kept(ranks: int) -
     assert share([YES, NO]) == [pytest.approx(2 / 3)] * ranks
 
 
+def test_what_is_skipped_is_told_by_data_set_and_the_first_by_name() -> None:
+    """So that a folder of images that is a wrong one is found."""
+
+    class Kept(list):  # type: ignore[type-arg]
+        skipped: dict[str, int]
+        first_skipped: str
+
+    whole, some = Kept(range(3)), Kept(range(2))
+    whole.skipped, whole.first_skipped = {}, ""
+    some.skipped, some.first_skipped = {"unreadable": 2, "too_long": 1}, "sample 4 is unreadable"
+    opened = data.Opened([None, None], cast(Any, [whole, some]), (1.0, 1.0))
+    assert opened.summary() == (
+        "5 samples, skipped: 1 too_long, 2 unreadable; of data set 1 3, the first: sample 4 is "
+        "unreadable"
+    )
+    assert data.Opened([None], cast(Any, [whole]), (1.0,)).summary() == "3 samples, skipped: none"
+
+
+def test_a_weight_that_leaves_nothing_of_a_data_set_is_one_sentence() -> None:
+    opened = data.Opened([None], cast(Any, [range(24)]), (0.01,))
+    part = DataPart([SourcePart("chat", {})])
+    with pytest.raises(JobError, match=r"data\.train, counted from 0: source 0 has 24 samples"):
+        data.training_stream(opened, part, 1, 4)
+
+
 class Local(Listed):
     """A data set whose files each rank has for itself."""
 

@@ -29,12 +29,12 @@ def test_models_that_nobody_makes_are_refused(
             monkeypatch.setenv("RANK", rank)
         with pytest.raises(JobError, match=r"model\.make='gpt' is not known; known are easy-vqa"):
             make_model("gpt", {}, tmp_path / "model")
-        with pytest.raises(JobError, match=r"model\.settings\.depth is not known; easy-vqa takes"):
+        with pytest.raises(JobError, match=r"settings\.depth is not known; .*easy-vqa takes"):
             make_model("easy-vqa", {"depth": 3}, tmp_path / "model")
         said = "model.settings of llava are image_token, images, language, got images"
         with pytest.raises(JobError, match=said):
             make_model("llava", {"images": "a"}, tmp_path / "model")
-        with pytest.raises(JobError, match=r"model\.settings\.depth is not known; text takes w"):
+        with pytest.raises(JobError, match=r"model\.settings\.depth is not known; .*text takes w"):
             make_model("text", {"depth": 3}, tmp_path / "model")
         if rank:
             folders = dict.fromkeys(("images", "language", "image_token"), "a")
@@ -62,7 +62,9 @@ def test_a_model_that_is_there_is_not_made_again(tmp_path: Path) -> None:
         ("text", {**TINY, "width": 16}, r"width=8, this recipe has 16; use another run\.out"),
         ("text", {}, r"width=8, this recipe has 1024; use another run\.out, or move it away"),
         ("easy-vqa", {}, "has model.make=text, this recipe has easy-vqa; use another run.out"),
-        ("text", {"depth": 3}, r"model\.settings\.depth is not known; text takes width"),
+        ("text", {"depth": 3}, r"model\.settings\.depth is not known; .*text takes width"),
+        ("text", {"layer": 3}, r"settings\.layer is not known; did you mean layers\? text takes"),
+        ("text", {"experts": 4, "chosen": 1}, r"settings\.chosen=1; .* choose at least 2"),
     ],
 )
 def test_a_model_of_other_settings_is_not_taken_for_the_recipes(

@@ -18,6 +18,7 @@ from mimo_colocated.launch.errors import JobError
 from mimo_colocated.launch.layouts import Layout
 from mimo_colocated.train import command, plan
 from mimo_colocated.train.checks import DATA_KINDS
+from mimo_colocated.train.plan import check_data
 from mimo_colocated.train.profile_steps import Profile
 from mimo_colocated.train.reading import as_yaml, describe_shipped, read_recipe, shipped
 from mimo_colocated.train.recipe import LinkPart, LossyPart, Recipe, TrainingPart
@@ -150,6 +151,12 @@ def test_fields_are_set_by_their_path(file: Path) -> None:
         ("training.lr.x=1", "--set training.lr.x: lr is a value and has no fields"),
         ("training.lr", "'training.lr' is not of the form path.to.field=value"),
         ("training.lr={", "is no YAML"),
+        ("data.held_out=null", r"data\.held_out is null; \[\] is none of it, or leave it out"),
+        ("training.lr=", r"training\.lr is null; give a value, or leave it out"),
+        ("layout.language=", r"layout\.language|--language ''"),
+        ("run.out=", r"run\.out is empty; give one"),
+        ("name=", r"name is empty; give one"),
+        ("run.backend=mpi", r"run\.backend='mpi' is none of auto, nccl, gloo"),
         ("training.steps=many", "training.steps.* many"),
         ("training.steps=0", "training.steps=0; it must be at least 1"),
         ("training.seed=-1", "training.seed=-1; it must be at least 0"),
@@ -343,9 +350,24 @@ def test_files_that_hold_no_recipe_are_refused(tmp_path: Path) -> None:
         read_recipe("llava")
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("{paht: a}", r"train\.0\.settings\.paht is not known; did you mean path\? chat takes"),
+        ("{media: a}", r"data\.train\.0\.settings\.path is missing; chat data needs it"),
+    ],
+)
+def test_settings_that_a_kind_of_data_has_not(file: Path, settings: str, said: str) -> None:
+    """Said before a rank starts; nothing is opened for it."""
+    change = f"data.train=[{{kind: chat, settings: {settings}}}]"
+    with pytest.raises(JobError, match=said):
+        check_data(read_recipe(str(file), [change]))
+
+
 @pytest.mark.parametrize("name", [name for name, text in shipped().items() if "job:" not in text])
 def test_recipes_that_ship_can_be_read(name: str) -> None:
     recipe = read_recipe(name)
+    check_data(recipe)
     assert recipe.name == name
     assert f"{name}  " in describe_shipped()
 

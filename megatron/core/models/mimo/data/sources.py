@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,11 +57,7 @@ def open_source(kind: str, settings: Mapping[str, Any]) -> Source:
     Raises:
         SourceError: the kind is not known, an argument is wrong, or it cannot be opened.
     """
-    if kind not in KINDS:
-        known = ", ".join([*KINDS, TOKENS])
-        raise SourceError(f"{kind!r} is no kind of data; the kinds are {known}")
-    file, name = KINDS[kind]
-    opened = getattr(importlib.import_module(f"{__package__}.{file}"), name)
+    opened = kind_of(kind)
     try:
         return opened(**settings)
     except TypeError as error:
@@ -69,6 +65,22 @@ def open_source(kind: str, settings: Mapping[str, Any]) -> Source:
     except OSError as error:
         reason = error.strerror or str(error)
         raise SourceError(f"{error.filename or kind} cannot be read: {reason}") from error
+
+
+def kind_of(kind: str) -> Callable[..., Source]:
+    """Return the class of a kind of data.
+
+    Args:
+        kind: one of :data:`KINDS`.
+
+    Raises:
+        SourceError: the kind is not known.
+    """
+    if kind not in KINDS:
+        known = ", ".join([*KINDS, TOKENS])
+        raise SourceError(f"{kind!r} is no kind of data; the kinds are {known}")
+    file, name = KINDS[kind]
+    return getattr(importlib.import_module(f"{__package__}.{file}"), name)
 
 
 def fingerprint_of(paths: Iterable[Path], settings: Mapping[str, Any]) -> str:
