@@ -158,7 +158,7 @@ def read_shapes(source: Path, item_tokens: int | None) -> Any:
         from megatron.core.models.mimo.huggingface.plan_shapes import composite_shapes
 
         composite = describe(read_config(source))
-        shapes = composite_shapes(composite, item_tokens or _ITEM_TOKENS)
+        shapes = composite_shapes(composite, _ITEM_TOKENS if item_tokens is None else item_tokens)
     flags = flag_of(composite)
     return replace(shapes, encoders={flags[n]: each for n, each in shapes.encoders.items()})
 

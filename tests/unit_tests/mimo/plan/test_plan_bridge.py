@@ -14,8 +14,8 @@ from megatron.core.models.mimo.plan.bridge import (
     planned_traffic,
     routed_rows,
 )
-from megatron.core.models.mimo.plan.candidates import Candidate, problem
-from megatron.core.models.mimo.plan.estimates import estimate, moved
+from megatron.core.models.mimo.plan.candidates import Candidate, Search, problem
+from megatron.core.models.mimo.plan.estimates import estimate, moved, plan
 from megatron.core.models.mimo.plan.footprint import rank_bytes
 from megatron.core.models.mimo.plan.shapes import EncoderShape, Stack, Work
 from mimo_colocated.launch.layouts import Layout
@@ -98,9 +98,24 @@ def test_gather_needs_equal_blocks() -> None:
     odd = Work(61_440, 10, {"vision": 1 / 60})
     for language, encoder, work, said in (
         (Layout(cp=4, dp=2), Layout(dp=8), odd, "gather needs 10 items of a microbatch"),
+        (Layout(cp=4, pp=2, dp=4), Layout(dp=32), WORK, "gather is planned without pipeline"),
         (Layout(cp=8, dp=4), Layout(dp=32), WORK, ""),
     ):
         routed = Candidate(language, {"vision": encoder}, 1)
         assert problem(routed, SHAPES, work) is None
         assert (problem(replace(routed, bridge="gather"), SHAPES, work) or "").startswith(said)
         assert bool(problem(replace(routed, bridge="gather"), SHAPES, work)) == bool(said)
+
+
+def test_a_search_with_gather_bridges() -> None:
+    search = Search(ranks=8, node=8, bridge="gather")
+    found = plan(shapes=SMALL, work=SMALL_WORK, machine=H100, search=search)
+    assert {each.candidate.bridge for each in found.colocated} == {"gather"}
+    assert {each.candidate.bridge for each in found.homogeneous} == {"routed"}  # it has none
+    over_cp = [each for each in found.colocated if each.candidate.language.cp > 1]
+    assert over_cp
+    for each in over_cp:
+        candidate = each.candidate
+        (gathers,) = moved(candidate, SMALL, SMALL_WORK)
+        (routes,) = moved(replace(candidate, bridge="routed"), SMALL, SMALL_WORK)
+        assert gathers.traffic.total >= routes.traffic.total

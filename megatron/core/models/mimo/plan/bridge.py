@@ -153,7 +153,7 @@ def planned_traffic(
 
 
 def gathered_traffic(
-    encoder: Layout, language: Layout, samples: int, shape: EncoderShape, items: int, work: Work
+    encoder: Layout, language: Layout, samples: int, shape: EncoderShape, items: int
 ) -> Traffic:
     """Return what the gather bridge moves, by :func:`gather_rows`; rings send what they receive.
 

@@ -123,6 +123,9 @@ def problem(candidate: Candidate, shapes: Shapes, work: Work) -> str | None:
 
 def _ungathered(name: str, candidate: Candidate, items: int) -> str | None:
     """Why the gather bridge, whose replicas have equal blocks of items, cannot join the two."""
+    if candidate.language.pp > 1:
+        pp = candidate.language.pp
+        return f"gather is planned without pipeline stages, got language pp={pp}; plan routed"
     high = max(candidate.encoder(name).dp, candidate.language.dp)
     if items % high:
         return f"gather needs {items} items of a microbatch to divide over dp={high} replicas"

@@ -20,7 +20,7 @@ from megatron.core.models.mimo.plan.candidates import (
 from megatron.core.models.mimo.plan.encoder_parts import spread
 from megatron.core.models.mimo.plan.footprint import RankBytes, rank_bytes
 from megatron.core.models.mimo.plan.machine import Machine
-from megatron.core.models.mimo.plan.shapes import Shapes, Work
+from megatron.core.models.mimo.plan.shapes import EncoderShape, Shapes, Work
 from megatron.core.models.mimo.plan.step_time import StepSeconds, step_seconds
 
 
@@ -197,21 +197,17 @@ def moved(candidate: Candidate, shapes: Shapes, work: Work) -> list[Moved]:
         candidate, shapes, work: what runs.
     """
     samples = work.samples // (candidate.language.dp * candidate.microbatches)
-    traffic = gathered_traffic if candidate.bridge == "gather" else planned_traffic
+
+    def traffic(name: str, shape: EncoderShape) -> Traffic:
+        items = work.items(name, shape)
+        what = candidate.encoder(name), candidate.language, samples, shape, items
+        if candidate.bridge == "gather":
+            return gathered_traffic(*what)
+        return planned_traffic(*what, work)
+
+    row = shapes.width * work.itemsize
     return [
-        Moved(
-            name,
-            traffic(
-                candidate.encoder(name),
-                candidate.language,
-                samples,
-                shape,
-                work.items(name, shape),
-                work,
-            ),
-            shapes.width * work.itemsize,
-            spread(name, candidate, shape, work),
-        )
+        Moved(name, traffic(name, shape), row, spread(name, candidate, shape, work))
         for name, shape in shapes.encoders.items()
     ]
 
