@@ -26,19 +26,20 @@ def bar(what: str, total: int | None = None, unit: str = "B") -> Iterator[Callab
 
     first, watched = dist.get_rank() == 0, sys.stderr.isatty()
     scaled = unit == "B"
+    unit = unit if scaled else f" {unit}"
+    lines = _Lines(what, total, unit) if first and not watched else None
     with tqdm(
         desc=what,
         total=total,
-        unit=unit if scaled else f" {unit}",
+        unit=unit,
         unit_scale=scaled,
         disable=not (first and watched),
         leave=False,
     ) as progress:
-        lines = _Lines(what, total, unit if scaled else f" {unit}") if first else None
 
         def tell(size: int) -> None:
             progress.update(size)
-            if lines is not None and not watched:
+            if lines is not None:
                 lines.update(size)
 
         yield tell

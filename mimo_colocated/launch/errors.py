@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,21 @@ class JobError(Exception):
 
 class Stopped(Exception):
     """The job was told to stop and has saved; the message is one sentence that says where."""
+
+
+def did_you_mean(name: str, known: Iterable[str], path: str = "") -> str:
+    """Return a question about the nearest name, with a blank behind it; empty if none is near.
+
+    Args:
+        name: that is not known.
+        known: names that are.
+        path: before the nearest name.
+
+    >>> did_you_mean("paht", ["path", "media"])
+    'did you mean path? '
+    """
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {path}{near[0]}? " if near else ""
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from mimo_colocated.launch.errors import did_you_mean
 
 if TYPE_CHECKING:
     from mimo_colocated.train.recipe import Recipe
@@ -41,8 +42,7 @@ def _sources(recipe: Recipe) -> Iterator[str]:
         for number, part in enumerate(getattr(recipe.data, name)):
             where = f"data.{name}.{number}"
             if part.kind not in DATA_KINDS:
-                near = difflib.get_close_matches(part.kind, DATA_KINDS, 1)
-                meant = f"did you mean {near[0]}? " if near else ""
+                meant = did_you_mean(part.kind, DATA_KINDS)
                 yield (
                     f"{where}.kind: {part.kind!r} is no kind of data; {meant}the kinds are "
                     f"{', '.join(DATA_KINDS)}"
@@ -209,8 +209,7 @@ def _links(recipe: Recipe) -> Iterator[str]:
         yield "lossy has no rules, so nothing would be lost; give lossy.rules, or leave lossy out"
     for number, rule in enumerate(lossy.rules):
         if isinstance(rule.loss, str) and rule.loss not in LINK_PRESETS:
-            near = difflib.get_close_matches(rule.loss, LINK_PRESETS, 1)
-            meant = f"did you mean {near[0]}? " if near else ""
+            meant = did_you_mean(rule.loss, LINK_PRESETS)
             yield (
                 f"lossy.rules.{number}.loss={rule.loss!r} is no preset; {meant}there are "
                 f"{', '.join(LINK_PRESETS)}; or give numbers, such as {{rate: 0.01}}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,16 +97,21 @@ class Evaluation:
         batches = RankBatches(stream, opened.sources, side)
         return batches, min(self._part.samples or total, total)
 
+    def _starts(self, what: str, count: int, unit: str) -> Iterator[int]:
+        """Where batches begin; before each it may be stopped, after each it is told."""
+        with bar(what, count, unit) as tell:
+            for start in range(0, count, self._part.batch):
+                self._between()
+                yield start
+                tell(min(self._part.batch, count - start))
+
     def _loss(self, held_out: Opened) -> float:
         """Mean over the counted tokens of whole batches, and of the tail filled up."""
         batches, count = self._batches(held_out, self._measuring)
         sums = torch.zeros(2, dtype=torch.float64)
-        with bar("held-out loss", count, "samples") as tell:
-            for start in range(0, count, self._part.batch):
-                self._between()
-                batch = batches.at(start).only(count - start)
-                sums += torch.tensor(self._runner.held_out_loss(batch), dtype=torch.float64)
-                tell(min(self._part.batch, count - start))
+        for start in self._starts("held-out loss", count, "samples"):
+            batch = batches.at(start).only(count - start)
+            sums += torch.tensor(self._runner.held_out_loss(batch), dtype=torch.float64)
         return (sums[0] / sums[1].clamp(min=1)).item()
 
     def _answers(self, questions: Opened) -> list[Answer]:
@@ -119,11 +124,8 @@ class Evaluation:
         answering = Answering(self._runner, self._text, batches, places, choice, ends)
         said: list[str] = []
         what = "answers without images" if self._runner.blank else "answers"
-        with bar(what, count, "questions") as tell:
-            for start in range(0, count, self._part.batch):
-                self._between()
-                said += self._text.tokenizer.batch_decode(answering.answers(start))
-                tell(min(self._part.batch, count - start))
+        for start in self._starts(what, count, "questions"):
+            said += self._text.tokenizer.batch_decode(answering.answers(start))
         asked = (
             wanted(source[number])
             for source, prepared in zip(questions.sources, questions.prepared, strict=True)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import shutil
@@ -12,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mimo_colocated.launch.errors import JobError
+from mimo_colocated.launch.errors import JobError, did_you_mean
 from mimo_colocated.train.easy_vqa_model import write_easy_vqa
 from mimo_colocated.train.joining import check_before_ranks, check_settings, join
 from mimo_colocated.train.recipe import Recipe
@@ -98,8 +97,7 @@ def _whole(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     known = _DEFAULTS[name]
     unknown = settings.keys() - known.keys()
     if unknown:
-        near = difflib.get_close_matches(min(unknown), known, 1)
-        meant = f"did you mean {near[0]}? " if near else ""
+        meant = did_you_mean(min(unknown), known)
         raise JobError(
             f"model.settings.{min(unknown)} is not known; {meant}{name} takes {', '.join(known)}"
         )

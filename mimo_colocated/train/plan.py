@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mimo_colocated.launch.errors import JobError
+from mimo_colocated.launch.errors import JobError, did_you_mean
 from mimo_colocated.launch.layouts import LANGUAGE, Layout
 from mimo_colocated.train.recipe import Recipe
 
@@ -58,21 +57,17 @@ def check_data(recipe: Recipe) -> None:
     Raises:
         JobError: the setting, with the nearest name, or one that is missing.
     """
-    from megatron.core.models.mimo.data.sources import KINDS, SourceError, kind_of
+    from megatron.core.models.mimo.data.sources import TOKENS, kind_of
     from megatron.core.models.mimo.data.token_files import TokenFiles
 
     for name in ("train", "held_out"):
         for number, part in enumerate(getattr(recipe.data, name)):
             where = f"data.{name}.{number}.settings"
-            try:
-                kind = kind_of(part.kind) if part.kind in KINDS else TokenFiles
-            except SourceError as error:
-                raise JobError(str(error)) from error
+            kind = TokenFiles if part.kind == TOKENS else kind_of(part.kind)
             known = inspect.signature(kind).parameters
             taken = [each for each in known if each != "vocabulary"]
             for setting in part.settings.keys() - set(taken):
-                near = difflib.get_close_matches(setting, taken, 1)
-                meant = f"did you mean {near[0]}? " if near else ""
+                meant = did_you_mean(setting, taken)
                 raise JobError(
                     f"{where}.{setting} is not known; {meant}{part.kind} takes {', '.join(taken)}"
                 )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import importlib
 import os
 import re
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import mimo_colocated
-from mimo_colocated.launch.errors import JobError, Stopped
+from mimo_colocated.launch.errors import JobError, Stopped, did_you_mean
 from mimo_colocated.launch.launcher import Job
 from mimo_colocated.train import reading
 from mimo_colocated.train.recipe import Recipe
@@ -106,8 +105,7 @@ class Program:
             if path in ("name", "job"):
                 continue
             if path not in known:
-                near = difflib.get_close_matches(path, known, 1)
-                meant = f"did you mean {near[0]}? " if near else ""
+                meant = did_you_mean(path, known)
                 raise JobError(
                     f"{self.named}: {path} is no field of a recipe of job "
                     f"{program_of(self.values)}; {meant}the fields are {', '.join(known)}"

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mimo_colocated.launch.errors import JobError
+from mimo_colocated.launch.errors import JobError, did_you_mean
 from mimo_colocated.train.recipe import Recipe
 
 _ORDER = ("name", "job", "model", "layout", "data", "training", "evaluation", "lossy", "run")
@@ -245,8 +245,7 @@ def _say_empty(kind: Any, values: Any) -> None:
 
 
 def _no_field(name: str, path: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    meant = f"did you mean {path}{near[0]}? " if near else ""
+    meant = did_you_mean(name, known, path)
     of = f" of {path.rstrip('.')}" if path else ""
     return f"{path}{name} is no field of a recipe; {meant}the fields{of} are {', '.join(known)}"
 

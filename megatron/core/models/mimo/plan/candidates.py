@@ -169,7 +169,7 @@ class Search:
         stages: pipeline sizes; none for all that divide the layers.
         experts: EP sizes of a model with experts.
         encoder_memory: what may become of encoders' activations.
-        bridge: ``"routed"``, which moves no row that ``"gather"`` does not move as well.
+        bridge: of the colocated, ``"routed"`` or ``"gather"``.
 
     Raises:
         ValueError: an unknown policy.
