@@ -21,19 +21,19 @@ class Stopped(Exception):
     """The job was told to stop and has saved; the message is one sentence that says where."""
 
 
-def did_you_mean(name: str, known: Iterable[str], path: str = "") -> str:
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     """Return a question about the nearest name, with a blank behind it; empty if none is near.
 
     Args:
         name: that is not known.
         known: names that are.
-        path: before the nearest name.
+        prefix: of the nearest name, such as where it belongs.
 
     >>> did_you_mean("paht", ["path", "media"])
     'did you mean path? '
     """
     near = difflib.get_close_matches(name, known, 1)
-    return f"did you mean {path}{near[0]}? " if near else ""
+    return f"did you mean {prefix}{near[0]}? " if near else ""
 
 
 @dataclass(frozen=True)

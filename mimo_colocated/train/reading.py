@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -113,9 +114,9 @@ def recipe_from(named: str, values: Mapping[str, Any], changes: Sequence[str]) -
             f"`mimo train {named}` alone takes it"
         )
     found = changed(values, changes)
-    for problem in _unknown(Recipe, found, ""):
-        raise JobError(f"{named}: {problem}")
-    _say_empty(Recipe, found)
+    for field in _fields(Recipe, found):
+        if problem := _settle(field):
+            raise JobError(f"{named}: {problem}")
     return _typed(named, found)
 
 
@@ -205,43 +206,49 @@ def _number(values: list[Any], name: str, path: Sequence[str]) -> int:
     return int(name)
 
 
-def _unknown(kind: Any, values: Any, path: str) -> Iterator[str]:
-    """What is wrong with the names, at every depth."""
-    if not isinstance(values, Mapping):
-        return
-    types = typing.get_type_hints(kind)
-    for name, value in values.items():
-        if name not in types:
-            yield _no_field(str(name), path, list(types))
-            return
-        inner, below = types[name], f"{path}{name}."
-        if value is None and inner is not str and type(None) not in typing.get_args(inner):
-            empty = "[] is none of it" if typing.get_origin(inner) is list else "give a value"
-            yield f"{path}{name} is null; {empty}, or leave it out for its default"
-            return
-        if dataclasses.is_dataclass(inner):
-            yield from _unknown(inner, value, below)
-        elif typing.get_origin(inner) is list and isinstance(value, list):
-            (each,) = typing.get_args(inner)
-            if dataclasses.is_dataclass(each):
-                for number, one in enumerate(value):
-                    yield from _unknown(each, one, f"{below}{number}.")
+@dataclass(frozen=True)
+class _Field:
+    """A field that is given, at any depth; its *kind* is ``None`` if there is none of that name."""
+
+    values: dict[str, Any]
+    name: str
+    kind: Any
+    path: str
+    known: list[str]
 
 
-def _say_empty(kind: Any, values: Any) -> None:
-    """Make what is left empty, which YAML takes for null, an empty text where a text belongs."""
+def _fields(kind: Any, values: Any, path: str = "") -> Iterator[_Field]:
+    """Fields as they are given; those of a field come after it."""
     if not isinstance(values, dict):
         return
     types = typing.get_type_hints(kind)
     for name, value in values.items():
-        inner = types[name]
-        if value is None and inner is str:
-            values[name] = ""
-        elif dataclasses.is_dataclass(inner):
-            _say_empty(inner, value)
+        inner, below = types.get(name), f"{path}{name}."
+        yield _Field(values, name, inner, path, list(types))
+        if dataclasses.is_dataclass(inner):
+            yield from _fields(inner, value, below)
         elif typing.get_origin(inner) is list and isinstance(value, list):
-            for one in value:
-                _say_empty(typing.get_args(inner)[0], one)
+            (each,) = typing.get_args(inner)
+            if dataclasses.is_dataclass(each):
+                for number, one in enumerate(value):
+                    yield from _fields(each, one, f"{below}{number}.")
+
+
+def _settle(field: _Field) -> str | None:
+    """Return what is wrong with a field's name, or with its being empty.
+
+    YAML takes what is left empty for null: where a text belongs it is an empty text.
+    """
+    name, kind = field.name, field.kind
+    if kind is None:
+        return _no_field(str(name), field.path, field.known)
+    if field.values[name] is not None or type(None) in typing.get_args(kind):
+        return None
+    if kind is str:
+        field.values[name] = ""
+        return None
+    empty = "[] is none of it" if typing.get_origin(kind) is list else "give a value"
+    return f"{field.path}{name} is null; {empty}, or leave it out for its default"
 
 
 def _no_field(name: str, path: str, known: Sequence[str]) -> str:

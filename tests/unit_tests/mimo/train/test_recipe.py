@@ -14,7 +14,7 @@ import yaml
 
 from megatron.core.models.mimo.data import sources
 from mimo_colocated.launch import errors
-from mimo_colocated.launch.errors import JobError
+from mimo_colocated.launch.errors import JobError, did_you_mean
 from mimo_colocated.launch.layouts import Layout
 from mimo_colocated.train import command, plan
 from mimo_colocated.train.checks import DATA_KINDS
@@ -348,6 +348,13 @@ def test_files_that_hold_no_recipe_are_refused(tmp_path: Path) -> None:
         read_recipe("easy-vqua")
     with pytest.raises(JobError, match="'llava'; did you mean llava-finetune or llava-pretrain"):
         read_recipe("llava")
+
+
+def test_the_nearest_name_is_asked_for() -> None:
+    near = did_you_mean("stesp", ["steps", "seed"], prefix="training.")
+    assert near == "did you mean training.steps? "
+    assert did_you_mean("stesp", ["seed", "steps"]) == "did you mean steps? "
+    assert did_you_mean("stesp", ["lr"]) == ""
 
 
 @pytest.mark.parametrize(
