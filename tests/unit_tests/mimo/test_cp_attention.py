@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron.core.models.mimo.transformer import context_parallel_attention as cpa
 from megatron.core.models.mimo.transformer.context_parallel_attention import (
@@ -235,6 +236,16 @@ def test_more_keys_than_queries_is_causal_from_the_last_key(queries: int) -> Non
     out = build()(q[-queries:], k, v, None)
     expected = reference(q, k, v, case.allowed(), None)[-queries:]
     torch.testing.assert_close(out, expected, **EXACT)
+
+
+def test_a_dispatch_mode_changes_nothing() -> None:
+    """PyTorch cannot make the mask of fewer queries than keys while its FLOP counter is on."""
+    query, key = torch.randn(3, 1, 4, 8), torch.randn(8, 1, 4, 8)
+    attention = build()
+    expected = attention(query, key, key, None)
+    with FlopCounterMode(display=False):
+        out = attention(query, key, key, None)
+    assert torch.equal(out, expected)
 
 
 def test_softmax_scale_is_used() -> None:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron.core import parallel_state
 from megatron.core.models.mimo.partition.packed_lengths import packed_lengths
@@ -341,7 +342,9 @@ def _mask_arguments(q_len: int, k_len: int, causal: bool) -> tuple[Tensor | None
         return None, False
     if q_len == k_len:
         return None, True
-    return causal_lower_right(q_len, k_len), False
+    # PyTorch cannot make one while a dispatch mode, such as its counter of FLOPs, is on.
+    with _disable_current_modes():
+        return causal_lower_right(q_len, k_len), False
 
 
 def _by_groups(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
