@@ -258,18 +258,23 @@ def record_into(folder: str | Path, rank: int) -> Path:
     return path
 
 
-def read_places(folder: str | Path) -> dict[int, Place]:
-    """Return every place recorded below ``folder``, by rank, without files that are not whole."""
+def read_places(folder: str | Path, past: bool = True) -> dict[int, Place]:
+    """Return every place recorded below ``folder``, by rank, without files that are not whole.
+
+    Args:
+        folder: of :func:`record_into`.
+        past: with where each rank was before; without it is cheap, for polling.
+    """
     found = {}
     for path in Path(folder).glob(_NAME.format(rank="*")):
         content = path.read_bytes()
         if len(content) == SIZE and content.startswith(_MAGIC):
-            place = _read(content)
+            place = _read(content, past)
             found[place.rank] = place
     return found
 
 
-def _read(content: bytes) -> Place:
+def _read(content: bytes, with_past: bool = True) -> Place:
     _, rank, pid, started = _OWNER.unpack_from(content, 0)
     (wait,) = _WAIT.unpack_from(content, _WAIT_AT)
 
@@ -277,7 +282,7 @@ def _read(content: bytes) -> Place:
         at_s, step, microbatch, kind, phase = _PLACE.unpack_from(content, at)
         return Place(rank, pid, started, at_s, step, _text(kind), microbatch, _text(phase))
 
-    past = map(marked, range(_PAST_AT, SIZE, _PLACE.size))
+    past = map(marked, range(_PAST_AT, SIZE, _PLACE.size) if with_past else ())
     return replace(
         marked(_PLACE_AT),
         wait=_read_wait(wait),

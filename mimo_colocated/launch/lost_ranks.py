@@ -94,7 +94,7 @@ class RankWatch:
         deadline = time.monotonic() + _DUMPS_S
         while self._dumps_missing() and time.monotonic() < deadline:
             time.sleep(_POLL_S / 4)
-        places = read_places(self.folder)
+        places = read_places(self.folder, past=False)
         fates = dict.fromkeys(self._gone(), "died") | dict.fromkeys(stopped_ranks(places), STOPPED)
         evidence = Evidence.read(
             self.folder, self.dumps or self.folder, fates, peers_gave_up(self.folder)
@@ -108,7 +108,7 @@ class RankWatch:
         reports = read_reports(self.folder)
         return [
             rank
-            for rank, place in sorted(read_places(self.folder).items())
+            for rank, place in sorted(read_places(self.folder, past=False).items())
             if not place.process_state() and rank not in reports and not self._has_dump(rank)
         ]
 
@@ -118,7 +118,7 @@ class RankWatch:
     def _dumps_missing(self) -> bool:
         return any(
             place.process_state() not in ("", "T") and not self._has_dump(rank)
-            for rank, place in read_places(self.folder).items()
+            for rank, place in read_places(self.folder, past=False).items()
         )
 
 
@@ -141,7 +141,7 @@ class Reaper(threading.Thread):
         """Look, until the ranks have ended."""
         trouble: float | None = None
         while not self._over.wait(_POLL_S):
-            places = read_places(self._folder)
+            places = read_places(self._folder, past=False)
             if trouble is None:
                 gone = any(not place.process_state() for place in places.values())
                 if not gone and not any(self._folder.glob("report_*.json")):

@@ -79,7 +79,7 @@ class RankSignals:
         """Another rank of this host failed or is gone."""
         if self.watch is None:
             return False
-        places = read_places(self.watch.folder).values()
+        places = read_places(self.watch.folder, past=False).values()
         gone = any(not place.process_state() for place in places)
         return gone or bool(read_reports(self.watch.folder))
 
@@ -118,7 +118,7 @@ class Forwarding(threading.Thread):
         self._news.wait()
         while not self._over.wait(_POLL_S):
             # A rank receives signals before it keeps its phase.
-            for rank, place in read_places(self._folder).items():
+            for rank, place in read_places(self._folder, past=False).items():
                 received = list(self._received_so_far)
                 for number, sent in enumerate(received):
                     if (rank, number) not in told:

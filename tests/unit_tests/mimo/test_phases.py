@@ -116,6 +116,8 @@ def test_the_latest_marks_are_remembered(tmp_path: Path):
     place = read_places(tmp_path)[4]
     assert [each.microbatch for each in place.past] == list(range(phases._PAST, 2 * phases._PAST))
     assert {each.rank for each in place.past} == {4}
+    polled = read_places(tmp_path, past=False)[4]
+    assert (polled, polled.past) == (place, ())
     assert place.as_of(times[phases._PAST + 7]).words() == (
         f"the phase 'language forward' of step 1, microbatch {phases._PAST + 7}"
     )
