@@ -17,7 +17,7 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +55,21 @@ def switch_on(folder: str | Path, entries: int = ENTRIES) -> None:
         Path(os.environ["TORCH_FR_DUMP_TEMP_FILE"]).parent.mkdir(parents=True, exist_ok=True)
 
 
-def take_dump() -> dict[str, Any] | None:
-    """Return this rank's record, of both recorders; ``None`` if PyTorch has none.
+def take_record() -> list[bytes]:
+    """Return this rank's record as the recorders give it; :func:`read_record` reads it.
 
-    ``pg_config`` is completed by the groups that this process has. Where in the program each
-    collective was called is left out: to say it PyTorch imports its compiler, 800 modules.
+    Where in the program each collective was called is left out: to say it PyTorch imports its
+    compiler, 800 modules.
     """
-    how = {"includeStackTraces": False}
-    taken = [pickle.loads(dump) for dump in _recorded("", how, RuntimeError)]
+    return _recorded("", {"includeStackTraces": False}, RuntimeError)
+
+
+def read_record(record: Sequence[bytes]) -> dict[str, Any] | None:
+    """Return a record, of both recorders; ``None`` if PyTorch has none.
+
+    ``pg_config`` is completed by the groups that this process has.
+    """
+    taken = [pickle.loads(each) for each in record]
     if not taken:
         return None
     whole: dict[str, Any] = {}
@@ -125,7 +132,7 @@ class Watch(threading.Thread):
     def __init__(self, folder: Path, rank: int, asked: Callable[[], bool]) -> None:
         super().__init__(daemon=True, name="flight recorder")
         self.path, self._asked = folder / DUMP.format(rank=rank), asked
-        self._kept: tuple[Any, dict[str, Any] | None] = (None, None)
+        self._kept: tuple[Any, list[bytes]] = (None, [])
         self._lock = threading.Lock()
 
     def run(self) -> None:
@@ -136,7 +143,7 @@ class Watch(threading.Thread):
             if now == before and _under_way(now):
                 with self._lock:
                     if self._kept[0] != _entered(now):
-                        self._kept = (_entered(now), take_dump())
+                        self._kept = (_entered(now), take_record())
             before = now
             if self._asked():
                 self.settle()
@@ -158,7 +165,8 @@ class Watch(threading.Thread):
         with self._lock:
             if self.path.exists():
                 return self.path
-            dump = self._kept[1] if self._kept[0] == _entered(progress()) else take_dump()
+            entered, kept = self._kept
+            dump = read_record(kept if entered == _entered(progress()) else take_record())
             if dump is None:
                 return None
             temporary = self.path.with_name(f".{self.path.name}.tmp")

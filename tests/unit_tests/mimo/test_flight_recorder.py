@@ -18,8 +18,9 @@ from mimo_colocated.forensics.flight_recorder import (
     ENTRIES,
     _under_way,
     progress,
+    read_record,
     switch_on,
-    take_dump,
+    take_record,
 )
 from mimo_colocated.forensics.who_waits import calls_of
 
@@ -111,7 +112,7 @@ def test_nccl_has_a_recorder_of_its_own(monkeypatch):
         lambda includeCollectives: json.dumps(told),
         raising=False,
     )
-    taken = take_dump()
+    taken = read_record(take_record())
     assert {"record_id": 3} in taken["entries"]
     assert taken["pg_config"]["5"]["desc"] == "cp"
     assert taken["pg_status"]["5"] == status
