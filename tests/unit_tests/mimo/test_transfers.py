@@ -196,10 +196,10 @@ def test_copies_come_back_into_what_the_computation_released(streams: Streams):
 
 def test_memory_of_a_copy_that_nobody_asked_for_is_kept_for_the_copy(streams: Streams):
     side = SideStream(streams)
-    back, _ = side.to_device(side.to_host(written(streams, 7)))
+    back, copy = side.to_device(side.to_host(written(streams, 7)))
     memory = streams.memory(back)
-    assert streams.side in memory.users
-    del back  # a step that was given up
+    del back, copy  # a step that was given up
+    side.to_host(written(streams, 5))  # the next one
     streams.reuse_released()
     streams.side.run()
     assert bytes(memory.data) == bytes([GARBAGE] * 8)
@@ -213,10 +213,63 @@ def test_memory_that_came_back_is_kept_for_the_computation(streams: Streams):
     side.arrived(back, event)
     found, memory = bytearray(), streams.memory(back)
     reader.add(lambda: found.extend(memory.data))
-    del back  # autograd lets go before the kernel that reads it has run
+    del back, event  # autograd lets go before the kernel that reads it has run
     streams.reuse_released()
     reader.run()
     assert found == bytes([7] * 8)
+
+
+class Reusing(Streams):
+    """Released memory is given out again: in the order of the stream that it belongs to at once,
+    that other streams were told of when their work is seen to be done. The host is ahead: nothing
+    has run."""
+
+    def empty_on_device(self, size: int) -> torch.Tensor:
+        for memory in self._memories:
+            seen = all(not stream.queue for stream in memory.users)
+            if memory.owner is self._in and memory.tensors.expired() and seen:
+                tensor = torch.frombuffer(memory.data, dtype=torch.uint8)
+                memory.tensors, memory.users = StorageWeakRef(tensor.untyped_storage()), []
+                return tensor
+        return super().empty_on_device(size)
+
+    def on_device(self) -> int:
+        """Memories that the device has given out so far."""
+        return sum(memory.owner is not None for memory in self._memories)
+
+
+class Recorded(SideStream):
+    """A control: the allocator is told of the side stream, nothing is kept."""
+
+    def to_host(self, data: torch.Tensor) -> torch.Tensor:
+        host = super().to_host(data)
+        self._streams.keep_until_done(data, self._streams.side)
+        self._leaving.clear()
+        return host
+
+
+@pytest.mark.parametrize("kind", [SideStream, Recorded], ids=["", "control"])
+def test_a_host_that_runs_ahead_needs_no_more_memory(kind: type[SideStream]):
+    streams, layers, under_way = Reusing(), 40, 3
+    side = kind(streams, under_way)
+    hosts = []
+    for value in range(layers):
+        data = written(streams, value)
+        hosts.append(side.to_host(data))
+        del data
+    if kind is Recorded:
+        assert streams.on_device() == layers
+        return
+    assert streams.on_device() == under_way + 1
+    found = []
+    for host in reversed(hosts):
+        back, copy = side.to_device(host)
+        side.arrived(back, copy)
+        found.append(reading(streams, back))
+        del back, copy
+    assert streams.on_device() == under_way + 1
+    streams.main.run()
+    assert found == [bytes([value] * 8) for value in reversed(range(layers))]
 
 
 def test_a_part_of_a_graph_over_played_streams(streams: Streams, monkeypatch):

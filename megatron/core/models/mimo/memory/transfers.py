@@ -8,12 +8,16 @@ releases is in :class:`SideStream`, which tests run on streams that are played.
 from __future__ import annotations
 
 import functools
+from collections import deque
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 HOST = torch.device("cpu")
+UNDER_WAY = 8
+"""Storages that are on their way to the host, at most, for which the computation does not wait."""
 
 
 class Transfers(Protocol):
@@ -90,48 +94,88 @@ class DeviceStreams:
         data.record_stream(stream)
 
 
+@dataclass(frozen=True, eq=False)
+class _Copy:
+    """A copy that the side stream was given, and the device's bytes that it reads or writes.
+
+    Attributes:
+        data: the bytes on the device.
+        stream: the one that they belong to.
+        done: the event of the copy.
+    """
+
+    data: torch.Tensor
+    stream: Any
+    done: Any
+
+
 class SideStream:
     """Copies beside the computation, on a stream of their own.
 
     Everything that touches the bytes on the host runs on that one stream, in order. So a copy back
     needs no wait for the copy that brought them.
 
+    The allocator is not told of the side stream: it would give memory out again only when it sees
+    that a copy has *ended*, and a host that is far ahead of the device asks for more before that.
+    Instead the bytes of the latest copies stay referenced, and the computing stream waits for a
+    copy before its bytes are let go. So memory is used again in the order of that stream, however
+    far ahead the host is.
+
     Args:
         streams: of the device.
+        under_way: copies to the host whose bytes on the device are not let go yet, at most. The
+            computation waits for the one before them.
     """
 
-    def __init__(self, streams: DeviceStreams) -> None:
-        self._streams = streams
+    def __init__(self, streams: DeviceStreams, under_way: int = UNDER_WAY) -> None:
+        self._streams, self._under_way = streams, under_way
+        self._leaving: deque[_Copy] = deque()
+        self._coming: set[_Copy] = set()
 
     def to_host(self, data: torch.Tensor) -> torch.Tensor:
         """Copy when what writes ``data`` is done; its memory lives until the copy is."""
+        # Nobody asked for these: their step was given up.
+        while self._coming:
+            self._let_go(self._coming.pop())
         host = self._streams.empty_on_host(data.numel())
-        self._copy(host, data, on_device=data)
+        self._leaving.append(self._copy(host, data, on_device=data))
+        while len(self._leaving) > self._under_way:
+            self._let_go(self._leaving.popleft())
         return host
 
-    def to_device(self, host: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    def to_device(self, host: torch.Tensor) -> tuple[torch.Tensor, _Copy]:
         """Copy back, when what is computed so far is done.
 
         PyTorch reuses released memory on the stream alone that it was allocated on. So the bytes
         are the computing stream's, and lie where activations lay that its backward pass released.
         """
         data = self._streams.empty_on_device(host.numel())
-        self._copy(data, host, on_device=data)
-        return data, self._streams.side.record_event()
+        copy = self._copy(data, host, on_device=data)
+        self._coming.add(copy)
+        return data, copy
 
-    def arrived(self, data: torch.Tensor, event: Any) -> None:
+    def arrived(self, data: torch.Tensor, event: _Copy) -> None:
         """Let the stream that computes here wait for the copy, and the memory for that stream."""
         current = self._streams.current()
-        current.wait_event(event)
-        self._streams.keep_until_done(data, current)
+        current.wait_event(event.done)
+        if current != event.stream:
+            self._streams.keep_until_done(data, current)
+        self._coming.discard(event)
+        # Those went before on the same stream, so this waits for nothing more.
+        while self._leaving:
+            self._let_go(self._leaving.popleft())
 
-    def _copy(self, into: torch.Tensor, source: torch.Tensor, *, on_device: torch.Tensor) -> None:
-        """After what is computed so far; the memory ``on_device`` lives until the copy is done."""
+    def _copy(self, into: torch.Tensor, source: torch.Tensor, *, on_device: torch.Tensor) -> _Copy:
+        """Copy after what is computed so far."""
         streams = self._streams
-        streams.side.wait_stream(streams.current())
+        computing = streams.current()
+        streams.side.wait_stream(computing)
         with streams.on_side():
             streams.copy(into, source)
-        streams.keep_until_done(on_device, streams.side)
+        return _Copy(on_device, computing, streams.side.record_event())
+
+    def _let_go(self, copy: _Copy) -> None:
+        copy.stream.wait_event(copy.done)
 
 
 @functools.cache
