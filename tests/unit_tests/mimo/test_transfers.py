@@ -217,6 +217,7 @@ def test_memory_that_came_back_is_kept_for_the_computation(streams: Streams):
     streams.reuse_released()
     reader.run()
     assert found == bytes([7] * 8)
+    assert bytes(memory.data) == bytes([GARBAGE] * 8)  # the next owner's
 
 
 class Reusing(Streams):
@@ -251,7 +252,7 @@ class Recorded(SideStream):
 @pytest.mark.parametrize("kind", [SideStream, Recorded], ids=["", "control"])
 def test_a_host_that_runs_ahead_needs_no_more_memory(kind: type[SideStream]):
     streams, layers, under_way = Reusing(), 40, 3
-    side = kind(streams, under_way)
+    side = kind(streams, under_way=under_way)
     hosts = []
     for value in range(layers):
         data = written(streams, value)
