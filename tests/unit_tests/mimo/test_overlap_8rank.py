@@ -96,6 +96,9 @@ MIXED = ("none", "all", "mixed", "none", "mixed", "none")
 # Steps that differ in who runs an encoder: all ranks, some, none.
 CASES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "routed": (MIXED, {"vision": "tp=1,dp=8", "language": "tp=2,cp=2,dp=2"}),
+    "ahead": (MIXED, {
+        "vision": "tp=2,dp=4", "language": "tp=2,cp=2,dp=2", "micro_batches": 4,
+        "encode_ahead": 2, "freeze": "lower-encoder", "tied": True}),
     # The gather bridge wants as many rows of all siblings.
     "gather": (("none", "all", "none", "all", "none"), {
         "vision": "tp=4,dp=2", "language": "tp=1,cp=2,dp=4", "bridge": "gather"}),
