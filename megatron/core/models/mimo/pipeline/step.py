@@ -203,8 +203,10 @@ class LanguageStage(MegatronModule):
         self._model = (model,)  # in a tuple: it is no part of the stage
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Hand what came from the stage before to the stage."""
-        unwrap_model(self.module).set_input_tensor(input_tensor)
+        """Hand what came from the stage before to the stage; one that is alone may not ask."""
+        stage = unwrap_model(self.module)
+        if hasattr(stage, "set_input_tensor"):
+            stage.set_input_tensor(input_tensor)
 
     def forward(self, **batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See :meth:`.StageSide.forward_stage`."""
