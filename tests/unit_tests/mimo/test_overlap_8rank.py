@@ -134,6 +134,20 @@ def test_weights_are_those_of_a_run_that_gathers_at_once(case: str) -> None:
     assert same(found[0][0], found[1][0])
 
 
+def test_microbatches_ahead_train_alike_with_dropout() -> None:
+    """Each module draws from a stream of its own, so masks are those of one after the other."""
+    batches, found = Steps("mixed", "none", "all"), []
+    for ahead, rate in ((None, 0.25), (2, 0.25), (2, 0.0)):
+        layouts = {"vision": "tp=2,dp=4", "language": "tp=2,cp=2,dp=2"}
+        options = {"micro_batches": 4, "encode_ahead": ahead, "dropout": rate}
+        with run(**layouts, gather=True, **options) as one:
+            results = [one.trainer.step(batches, step) for step in range(len(batches))]
+            found.append((one.weights(), [(result.loss, result.grad_norm) for result in results]))
+    assert found[0][1] == found[1][1]
+    assert same(found[0][0], found[1][0])
+    assert found[1][1] != found[2][1]
+
+
 def test_a_checkpoint_has_the_weights_of_the_last_step(shared_tmp_path: Path) -> None:
     """Until the next forward pass they are in parts, each on the rank that updated it.
 
