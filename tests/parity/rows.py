@@ -92,8 +92,8 @@ class Row:
         overlap: of the reduction of gradients and, with a distributed optimizer, of the gather of
             weights.
         virtual_stages: of the language model on each rank.
-        encode_ahead: microbatches that are encoded together, for pipeline stages, 0 for all; without
-            stages those that are encoded ahead.
+        encode_ahead: microbatches that are encoded together, for pipeline stages, 0 for all;
+            without stages those that are encoded ahead.
         recompute: in both modules, as the digits job's option.
         encoder_memory, projector_memory: as the digits job's options.
     """

@@ -23,6 +23,7 @@ from megatron.core.models.mimo.comm.exchange import Flight
 from megatron.core.models.mimo.pipeline.step import forward_backward_pipelined
 from tests.unit_tests.mimo import in_process_ranks
 from tests.unit_tests.mimo.model_stubs import StubGroup
+from tests.unit_tests.mimo.modelled_time import TimedWorld
 from tests.unit_tests.mimo.test_stage_side import (
     BY_EIGHT,
     DP_LAST,
@@ -32,8 +33,8 @@ from tests.unit_tests.mimo.test_stage_side import (
     gradient_of,
 )
 
-# Rows in every microbatch.
-IMAGES = ([2, 0, 1, 3], [1, 1, 0, 0], [2, 2, 2, 2], [0, 1, 0, 1], [1, 1, 1, 1])
+# Each of four encoder replicas has some in every microbatch.
+IMAGES = ([2, 0, 1, 3], [1, 1, 2, 0], [2, 2, 2, 2], [0, 1, 0, 3], [1, 1, 1, 1])
 TEXT_ONLY = ([0, 0, 0, 0],) * 3
 CASES = {
     "fan_in_cp": Case((1, 4), (1, 2, 1, 2), **EVEN),
@@ -214,6 +215,45 @@ def test_without_it_nothing_is_under_way(step: Step, monkeypatch: pytest.MonkeyP
     seen = events_of(case, step, monkeypatch)
     with pytest.raises((AssertionError, KeyError)):
         seen.check_under_way(1, len(IMAGES))
+
+
+# What an encoder and a language model take for a microbatch, forward and backward, and an exchange.
+ENCODER, LANGUAGE, WIRE = (10.0, 20.0), (40.0, 80.0), 25.0
+
+
+def modelled(step: Step, frozen: bool) -> tuple[float, float]:
+    """(what a step of 15 microbatches takes, what of it a rank waits for exchanges)."""
+    case = replace(CASES["fan_in_cp4"], images=3 * IMAGES, frozen=frozen)
+    with pytest.MonkeyPatch.context() as patch:
+        world = TimedWorld(case.size, WIRE, patch)
+
+        def on_rank(rank: int) -> None:
+            model, _ = case.build(rank)
+            world.takes(model.modality_submodules["images"], *ENCODER)
+            world.takes(model.language_model, *LANGUAGE)
+            step(case, rank, model)
+
+        world.run(on_rank)
+    return max(world.now), max(world.waited)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trains", "frozen"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_exchanges_cost_nothing_but_the_first_and_the_last(count: int, frozen: bool) -> None:
+    """In modelled time: the first has more encoding beside it, the last an encoder's backward.
+
+    The bound where exchanges are a fifth of the step or more: 0.8 of its time.
+    """
+    plain, waiting = modelled(one_by_one, frozen)
+    ways, computing = (1, 130.0) if frozen else (2, 150.0)
+    assert plain == 15 * (computing + ways * WIRE)
+    assert waiting == 15 * ways * WIRE
+    ahead_of_it, left = modelled(ahead(count), frozen)
+    assert ahead_of_it == 15 * computing + left
+    assert left == WIRE - count * ENCODER[0] + (0 if frozen else WIRE - ENCODER[1])
+    if not frozen:
+        assert waiting / plain >= 0.2
+        assert ahead_of_it / plain <= 0.8
 
 
 def test_microbatches_of_other_lengths_need_no_option() -> None:
