@@ -35,6 +35,7 @@ KINDS = (
     Kind("stages", "Encoder activations of a step with pipeline stages", "stages"),
     Kind("memory-policies", "Encoder activations kept, recomputed, offloaded", "memory_policies"),
     Kind("overlap", "What the asynchronous exchange hides", "overlap"),
+    Kind("ahead", "What encoding ahead hides", "ahead"),
     Kind("gathers", "What overlapping reductions and parameter gathers hide", "gathers"),
     Kind("attention", "Attention over CP that keeps its own keys and values", "attention"),
     Kind("step", "Whole step of the digits job", "whole_step"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoder activations of a step with pipeline stages: all microbatches encoded first, or a few.
+"""Encoder activations of a step: all microbatches encoded first, or a few; with stages or without.
 
 Counted are the bytes that autograd keeps for the encoder's backward pass, at every moment of a
 step, the largest of all ranks; storages that several operations keep count once, weights not at
@@ -20,12 +20,14 @@ import torch.distributed as dist
 from benchmarks.cases import Pair
 from benchmarks.memory import largest_of_ranks
 from examples.mimo.digits.data import DigitsBatches
+from megatron.core.models.mimo.memory.plan import Step
 from mimo_colocated.launch.layouts import Layout
 from tests.harness.garbage import end_threads_of_groups
 from tests.models.model import VISION, ModelOptions, ModelSize, build_model
 from tests.models.trainer import Trainer, TrainOptions
 
 DEFAULT = (
+    Pair(Layout(tp=1, dp=8), Layout(tp=1, cp=2, dp=4)),
     Pair(Layout(tp=1, dp=8), Layout(tp=1, cp=2, dp=2, pp=2)),
     Pair(Layout(tp=1, dp=8), Layout(tp=1, cp=2, dp=1, pp=4)),
 )
@@ -33,7 +35,7 @@ SIZE = ModelSize(vision_hidden=128, language_hidden=64, language_layers=4)
 _SAMPLES, _SEED, _COUNTS = 32, 1234, (8, 16)
 COLUMNS = {
     "layout": "layout (encoder/language)",
-    "encoded": "encoded together",
+    "encoded": "encode_ahead",
     "microbatches": "microbatches of a step",
     "MiB": "encoder activations, MiB",
     "kept": "of so many microbatches",
@@ -97,7 +99,7 @@ class _Token:
 
 def measure(pairs: tuple[Pair, ...], quick: bool) -> Iterator[dict[str, Any]]:
     """A cell per pair and way to encode; on all ranks."""
-    for pair in [p for p in pairs if p.language.pp > 1] or (DEFAULT[:1] if quick else DEFAULT):
+    for pair in pairs or (DEFAULT[:1] if quick else DEFAULT):
         built = build_model(pair.vision, pair.language, ModelOptions(size=SIZE, bridge="routed"))
         trainer = Trainer(built, TrainOptions(10, _SAMPLES), True)
         try:
@@ -111,11 +113,11 @@ def measure(pairs: tuple[Pair, ...], quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def _cell(pair: Pair, one: int, ahead: int | None, most: list[int]) -> dict[str, Any]:
-    bounds = [m if ahead is None else pair.language.pp - 2 + 2 * ahead for m in _COUNTS]
+    bounds = [Step(m, pair.language.pp, ahead).kept for m in _COUNTS]
     kept = [round(each / one, 2) for each in most]
     return {
         "layout": str(pair),
-        "encoded": "all" if ahead is None else str(ahead),
+        "encoded": "-" if ahead is None else str(ahead),
         "microbatches": list(_COUNTS),
         "MiB": [round(each / 2**20, 2) for each in most],
         "kept": kept,

@@ -42,8 +42,9 @@ class TrainingOptions:
     global_batch_size: int = option(32, "samples per step over all ranks", whole(1))
     micro_batches: int = option(1, "microbatches per step", whole(1))
     encode_ahead: int | None = option(
-        None, "microbatches that are encoded together, with a pipelined language model (pp > 1); "
-        "all of a step by default", whole(1),
+        None, "microbatches that are encoded together, with a pipelined language model (pp > 1), "
+        "all of a step by default; without stages those that are encoded and sent off before the "
+        "language model needs them, none by default", whole(1),
     )  # fmt: skip
     language_layers: int = option(2, "layers of the language model", whole(1))
     virtual_stages: int = option(
@@ -176,10 +177,16 @@ class TrainingOptions:
                 f"--experts {self.experts} with --language pp={stages} needs --bridge routed, got "
                 "gather, which wants the ranks of a replica next to each other, stages and all"
             )
-        wanted = {"--virtual-stages": virtual > 1, "--encode-ahead": self.encode_ahead is not None}
-        for flag, given in wanted.items():
-            if given and stages == 1:
-                raise JobError(f"{flag} is for a pipelined language model; add pp=2 to --language")
+        if virtual > 1 and stages == 1:
+            raise JobError(
+                "--virtual-stages is for a pipelined language model; add pp=2 to --language"
+            )
+        if self.encode_ahead is not None and stages == self.micro_batches == 1:
+            raise JobError(
+                f"--encode-ahead {self.encode_ahead} encodes further microbatches while the "
+                "language model works on one, and --micro-batches 1 has no further ones; use 2 or "
+                "more, or add pp=2 to --language"
+            )
         if virtual > 1 and self.micro_batches % stages:
             raise JobError(
                 f"--virtual-stages {virtual} interleaves groups of {stages} microbatches, got "

@@ -114,10 +114,18 @@ def _stages(recipe: Recipe) -> Iterator[str]:
     """What a pipelined language model needs; see ``TrainingOptions`` for other jobs."""
     training, stages, virtual = recipe.training, recipe.language.pp, recipe.layout.virtual_stages
     ahead, micro_batches = training.encode_ahead, training.micro_batches
-    given = {"layout.virtual_stages": virtual > 1, "training.encode_ahead": ahead is not None}
     if stages == 1:
-        for name in (name for name, is_given in given.items() if is_given):
-            yield f"{name} is for a pipelined language model; add pp=2 to layout.language"
+        if virtual > 1:
+            yield (
+                "layout.virtual_stages is for a pipelined language model; add pp=2 to "
+                "layout.language"
+            )
+        if ahead is not None and micro_batches == 1:
+            yield (
+                f"training.encode_ahead={ahead} encodes further microbatches while the language "
+                "model works on one, and training.micro_batches=1 has no further ones; use 2 or "
+                "more, or add pp=2 to layout.language"
+            )
         return
     if "language" in recipe.model.torch_native:
         yield (

@@ -119,8 +119,9 @@ class TrainingPart:
         steps: training steps.
         global_batch_size: samples of a step over all ranks.
         micro_batches: of a step.
-        encode_ahead: microbatches that are encoded together, with a pipelined language model; None
-            for all of a step.
+        encode_ahead: microbatches that are encoded together, with a pipelined language model, None
+            for all of a step; without stages those that are encoded and sent off before the
+            language model needs them, None for none.
         lr: peak learning rate.
         min_lr: the last one.
         warmup_steps: until the peak; None for 20, or a tenth of the steps if that is less.

@@ -92,7 +92,8 @@ class Row:
         overlap: of the reduction of gradients and, with a distributed optimizer, of the gather of
             weights.
         virtual_stages: of the language model on each rank.
-        encode_ahead: microbatches that are encoded together, for pipeline stages; 0 for all.
+        encode_ahead: microbatches that are encoded together, for pipeline stages, 0 for all;
+            without stages those that are encoded ahead.
         recompute: in both modules, as the digits job's option.
         encoder_memory, projector_memory: as the digits job's options.
     """
@@ -226,6 +227,14 @@ _IMAGE_ROWS = (
         projector_memory="recompute", **_FULL),
     Row("memory-offload-4mb", **FAN_IN, micro_batches=4, masks="uneven", encoder_memory="offload",
         projector_memory="offload", overlap=True),
+    Row("ahead-fan-in-4mb-mixed", **FAN_IN, micro_batches=4, masks="uneven", images="mixed",
+        encode_ahead=1, **_FULL),
+    Row("ahead-fan-out-4mb-gather", **FAN_OUT, micro_batches=4, masks="uneven", tied=True,
+        bridge="gather", encode_ahead=2, overlap=True),
+    Row("ahead-packed-varied-cp4-4mb-frozen", "tp=2,cp=4,dp=1", "tp=1,dp=8", micro_batches=4,
+        masks="uneven", packed=True, varied=True, freeze="lower-encoder", encode_ahead=4),
+    Row("ahead-memory-4mb", **FAN_OUT, micro_batches=4, masks="uneven", encoder_memory="offload",
+        projector_memory="recompute", encode_ahead=1, overlap=True),
     Row("fp16", **FAN_OUT, masks="uneven", dtype="float16", **_FULL),
     Row("bf16", **FAN_IN, masks="uneven", dtype="bfloat16"),
 )  # fmt: skip
@@ -264,6 +273,8 @@ _SEVERAL_ENCODERS = (
     Row("several-encoders-fan-out-and-in", **FAN_OUT, audio="tp=1,dp=8", masks="uneven", **_FULL),
     Row("several-encoders-pp2-4mb-ahead", "tp=1,cp=2,pp=2,dp=2", "tp=2,dp=4", "tp=1,dp=8",
         micro_batches=4, masks="uneven", encode_ahead=1, overlap=True),
+    Row("several-encoders-4mb-ahead", **FAN_OUT, audio="tp=1,dp=8", micro_batches=4,
+        masks="uneven", encode_ahead=1, **_FULL),
     Row("several-encoders-packed-varied-4mb", **FAN_IN, audio="tp=8,dp=1", micro_batches=4,
         masks="uneven", packed=True, varied=True, sequence_parallel=True, overlap=True),
     Row("several-encoders-equal-4mb-gather", "tp=1,cp=2,dp=4", "tp=2,dp=4", "tp=2,dp=4",
@@ -282,6 +293,8 @@ _TORCH_NATIVE = (
         masks="uneven", images="mixed", native=("images", "language")),
     Row("torch-native-both-cp2-4mb-mixed", **FAN_IN, micro_batches=4, masks="uneven",
         images="mixed", native=("images", "language")),
+    Row("torch-native-both-cp2-4mb-ahead", **FAN_IN, micro_batches=4, masks="uneven",
+        images="mixed", encode_ahead=1, native=("images", "language")),
     Row("torch-native-both-frozen-language", **EQUAL, masks="uneven", freeze="language",
         native=("images", "language")),
 )  # fmt: skip

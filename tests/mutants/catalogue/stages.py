@@ -9,6 +9,7 @@ _SIDE = MIMO + "model/stage_side.py"
 _ROUTES = UNIT + "test_stage_routes.py::"
 _ON_THREADS = UNIT + "test_stage_side.py::test_rows_and_gradients_against_one_rank"
 _ON_RANKS = UNIT + "test_pipeline_step_8rank.py::"
+_AHEAD = UNIT + "test_encode_ahead.py::"
 
 STAGES = (
     Mutant(
@@ -61,9 +62,9 @@ STAGES = (
     ),
     Mutant(
         name="a-window-of-half-the-stages-goes-back-early",
-        file=_STEP,
-        old="self._lag = -(-(stages - 1) // window)",
-        new="self._lag = max(1, (stages - 1) // window)",
+        file=MIMO + "pipeline/windows.py",
+        old="return cls(count, size, 0, -(-(stages - 1) // size), stages)",
+        new="return cls(count, size, 0, max(1, (stages - 1) // size), stages)",
         tests=(_ON_RANKS + "test_windows_of_microbatches",),
         why="with 4 stages and 2 microbatches encoded together gradients are lost",
         ranks=8,
@@ -89,8 +90,8 @@ STAGES = (
     Mutant(
         name="gradients-taken-back-a-window-early",
         file=_STEP,
-        old="self._take_back(window - 1 - self._lag)",
-        new="self._take_back(window - self._lag)",
+        old="done = window - 1 - self._windows.lag",
+        new="done = window - self._windows.lag",
         tests=(_ON_RANKS + "test_windows_of_microbatches",),
         why="the first stage has not run backward on all of the window, so gradients are lost",
         ranks=8,
@@ -107,11 +108,35 @@ STAGES = (
     Mutant(
         name="a-window-is-not-taken-back-at-the-end",
         file=_STEP,
-        old="for window in sorted(self._under_way):",
-        new="for window in sorted(self._under_way)[1:]:",
+        old="under_way = sorted(self._under_way)",
+        new="under_way = sorted(self._under_way)[1:]",
         tests=(_ON_RANKS + "test_microbatches_with_and_without_images",),
         why="encoders do not learn from the windows that are under way when the pipeline ends",
         ranks=8,
+    ),
+    Mutant(
+        name="encoded-ahead-and-waited-for-at-once",
+        file=MIMO + "pipeline/step.py",
+        old="        self._sent.append((batches, encoded))\n",
+        new="        self._sent.append((batches, encoded))\n        _ = encoded.microbatches\n",
+        tests=(_AHEAD + "test_exchanges_are_under_way_while_the_language_model_computes",),
+        why="exchanges cost what they cost without encode_ahead, and memory besides",
+    ),
+    Mutant(
+        name="gradients-sent-back-and-waited-for-at-once",
+        file=MIMO + "pipeline/step.py",
+        old="            done -= 1\n",
+        new="",
+        tests=(_AHEAD + "test_exchanges_are_under_way_while_the_language_model_computes",),
+        why="nothing hides the exchange of gradients",
+    ),
+    Mutant(
+        name="gradients-of-a-flight-sent-again",
+        file=MIMO + "model/leaves.py",
+        old="            if each.edges and each.gradients is None:\n                each",
+        new="            if each.edges:\n                each",
+        tests=(_AHEAD + "test_gradients_are_those_of_one_microbatch_after_the_other",),
+        why="a second exchange sends zeros, or a graph that is gone is walked",
     ),
     Mutant(
         name="problems-of-other-ranks-are-not-heard",

@@ -208,9 +208,9 @@ WITHOUT_B_TRAINING = (
     ),
     Mutant(
         name="windows-go-back-too-early",
-        file="megatron/core/models/mimo/pipeline/step.py",
-        old="self._lag = -(-(stages - 1) // window)",
-        new="self._lag = (stages - 1) // window",
+        file="megatron/core/models/mimo/pipeline/windows.py",
+        old="return cls(count, size, 0, -(-(stages - 1) // size), stages)",
+        new="return cls(count, size, 0, (stages - 1) // size, stages)",
         tests=("tests/unit_tests/mimo/test_pipeline_step_8rank.py::test_windows_of_microbatches",),
         why="a window goes back before the first stage has its gradients",
         ranks=8,

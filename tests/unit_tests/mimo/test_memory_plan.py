@@ -65,7 +65,7 @@ def test_microbatches_that_are_there_multiply_what_is_held_and_saved():
     assert found.extra_flops == Fraction(90, 300)
 
 
-@pytest.mark.parametrize("stages", range(1, 9))
+@pytest.mark.parametrize("stages", range(2, 9))
 @pytest.mark.parametrize("window", range(1, 9))
 def test_windows_under_way(stages: int, window: int):
     """As the pipelined step does it: see ``_Encoders`` in ``pipeline/step.py``."""
@@ -81,8 +81,11 @@ def test_windows_under_way(stages: int, window: int):
         assert kept <= max(stages - 2 + 2 * window, window)
 
 
-def test_without_stages_there_is_one_microbatch_at_a_time():
+def test_without_stages_there_is_one_microbatch_at_a_time_and_those_ahead():
+    """And, as ``test_pipeline_step_8rank`` counts, one whose gradients are on their way back."""
     assert [Step(microbatches).kept for microbatches in (1, 8)] == [1, 1]
+    assert [Step(8, encode_ahead=ahead).kept for ahead in (1, 2, 6, 7)] == [3, 4, 8, 8]
+    assert [Step(count, encode_ahead=1).kept for count in (1, 2, 3)] == [1, 2, 3]
     assert Step(8, stages=2).kept == 8
 
 

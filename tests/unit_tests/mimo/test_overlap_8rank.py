@@ -96,6 +96,9 @@ MIXED = ("none", "all", "mixed", "none", "mixed", "none")
 # Steps that differ in who runs an encoder: all ranks, some, none.
 CASES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "routed": (MIXED, {"vision": "tp=1,dp=8", "language": "tp=2,cp=2,dp=2"}),
+    "ahead": (MIXED, {
+        "vision": "tp=2,dp=4", "language": "tp=2,cp=2,dp=2", "micro_batches": 4,
+        "encode_ahead": 2, "freeze": "lower-encoder", "tied": True}),
     # The gather bridge wants as many rows of all siblings.
     "gather": (("none", "all", "none", "all", "none"), {
         "vision": "tp=4,dp=2", "language": "tp=1,cp=2,dp=4", "bridge": "gather"}),
@@ -129,6 +132,20 @@ def test_weights_are_those_of_a_run_that_gathers_at_once(case: str) -> None:
     assert found[0][1] == found[1][1]
     assert torch.equal(found[0][2], found[1][2])
     assert same(found[0][0], found[1][0])
+
+
+def test_microbatches_ahead_train_alike_with_dropout() -> None:
+    """Each module draws from a stream of its own, so masks are those of one after the other."""
+    batches, found = Steps("mixed", "none", "all"), []
+    for ahead, rate in ((None, 0.25), (2, 0.25), (2, 0.0)):
+        layouts = {"vision": "tp=2,dp=4", "language": "tp=2,cp=2,dp=2"}
+        options = {"micro_batches": 4, "encode_ahead": ahead, "dropout": rate}
+        with run(**layouts, gather=True, **options) as one:
+            results = [one.trainer.step(batches, step) for step in range(len(batches))]
+            found.append((one.weights(), [(result.loss, result.grad_norm) for result in results]))
+    assert found[0][1] == found[1][1]
+    assert same(found[0][0], found[1][0])
+    assert found[1][1] != found[2][1]
 
 
 def test_a_checkpoint_has_the_weights_of_the_last_step(shared_tmp_path: Path) -> None:

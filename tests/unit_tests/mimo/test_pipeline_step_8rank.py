@@ -259,6 +259,33 @@ def test_windows_of_microbatches(ahead, pipe, oracle, monkeypatch):
         pipe.trainer.options = replace(pipe.trainer.options, encode_ahead=None)
 
 
+@pytest.fixture(scope="module")
+def one_stage() -> Iterator[Model]:
+    with model("tp=1,dp=8", "tp=4,cp=2,dp=1", OPTIONS) as made:
+        yield made
+
+
+@pytest.mark.parametrize("images", [MIXED, TEXT_ONLY], ids=["mixed", "text_only"])
+@pytest.mark.parametrize("ahead", [1, 2, 4])
+def test_microbatches_ahead_of_one_stage(ahead, images, one_stage, oracle, monkeypatch):
+    """Bit for bit the gradients of one microbatch after the other, and the stated price."""
+    plain = one_stage.step(images)
+    check(plain, oracle(images))
+    live = Counter(monkeypatch)
+    one_stage.trainer.options = replace(one_stage.trainer.options, encode_ahead=ahead)
+    try:
+        found = one_stage.step(images)
+        assert (found.loss, found.tokens) == (plain.loss, plain.tokens)
+        for name, gradient in plain.gradients.items():
+            assert torch.equal(found.gradients[name], gradient), name
+        assert live.now == 0
+        assert live.most == min(ahead + 2, len(images))
+        evaluated = one_stage.step(images, forward_only=True)
+        assert (evaluated.loss, evaluated.tokens) == (plain.loss, plain.tokens)
+    finally:
+        one_stage.trainer.options = replace(one_stage.trainer.options, encode_ahead=None)
+
+
 class Counter:
     """Counts the microbatches whose encoders have run forward and not backward yet."""
 

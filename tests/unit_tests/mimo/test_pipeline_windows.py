@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron.core.models.mimo.pipeline.step import _Encoders
+from megatron.core.models.mimo.pipeline.windows import Windows
 
 COUNT = 6
 
@@ -37,9 +38,11 @@ def test_encoders_reduce_beside_the_backward_pass_of_the_last_window(window: int
     encoder, reduced = Encoder(), []
     config = SimpleNamespace(variable_seq_lengths=False)
     model = SimpleNamespace(modality_submodules={"images": encoder}, config=config)
-    encoders = _Encoders(model, iter(()), COUNT, window, 2, True)
+    encoders = _Encoders(model, iter(()), Windows.of(COUNT, 2, window), True)
     encoded = SimpleNamespace(
-        backward_per_microbatch=(), backward=lambda: reduced.append(encoder.reduces)
+        backward_per_microbatch=(),
+        send_back=lambda: None,
+        backward=lambda: reduced.append(encoder.reduces),
     )
     windows = math.ceil(COUNT / window)
     encoders._under_way = dict.fromkeys(range(windows), encoded)

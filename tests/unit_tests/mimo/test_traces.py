@@ -20,6 +20,7 @@ from megatron.core.models.mimo import MimoModel
 from megatron.core.models.mimo.comm import gather_bridge
 from tests.unit_tests.mimo import test_routed_model as one_stage
 from tests.unit_tests.mimo import test_stage_side as stages
+from tests.unit_tests.mimo.test_encode_ahead import ahead
 from tests.unit_tests.mimo.traces import TracedWorld
 
 FOLDER = Path(__file__).with_name("traces")
@@ -65,7 +66,7 @@ def evaluate(case: stages.Case, rank: int, model: MimoModel) -> None:
     """Three microbatches without gradients."""
     with torch.no_grad():
         batches = [case.inputs(rank, microbatch) for microbatch in range(3)]
-        model.encode_microbatches(batches)
+        assert len(model.encode_microbatches(batches).microbatches) == len(batches)
 
 
 def problem_on_rank_1(case: stages.Case, rank: int, model: MimoModel) -> None:
@@ -130,6 +131,7 @@ def traces() -> dict[str, Callable[[], str]]:
             found[f"{bridge}_stages_{name}"] = lambda c=case, b=body: staged(c, b)
         case = over(ONE_STAGE_TWO_ENCODERS, bridge)
         found[f"{bridge}_two_encoders"] = lambda c=case: staged(c, whole_model)
+        found[f"{bridge}_two_encoders_ahead"] = lambda c=case: staged(c, ahead(1))
     return found
 
 

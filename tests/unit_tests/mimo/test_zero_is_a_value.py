@@ -24,7 +24,7 @@ _REFUSED = "0 is refused before"
 BY_THEIR_TRUTH = {
     (_MIMO + "huggingface/own_encoders.py", "tower_part", "width"): "no tower has rows without one",
     (_MIMO + "memory/plan.py", "kept", "encode_ahead"): _REFUSED,
-    (_MIMO + "pipeline/step.py", "forward_backward_pipelined", "encode_ahead"): _REFUSED,
+    (_MIMO + "pipeline/windows.py", "of", "encode_ahead"): _REFUSED,
     ("mimo_colocated/launch/training_options.py", "_check_pipeline", "encode_ahead"): _REFUSED,
     ("mimo_colocated/stop_requests.py", "_received", "_terminated_at"): "a clock since the boot",
 }

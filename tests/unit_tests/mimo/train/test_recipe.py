@@ -206,7 +206,6 @@ def test_fields_are_set_by_their_path(file: Path) -> None:
         ("layout.language=tp=1,dp=8", r"sequences=8 does not .* 8 language .* multiple of 16"),
         ("layout.encoders.images=dp=4", "images=tp=1,dp=4 spans 4 ranks and .* spans 8"),
         ("layout.virtual_stages=2", r"virtual_stages is for a pipelined language model; add pp=2"),
-        ("training.encode_ahead=1", r"encode_ahead is for a pipelined language model; add pp=2 to"),
         ("training.encode_ahead=0", r"training\.encode_ahead=0; it must be at least 1"),
         ("layout.virtual_stages=0", r"layout\.virtual_stages=0; it must be at least 1"),
         ("layout.language=tp=x", "tp must be a whole number"),
@@ -244,6 +243,10 @@ PACKED = ["data.sequences=0", "data.capacity=0"]
         ),
         ([*PACKED, "evaluation.batch=1"], r"evaluation\.batch=1 leaves some of 2 packed"),
         (["evaluation.batch=1"], r"evaluation\.batch=1 leaves some of 2 packed"),
+        (
+            ["training.micro_batches=1", "training.encode_ahead=1"],
+            r"encode_ahead=1 encodes further .*micro_batches=1 has no further ones; use 2 or more",
+        ),
     ],
 )
 def test_batches_that_the_layout_cannot_share_out_are_refused(
@@ -267,6 +270,7 @@ def test_stages_are_fields_of_a_recipe(file: Path) -> None:
     recipe = read_recipe(str(file), PIPELINED)
     assert recipe.language == Layout(pp=4, dp=2)
     assert (recipe.layout.virtual_stages, recipe.training.encode_ahead) == (2, 4)
+    assert read_recipe(str(file), ["training.encode_ahead=1"]).training.encode_ahead == 1
     assert recipe.held_out_micro_batches == 4
     assert read_recipe(str(file)).held_out_micro_batches == 1
     assert read_recipe(as_file(file, recipe)) == recipe

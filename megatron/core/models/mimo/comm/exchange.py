@@ -84,7 +84,12 @@ class PlanTensors:
 
 
 class Flight:
-    """Rows on their way; see :func:`issue_exchange`."""
+    """Rows on their way; see :func:`issue_exchange`.
+
+    Attributes:
+        edge: where the way back may be cut in two, between starting to send gradients and waiting
+            for them: a ``GradientEdge``, or ``None`` if the rows need no gradient.
+    """
 
     def __init__(self, plan: PlanTensors, group: dist.ProcessGroup | None) -> None:
         self.plan, self.group = plan, group
@@ -92,6 +97,7 @@ class Flight:
         # What a running all-to-all reads and writes lives until it was waited for.
         self._under_way: tuple[Any, torch.Tensor] | None = None
         self._gradients: torch.Tensor | None = None
+        self.edge: Any = None
 
     @property
     def place(self) -> torch.Tensor:
@@ -148,7 +154,9 @@ def issue_exchange(
             "give the rows (n, H) that the plan was made for"
         )
     flight = Flight(plan, group)
-    flight._rows = rows if plan.stays else _Issue.apply(rows, flight)
+    own = flight._rows = rows if plan.stays else _Issue.apply(rows, flight)
+    if own.requires_grad:
+        flight.edge = torch.autograd.graph.get_gradient_edge(own)
     return flight
 
 

@@ -71,9 +71,9 @@ class StepResult:
 class TrainOptions:
     """How the weights are moved.
 
-    ``steps`` is the length of the learning-rate schedule; a run may stop earlier. ``encode_ahead``
-    is for a pipelined language model: microbatches that are encoded together, all of them by
-    default. ``groups`` are other learning rates and weight decay for some parameters.
+    ``steps`` is the length of the learning-rate schedule; a run may stop earlier. ``encode_ahead``:
+    see :func:`.forward_backward_pipelined`; without stages each microbatch is encoded when its turn
+    comes by default. ``groups`` are other learning rates and weight decay for some parameters.
     """
 
     steps: int
@@ -149,8 +149,8 @@ class Runner:
             "forward_only": forward_only,
             "collect_non_loss_data": forward_only,
         }
-        if self.groups.pp.size() > 1:
-            ahead = self.options.encode_ahead
+        ahead = self.options.encode_ahead
+        if self.groups.pp.size() > 1 or ahead is not None:
             return forward_backward_pipelined(**keywords, encode_ahead=ahead)
         return forward_backward_no_pipelining(**keywords, seq_length=0, micro_batch_size=0)
 

@@ -173,8 +173,8 @@ class Step:
     Attributes:
         microbatches: of a step.
         stages: pipeline stages of the language model.
-        encode_ahead: microbatches that are encoded together; None for all. Without stages each
-            microbatch is encoded when its turn comes.
+        encode_ahead: microbatches that are encoded together; None for all. Without stages those
+            that are encoded before the language model needs them; None for none.
         encoder_trains, projector_trains: whether the part has anything to train.
     """
 
@@ -195,14 +195,19 @@ class Step:
         """Microbatches whose encoder activations are there at a time.
 
         A window of ``w`` goes back when the first of ``p`` stages is through with it, which is
-        ``ceil((p - 1) / w)`` windows later: at most ``p - 2 + 2 w`` microbatches.
+        ``ceil((p - 1) / w)`` windows later: at most ``p - 2 + 2 w`` microbatches. Without stages
+        there are, beside the one that the language model works on, those that are encoded ahead
+        and the one whose gradients are on their way back.
 
         >>> Step(16, stages=4, encode_ahead=1).kept, Step(16, stages=4, encode_ahead=2).kept
         (4, 6)
-        >>> Step(16, stages=4).kept, Step(16).kept
-        (16, 1)
+        >>> Step(16, stages=4).kept, Step(16).kept, Step(16, encode_ahead=1).kept
+        (16, 1, 3)
         """
-        window = self.encode_ahead or (1 if self.stages == 1 else self.microbatches)
+        if self.stages == 1:
+            ahead = self.encode_ahead
+            return 1 if ahead is None else min(self.microbatches, ahead + 2)
+        window = self.encode_ahead or self.microbatches
         return min(self.microbatches, window * (1 - (1 - self.stages) // window))
 
 

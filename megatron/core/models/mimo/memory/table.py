@@ -52,7 +52,7 @@ def print_plan(parts: PartBytes, step: Step, stream: TextIO | None = None) -> No
 def _words(step: Step) -> str:
     many = f"{step.microbatches} microbatch{'es' if step.microbatches > 1 else ''}"
     if step.stages == 1:
-        return f"{many} a step"
+        return f"{many} a step" + (f", {step.encode_ahead} ahead" if step.encode_ahead else "")
     ahead = step.encode_ahead or "all"
     return f"{many} a step, {step.stages} pipeline stages, {ahead} encoded together"
 

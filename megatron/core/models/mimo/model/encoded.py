@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Microbatches of a step in stages whose encoders have run.
+"""Microbatches whose encoders have run before the language model does.
 
-The encoders of all ranks run on several microbatches before the language model does. There their
-rows are leaves: the pipeline's backward passes end at them. Once the gradients of all microbatches
+The encoders of all ranks run on several microbatches, and their rows are sent off. There they are
+leaves: the language model's backward passes end at them. Once the gradients of all microbatches
 are there they go back, and the encoders run backward.
 """
 
@@ -34,7 +34,6 @@ class EncodedMicrobatches:
     """Several microbatches, encoded together, and the way back for their gradients.
 
     Attributes:
-        microbatches: in the order in which they were given.
         backward_per_microbatch: modalities whose encoders run backward once per microbatch, not
             once for all of them.
     """
@@ -45,13 +44,27 @@ class EncodedMicrobatches:
         leaves: Leaves,
         backward_per_microbatch: Collection[str],
     ) -> None:
-        self.microbatches, self._leaves = microbatches, leaves
+        self._microbatches, self._leaves = microbatches, leaves
         self.backward_per_microbatch = backward_per_microbatch
+
+    @property
+    def microbatches(self) -> list[EncodedMicrobatch]:
+        """In the order in which they were given; waits for their rows."""
+        self._leaves.land()
+        return self._microbatches
+
+    def send_back(self) -> None:
+        """Start sending the leaves' gradients to the encoders, over routed bridges.
+
+        All ranks call it together, when the first stages have run backward on every one of the
+        microbatches.
+        """
+        self._leaves.send_back()
 
     def backward(self) -> None:
         """Send the leaves' gradients to the encoders and run these backward.
 
-        All ranks call it together, once, when the first stages have run backward on every one of
-        the microbatches. Without encoders that train it does nothing.
+        All ranks call it together, once, as :meth:`send_back` or after it. Without encoders that
+        train it does nothing.
         """
         self._leaves.backward()

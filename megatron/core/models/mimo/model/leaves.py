@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows as leaves: a pipeline's backward passes end at them, and their gradients go on later.
 
-Each piece of the moved rows becomes a leaf of its own, one per microbatch. Once all of them have
-gradients, :meth:`Leaves.backward` takes these back to where the rows came from.
+Each piece of the moved rows becomes a leaf of its own, one per microbatch, when the rows have
+arrived (:meth:`Leaves.land`). Once all of them have gradients, :meth:`Leaves.send_back` starts
+taking these to where the rows came from, and :meth:`Leaves.backward` goes on from there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from megatron.core.models.mimo.memory.offload import reload_when_needed
+from megatron.core.models.mimo.comm.exchange import Flight
 from mimo_colocated import phases
 
 
@@ -21,7 +23,8 @@ class Leaves:
     """The rows of several microbatches, cut off, and the way back for their gradients."""
 
     def __init__(self) -> None:
-        self._ends: list[torch.Tensor] = []
+        self._coming: list[_Coming] = []
+        self._ends: list[_End] = []
 
     def cut(
         self, rows: torch.Tensor, indices: list[torch.Tensor], offloaded: Any
@@ -33,43 +36,109 @@ class Leaves:
             indices: of each piece, int64 places among the rows; no place twice.
             offloaded: activations on the host that the rows' backward pass reads, if there are any.
         """
-        (pieces,) = self.cut_together([(rows, indices)], offloaded)
-        return pieces
+        pieces = Pieces(indices)
+        self._cut([pieces], [rows], [], offloaded)
+        return pieces.leaves
 
-    def cut_together(
-        self, parts: Sequence[tuple[torch.Tensor, list[torch.Tensor]]], offloaded: Any
-    ) -> list[list[torch.Tensor]]:
-        """Return the leaves of several tensors that were made of the same rows.
+    def cut_when_landed(
+        self, parts: Sequence[tuple[Flight, list[torch.Tensor]]], offloaded: Any
+    ) -> list[Pieces]:
+        """Return the pieces of several flights of the same rows; :meth:`land` cuts them.
 
         Their gradients go on in one backward pass, so what made the rows runs backward once.
 
         Args:
-            parts: of each tensor, ``rows`` and ``indices`` of :meth:`cut`.
+            parts: of each flight, the ``indices`` of :meth:`cut`.
             offloaded: as for :meth:`cut`.
         """
-        pieces = [_Pieces(indices, rows.requires_grad) for rows, indices in parts]
-        end = _HandOver.apply(pieces, *(rows for rows, _ in parts))
-        if end.requires_grad:
-            self._ends.append(reload_when_needed(end, offloaded))
-        return [each.leaves for each in pieces]
+        pieces = [Pieces(indices) for _, indices in parts]
+        flights = [flight for flight, _ in parts]
+        self._coming.append(_Coming(pieces, flights, offloaded, torch.is_grad_enabled()))
+        return pieces
+
+    def land(self) -> None:
+        """Wait for the rows that are on their way, and cut them."""
+        coming, self._coming = self._coming, []
+        for each in coming:
+            with torch.set_grad_enabled(each.grad_enabled):
+                rows = [flight.arrive() for flight in each.flights]
+                edges = [flight.edge for flight in each.flights if flight.edge is not None]
+                self._cut(each.pieces, rows, edges, each.offloaded)
+
+    def send_back(self) -> None:
+        """Start the exchanges of the leaves' gradients, once; nothing waits for them.
+
+        The rows that were cut last go first: all ranks enter the exchanges in one order. Rows that
+        moved otherwise than by a flight are left to :meth:`backward`.
+        """
+        self.land()
+        if any(each.edges and each.gradients is None for each in self._ends):
+            phases.mark(phases.BRIDGE_BACKWARD)
+        for each in reversed(self._ends):
+            if each.edges and each.gradients is None:
+                each.gradients = torch.autograd.grad(each.scalar, each.edges)
 
     def backward(self) -> None:
         """Send the leaves' gradients on, once. Without rows that need a gradient do nothing.
 
-        The rows that were cut last go first: all ranks enter the exchanges in one order.
+        The rows that were cut last go first.
         """
+        self.send_back()
         ends, self._ends = self._ends, []
-        if ends:
+        if any(not each.edges for each in ends):
             phases.mark(phases.BRIDGE_BACKWARD)
-        for end in reversed(ends):
-            end.backward()
+        for each in reversed(ends):
+            if each.offloaded is not None:
+                # Not before: gradients that were sent back may be on their way for long.
+                each.offloaded.start_reload()
+            if each.edges:
+                torch.autograd.backward(each.edges, each.gradients)
+            else:
+                each.scalar.backward()
+
+    def _cut(
+        self, pieces: list[Pieces], rows: list[torch.Tensor], edges: list[Any], offloaded: Any
+    ) -> None:
+        for each, row in zip(pieces, rows, strict=True):
+            each.requires_grad = row.requires_grad
+        end = _HandOver.apply(pieces, *rows)
+        if end.requires_grad:
+            self._ends.append(_End(end, edges, offloaded))
 
 
-class _Pieces:
-    """All rows, cut into one leaf per piece."""
+@dataclass(frozen=True, eq=False)
+class _Coming:
+    """Rows on their way; see :meth:`Leaves.cut_when_landed`."""
 
-    def __init__(self, indices: list[torch.Tensor], requires_grad: bool) -> None:
-        self.indices, self.requires_grad = indices, requires_grad
+    pieces: list[Pieces]
+    flights: list[Flight]
+    offloaded: Any
+    grad_enabled: bool
+
+
+@dataclass(eq=False)
+class _End:
+    """Where the way back begins: ``scalar``; and where it is cut in two: the flights' ``edges``.
+
+    ``gradients`` there are known once the first half was walked. ``offloaded``: what the second
+    half reads from the host, if anything.
+    """
+
+    scalar: torch.Tensor
+    edges: list[Any]
+    offloaded: Any
+    gradients: Sequence[torch.Tensor] | None = None
+
+
+class Pieces:
+    """All rows, cut into one leaf per piece.
+
+    Attributes:
+        leaves: one per piece, once the rows have landed.
+    """
+
+    def __init__(self, indices: list[torch.Tensor]) -> None:
+        self.indices, self.requires_grad = indices, False
         self.leaves: list[torch.Tensor] = []
         self._size: Any = None
 
@@ -97,7 +166,7 @@ class _HandOver(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, pieces: Sequence[_Pieces], *rows: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, pieces: Sequence[Pieces], *rows: torch.Tensor) -> torch.Tensor:
         ctx.pieces = pieces
         for each, row in zip(pieces, rows, strict=True):
             each.cut(row)

@@ -34,7 +34,7 @@ from megatron.core.models.mimo.model.input_checks import (
     plan_problem,
 )
 from megatron.core.models.mimo.model.language_batch import LanguageBatch
-from megatron.core.models.mimo.model.leaves import Leaves
+from megatron.core.models.mimo.model.leaves import Leaves, Pieces
 from megatron.core.models.mimo.model.local_text import LocalText
 from megatron.core.models.mimo.model.row_path import Runners
 from megatron.core.models.mimo.model.token_positions import TEXT, fill_places
@@ -64,19 +64,21 @@ class PlannedRows:
 
 @dataclass(frozen=True, eq=False)
 class LandedRows:
-    """A modality's rows of one microbatch that have arrived.
+    """A modality's rows of one microbatch among those that move together.
 
     Attributes:
-        rows: a leaf ``(own, H)``; no rows on later stages.
+        pieces: a leaf ``(own, H)`` of each microbatch; no rows on later stages.
+        number: of the microbatch among them.
         place: as of :class:`.RoutePlan`, on the device.
     """
 
-    rows: torch.Tensor
+    pieces: Pieces
+    number: int
     place: torch.Tensor
 
     def arrive(self) -> torch.Tensor:
-        """Return the rows."""
-        return self.rows
+        """Return the rows; they have landed."""
+        return self.pieces.leaves[self.number]
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,7 +296,7 @@ class RoutedPath:
         return RowsForPlaces(planned.tokens, flights)
 
     def move_together(self, planned: Iterable[PlannedRows], leaves: Leaves) -> list[RowsForPlaces]:
-        """Send the rows of all microbatches in one exchange per modality."""
+        """Start moving the rows of all microbatches, in one exchange per modality."""
         planned = list(planned)
         landed: list[dict[str, LandedRows]] = [{} for _ in planned]
         for name in self._bridges:
@@ -317,19 +319,19 @@ class RoutedPath:
         stages = [0, *bridge.layout.later_stages]
         plans = [first, *zip(*(plan.later for plan in first), strict=True)]
         merged = [bridge.merge(each) for each in plans]
+        # On the ranks of other stages, which get nothing, it is the first stage's.
+        at = stages.index(self._stage) if self._stage in stages else 0
         flights = [
             bridge.issue(self._deepstack.columns(name, stage, rows), routes)
             for stage, routes in zip(stages, merged, strict=True)
         ]
         parts = [
-            (flight.arrive(), list(flight.place.split([i.size for i in routes.own_index])))
+            (flight, list(flight.place.split([i.size for i in routes.own_index])))
             for flight, routes in zip(flights, merged, strict=True)
         ]
-        cut = leaves.cut_together(parts, offloaded)
-        # On the ranks of other stages, which get nothing, it is the first stage's.
-        at = stages.index(self._stage) if self._stage in stages else 0
+        pieces = leaves.cut_when_landed(parts, offloaded)[at]
         places = [bridge.tensors(plan, rows.device).place for plan in plans[at]]
-        return [LandedRows(*pair) for pair in zip(cut[at], places, strict=True)]
+        return [LandedRows(pieces, number, place) for number, place in enumerate(places)]
 
     # -- fusing ----------------------------------------------------------------------------
 

@@ -9,7 +9,9 @@
 
 Then gradients are finalised, once, for all modules. With ``encode_ahead`` the phases alternate
 instead: a few microbatches are encoded at a time, and their gradients go back as soon as the first
-stage has all of them, so that what the encoders keep does not grow with the microbatches.
+stage has all of them, so that what the encoders keep does not grow with the microbatches. With one
+stage the exchanges then run beside the language model: rows and gradients of other microbatches are
+on their way while it works on one.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from megatron.core.models.mimo.model.no_samples import (
     padding_problem,
 )
 from megatron.core.models.mimo.pipeline.checks import check_step
+from megatron.core.models.mimo.pipeline.windows import Windows
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import (
     forward_backward_no_pipelining,
@@ -83,9 +86,11 @@ def forward_backward_pipelined(
         model: the ``MimoModel``, its modules wrapped in DDP or bare.
         num_microbatches: how many to take from the iterator.
         pg_collection: the language model's groups.
-        encode_ahead: microbatches that are encoded together; ``None`` for all of the step, which
-            virtual stages need. With ``p`` stages, encoder activations of at most
-            ``p - 2 + 2 * encode_ahead`` microbatches are kept at a time.
+        encode_ahead: with ``p > 1`` stages, microbatches that are encoded together; encoder
+            activations of at most ``p - 2 + 2 * encode_ahead`` microbatches are kept at a time.
+            With one stage, microbatches that are encoded and sent off before the language model
+            needs them; those of at most ``encode_ahead + 2`` are kept. ``None`` encodes all of the
+            step together, which virtual stages need.
         forward_only: for evaluation: no backward, no gradients.
         collect_non_loss_data: as for the schedules.
         force_all_reduce: handed on to ``finalize_model_grads_func``.
@@ -105,8 +110,8 @@ def forward_backward_pipelined(
     counted: list[torch.Tensor | None] = []
     fractions: list[torch.Tensor] = []
     config = _schedule_config(mimo, counted, backward)
-    window, stages = encode_ahead or num_microbatches, pg_collection.pp.size()
-    encoders = _Encoders(mimo, data_iterator, num_microbatches, window, stages, backward)
+    windows = Windows.of(num_microbatches, pg_collection.pp.size(), encode_ahead)
+    encoders = _Encoders(mimo, data_iterator, windows, backward)
     encoders.ask(0)
     samples, length = encoders.shape
     schedule, keywords = _schedule(mimo, encoders, config, pg_collection)
@@ -198,8 +203,10 @@ class LanguageStage(MegatronModule):
         self._model = (model,)  # in a tuple: it is no part of the stage
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Hand what came from the stage before to the stage."""
-        unwrap_model(self.module).set_input_tensor(input_tensor)
+        """Hand what came from the stage before to the stage; one that is alone may not ask."""
+        stage = unwrap_model(self.module)
+        if hasattr(stage, "set_input_tensor"):
+            stage.set_input_tensor(input_tensor)
 
     def forward(self, **batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See :meth:`.StageSide.forward_stage`."""
@@ -214,40 +221,45 @@ class _Encoders:
     run backward on all up to ``n - p``, so windows that end there go back then. Every rank asks
     before it waits for the stage before it to send microbatch ``n``, and everything that another
     rank waits for until it asks as well has been sent by then; so nobody waits in vain.
+
+    Windows that are encoded ahead leave their exchange running, and so do the gradients that go
+    back then: they are waited for when the next window is asked for.
     """
 
     def __init__(
-        self,
-        model: MimoModel,
-        data: Iterator[Microbatch],
-        count: int,
-        window: int,
-        stages: int,
-        backward: bool,
+        self, model: MimoModel, data: Iterator[Microbatch], windows: Windows, backward: bool
     ) -> None:
-        self._model, self._data, self._count = model, data, count
-        self._window, self._backward = window, backward
-        # Windows that a window outlives, apart from its own.
-        self._lag = -(-(stages - 1) // window)
+        self._model, self._data, self._windows = model, data, windows
+        self._count, self._window, self._backward = windows.count, windows.size, backward
         # Microbatches go back together, the first one last: none may overwrite the others' sum, as
         # Transformer Engine has the first one do where its kernels add to gradients.
         for module in model.modality_submodules.values():
             for _, part in first_microbatch_layers(module):
                 part.is_first_microbatch = False
-        self._variable = bool(model.config.variable_seq_lengths)
+        # A stage has to know the shape that it receives; one alone receives nothing.
+        self._variable = bool(model.config.variable_seq_lengths) or windows.stages == 1
         self._language: dict[int, dict[str, Any]] = {}
+        self._sent: list[tuple[list[Microbatch], EncodedMicrobatches]] = []  # of further windows
         self._under_way: dict[int, EncodedMicrobatches] = {}
-        self._encoded = 0
+        self._asked = self._encoded = 0
         self._empty: dict[int, tuple[int, ...]] = {}
         self.shape: Any = None  # (samples, tokens) of the first microbatch that has any
 
     def ask(self, number: int) -> None:
         """To be called before microbatch ``number``; runs encoders where it is their turn."""
         window = number // self._window
-        if window == self._encoded:
+        if window != self._asked:
+            return
+        self._asked += 1
+        done = window - 1 - self._windows.lag
+        if self._windows.ahead:
+            self._send_back(done)
+            done -= 1
+        self._take_back(done)
+        while self._encoded < self._windows.upto(window):
+            self._encode(self._encoded)
             self._encoded += 1
-            self._take_back(window - 1 - self._lag)
-            self._encode(window)
+        self._land(window)
 
     def batches(self, *, ask: bool) -> Iterator[dict[str, Any]]:
         """The language side of every microbatch; with ``ask`` each is asked for before."""
@@ -263,7 +275,10 @@ class _Encoders:
 
     def finish(self) -> None:
         """Take back what is still under way."""
-        for window in sorted(self._under_way):
+        under_way = sorted(self._under_way)
+        for window in under_way:
+            self._send_back(window)
+        for window in under_way:
             self._take_back(window)
 
     def _encode(self, window: int) -> None:
@@ -271,13 +286,24 @@ class _Encoders:
         batches, problem = self._read(first, min(self._window, self._count - first))
         with torch.set_grad_enabled(self._backward):
             encoded = self._model.encode_microbatches(batches, problem)
+        self._sent.append((batches, encoded))
+        if self._backward:
+            self._under_way[window] = encoded
+
+    def _land(self, window: int) -> None:
+        """The language model is to begin with a window, so its rows have to be there."""
+        batches, encoded = self._sent.pop(0)
+        first = window * self._window
         for number, (batch, rows) in enumerate(zip(batches, encoded.microbatches, strict=True)):
             language = {k: v for k, v in batch.items() if k not in _READ_BY_ENCODERS}
             empty = self._empty.pop(first + number, None)
             numbered = replace(rows, number=first + number, stands_for=empty)
             self._language[first + number] = {**language, ENCODED: numbered}
-        if self._backward:
-            self._under_way[window] = encoded
+
+    def _send_back(self, window: int) -> None:
+        encoded = self._under_way.get(window)
+        if encoded is not None:
+            encoded.send_back()
 
     def _take_back(self, window: int) -> None:
         encoded = self._under_way.pop(window, None)
