@@ -34,6 +34,8 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
+from torch.autograd.function import BackwardCFunction
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -52,6 +54,7 @@ _READS = {
 }
 _NEED_VALUES = {
     *("_local_scalar_dense", "nonzero", "nonzero_numpy", "argwhere", "masked_select", "equal"),
+    "allclose",
     *("_unique", "_unique2", "unique_dim", "unique_consecutive", "is_nonzero", "bincount"),
 }
 _SHOWN = {torch.Tensor.device: GPU, torch.Tensor.is_cuda: True, torch.Tensor.is_cpu: False}
@@ -76,7 +79,7 @@ class Wait:
 
 
 class PlayedDevice:
-    """A device that is the host's memory; ranks that are threads share one.
+    """A device that is the host's memory; one thread at a time watches.
 
     Attributes:
         device: what its tensors say that they are on.
@@ -137,11 +140,19 @@ class PlayedDevice:
             with _disable_current_modes():  # a subclass that cannot be made of another's tensor
                 return causal(*lengths)
 
+        calls, backward = _Calls(self, current), BackwardCFunction.apply
+
+        def apply(ctx: Any, *gradients: Any) -> Any:
+            with calls:  # autograd leaves it out
+                return backward(ctx, *gradients)
+
         with (
             mock.patch.object(torch.cuda, "Event", Event),
+            mock.patch.object(BackwardCFunction, "apply", apply),
+            mock.patch.object(dist.Work, "wait", self._collective(dist.Work.wait)),
             mock.patch.object(cpu_backend, "_CPU", GPU),  # where calls say "cuda"
             mock.patch.object(context_parallel_attention, "causal_lower_right", bias),
-            _Calls(self, current),
+            calls,
             _Operations(self),
         ):
             yield self.waits
@@ -159,6 +170,18 @@ class PlayedDevice:
             yield
         finally:
             self._here.noted = before
+
+    def _collective(self, wait: Callable[..., Any]) -> Callable[..., Any]:
+        """``wait`` of a collective, in which gloo copies."""
+
+        def waited(*args: Any, **kwargs: Any) -> Any:
+            self._here.collective = True
+            try:
+                return wait(*args, **kwargs)
+            finally:
+                self._here.collective = False
+
+        return waited
 
     def _put(self, tensor: torch.Tensor, where: dict[int, StorageWeakRef]) -> None:
         key = _key(tensor)
@@ -334,8 +357,8 @@ class _Operations(TorchDispatchMode):
     def _copied(self, into: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> None:
         """Between the host and the device."""
         on_host = source if self._device.holds(into) else into
-        if _in_collective():  # over gloo, which copies on the host
-            self._device.hold(into, source)
+        if _in_collective() or getattr(self._device._here, "collective", False):
+            self._device.hold(into, source)  # gloo's, which copies on the host
         elif not (non_blocking and _key(on_host) in self._device._pinned) and on_host.dim():
             self._device.note("copy_")
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often the host waits for the device in a microbatch: never, where plans and lengths are ahead.
+"""How often the host waits for the device in a microbatch: never, with plans and lengths ahead.
 
 On ranks with GPUs PyTorch itself raises where one waits. Elsewhere the device is played, see
-``tests/harness/host_waits.py``. The microbatches come from the job's own loader, whose uploads count
-too. In the first one of a bridge its plan is compared with ``input_ids``, which the host waits for.
+``tests/harness/host_waits.py``. The microbatches come from the job's own loader, whose uploads
+count too. In the first one of a bridge its plan is compared with ``input_ids``, which is waited for.
 """
 
 from __future__ import annotations
@@ -96,10 +96,11 @@ def test_one_deliberate_wait_is_found_and_named():
         def look_back(_module: Any, _inputs: Any, gradients: Any) -> None:
             bool(gradients[0].isnan().any())
 
-        for hook in (
-            language.register_forward_hook(look),
-            language.register_full_backward_hook(look_back),
+        for register, seen in (
+            (language.register_forward_hook, look),
+            (language.register_full_backward_hook, look_back),
         ):
+            hook = register(seen)
             found = waits_of(model.run())
             assert len(found) == 1, [str(each) for each in found]
             assert f"{__name__.rpartition('.')[2]}.py" in " ".join(found[0].where)

@@ -68,7 +68,7 @@ def built(kind: str, vision: str, language: str, **options: Any) -> Iterator[Bui
         patch.setattr(digits_model, "language_specs", with_positions)
         layouts = Layout.parse(vision, "vision"), Layout.parse(language, "language")
         settings = {"overlap_grad_reduce": False, "distributed_optimizer": False, **options}
-        made = build_model(*layouts, ModelOptions(size=SIZE, **settings), **place)
+        made = build_model(*layouts, ModelOptions(**{"size": SIZE, **settings}), **place)
     with ended(made):
         yield made
 
