@@ -9,11 +9,11 @@ each operation that needs a value of theirs on the host is noted with its place:
     device.hold(model)
     with device.watch():
         model(device.upload(ids)).sum().backward()
-    assert device.waits == []
+    assert device.host_waits == []
 
 Noted are ``item``, ``tolist``, ``numpy``, ``bool`` and the like; operations whose result's shape is
 a value (``nonzero``, ``masked_select``, ``unique``, an index of bools, ``repeat_interleave`` with
-no ``output_size``); ``equal``; copies to the host; and copies *from* the host that wait, those out of
+no ``output_size``); ``equal``; copies to the host; and copies from the host that wait, those out of
 pageable memory. Copies between pinned memory and the device that are ``non_blocking`` are not;
 waiting for an event is. ``torch.cuda.set_sync_debug_mode`` counts the same on a GPU, events apart.
 
@@ -83,11 +83,11 @@ class PlayedDevice:
 
     Attributes:
         device: what its tensors say that they are on.
-        waits: what was noted, in order; a test puts marks of its own between.
+        host_waits: what was noted, in order; a test puts marks of its own between.
     """
 
     def __init__(self) -> None:
-        self.device, self.waits = GPU, list[Any]()
+        self.device, self.host_waits = GPU, list[Any]()
         # Weak references keep the keys, which are addresses, from being given out again.
         self._held: dict[int, StorageWeakRef] = {}
         self._pinned: dict[int, StorageWeakRef] = {}
@@ -155,12 +155,12 @@ class PlayedDevice:
             calls,
             _Operations(self),
         ):
-            yield self.waits
+            yield self.host_waits
 
     def note(self, what: str) -> None:
         """Note a wait of the caller, unless it is part of one that was noted."""
         if not getattr(self._here, "noted", False):
-            self.waits.append(Wait(what, _places()))
+            self.host_waits.append(Wait(what, _places()))
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
@@ -206,7 +206,7 @@ class RealDevice:
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
-        self.waits = list[Any]()
+        self.host_waits = list[Any]()
 
     def hold(self, *things: Any) -> None:
         """Do nothing: it is there."""
@@ -233,19 +233,19 @@ class RealDevice:
         wait = torch.cuda.Event.synchronize
 
         def synchronize(event: Any) -> None:
-            self.waits.append(Wait("Event.synchronize", _places()))
+            self.host_waits.append(Wait("Event.synchronize", _places()))
             wait(event)
 
         torch.cuda.set_sync_debug_mode("error")
         try:
             with mock.patch.object(torch.cuda.Event, "synchronize", synchronize):
-                yield self.waits
+                yield self.host_waits
         except RuntimeError as error:
             if "synchronizing CUDA operation" not in str(error):
                 raise
             frames = traceback.extract_tb(error.__traceback__)
             places = [f"{each.filename}:{each.lineno} {each.name}" for each in reversed(frames)]
-            self.waits.append(Wait(str(error), tuple(places)))
+            self.host_waits.append(Wait(str(error), tuple(places)))
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -71,8 +71,8 @@ def test_what_waits_is_noted_once_with_its_place(name):
     x = on(device)
     with device.watch():
         WAITS[name](x)
-    assert len(device.waits) == 1, [str(each) for each in device.waits]
-    assert "test_host_waits.py" in device.waits[0].where[0]
+    assert len(device.host_waits) == 1, [str(each) for each in device.host_waits]
+    assert "test_host_waits.py" in device.host_waits[0].where[0]
 
 
 @pytest.mark.parametrize("name", list(FREE))
@@ -81,7 +81,7 @@ def test_what_does_not_wait_is_not(name):
     x = on(device)
     with device.watch():
         FREE[name](x)
-    assert [str(each) for each in device.waits] == []
+    assert [str(each) for each in device.host_waits] == []
 
 
 def test_all_that_is_computed_is_there_backward_too():
@@ -103,11 +103,11 @@ def test_all_that_is_computed_is_there_backward_too():
     with device.watch():
         y = Looks.apply(layer(x).relu())
         assert y.device == layer.weight.device == GPU
-        assert not device.waits
+        assert not device.host_waits
         y.sum().backward()
     assert device.holds(layer.weight.grad)
-    assert [each.what for each in device.waits] == ["item"]
-    assert "backward" in device.waits[0].where[0]
+    assert [each.what for each in device.host_waits] == ["item"]
+    assert "backward" in device.host_waits[0].where[0]
     assert layer.weight.device.type == "cpu", "outside nobody sees the device"
 
 

@@ -124,9 +124,9 @@ class DotProductAttention(nn.Module):
         pad_between_seqs: bool | None = None,
     ) -> Tensor:
         with device.noted() if device else contextlib.nullcontext():
-            return self._attend(query_layer, key_layer, value_layer, qkv_format, attn_mask_type,
-                                pad_between_seqs, max_seqlen_q, max_seqlen_kv, cu_seqlens_q,
-                                cu_seqlens_kv, cu_seqlens_q_padded, cu_seqlens_kv_padded)  # fmt: skip
+            ends = cu_seqlens_q, cu_seqlens_kv, cu_seqlens_q_padded, cu_seqlens_kv_padded
+            how = qkv_format, attn_mask_type, pad_between_seqs, max_seqlen_q, max_seqlen_kv
+            return self._attend(query_layer, key_layer, value_layer, *how, *ends)
 
     def _attend(
         self,
@@ -290,7 +290,7 @@ def run_packed(
                        packed_seq_params=params)  # fmt: skip
         loss = (losses * mask).sum()
         loss.backward()
-    assert not device.waits, [str(each) for each in device.waits]
+    assert not device.host_waits, [str(each) for each in device.host_waits]
     device = None
     return loss
 

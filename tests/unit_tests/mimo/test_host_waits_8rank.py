@@ -37,10 +37,10 @@ def test_nor_in_a_step_of_stages(packed):
         trainer.model.config.finalize_model_grads_func = None  # once per step
         counts = []
         for _ in range(2):
-            device.waits.clear()
+            device.host_waits.clear()
             with device.watch():
                 microbatches = (model.inputs(number, 2) for number in range(2))
                 trainer.schedule(microbatches, 2)
-            counts.append([str(each) for each in device.waits if isinstance(each, Wait)])
+            counts.append([str(each) for each in device.host_waits if isinstance(each, Wait)])
         assert counts[1] == []
         assert counts[0]

@@ -3,7 +3,7 @@
 
 On ranks with GPUs PyTorch itself raises where one waits. Elsewhere the device is played, see
 ``tests/harness/host_waits.py``. The microbatches come from the job's own loader, whose uploads
-count too. In the first one of a bridge its plan is compared with ``input_ids``, which is waited for.
+count too. In the first one of a bridge its plan is compared with ``input_ids``: one wait.
 """
 
 from __future__ import annotations

@@ -54,18 +54,18 @@ def test_all_fields_are_read_in_one_wait_and_once_per_tensor(device):
     with device.watch():
         assert len(unread_lengths(given)) == 4
         found = {name: each.tolist() for name, each in read_lengths(given).items()}
-        assert [each.what for each in device.waits] == ["Event.synchronize"]
+        assert [each.what for each in device.host_waits] == ["Event.synchronize"]
         assert list(found.values()) == [REAL, REAL, PADDED, PADDED]
         read_lengths(given)
         params = PackedSeqParams("thd", *(given[name] for name in CU_SEQLENS))
         assert check_packing(params, 1, 12) == PADDED
         for _ in range(3):
             assert packed_lengths(params) == ([8, 4], [5, 3])
-        assert len(device.waits) == 1
+        assert len(device.host_waits) == 1
         given["cu_seqlens_q"].add_(0)  # it may hold other values now
         assert unread_lengths(given) == [given["cu_seqlens_q"]]
         packed_lengths(params)
-        assert len(device.waits) == 2
+        assert len(device.host_waits) == 2
 
 
 def test_other_values_in_the_same_tensor_are_seen(device):
@@ -86,12 +86,14 @@ def test_nothing_is_remembered_of_tensors_of_inference_mode(device):
             assert packed_lengths(params)[0] == [values[1], 12 - values[1]]
 
 
-def test_what_is_on_the_host_is_not_waited_for(device):
+@pytest.mark.parametrize("kernels", [False, True])
+def test_what_comes_from_the_host_is_not_waited_for(device, kernels):
     with device.watch():
-        params = end_to_end([8, 4])
+        params = end_to_end([8, 4], device.device) if kernels else end_to_end([8, 4])
+        assert params.cu_seqlens_q.device.type == ("cuda" if kernels else "cpu")
         assert packed_lengths(params) == ([8, 4], [8, 4])
         assert (params.max_seqlen_q, params.max_seqlen_kv) == (8, 8)
-    assert not device.waits
+    assert not device.host_waits
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,7 @@ def test_kernels_are_told_of_padding_instead_of_comparing(device, real, between,
             params.cu_seqlens_q = torch.tensor([0, 8, 12])
             params.cu_seqlens_kv = params.cu_seqlens_q
             assert for_kernels(params, device.device).pad_between_seqs is False
-    assert not device.waits
+    assert not device.host_waits
 
 
 def gpt(**settings: Any) -> GPTModel:
@@ -169,7 +171,7 @@ class TestWhereLayersGetThem:
         packed = packed_by(gpt(), device, given)
         assert self.where(device, packed) == {"cpu"}
         assert {getattr(packed, name).dtype for name in CU_SEQLENS} == {torch.int32}
-        assert len(device.waits) == on_device
+        assert len(device.host_waits) == on_device
 
     @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
     @pytest.mark.parametrize("on_device", [False, True])
@@ -192,7 +194,7 @@ class TestWhereLayersGetThem:
         assert self.where(device, packed) == {"cuda"}
         with device.watch():
             assert check_packing(packed, 1, 12) == PADDED
-        assert len(device.waits) == on_device, "they are known on the host all the same"
+        assert len(device.host_waits) == on_device, "they are known on the host all the same"
 
 
 def test_attention_says_where_it_reads_them():

@@ -80,7 +80,7 @@ class Watched:
                 encoder.register_forward_hook(self._mark)
 
     def _mark(self, *_: Any) -> None:
-        self.device.waits.append(ENCODER)
+        self.device.host_waits.append(ENCODER)
 
     def inputs(self, number: int, count: int = 1) -> dict[str, Any]:
         """What the model is called with, as the job's own loader makes it."""
@@ -115,12 +115,12 @@ class Watched:
         Args:
             changes: to what the model is called with.
         """
-        self.device.waits.clear()
+        self.device.host_waits.clear()
         with self.device.watch():
             inputs = {**self.inputs(0), **changes}
             losses, mask = self.trainer.model(**inputs)
             (losses * mask).sum().backward()
-        return list(self.device.waits)
+        return list(self.device.host_waits)
 
 
 @contextlib.contextmanager
