@@ -140,6 +140,11 @@ class PlayedDevice:
             with _disable_current_modes():  # a subclass that cannot be made of another's tensor
                 return causal(*lengths)
 
+        class Stream:
+            def record_event(self) -> Event:
+                """Return one that has happened."""
+                return Event()
+
         calls, backward = _Calls(self, current), BackwardCFunction.apply
 
         def apply(ctx: Any, *gradients: Any) -> Any:
@@ -148,6 +153,7 @@ class PlayedDevice:
 
         with (
             mock.patch.object(torch.cuda, "Event", Event),
+            mock.patch.object(torch.cuda, "current_stream", return_value=Stream()),
             mock.patch.object(BackwardCFunction, "apply", apply),
             mock.patch.object(dist.Work, "wait", self._collective(dist.Work.wait)),
             mock.patch.object(cpu_backend, "_CPU", GPU),  # where calls say "cuda"

@@ -118,7 +118,7 @@ SHARDING = (
         file=_LENGTHS,
         old="    copies = Download(unread).arrive()\n",
         new="    copies = [Download([each]).arrive()[0] for each in unread]\n",
-        tests=(_LENGTHS_TESTS + "test_all_fields_are_read_in_one_wait_and_once_per_tensor",),
+        tests=(_LENGTHS_TESTS + "test_all_fields_are_read_in_one_wait",),
         why="the host waits for the device four times per packed microbatch",
     ),
     Mutant(
@@ -126,8 +126,24 @@ SHARDING = (
         file=_LENGTHS,
         old="not tensor.is_inference() and known[0] == tensor._version",
         new="not tensor.is_inference()",
-        tests=(_LENGTHS_TESTS + "test_other_values_in_the_same_tensor_are_seen",),
+        tests=(
+            _LENGTHS_TESTS
+            + "test_a_batch_is_packed_again_without_a_wait_and_a_new_one_with_one",
+        ),
         why="a loader that fills one tensor again and again has all batches cut as the first",
+    ),
+    Mutant(
+        name="lengths-are-never-forgotten",
+        file=MIMO + "model/base.py",
+        old="        forget_lengths(packing_kwargs)\n",
+        new="",
+        tests=(
+            UNIT
+            + "test_host_waits_ranks.py::"
+            + "test_what_is_not_ahead_is_waited_for_once_after_the_encoders",
+        ),
+        why="lengths that a collective writes into the tensor of the batch before are not read",
+        ranks=2,
     ),
     Mutant(
         name="kernels-compare-lengths",

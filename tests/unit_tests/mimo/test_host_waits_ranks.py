@@ -72,8 +72,8 @@ def test_what_is_not_ahead_is_waited_for_once_after_the_encoders(name, layouts):
         for changes in withheld:
             assert_one_after_the_encoders(model.run(**changes), 1 + case.sounds)
         if case.packed:
-            # They are known by now.
-            assert waits_of(model.run(packing_kwargs=lengths[0])) == []
+            # A tensor may hold other values in the next microbatch.
+            assert len(waits_of(model.run(packing_kwargs=lengths[0]))) == 1
 
 
 def test_over_the_gather_bridge_the_host_waits_for_the_tokens_alone():

@@ -34,10 +34,11 @@ class Download:
             each if each.device.type in _ON_HOST else each.to("cpu", non_blocking=True)
             for each in tensors
         ]
-        self._events: list[Any] = []
-        for kind in {each.device.type for each in tensors} - {*_ON_HOST}:
-            self._events.append(torch.get_device_module(kind).Event())
-            self._events[-1].record()
+        devices = {each.device for each in tensors if each.device.type not in _ON_HOST}
+        self._events: list[Any] = [
+            torch.get_device_module(device).current_stream(device).record_event()
+            for device in devices
+        ]
 
     def arrive(self) -> list[torch.Tensor]:
         """Wait for the copies; on the host alone there is nothing to wait for."""

@@ -172,15 +172,15 @@ class LanguageRunner:
         stages, lengths = self._modules.stages, read_lengths(packing_kwargs)
         on_host = bool(stages) and all(map(reads_lengths_on_host, stages))
         packed = compat.packed_seq_params({**packing_kwargs, **(lengths if on_host else {})})
-        # Others, if they were not int32.
-        keep_lengths([getattr(packed, name) for name in lengths], list(lengths.values()))
+        for own in (packing_kwargs, vars(packed)):  # others, if those were not int32
+            keep_lengths([own[name] for name in lengths], list(lengths.values()))
         for name in ("max_seqlen_q", "max_seqlen_kv"):
             if getattr(packed, name) is None:
                 # Rotary embeddings are made for so many positions.
                 setattr(packed, name, longest_sequence(packed))
-        if on_host or not stages:
-            return packed
-        return on_device(packed, next(stages[0].parameters()).device)
+        models = [stage for stage in stages if isinstance(stage, nn.Module)]
+        weight = None if on_host else next((p for m in models for p in m.parameters()), None)
+        return packed if weight is None else on_device(packed, weight.device)
 
     def packed(self, batch: LanguageBatch) -> LanguageBatch:
         """Return the batch with its packed-sequence parameters."""

@@ -8,7 +8,7 @@ padding that follows each. Without the latter there is no padding and the former
     cu_seqlens_q           0 5 8
     cu_seqlens_q_padded    0 8 12
 
-They are best given on the host. Of a device they are read once per tensor, all in one wait
+They are best given on the host. Those on a device are read once per microbatch, all in one wait
 (:func:`read_lengths`); kernels that want them on a device get them from :func:`on_device`.
 """
 
@@ -29,7 +29,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 CU_SEQLENS = ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded")
 
-# Device tensor -> its version, and what it holds, on the host.
+# Device tensor -> its version, and what it holds, on the host. Not all that writes into a tensor
+# counts a version (collectives, kernels), so nothing is known of the tensors of a new microbatch.
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -44,11 +45,17 @@ def unread_lengths(fields: Mapping[str, Any]) -> list[Tensor]:
     return list(found.values())
 
 
+def forget_lengths(fields: Mapping[str, Any] | None) -> None:
+    """Forget what was read from tensors: a microbatch begins, and they may hold other values."""
+    for name in CU_SEQLENS:
+        if isinstance(field := (fields or {}).get(name), Tensor):
+            _known.pop(field, None)
+
+
 def keep_lengths(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
     """Remember what tensors hold: copies of them on the host.
 
-    Of tensors of inference mode it is forgotten: they count no versions, so a change would not be
-    seen.
+    Not of tensors of inference mode: they count no versions, so a change would not be seen.
     """
     for tensor, host in zip(tensors, copies, strict=True):
         if not tensor.is_cpu and not tensor.is_inference():
@@ -56,24 +63,25 @@ def keep_lengths(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
 
 
 def read_lengths(fields: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the cumulative lengths among fields on the host, int32; at most one wait for all.
+    """Return copies of the cumulative lengths among fields on the host, int32; one wait at most.
 
     Args:
         fields: as for :func:`unread_lengths`.
     """
     unread = unread_lengths(fields)
     copies = Download(unread).arrive()
-    keep_lengths(unread, copies)
     read = {id(tensor): host for tensor, host in zip(unread, copies, strict=True)}
     found: dict[str, Tensor] = {}
+    made: dict[int, Tensor] = {}  # one for the fields that are one
     for name in CU_SEQLENS:
         field = fields.get(name)
         if isinstance(field, Tensor):
-            host = field if field.is_cpu else read.get(id(field))
-            if host is None:
-                _, host = _known[field]
-            # One tensor for the fields that are one.
-            read[id(field)] = found[name] = host.to(torch.int32)
+            if id(field) not in made:
+                host = read.get(id(field), field)
+                host = host if host.is_cpu else _known[field][1]
+                # A loader may fill its own anew, and backward passes read these again.
+                made[id(field)] = host.to(torch.int32, copy=True)
+            found[name] = made[id(field)]
     return found
 
 
@@ -215,15 +223,18 @@ def _host_ints(params: PackedSeqParams, name: str) -> list[int] | None:
     field = getattr(params, name)
     if field is None:
         return None
-    if field.is_inference():
-        # Counts no versions, so a change would not be seen.
-        return read_lengths(vars(params))[name].flatten().tolist()
     cache: dict[str, tuple[Tensor, int, list[int]]] = params.__dict__.setdefault("_host_ints", {})
     seen = cache.get(name)
-    if seen is None or seen[0] is not field or seen[1] != field._version:
-        ints = read_lengths(vars(params))[name].flatten().tolist()
-        seen = cache[name] = (field, field._version, ints)
-    return seen[2]
+    # Tensors of inference mode count no versions, so a change would not be seen.
+    if seen is None or seen[0] is not field or seen[1] != _version(field):
+        for each, host in read_lengths(vars(params)).items():
+            tensor = getattr(params, each)
+            cache[each] = (tensor, _version(tensor) or 0, host.flatten().tolist())
+    return cache[name][2]
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 def _is_known(tensor: Tensor) -> bool:

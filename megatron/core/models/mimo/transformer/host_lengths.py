@@ -29,16 +29,15 @@ def reads_lengths_on_host(model: nn.Module) -> bool:
     Layers say so by ``takes_host_lengths`` of their core attention. Others get them on the device.
 
     Args:
-        model: a stage, bare or wrapped; looked at once.
+        model: a stage, bare or wrapped; its layers are looked at once.
     """
     inner: Any = unwrap_model(model)
+    # A fused kernel of rotary embeddings reads them on the device.
+    if not isinstance(inner, GPTModel) or inner.config.apply_rope_fusion:
+        return False
     if inner not in _found:
         layers = [each for each in inner.modules() if isinstance(each, TransformerLayer)]
-        _found[inner] = (
-            isinstance(inner, GPTModel)
-            and not inner.config.apply_rope_fusion  # whose kernel reads them on the device
-            and all(_attention_takes_host_lengths(each.self_attention) for each in layers)
-        )
+        _found[inner] = all(_attention_takes_host_lengths(each.self_attention) for each in layers)
     return _found[inner]
 
 
