@@ -221,7 +221,10 @@ class RealDevice:
         """Return tensors, dicts of them too, on the device."""
         if isinstance(thing, Mapping):
             return {name: self.upload(value) for name, value in thing.items()}
-        return thing.to(self.device) if isinstance(thing, torch.Tensor) else thing
+        if not isinstance(thing, torch.Tensor):
+            return thing
+        on_host = thing.pin_memory() if thing.is_cpu else thing
+        return on_host.to(self.device, non_blocking=True)
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
