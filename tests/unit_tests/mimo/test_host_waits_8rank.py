@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole layouts on 8 ranks: with plans and lengths ahead no rank's host waits for its device.
 
-TP, CP and sequence parallelism with two encoders; and a step in pipeline stages.
+TP, CP and sequence parallelism with two encoders; and a step in pipeline stages, apart from
+Megatron's own ``torch.cuda.synchronize`` in its exchange between stages, which no CPU has.
 """
 
 from __future__ import annotations

@@ -32,8 +32,11 @@ def assert_one_after_the_encoders(found: list[Any], encoders: int = 1) -> None:
     assert found[-1].what == "Event.synchronize", str(found[-1])
 
 
-@pytest.mark.parametrize("layouts", [ALONE, CUT], ids=["alone", "cp2"])
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize(
+    ("name", "layouts"),
+    [*((name, CUT) for name in CASES), *((name, ALONE) for name in ("dense", "mrope packed"))],
+    ids=str,
+)
 def test_with_plans_ahead_nobody_waits(name, layouts):
     case = CASES[name]
     with watched(case, layouts) as model:
@@ -54,8 +57,11 @@ def on_device(model: Watched) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("layouts", [ALONE, CUT], ids=["alone", "cp2"])
-@pytest.mark.parametrize("name", ["dense", "packed", "mrope packed", "two encoders packed"])
+@pytest.mark.parametrize(
+    ("name", "layouts"),
+    [("dense", CUT), ("packed", CUT), ("two encoders packed", CUT), ("mrope packed", ALONE)],
+    ids=str,
+)
 def test_what_is_not_ahead_is_waited_for_once_after_the_encoders(name, layouts):
     """The plan; lengths that are on the device; both."""
     case = CASES[name]
