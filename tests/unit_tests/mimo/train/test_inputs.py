@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a recipe's model is called with: uploaded without a wait, but for what is read on the host."""
+"""What a recipe's model is called with: uploaded without a wait, but for what the host reads."""
 
 from __future__ import annotations
 
