@@ -13,6 +13,8 @@ from torch import Tensor
 from megatron.core.models.mimo.data.loader import Microbatch, RankBatch
 from megatron.core.models.mimo.job.packing import packing
 from megatron.core.models.mimo.job.trainer import LossFunction, Runner, Trainer
+from megatron.core.models.mimo.uploads import upload
+from megatron.core.utils import unwrap_model
 from mimo_colocated import phases
 from mimo_colocated.train.data import StepData
 
@@ -28,25 +30,29 @@ class RecipeRunner(Runner):
         """Return what the model is called with."""
         language, device = microbatch.language, self.device
         found: dict[str, Any] = {
-            name: torch.from_numpy(getattr(language, name)).to(device)
+            name: upload(torch.from_numpy(getattr(language, name)), device)
             for name in ("input_ids", "position_ids", "labels", "loss_mask")
         }
         if language.padded is not None:
-            found["packing_kwargs"] = packing(language.lengths, language.padded, device)
+            found["packing_kwargs"] = packing(language.lengths, language.padded)
         built: Any = self.built
         shown = {
-            part.modality: self._shown(part.name, microbatch.items[part.modality])
+            part.modality: self._shown(part, microbatch.items[part.modality])
             for part in built.composite.encoders
         }
         return {**found, "modality_inputs": shown or None, "route_plan": microbatch.routes or None}
 
-    def _shown(self, encoder: str, inputs: Mapping[str, Any] | None) -> Any:
+    def _shown(self, part: Any, inputs: Mapping[str, Any] | None) -> Any:
         if inputs is None:
             return None
-        made = {name: torch.from_numpy(value).to(self.device) for name, value in inputs.items()}
+        submodules: Any = self.model.modality_submodules
+        encoder = unwrap_model(submodules[part.modality]).encoders[part.name]
+        on_host = getattr(encoder, "reads_on_host", ())
+        made = {name: torch.from_numpy(value) for name, value in inputs.items()}
+        made = {n: v if n in on_host else upload(v, self.device) for n, v in made.items()}
         if self.blank:
             made = {n: torch.zeros_like(v) if v.is_floating_point() else v for n, v in made.items()}
-        return {encoder: made}
+        return {part.name: made}
 
     def forward_step(
         self, data_iterator: Iterator[Mapping[str, Any]], model: torch.nn.Module

@@ -39,6 +39,7 @@ from examples.mimo.digits.options import SEQUENCE_LENGTH
 from examples.mimo.digits.sounds import TOKENS_PER_SOUND, Clips
 from megatron.core.models.mimo.comm.plan.routes import RoutePlan
 from megatron.core.models.mimo.job.samples import even_slice, shuffled
+from megatron.core.models.mimo.uploads import upload
 
 DIGITS_PER_SAMPLE = 4
 TOKENS_PER_DIGIT = 4  # of an image's, a sound's and a text's
@@ -132,7 +133,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The tensors on a device."""
         tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return replace(self, **{name: value.to(device) for name, value in tensors.items()})
+        return replace(self, **{name: upload(value, device) for name, value in tensors.items()})
 
     def samples(self, start: int, size: int) -> Batch:
         """Narrow everything but images and sounds to ``size`` samples from ``start``."""
@@ -155,7 +156,7 @@ class Batch:
         """What a modality's encoder encodes, on the device of the rest."""
         if modality == "images":
             return self.images
-        return torch.from_numpy(self.clips.spectra).to(self.images.device)
+        return upload(torch.from_numpy(self.clips.spectra), self.images.device)
 
 
 class DigitsBatches:

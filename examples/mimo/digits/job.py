@@ -67,7 +67,7 @@ class DigitsTrainer(Trainer):
             "loss_mask": batch.loss_mask,
         }
         if self.packed:
-            inputs = packed_inputs(inputs, batch.lengths, self.multiple, self.device)
+            inputs = packed_inputs(inputs, batch.lengths, self.multiple)
         there = [name for name in MODALITIES if name in self.built.collections]
         shown = {name: MODALITIES[name].inputs(batch.items(name)) for name in there}
         return {**inputs, "modality_inputs": shown, "route_plan": batch.routes}

@@ -76,9 +76,9 @@ BOUNDARIES = (
     ),
     Mutant(
         name="token-0-has-no-places",
-        file="megatron/core/models/mimo/model/routed_path.py",
-        old="(ids.index(token_id) + 1 if token_id is not None else -1)",
-        new="(ids.index(token_id) + 1 if token_id else -1)",
+        file="megatron/core/models/mimo/model/token_positions.py",
+        old="for name, i in self._names.items()}",
+        new="for name, i in self._names.items() if i}",
         tests=(UNIT + f"test_routed_model.py::{_TOKEN_0}",),
         why="images whose token has the number 0 are refused",
     ),

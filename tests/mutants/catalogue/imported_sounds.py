@@ -31,8 +31,8 @@ IMPORTED_SOUNDS = (
     Mutant(
         name="sounds-hear-each-other",
         file=_WHISPER,
-        old="self.transformer(frames[there], lengths.tolist())",
-        new="self.transformer(frames[there], [int(lengths.sum())])",
+        old="frames.flatten(0, 1), there), lengths.tolist())",
+        new="frames.flatten(0, 1), there), [int(lengths.sum())])",
         tests=(_ROWS,),
         why="a sound's rows depend on the others of its replica",
     ),

@@ -55,7 +55,7 @@ IMPORTED_TOWERS = (
     ),
     Mutant(
         name="images-of-a-pack-see-each-other",
-        file=_FEATURES,
+        file="megatron/core/models/mimo/partition/packed_lengths.py",
         old="torch.tensor([0, *accumulate(lengths)],",
         new="torch.tensor([0, sum(lengths)],",
         tests=(_PADDING,),

@@ -9,6 +9,8 @@ _ADAPTER = MIMO + "partition/utils.py"
 _ATTENTION = MIMO + "transformer/context_parallel_attention.py"
 _KEYS = MIMO + "transformer/gathered_keys.py"
 _ORDER_TESTS = UNIT + "test_sequence_order.py::"
+_LENGTHS = MIMO + "partition/packed_lengths.py"
+_LENGTHS_TESTS = UNIT + "test_packed_lengths.py::"
 _ADAPTER_TESTS = UNIT + "test_partition.py::"
 _ATTENTION_TESTS = UNIT + "test_cp_attention.py::"
 _UNSHARDED = _ATTENTION_TESTS + "test_every_rank_together_is_the_unsharded_attention"
@@ -110,6 +112,61 @@ SHARDING = (
             + "test_packing_that_does_not_fit_is_one_error_before_anything_moves",
         ),
         why="ranks whose lengths are wrong fail in their layers, and others wait for them",
+    ),
+    Mutant(
+        name="lengths-are-read-field-by-field",
+        file=_LENGTHS,
+        old="    copies = Download(unread).arrive()\n",
+        new="    copies = [Download([each]).arrive()[0] for each in unread]\n",
+        tests=(_LENGTHS_TESTS + "test_all_fields_are_read_in_one_wait",),
+        why="the host waits for the device four times per packed microbatch",
+    ),
+    Mutant(
+        name="lengths-of-the-batch-before",
+        file=_LENGTHS,
+        old="not tensor.is_inference() and known[0] == tensor._version",
+        new="not tensor.is_inference()",
+        tests=(
+            _LENGTHS_TESTS
+            + "test_a_batch_is_packed_again_without_a_wait_and_a_new_one_with_one",
+        ),
+        why="a loader that fills one tensor again and again has all batches cut as the first",
+    ),
+    Mutant(
+        name="lengths-are-never-forgotten",
+        file=MIMO + "model/base.py",
+        old="        forget_lengths(packing_kwargs)\n",
+        new="",
+        tests=(
+            UNIT
+            + "test_host_waits_ranks.py::"
+            + "test_what_is_not_ahead_is_waited_for_once_after_the_encoders",
+        ),
+        why="lengths that a collective writes into the tensor of the batch before are not read",
+        ranks=2,
+    ),
+    Mutant(
+        name="kernels-compare-lengths",
+        file=_LENGTHS,
+        old="made.pad_between_seqs = real[:-1] != padded[:-1]",
+        new="made.pad_between_seqs = None",
+        tests=(_LENGTHS_TESTS + "test_kernels_are_told_of_padding_instead_of_comparing",),
+        why="Transformer Engine compares them on the device and waits, in every layer",
+    ),
+    Mutant(
+        name="waited-for-before-the-encoders",
+        file=MIMO + "model/routed_path.py",
+        old="        rows, part, failure = self._try_to_encode(modality_inputs)\n"
+        "        seen = reading.arrive()\n",
+        new="        seen = reading.arrive()\n"
+        "        rows, part, failure = self._try_to_encode(modality_inputs)\n",
+        tests=(
+            UNIT
+            + "test_host_waits_ranks.py::"
+            + "test_what_is_not_ahead_is_waited_for_once_after_the_encoders",
+        ),
+        why="the device has nothing to do from the last microbatch's end to the encoders' launch",
+        ranks=2,
     ),
 )
 

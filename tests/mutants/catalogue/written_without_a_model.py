@@ -121,8 +121,8 @@ WITHOUT_A_MODEL = (
     Mutant(
         name="one-plan-stands-for-all",
         file="megatron/core/models/mimo/model/routed_path.py",
-        old='if plans and all(name in plans for name in special):',
-        new='if plans and any(name in plans for name in special):',
+        old='bool(plans) and all(name in plans for name in special)',
+        new='bool(plans) and any(name in plans for name in special)',
         tests=(UNIT + "test_stage_side.py::test_a_plan_made_ahead_for_one_of_two_modalities",),
         why="with a plan for one of two modalities the other is not looked for",
     ),

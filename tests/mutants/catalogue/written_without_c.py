@@ -191,9 +191,9 @@ WITHOUT_C = (
     ),
     Mutant(
         name="plan-places-looked-at-once",
-        file=MIMO + "model/input_checks.py",
-        old='bridge.guard != "off" and (bridge.never_confirmed or input_ids.is_cpu):',
-        new='bridge.guard != "off" and bridge.never_confirmed:',
+        file=MIMO + "model/routed_path.py",
+        old='bridge.guard != "off" and (bridge.never_confirmed or batch.input_ids.is_cpu)',
+        new='bridge.guard != "off" and bridge.never_confirmed',
         tests=(
             UNIT + "test_routed_model.py::test_a_plan_of_the_step_before_is_noticed_on_the_host",
         ),

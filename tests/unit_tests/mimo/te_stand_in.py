@@ -7,11 +7,14 @@ kernels would, and computes with this project's own. It shows that the calls are
 kernels themselves do not run.
 
 As a script, under torchrun with two ranks: a GPT of TE layers on packed sequences over CP2 against
-the same one on each sequence alone. Prints ``TE CALLS`` and the number of checked calls.
+the same one on each sequence alone. Prints ``TE CALLS`` and the number of checked calls. The device
+is played and watched, so that nothing on the way to TE waits for it, nor TE itself, which would
+where it is not told whether there is padding between sequences.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
 import sys
 import types
@@ -22,6 +25,8 @@ from torch import Tensor, nn
 
 VERSION = "1.12.0"
 checked: list[str] = []
+# A PlayedDevice; what stands in for TE's kernels may read what is on it.
+device: Any = None
 
 
 class Linear(nn.Module):
@@ -116,6 +121,24 @@ class DotProductAttention(nn.Module):
         max_seqlen_q: int | None = None,
         max_seqlen_kv: int | None = None,
         attn_mask_type: str | None = None,
+        pad_between_seqs: bool | None = None,
+    ) -> Tensor:
+        with device.noted() if device else contextlib.nullcontext():
+            ends = cu_seqlens_q, cu_seqlens_kv, cu_seqlens_q_padded, cu_seqlens_kv_padded
+            how = qkv_format, attn_mask_type, pad_between_seqs, max_seqlen_q, max_seqlen_kv
+            return self._attend(query_layer, key_layer, value_layer, *how, *ends)
+
+    def _attend(
+        self,
+        query_layer: Tensor,
+        key_layer: Tensor,
+        value_layer: Tensor,
+        qkv_format: str | None,
+        attn_mask_type: str | None,
+        pad_between_seqs: bool | None,
+        max_seqlen_q: Any,
+        max_seqlen_kv: Any,
+        *ends: Any,
     ) -> Tensor:
         from megatron.core.models.mimo.transformer.context_parallel_attention import (
             ContextParallelAttention,
@@ -128,7 +151,9 @@ class DotProductAttention(nn.Module):
         if qkv_format == "thd":
             assert attn_mask_type == "padding_causal"
             assert query_layer.dim() == 3
-            ends = (cu_seqlens_q, cu_seqlens_kv, cu_seqlens_q_padded, cu_seqlens_kv_padded)
+            # Else it compares real and padded lengths on the device.
+            assert pad_between_seqs is True
+            cu_seqlens_q_padded = ends[2]
             for each in ends:
                 assert each.dtype == torch.int32
                 assert each.dim() == 1
@@ -156,9 +181,14 @@ def thd_get_partitioned_indices(
 
     assert cu_seqlens.dtype == torch.int32
     assert cu_seqlens.dim() == 1
-    assert cu_seqlens[-1] == total_tokens
+    assert cu_seqlens.device == device.device
+    with device.noted():
+        bounds = cu_seqlens.tolist()
+    assert bounds[-1] == total_tokens
     checked.append("index")
-    return torch.tensor(packed_positions(cu_seqlens.tolist(), rank, world_size), dtype=torch.int32)
+    return device.upload(
+        torch.tensor(packed_positions(bounds, rank, world_size), dtype=torch.int32)
+    )
 
 
 def install() -> None:
@@ -228,9 +258,15 @@ def build(cp: int, config: Any, te_attention: bool = True) -> nn.Module:
 def run_packed(
     model: nn.Module, ids: Tensor, labels: Tensor, mask: Tensor, cp_group: Any
 ) -> Tensor:
-    """Sum of the counted losses of this CP rank's part of the packed sequences."""
+    """Sum of the counted losses of this CP rank's part of the packed sequences; its backward."""
     from megatron.core.models.mimo import compat
     from megatron.core.models.mimo.partition import utils
+    from tests.harness.host_waits import PlayedDevice
+
+    global device
+    device = PlayedDevice()
+    device.hold(model)
+    ids, labels, mask = (device.upload(each) for each in (ids, labels, mask))
 
     real, padded = (torch.tensor([0, *each]).cumsum(0) for each in (LENGTHS, PADDED))
     params = compat.packed_seq_params(
@@ -247,11 +283,16 @@ def run_packed(
     adapter = utils.PartitionAdapter(
         utils.PartitionConfig(False, True, False, 64, "thd", cp_group=cp_group)
     )
-    embedded = model.embedding(ids, None)
-    embedded, labels, mask, params = adapter.shard(embedded, labels, mask, params)
-    losses = model(None, None, None, decoder_input=embedded, labels=labels,
-                   packed_seq_params=params)  # fmt: skip
-    return (losses * mask).sum()
+    with device.watch():
+        embedded = model.embedding(ids, None)
+        embedded, labels, mask, params = adapter.shard(embedded, labels, mask, params)
+        losses = model(None, None, None, decoder_input=embedded, labels=labels,
+                       packed_seq_params=params)  # fmt: skip
+        loss = (losses * mask).sum()
+        loss.backward()
+    assert not device.host_waits, [str(each) for each in device.host_waits]
+    device = None
+    return loss
 
 
 def main() -> None:
@@ -302,9 +343,8 @@ def main() -> None:
     for attention in (TEDotProductAttention, ContextParallelAttention):
         before = len(checked)
         cut = build(2, config(2), attention is TEDotProductAttention)
-        assert type(cut.decoder.layers[0].self_attention.core_attention) is attention
+        assert isinstance(cut.decoder.layers[0].self_attention.core_attention, attention)
         loss = run_packed(cut, ids, labels, mask, dist.group.WORLD)
-        loss.backward()
         total = loss.detach()
         dist.all_reduce(total)
         torch.testing.assert_close(total, expected.detach(), rtol=1e-5, atol=1e-5)

@@ -54,7 +54,7 @@ class Outcome:
 @contextlib.contextmanager
 def built(kind: str, vision: str, language: str, **options: Any) -> Iterator[BuiltModel]:
     """The digits model with the position embeddings of a kind."""
-    place = {name: options.pop(name) for name in ("rank_offset",) if name in options}
+    place = {name: options.pop(name) for name in ("rank_offset", "audio") if name in options}
     specs = digits_model.language_specs
 
     def with_positions(config: Any, *args: Any) -> Any:
@@ -68,7 +68,7 @@ def built(kind: str, vision: str, language: str, **options: Any) -> Iterator[Bui
         patch.setattr(digits_model, "language_specs", with_positions)
         layouts = Layout.parse(vision, "vision"), Layout.parse(language, "language")
         settings = {"overlap_grad_reduce": False, "distributed_optimizer": False, **options}
-        made = build_model(*layouts, ModelOptions(size=SIZE, **settings), **place)
+        made = build_model(*layouts, ModelOptions(**{"size": SIZE, **settings}), **place)
     with ended(made):
         yield made
 

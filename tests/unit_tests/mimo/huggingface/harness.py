@@ -218,14 +218,9 @@ class HarnessTrainer(Trainer):
     def _packed(self, inputs: dict[str, Any], lengths: list[int]) -> dict[str, Any]:
         positions = inputs.pop("position_ids")
         if positions.ndim == 2:
-            return packed_inputs(
-                {**inputs, "position_ids": positions}, lengths, self.multiple, self.device
-            )
-        each = [
-            packed_inputs({"x": axis}, lengths, self.multiple, self.device)["x"]
-            for axis in positions
-        ]
-        made = packed_inputs(inputs, lengths, self.multiple, self.device)
+            return packed_inputs({**inputs, "position_ids": positions}, lengths, self.multiple)
+        each = [packed_inputs({"x": axis}, lengths, self.multiple)["x"] for axis in positions]
+        made = packed_inputs(inputs, lengths, self.multiple)
         return {**made, "position_ids": torch.stack(each)}
 
     @property

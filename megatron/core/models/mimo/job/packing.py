@@ -25,19 +25,18 @@ def pack(values: torch.Tensor, padded: np.ndarray) -> torch.Tensor:
     return torch.cat([row[:length] for row, length in rows]).unsqueeze(0)
 
 
-def packing(
-    lengths: Sequence[int], padded: np.ndarray, device: torch.device
-) -> dict[str, Any]:
+def packing(lengths: Sequence[int], padded: np.ndarray) -> dict[str, Any]:
     """Return fields of ``PackedSeqParams`` for samples one after another.
+
+    The cumulative lengths stay on the host, where they are read.
 
     Args:
         lengths: tokens of each sample that are no padding.
         padded: tokens of each sample in the packed sequence.
-        device: of the cumulative lengths.
     """
     fields: dict[str, Any] = dict.fromkeys(("max_seqlen_q", "max_seqlen_kv"), int(padded.max()))
     for suffix, counts in (("", lengths), ("_padded", padded)):
-        ends = torch.tensor(np.cumsum([0, *counts]), dtype=torch.int32, device=device)
+        ends = torch.tensor(np.cumsum([0, *counts]), dtype=torch.int32)
         fields |= {f"cu_seqlens_q{suffix}": ends, f"cu_seqlens_kv{suffix}": ends}
     return fields
 
@@ -46,7 +45,6 @@ def packed_inputs(
     inputs: dict[str, torch.Tensor | None],
     lengths: Sequence[int],
     multiple: int,
-    device: torch.device,
 ) -> dict[str, Any]:
     """Return the model's inputs with all samples packed into one, and ``packing_kwargs``.
 
@@ -54,8 +52,7 @@ def packed_inputs(
         inputs: name -> ``(b, S)``; None stays None.
         lengths: tokens of each sample that are no padding.
         multiple: that padded lengths are multiples of.
-        device: of the inputs.
     """
     padded = padded_lengths(lengths, multiple)
     packed: dict[str, Any] = {k: None if v is None else pack(v, padded) for k, v in inputs.items()}
-    return {**packed, "packing_kwargs": packing(lengths, padded, device)}
+    return {**packed, "packing_kwargs": packing(lengths, padded)}

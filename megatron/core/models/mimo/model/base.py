@@ -38,6 +38,7 @@ from megatron.core.models.mimo.model.row_path import RowPath, Runners, levels_of
 from megatron.core.models.mimo.model.stage_checks import check_problems, check_stages, refuse_stages
 from megatron.core.models.mimo.model.stages import encode_together, run_stage
 from megatron.core.models.mimo.model.stock_steps import StockSteps
+from megatron.core.models.mimo.partition.packed_lengths import forget_lengths
 from megatron.core.models.mimo.partition.utils import PartitionAdapter
 from megatron.core.models.mimo.stand_ins import model_method
 from megatron.core.models.mimo.torch_native.language_model import TorchNativeLanguageModel
@@ -299,6 +300,7 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
             "modality_inputs": without_items(modality_inputs),
             "packing_kwargs": packing_kwargs,
         }
+        forget_lengths(packing_kwargs)
         shape = input_ids.shape
         empty = colocated and input_ids.numel() == 0
         if empty:

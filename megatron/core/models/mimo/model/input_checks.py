@@ -164,13 +164,20 @@ def plan_problem(
     plan: RoutePlan | None,
     batch: LanguageBatch,
     bridge: RoutedBridge,
-    special_token_ids: Mapping[str, int],
+    seen: np.ndarray | None,
 ) -> str | None:
-    """Return why a plan that was given is not one for this batch."""
+    """Return why a plan that was given is not one for this batch.
+
+    Args:
+        name, plan: the modality, and what was given for it.
+        batch: the language replica's, prepared.
+        bridge: of the modality.
+        seen: where its tokens stand, bool ``(B, S)``; ``None`` where nobody looked.
+    """
     if plan is None:
         return None
-    input_ids, planned = batch.input_ids, plan.tokens
-    advice, shape = "give the plan of this batch", tuple(input_ids.shape)
+    planned, shape = plan.tokens, tuple(batch.input_ids.shape)
+    advice = "give the plan of this batch"
     if (planned.batch, planned.seq_len) != shape:
         return (
             f"the route plan of {name} is for a batch {(planned.batch, planned.seq_len)}, "
@@ -189,9 +196,8 @@ def plan_problem(
             f"the route plan of {name} is for cumulative lengths {planned.cu_seqlens}, the "
             f"batch has {packed}; {advice}"
         )
-    # Compared once, and always where no device has to be waited for.
-    if bridge.guard != "off" and (bridge.never_confirmed or input_ids.is_cpu):
-        found = np.flatnonzero((input_ids == special_token_ids[name]).numpy(force=True))
+    if seen is not None and bridge.guard != "off":
+        found = np.flatnonzero(seen)
         if not np.array_equal(found, planned.positions()):
             return (
                 f"the route plan of {name} has {planned.count} tokens in other places than "

@@ -26,8 +26,15 @@ from megatron.core.models.mimo.model.multimodal_rotary import rotary_positions_o
 from megatron.core.models.mimo.model.rank_modules import RankModules
 from megatron.core.models.mimo.model.replaceable import ReplaceableSteps
 from megatron.core.models.mimo.model.token_positions import TEXT, LatestTokenPositions
-from megatron.core.models.mimo.partition.packed_lengths import check_packing, longest_sequence
+from megatron.core.models.mimo.partition.packed_lengths import (
+    check_packing,
+    keep_lengths,
+    longest_sequence,
+    on_device,
+    read_lengths,
+)
 from megatron.core.models.mimo.partition.utils import Sharded, cuts_as_ours
+from megatron.core.models.mimo.transformer.host_lengths import reads_lengths_on_host
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import unwrap_model
 from mimo_colocated import phases
@@ -154,17 +161,26 @@ class LanguageRunner:
     def pack(self, packing_kwargs: Mapping[str, Any] | None) -> PackedSeqParams | None:
         """Return packed-sequence parameters of a ``thd`` batch; ``None`` for a dense one.
 
+        Their cumulative lengths are on the host, where the layers read them there, else on the
+        device. Given on a device they are waited for once.
+
         Raises:
             ValueError: unknown fields, or ``max_seqlen`` is left out and there are no lengths.
         """
         if packing_kwargs is None:
             return None
-        packed = compat.packed_seq_params(packing_kwargs)
+        stages, lengths = self._modules.stages, read_lengths(packing_kwargs)
+        on_host = bool(stages) and all(map(reads_lengths_on_host, stages))
+        packed = compat.packed_seq_params({**packing_kwargs, **(lengths if on_host else {})})
+        for own in (packing_kwargs, vars(packed)):  # others, if those were not int32
+            keep_lengths([own[name] for name in lengths], list(lengths.values()))
         for name in ("max_seqlen_q", "max_seqlen_kv"):
             if getattr(packed, name) is None:
                 # Rotary embeddings are made for so many positions.
                 setattr(packed, name, longest_sequence(packed))
-        return packed
+        models = [stage for stage in stages if isinstance(stage, nn.Module)]
+        weight = None if on_host else next((p for m in models for p in m.parameters()), None)
+        return packed if weight is None else on_device(packed, weight.device)
 
     def packed(self, batch: LanguageBatch) -> LanguageBatch:
         """Return the batch with its packed-sequence parameters."""
@@ -183,8 +199,7 @@ class LanguageRunner:
     def prepared(self, batch: LanguageBatch) -> LanguageBatch:
         """Return the batch packed and checked.
 
-        A packed batch costs one copy of its cumulative lengths to the host, which Megatron's
-        local layers need as well.
+        Cumulative lengths of a packed batch that are on a device are waited for, once.
 
         Raises:
             SequenceShardError: a length or a shape that cannot be cut.

@@ -72,7 +72,7 @@ def padding_for(
         counted = torch.arange(shape[1], dtype=positions.dtype, device=positions.device)
         made["position_ids"] = counted.expand(*positions.shape[:-2], *shape)
     if batch.get("packing_kwargs") is not None:
-        ends = torch.tensor([0, shape[1]], dtype=torch.int32, device=ids.device)
+        ends = torch.tensor([0, shape[1]], dtype=torch.int32)
         made["packing_kwargs"] = {"cu_seqlens_q": ends, "cu_seqlens_kv": ends}
     mask = batch.get("attention_mask")
     if mask is not None and mask.numel() == 0:

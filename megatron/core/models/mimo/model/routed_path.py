@@ -37,7 +37,7 @@ from megatron.core.models.mimo.model.language_batch import LanguageBatch
 from megatron.core.models.mimo.model.leaves import Leaves, Pieces
 from megatron.core.models.mimo.model.local_text import LocalText
 from megatron.core.models.mimo.model.row_path import Runners
-from megatron.core.models.mimo.model.token_positions import TEXT, fill_places
+from megatron.core.models.mimo.model.token_positions import TEXT, BatchReading, fill_places
 from megatron.core.models.mimo.partition.utils import Sharded, cuts_as_ours
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from mimo_colocated import phases
@@ -163,12 +163,15 @@ class RoutedPath:
             RuntimeError: special tokens of a modality of which no rank of the group has inputs.
         """
         plans = dict(route_plan or {})
-        batch, problem = self._try_to_prepare(batch)
-        tokens = self._places_on_host(batch, plans)
-        known = self._runners.modules.encoders
-        problem = problem or names_problem(tokens, modality_inputs, plans, known, self._bridges)
+        reading = self._start_reading(batch, plans)
+        given = modality_inputs
         modality_inputs, held = self._balance_inputs(modality_inputs, plans)
         rows, part, failure = self._try_to_encode(modality_inputs)
+        seen = reading.arrive()
+        batch, problem = self._try_to_prepare(batch)
+        tokens = self._places(batch, plans, seen)
+        known = self._runners.modules.encoders
+        problem = problem or names_problem(tokens, given, plans, known, self._bridges)
         problem = problem or (failure and problem_of(failure, "an encoder"))
         phases.mark(phases.BRIDGE_FORWARD)
         moving = []
@@ -178,7 +181,7 @@ class RoutedPath:
                 problem
                 or self._deepstack.width_problem(name, rows[name])
                 or inputs_problem(name, modality_inputs, ids)
-                or plan_problem(name, plans.get(name), batch, self._bridges[name], ids)
+                or plan_problem(name, plans.get(name), batch, self._bridges[name], seen.get(name))
             )
             try:
                 plans[name] = self._agree_on_plan(
@@ -203,27 +206,38 @@ class RoutedPath:
             return batch, str(error)
         return batch, None
 
-    def _places_on_host(
+    def _start_reading(
         self, batch: LanguageBatch, plans: Mapping[str, RoutePlan]
-    ) -> dict[str, TokenRuns]:
-        """Token places of every special token; those of plans without looking at ``input_ids``.
-
-        Looking is one copy from the device, and a wait for it.
-        """
+    ) -> BatchReading:
+        """Copies to the host, started: of token places, unless plans say them, and of lengths."""
         special = self._runners.modules.special_token_ids
-        if plans and all(name in plans for name in special):
-            return {name: plans[name].tokens for name in special}
-        codes = torch.zeros_like(batch.input_ids, dtype=torch.int16)
-        ids = list(dict.fromkeys(special.values()))
-        for code, token_id in enumerate(ids, start=1):
-            codes.masked_fill_(batch.input_ids == token_id, code)
-        host = codes.numpy(force=True)
-        names = {**dict.fromkeys(self._bridges, None), **special}
+        if self._planned_ahead(plans):
+            # Compared once, and always where no device has to be waited for.
+            special = {
+                name: special[name]
+                for name, bridge in self._bridges.items()
+                if bridge.guard != "off" and (bridge.never_confirmed or batch.input_ids.is_cpu)
+                and name in special
+            }
+        return BatchReading(batch.input_ids, special, batch.packing_kwargs)
+
+    def _planned_ahead(self, plans: Mapping[str, RoutePlan]) -> bool:
+        special = self._runners.modules.special_token_ids
+        return bool(plans) and all(name in plans for name in special)
+
+    def _places(
+        self,
+        batch: LanguageBatch,
+        plans: Mapping[str, RoutePlan],
+        seen: Mapping[str, np.ndarray],
+    ) -> dict[str, TokenRuns]:
+        """Token places of every special token: of the plans, or as they were seen."""
+        if self._planned_ahead(plans):
+            return {name: plans[name].tokens for name in self._runners.modules.special_token_ids}
+        nowhere = np.zeros(tuple(batch.input_ids.shape), dtype=bool)
         return {
-            name: TokenRuns.from_mask(
-                host == (ids.index(token_id) + 1 if token_id is not None else -1), batch.lengths
-            )
-            for name, token_id in names.items()
+            name: TokenRuns.from_mask(seen.get(name, nowhere), batch.lengths)
+            for name in {**self._bridges, **seen}
         }
 
     def _balance_inputs(

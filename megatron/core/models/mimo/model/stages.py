@@ -15,6 +15,7 @@ from megatron.core.models.mimo.model.language_runner import LanguageRunner
 from megatron.core.models.mimo.model.leaves import Leaves
 from megatron.core.models.mimo.model.no_samples import cut_back, without_items
 from megatron.core.models.mimo.model.row_path import RowPath, levels_of
+from megatron.core.models.mimo.partition.packed_lengths import forget_lengths
 from megatron.core.utils import unwrap_model
 
 
@@ -28,6 +29,8 @@ def encode_together(
         microbatches: as for ``MimoModel.encode_microbatches``.
     """
     leaves = Leaves()
+    for batch in microbatches:
+        forget_lengths(batch.get("packing_kwargs"))
     planned = (
         path.plan(
             LanguageBatch.of(batch),

@@ -7,8 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
+
+from megatron.core.models.mimo.partition.packed_lengths import keep_lengths, unread_lengths
+from megatron.core.models.mimo.uploads import Download
 
 TEXT = "text"
 
@@ -70,6 +74,43 @@ class TokenPositions:
             places[name] = flat % self.seq_len * self.batch + flat // self.seq_len
         fused = fill_places(rows, places, self.seq_len * self.batch)
         return fused.view(self.seq_len, self.batch, -1)
+
+
+class BatchReading:
+    """What the host has to know of a language batch, on its way there.
+
+    Started before encoders are launched and waited for afterwards, so that the device has their
+    work while the host waits, once. What is on the host already is not waited for.
+
+    Args:
+        input_ids: ``(B, S)``.
+        special_token_ids: modality -> the token whose places are wanted; empty for none.
+        packing_kwargs: of a packed batch, whose lengths are wanted.
+    """
+
+    def __init__(
+        self,
+        input_ids: torch.Tensor,
+        special_token_ids: Mapping[str, int],
+        packing_kwargs: Mapping[str, Any] | None,
+    ) -> None:
+        self._names, self._ids = special_token_ids, list(dict.fromkeys(special_token_ids.values()))
+        self._lengths = unread_lengths(packing_kwargs or {})
+        codes = []
+        if self._ids:
+            codes = [torch.zeros_like(input_ids, dtype=torch.int16)]
+            for code, token_id in enumerate(self._ids, start=1):
+                codes[0].masked_fill_(input_ids == token_id, code)
+        self._download = Download([*self._lengths, *codes])
+
+    def arrive(self) -> dict[str, np.ndarray]:
+        """Wait; return modality -> where its tokens stand, bool ``(B, S)``."""
+        copies = self._download.arrive()
+        keep_lengths(self._lengths, copies[: len(self._lengths)])
+        if not self._ids:
+            return {}
+        codes = copies[-1].numpy()
+        return {name: codes == self._ids.index(i) + 1 for name, i in self._names.items()}
 
 
 class LatestTokenPositions:

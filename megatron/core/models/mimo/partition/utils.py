@@ -29,6 +29,7 @@ from megatron.core.models.mimo.partition.sequence_order import (
     shard_factor,
 )
 from megatron.core.models.mimo.stand_ins import TakesStandIns, on_stand_ins
+from megatron.core.models.mimo.uploads import upload
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.parallel_state import (
     get_context_parallel_group,
@@ -251,7 +252,7 @@ class PartitionAdapter(TakesStandIns):
     def _check_packed(
         self, params: Any, batch: int, seq_len: int, cp: int
     ) -> list[int] | None:
-        """The cumulative lengths on the host, once per tensor: this is the only device sync."""
+        """The cumulative lengths, checked once per batch."""
         tensors = [getattr(params, name) for name in CU_SEQLENS]
         # Tensors of inference mode count no versions, so a change would not be seen: no memo.
         known = not any(tensor is not None and tensor.is_inference() for tensor in tensors)
@@ -311,10 +312,10 @@ class PartitionAdapter(TakesStandIns):
             if bounds is None:
                 bounds = params.cu_seqlens_q
             # One int32 dim on the device is what the kernel reads.
-            bounds = bounds.flatten().to(device, torch.int32)
+            bounds = upload(bounds.flatten().to(torch.int32), device)
             index = tex.thd_get_partitioned_indices(bounds, lengths[-1], cp_size, cp_rank)
         else:
-            index = packed_index(lengths, cp_rank, cp_size).to(device)
+            index = upload(packed_index(lengths, cp_rank, cp_size), device)
         self._index = (lengths, device, index)
         return index
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from megatron.core.models.mimo.compat import packed_seq_params
 from megatron.core.models.mimo.memory.layer_recompute import recomputable
+from megatron.core.models.mimo.partition.packed_lengths import end_to_end
 from megatron.core.models.mimo.towers.sharded_list import ShardedModuleList
 from megatron.core.models.mimo.transformer.layer_specs import encoder_layer_spec
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -147,7 +147,7 @@ class FeatureTransformer(MegatronModule):
         if padding:
             hidden = torch.nn.functional.pad(hidden, (0, 0, 0, padding))
             lengths = [*lengths, padding]
-        packed = _packing(lengths, hidden.device)
+        packed = end_to_end(lengths)
         return self._hidden_states(hidden.unsqueeze(1), packed).squeeze(1)[:total]
 
     def _hidden_states(self, hidden: Tensor, packed: PackedSeqParams | None = None) -> Tensor:
@@ -167,16 +167,3 @@ class FeatureTransformer(MegatronModule):
                 out, tensor_parallel_output_grad=False, group=self.tp_group
             )
         return out
-
-
-def _packing(lengths: Sequence[int], device: torch.device) -> PackedSeqParams:
-    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-    longest = max(lengths, default=0)
-    return packed_seq_params(
-        {
-            "cu_seqlens_q": bounds,
-            "cu_seqlens_kv": bounds,
-            "max_seqlen_q": longest,
-            "max_seqlen_kv": longest,
-        }
-    )

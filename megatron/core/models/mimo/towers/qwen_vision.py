@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megatron.core.models.mimo import compat
 from megatron.core.models.mimo.memory.layer_recompute import recomputable
+from megatron.core.models.mimo.partition.packed_lengths import end_to_end
 from megatron.core.models.mimo.towers.image_grids import (
     Grid,
     checked_grids,
@@ -30,10 +29,8 @@ from megatron.core.models.mimo.towers.image_grids import (
     windows_of,
 )
 from megatron.core.models.mimo.towers.sharded_list import ShardedModuleList
-from megatron.core.models.mimo.transformer.layer_specs import (
-    encoder_layer_spec,
-    use_transformer_engine,
-)
+from megatron.core.models.mimo.transformer.layer_specs import encoder_layer_spec
+from megatron.core.models.mimo.uploads import upload
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -197,9 +194,14 @@ class QwenVisionTower(MegatronModule):
         pg_collection: of the modality's grid.
         shape: of the tower.
 
+    Attributes:
+        reads_on_host: inputs that are best left on the host; on a device they are waited for.
+
     Raises:
         ValueError: levels that are no layers.
     """
+
+    reads_on_host = ("image_grid_thw",)
 
     def __init__(
         self,
@@ -262,8 +264,8 @@ class QwenVisionTower(MegatronModule):
         if self.shape.table_side is None:
             return hidden
         indices, weights = interpolation(grids, self.shape.merge, self.shape.table_side)
-        taps = self.position_embedding(indices.to(hidden.device))
-        return hidden + (taps * weights.to(hidden.device)[..., None]).sum(1).to(hidden.dtype)
+        taps = self.position_embedding(upload(indices, hidden.device))
+        return hidden + (taps * upload(weights, hidden.device)[..., None]).sum(1).to(hidden.dtype)
 
     def _run(self, hidden: Tensor, places: _Places) -> tuple[Tensor, list[Tensor]]:
         """The layers: hidden states after the last one, and the levels."""
@@ -307,14 +309,22 @@ class QwenVisionTower(MegatronModule):
             found = windows_of(grids, shape.merge, shape.window)
             order, unit = found.order, shape.merge**2
             places = self._ordered(places, order)
-            windows = _packed([n * unit for n in found.lengths], padding, device)
-            order = order.to(device)
+            windows = self._packed([n * unit for n in found.lengths], padding, device)
+            order = upload(order, device)
         half = self.config.hidden_size // self.config.num_attention_heads // 2
         steps = torch.arange(0, half, 2, dtype=torch.float32) / half
         places = nn.functional.pad(places, (0, 0, 0, padding))
         angles = places[..., None].float() * (1.0 / shape.rotary_base**steps)
-        angles = angles.flatten(1).repeat(1, 2)[:, None, None].to(device)
-        return _Places(order, angles, _packed(frame_lengths(grids), padding, device), windows)
+        angles = upload(angles.flatten(1).repeat(1, 2)[:, None, None], device)
+        frames = self._packed(frame_lengths(grids), padding, device)
+        return _Places(order, angles, frames, windows)
+
+    def _packed(
+        self, lengths: Sequence[int], padding: int, device: torch.device
+    ) -> PackedSeqParams:
+        """Sequences laid end to end; their bounds stay on the host where no kernel reads them."""
+        lengths = [*lengths, *([padding] if padding else [])]
+        return end_to_end(lengths, device if self.config.apply_rope_fusion else None)
 
     def _ordered(self, patches: Tensor, order: Tensor | None) -> Tensor:
         """Rows of patches with their units in another order."""
@@ -327,20 +337,4 @@ def _block(config: TransformerConfig, run: Run, groups: ProcessGroupCollection) 
     own = replace(config, num_layers=run.size)
     return TransformerBlock(
         own, encoder_layer_spec(own), post_layer_norm=False, pg_collection=groups
-    )
-
-
-def _packed(lengths: Sequence[int], padding: int, device: torch.device) -> PackedSeqParams:
-    """Sequences laid end to end; their bounds stay on the host where no kernel reads them."""
-    lengths = [*lengths, *([padding] if padding else [])]
-    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    bounds = bounds.to(device) if use_transformer_engine() else bounds
-    longest = max(lengths, default=0)
-    return compat.packed_seq_params(
-        {
-            "cu_seqlens_q": bounds,
-            "cu_seqlens_kv": bounds,
-            "max_seqlen_q": longest,
-            "max_seqlen_kv": longest,
-        }
     )

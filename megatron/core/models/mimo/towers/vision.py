@@ -131,7 +131,12 @@ class PatchTower(MegatronModule):
         patch_size: numbers in a patch.
         grid: side of the square of positions that are resized for each image.
         features: which hidden states; ``first_row`` counts within each image.
+
+    Attributes:
+        reads_on_host: inputs that are best left on the host; on a device they are waited for.
     """
+
+    reads_on_host = ("pixel_attention_mask", "spatial_shapes")
 
     def __init__(
         self,

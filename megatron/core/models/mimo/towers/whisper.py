@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core.models.mimo.towers.feature_transformer import Features, FeatureTransformer
+from megatron.core.models.mimo.uploads import upload
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -35,7 +36,12 @@ class WhisperEncoder(MegatronModule):
         mel_bins: bands of a spectrum.
         positions: frames of a whole spectrum; it has two steps for each.
         pooled: the mean of two neighbouring frames is a row, as in Qwen2-Audio.
+
+    Attributes:
+        reads_on_host: inputs that are best left on the host; on a device they are waited for.
     """
+
+    reads_on_host = ("feature_attention_mask",)
 
     def __init__(
         self,
@@ -81,15 +87,16 @@ class WhisperEncoder(MegatronModule):
         self._check(input_features, feature_attention_mask)
         frames = self._frames(input_features)
         sounds, longest = frames.shape[:2]
-        lengths = torch.full((sounds,), longest, device=frames.device)
+        lengths = torch.full((sounds,), longest)
         if feature_attention_mask is not None:
-            lengths = frame_counts(feature_attention_mask).to(frames.device)
-        at = torch.arange(longest, device=frames.device)
+            lengths = frame_counts(feature_attention_mask).cpu()
+        at = torch.arange(longest)
         there = at < lengths[:, None]
-        hidden = self.transformer(frames[there], lengths.tolist())
+        hidden = self.transformer(_rows_where(frames.flatten(0, 1), there), lengths.tolist())
         if self.pooled:
             paired = (at < (lengths - lengths % _FRAMES_PER_POOLED_ROW)[:, None])[there]
-            hidden = hidden[paired].unflatten(0, (-1, _FRAMES_PER_POOLED_ROW)).mean(dim=1)
+            pairs = _rows_where(hidden, paired)
+            hidden = pairs.unflatten(0, (-1, _FRAMES_PER_POOLED_ROW)).mean(dim=1)
         return self.layer_norm(hidden)
 
     def _frames(self, spectra: Tensor) -> Tensor:
@@ -124,6 +131,11 @@ class WhisperEncoder(MegatronModule):
 def frame_counts(mask: Tensor) -> Tensor:
     """Return the frames of each sound: ``(sounds, steps)`` -> ``(sounds,)``."""
     return (mask.sum(dim=-1) + 1) // _STEPS_PER_FRAME
+
+
+def _rows_where(rows: Tensor, there: Tensor) -> Tensor:
+    """Rows by a mask that is on the host, where their number is known without waiting."""
+    return rows.index_select(0, upload(there.flatten().nonzero().flatten(), rows.device))
 
 
 def rows_per_sound(inputs: Mapping[str, Any], pooled: bool) -> list[int]:

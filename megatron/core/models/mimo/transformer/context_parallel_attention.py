@@ -71,6 +71,9 @@ class ContextParallelAttention(MegatronModule):
             changes the result and is not here (attention sink, window, QK clipping).
     """
 
+    takes_host_lengths = True
+    """Whether it reads cumulative lengths on the host; where they are on the device it waits."""
+
     def __init__(
         self,
         config: TransformerConfig,

@@ -20,6 +20,7 @@ from megatron.core.models.mimo import compat
 from megatron.core.models.mimo.transformer.context_parallel_attention import (
     ContextParallelAttention,
 )
+from megatron.core.models.mimo.transformer.host_lengths import te_attention
 from megatron.core.models.mimo.transformer.norms import SequenceParallelNorm
 from megatron.core.models.mimo.transformer.router import PerTokenRouter
 from megatron.core.transformer.enums import AttnMaskType
@@ -152,7 +153,7 @@ def _check_query_groups(config: TransformerConfig) -> None:
 
 
 def _layer(
-    spec: ModuleSpec, mask_type: AttnMaskType | None, with_te: bool, te_attention: bool
+    spec: ModuleSpec, mask_type: AttnMaskType | None, with_te: bool, engine_attends: bool
 ) -> ModuleSpec:
     """A copy of stock's layer spec with this project's parts and mask type."""
     parts: Any = spec.submodules
@@ -161,11 +162,12 @@ def _layer(
         attention = dataclasses.replace(
             attention, params={**attention.params, "attn_mask_type": mask_type}
         )
-    changes: dict[str, Any] = {"self_attention": attention}
-    if not te_attention:
-        inner = attention.submodules if with_te else _with_norms(attention.submodules)
-        inner = dataclasses.replace(inner, core_attention=ContextParallelAttention)
-        changes["self_attention"] = dataclasses.replace(attention, submodules=inner)
+    inner = attention.submodules if with_te else _with_norms(attention.submodules)
+    core = te_attention() if engine_attends else ContextParallelAttention
+    inner = dataclasses.replace(inner, core_attention=core)
+    changes: dict[str, Any] = {
+        "self_attention": dataclasses.replace(attention, submodules=inner)
+    }
     if compat.ROUTER_LOSSES_MISS_RANKS and _has_stock_router(parts.mlp):
         experts = dataclasses.replace(parts.mlp.submodules, router=PerTokenRouter)
         changes["mlp"] = dataclasses.replace(parts.mlp, submodules=experts)
