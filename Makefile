@@ -13,7 +13,7 @@ SEED ?= $(shell date +%Y%m%d)
 PYTHON ?=
 export PYTHON
 
-.PHONY: help train train-audio train-vqa test test-newest parity parity-nightly mutants properties reshape faults models bench plan-check setup lint clean
+.PHONY: help train train-audio train-vqa test test-newest parity parity-nightly mutants properties reshape faults models bench plan-check gpu-check setup lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do \
@@ -80,6 +80,9 @@ plan-check: setup ## the planner against published steps: errors of time and of 
 
 bench: setup ## measure the bridges: bytes, time, memory, overlap, the whole step; ARGS="--quick"
 	@$(VENV)/bin/python -W ignore -m benchmarks $(ARGS)
+
+gpu-check: setup ## what only GPUs can show, on those that are there; ARGS=--docs
+	@$(VENV)/bin/python -W ignore -m tests.gpus $(ARGS)
 
 clean: ## remove the environments and caches; runs/ stays, it is yours
 	rm -rf $(VENV) $(VENV_NEWEST) *.egg-info build dist .pytest_cache .ruff_cache .hypothesis

@@ -82,6 +82,8 @@ class Campaign:
     def run(self, left: Sequence[str], console: Console) -> Iterator[tuple[str, Result]]:
         """Run cases; yield (name, result) as they end. A result says ``passed`` (None: no bound).
 
+        One that could not run here says ``ran`` is False; it counts as neither.
+
         Raises:
             CampaignError: what stands in the way of all of them.
         """
@@ -250,11 +252,14 @@ def _run(campaign: Campaign, given: argparse.Namespace) -> int:
     rows = [campaign.row(name, result) for name, result in cases.items()]
     console.table(campaign.title, campaign.columns, rows)
     lines = campaign.close(given, record)
-    good = written["passed"]
-    head = "PASS" if not (written["failed"] or written["missing"]) else "FAIL"
+    bad = written["failed"] or written["missing"]
+    head = "FAIL" if bad else "PASS" if written["passed"] else "NOT RUN"
+    counted = f"{written['passed']} of {len(cases)} {campaign.nouns[1]}"
+    if written["not run"]:
+        counted += f", {len(written['not run'])} not run"
     print(*lines, sep="\n", end="\n" if lines else "")
-    print(f"{head}: {good} of {len(cases)} {campaign.nouns[1]}; results are in {folder / SUMMARY}")
-    return 0 if head == "PASS" else 1
+    print(f"{head}: {counted}; results are in {folder / SUMMARY}")
+    return 1 if bad else 0
 
 
 def _run_cases(
@@ -282,8 +287,11 @@ def _run_cases(
 def _write_summary(campaign: Campaign, names: Sequence[str], record: Record) -> dict[str, Any]:
     cases = campaign.cases(names, record.results)
     known = {name: result for name, result in cases.items() if result is not None}
+    skipped = [name for name, result in known.items() if result.get("ran") is False]
+    good = [name for name, result in known.items() if result["passed"] is not False]
     summary = {
-        "passed": sum(result["passed"] is not False for result in known.values()),
+        "passed": len(set(good) - set(skipped)),
+        "not run": skipped,
         "failed": [name for name, result in known.items() if result["passed"] is False],
         "missing": [name for name in cases if name not in known],
         "settings": campaign.settings(),

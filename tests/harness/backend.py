@@ -10,15 +10,20 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from tests.harness.gpus import SHARED
+
 
 def choose(world_size: int) -> tuple[str, str]:
     """Return ``(backend, device type)`` for a test world of ``world_size`` ranks.
 
-    NCCL wants one rank per GPU, so it is chosen only when there are enough of them.
+    NCCL wants one rank per GPU, so it is chosen only when there are enough of them. Gloo moves
+    tensors of GPUs as well, through the host, where ranks are told to share them.
     """
-    if torch.cuda.is_available() and torch.cuda.device_count() >= world_size:
+    if not torch.cuda.is_available():
+        return "gloo", "cpu"
+    if torch.cuda.device_count() >= world_size:
         return "nccl", "cuda"
-    return "gloo", "cpu"
+    return "gloo", "cuda" if os.environ.get(SHARED) else "cpu"
 
 
 def device_for(local_rank: int, world_size: int) -> torch.device:
@@ -26,7 +31,7 @@ def device_for(local_rank: int, world_size: int) -> torch.device:
     _, kind = choose(world_size)
     if kind == "cpu":
         return torch.device(kind)
-    device = torch.device(kind, local_rank)
+    device = torch.device(kind, local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
 

@@ -13,6 +13,8 @@ import subprocess
 from collections.abc import MutableMapping
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+# Ranks share the GPUs that are there, over gloo, where there is not one for each.
+SHARED = "MIMO_TESTS_SHARE_GPUS"
 # What VISIBLE was before GPUs were hidden: "all" where it was not set.
 BEFORE = "MIMO_TESTS_CUDA_VISIBLE_DEVICES"
 
@@ -42,14 +44,17 @@ def hide(env: MutableMapping[str, str]) -> None:
 
 
 def show_to_ranks(env: MutableMapping[str, str], world_size: int) -> bool:
-    """Show the GPUs again to the ranks of a launch if there is one for each; True if so."""
+    """Show the GPUs again to the ranks of a launch if there is one for each; True if so.
+
+    Where they are to be shared (``SHARED``), one at all is enough.
+    """
     shown = dict(env)
     before = shown.pop(BEFORE, env.get(VISIBLE, "all"))
     if before == "all":
         shown.pop(VISIBLE, None)
     else:
         shown[VISIBLE] = before
-    if visible(shown) < world_size:
+    if visible(shown) < (1 if env.get(SHARED) else world_size):
         hide(env)
         return False
     env.pop(VISIBLE, None)
