@@ -346,11 +346,11 @@ def test_plans_made_ahead_have_routes_to_later_stages() -> None:
             except ValueError as refused:
                 told = str(refused)
         (microbatch,) = encoded.microbatches
-        return told, microbatch.rows.rows["images"].rows
+        return told, microbatch.rows.rows["images"].arrive()
 
     def unplanned(case: Levels, rank: int, model: MimoModel) -> torch.Tensor:
         (microbatch,) = model.encode_microbatches([case.inputs(rank, 1)]).microbatches
-        return microbatch.rows.rows["images"].rows
+        return microbatch.rows.rows["images"].arrive()
 
     found = case.run(ahead)
     for told, _ in found:
