@@ -166,7 +166,7 @@ class RoutedPath:
         known = self._runners.modules.encoders
         problem = problem or names_problem(tokens, modality_inputs, plans, known, self._bridges)
         modality_inputs, held = self._balance_inputs(modality_inputs, plans)
-        rows, part, failure = self._try_to_encode(modality_inputs)
+        rows, part, items, failure = self._try_to_encode(modality_inputs)
         problem = problem or (failure and problem_of(failure, "an encoder"))
         phases.mark(phases.BRIDGE_FORWARD)
         moving = []
@@ -180,7 +180,7 @@ class RoutedPath:
             )
             try:
                 plans[name] = self._agree_on_plan(
-                    name, rows[name], tokens, plans, own_problem, held.get(name)
+                    name, rows[name], tokens, plans, own_problem, held.get(name), items.get(name)
                 )
             except ValueError as error:
                 raise error from (failure or error.__cause__)
@@ -241,19 +241,22 @@ class RoutedPath:
 
     def _try_to_encode(
         self, modality_inputs: Mapping[str, Any] | None
-    ) -> tuple[dict[str, torch.Tensor], set[str], Exception | None]:
-        """(rows by modality, who has a backward pass, what was raised); with an error no rows.
+    ) -> tuple[dict[str, torch.Tensor], set[str], dict[str, list[int]], Exception | None]:
+        """(rows by modality, who has a backward pass, whole items that CP cuts, what was raised).
 
-        An encoder that fails does so on all TP ranks of a replica, which have the same inputs.
+        With an error there are no rows. An encoder that fails does so on all TP ranks of a replica, which have the same inputs.
         The replicas that wait for its rows hear of it.
         """
         names, dtype = list(self._bridges), self._runners.language.embedding_dtype()
+        encoders = self._runners.encoders
         try:
-            return *self._runners.encoders.run_all(names, modality_inputs, dtype), None
+            encoded = encoders.run_all(names, modality_inputs, dtype)
+            cut = [name for name in names if self._bridges[name].layout.src_cp_size > 1]
+            return *encoded, {n: encoders.whole_items(n, modality_inputs) for n in cut}, None
         except Exception as error:
             if problem_of(error, "") is None:
                 raise
-            return *self._runners.encoders.run_all(names, None, dtype), error
+            return *encoders.run_all(names, None, dtype), {}, error
 
     def _agree_on_plan(
         self,
@@ -263,6 +266,7 @@ class RoutedPath:
         plans: Mapping[str, RoutePlan],
         problem: str | None,
         held: Sequence[Runs] | None,
+        items: Sequence[int] | None,
     ) -> RoutePlan:
         """The plan that was given, compared with the group's; else one made with the group."""
         bridge = self._bridges[name]
@@ -270,7 +274,7 @@ class RoutedPath:
             bridge.confirm(plans[name], rows, problem)
             return plans[name]
         try:
-            return bridge.plan(tokens[name], rows, problem, held)
+            return bridge.plan(tokens[name], rows, problem, held, items or ())
         except RowCountError as error:
             if error.rows == 0:
                 raise RuntimeError(missing_inputs(name, error.tokens)) from error

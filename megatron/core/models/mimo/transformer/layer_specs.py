@@ -22,6 +22,7 @@ from megatron.core.models.mimo.transformer.context_parallel_attention import (
 )
 from megatron.core.models.mimo.transformer.norms import SequenceParallelNorm
 from megatron.core.models.mimo.transformer.router import PerTokenRouter
+from megatron.core.models.mimo.transformer.ulysses_attention import UlyssesAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
@@ -84,11 +85,13 @@ def language_layer_spec(
     return _block_spec(config, None, pp_rank, vp_stage)
 
 
-def encoder_layer_spec(config: TransformerConfig) -> ModuleSpec:
+def encoder_layer_spec(config: TransformerConfig, *, items_cut: bool = False) -> ModuleSpec:
     """Return bidirectional layers for encoders that are built on ``TransformerBlock``.
 
     Args:
         config: the encoder's config; one pipeline stage.
+        items_cut: with CP its ranks have contiguous parts of each item (:class:`.ItemParts`), not
+            chunks as the language model's have; attention exchanges them for heads.
 
     Returns:
         A spec of the encoder's ``TransformerBlock``: its layers and the final norm.
@@ -102,7 +105,9 @@ def encoder_layer_spec(config: TransformerConfig) -> ModuleSpec:
             f"An encoder has one pipeline stage, but its config says "
             f"pipeline_model_parallel_size={config.pipeline_model_parallel_size}"
         )
-    return _block_spec(config, AttnMaskType.no_mask, 0, None)
+    cut = items_cut and config.context_parallel_size > 1
+    attention = UlyssesAttention if cut else ContextParallelAttention
+    return _block_spec(config, AttnMaskType.no_mask, 0, None, attention)
 
 
 def _block_spec(
@@ -110,6 +115,7 @@ def _block_spec(
     mask_type: AttnMaskType | None,
     pp_rank: int | None,
     vp_stage: int | None,
+    attention: type[ContextParallelAttention] = ContextParallelAttention,
 ) -> ModuleSpec:
     _check_query_groups(config)
     if pp_rank is None:
@@ -128,8 +134,9 @@ def _block_spec(
         pp_rank=pp_rank,
         vp_stage=vp_stage,
     )
-    attends = with_te and te_attends(config)
-    layers = [_layer(spec, mask_type, with_te, attends) for spec in block.layer_specs]
+    attends = with_te and te_attends(config) and attention is ContextParallelAttention
+    core = None if attends else attention
+    layers = [_layer(spec, mask_type, with_te, core) for spec in block.layer_specs]
     norm: Any = block.layer_norm if with_te else SequenceParallelNorm
     return ModuleSpec(
         module=TransformerBlock,
@@ -152,9 +159,12 @@ def _check_query_groups(config: TransformerConfig) -> None:
 
 
 def _layer(
-    spec: ModuleSpec, mask_type: AttnMaskType | None, with_te: bool, te_attention: bool
+    spec: ModuleSpec, mask_type: AttnMaskType | None, with_te: bool, core: Any
 ) -> ModuleSpec:
-    """A copy of stock's layer spec with this project's parts and mask type."""
+    """A copy of stock's layer spec with this project's parts and mask type.
+
+    ``core`` is the core attention; ``None`` keeps Transformer Engine's.
+    """
     parts: Any = spec.submodules
     attention = parts.self_attention
     if mask_type is not None:
@@ -162,9 +172,9 @@ def _layer(
             attention, params={**attention.params, "attn_mask_type": mask_type}
         )
     changes: dict[str, Any] = {"self_attention": attention}
-    if not te_attention:
+    if core is not None:
         inner = attention.submodules if with_te else _with_norms(attention.submodules)
-        inner = dataclasses.replace(inner, core_attention=ContextParallelAttention)
+        inner = dataclasses.replace(inner, core_attention=core)
         changes["self_attention"] = dataclasses.replace(attention, submodules=inner)
     if compat.ROUTER_LOSSES_MISS_RANKS and _has_stock_router(parts.mlp):
         experts = dataclasses.replace(parts.mlp.submodules, router=PerTokenRouter)
