@@ -71,10 +71,11 @@ class ItemExchange:
         if guard not in GUARDS:
             raise ValueError(f"guard must be one of {GUARDS}, got {guard!r}")
         self.rank, self.name = bridge.current_rank, bridge.layout.src_name
-        if bridge.layout.src_cp_size > 1:
+        cp = bridge.layout.src_cp_size
+        if cp > 1:
             raise ValueError(
-                f"Items of {self.name} do not move between replicas of cp={bridge.layout.src_cp_size}, "
-                "whose ranks encode a part of each; leave the balance out, or give those ranks to dp"
+                f"Items of {self.name} do not move between replicas whose cp={cp} ranks encode a "
+                "part of each; leave the balance out, or give those ranks to dp"
             )
         self.exchange = bridge.layout.group_of(self.rank)
         self.group, self.control = bridge.group, bridge.control

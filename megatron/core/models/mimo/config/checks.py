@@ -105,9 +105,11 @@ def _check_encoder_cp(config: MimoModelConfig, modalities: Mapping[str, Any]) ->
     """Refuse CP in an encoder's grid where its parts of items have no way to the language model."""
     grids = getattr(config, "module_to_grid_map", None) or {}
     for name in modalities:
-        grid, other = grids.get(name), grids.get(MIMO_LANGUAGE_MODULE_KEY)
+        grid: Any = grids.get(name)
+        other: Any = grids.get(MIMO_LANGUAGE_MODULE_KEY)
         names, shape = getattr(grid, "dim_names", ()), getattr(grid, "shape", ())
-        cp = dict(zip(names, shape, strict=False)).get("cp", 1)
+        sizes: dict[str, int] = dict(zip(names, shape, strict=False))
+        cp = sizes.get("cp", 1)
         if cp == 1:
             continue
         needs = {
@@ -119,8 +121,8 @@ def _check_encoder_cp(config: MimoModelConfig, modalities: Mapping[str, Any]) ->
         wrong = [what for what, there in needs.items() if not there]
         if wrong:
             raise ValueError(
-                f"Modality '{name}' has cp={cp} in its grid: its CP ranks hold a part of each item, "
-                f"which needs {wrong[0]} (bridge={bridge_of(config, name)!r}); change that, or "
+                f"Modality '{name}' has cp={cp} in its grid: its CP ranks hold a part of each "
+                f"item, which needs {wrong[0]} (bridge={bridge_of(config, name)!r}); change that, or "
                 "give those ranks to dp or tp"
             )
 

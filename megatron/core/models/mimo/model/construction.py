@@ -75,7 +75,7 @@ def build_modality(
 def _cut_items(name: str, built: nn.Module, grid: Any) -> None:
     """With CP in an encoder's grid each of its ranks has a part of every item."""
     sizes = {} if grid is None else dict(zip(grid.dim_names, grid.shape, strict=False))
-    if sizes.get("cp", 1) == 1:
+    if grid is None or sizes.get("cp", 1) == 1:
         return
     try:
         if not isinstance(built, ModalitySubmodules):

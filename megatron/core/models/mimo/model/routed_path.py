@@ -244,8 +244,8 @@ class RoutedPath:
     ) -> tuple[dict[str, torch.Tensor], set[str], dict[str, list[int]], Exception | None]:
         """(rows by modality, who has a backward pass, whole items that CP cuts, what was raised).
 
-        With an error there are no rows. An encoder that fails does so on all TP ranks of a replica, which have the same inputs.
-        The replicas that wait for its rows hear of it.
+        With an error there are no rows. An encoder that fails does so on all TP and CP ranks of a
+        replica, which have the same inputs. The replicas that wait for its rows hear of it.
         """
         names, dtype = list(self._bridges), self._runners.language.embedding_dtype()
         encoders = self._runners.encoders

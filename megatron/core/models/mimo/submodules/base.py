@@ -151,9 +151,10 @@ class ModalitySubmodules(ABC, nn.Module):
                 )
             if not callable(self.rows_per_item.get(name)):
                 raise ValueError(
-                    f"Encoder '{name}' cuts its items over cp={size}; say in the spec how many rows "
-                    f"each whole item has, params={{'rows_per_item': {{'{name}': ...}}}} with a "
-                    f"function of its keyword arguments, got {self.rows_per_item.get(name)!r}"
+                    f"Encoder '{name}' cuts its items over cp={size}; say in the spec how many "
+                    f"rows each whole item has, params={{'rows_per_item': {{'{name}': ...}}}} "
+                    "with a function of its keyword arguments, got "
+                    f"{self.rows_per_item.get(name)!r}"
                 )
         self.cp = (rank, size)
 

@@ -68,7 +68,7 @@ class ItemParts:
 
     @cached_property
     def cuts(self) -> np.ndarray:
-        """Where the parts of each item begin, and where the last one ends: ``(items, size + 1)``."""
+        """Where each item's parts begin, and where the last one ends: ``(items, size + 1)``."""
         lengths = np.array(self.lengths, dtype=np.int64)[:, None]
         rows = (lengths - self.lead) // self.unit * np.arange(self.size + 1) // self.size
         cuts = self.lead + self.unit * rows
@@ -216,11 +216,12 @@ class UlyssesAttention(ContextParallelAttention):
         causal = (attn_mask_type or self.attn_mask_type) in CAUSAL_TYPES
         if parts.alike:
             shape = len(parts.lengths), parts.lengths[0]
-            items = [x.unflatten(0, shape).transpose(0, 1) for x in whole]
-            out = self._attend(*items, causal).transpose(0, 1).flatten(0, 1).flatten(-2)
+            q, k, v = (x.unflatten(0, shape).transpose(0, 1) for x in whole)
+            out = self._attend(q, k, v, causal).transpose(0, 1).flatten(0, 1).flatten(-2)
         else:
-            items, lengths = [x.unsqueeze(1) for x in whole], list(parts.lengths)
-            out = self._attend_sequences(*items, causal, lengths, lengths, None).squeeze(1)
+            lengths = list(parts.lengths)
+            q, k, v = (x.unsqueeze(1) for x in whole)
+            out = self._attend_sequences(q, k, v, causal, lengths, lengths, None).squeeze(1)
         local = _own_positions(out, parts, group)
         padding = query.size(0) - own
         if padding:
@@ -248,8 +249,8 @@ class UlyssesAttention(ContextParallelAttention):
 def _whole_items(qkv: Sequence[Tensor], parts: ItemParts, group: Any) -> list[Tensor]:
     """Own positions ``(t, heads, d)`` of three -> whole items ``(T, heads / cp, d)``, in one go."""
     size, own = group.size(), qkv[0].size(0)
-    # Of each receiver its heads of queries, keys and values.
-    blocks = [x.reshape(own, size, -1) for x in qkv]
+    # Of each receiver its heads of queries, keys and values. A rank may have no position.
+    blocks = [x.reshape(own, size, x.size(1) * x.size(2) // size) for x in qkv]
     sent = torch.cat(blocks, dim=-1).transpose(0, 1).flatten(0, 1)
     received = _Exchange.apply(sent, [own] * size, parts.totals, group)
     there, back = parts.order(sent.device)
@@ -266,7 +267,7 @@ def _own_positions(out: Tensor, parts: ItemParts, group: Any) -> Tensor:
     there, back = parts.order(out.device)
     sent = _Reorder.apply(out, back, there)
     received = _Exchange.apply(sent, parts.totals, [own] * size, group)
-    return received.view(size, own, -1).transpose(0, 1).flatten(1)
+    return received.view(size, own, out.size(1)).transpose(0, 1).flatten(1)
 
 
 class _Exchange(torch.autograd.Function):

@@ -47,7 +47,8 @@ class GroupRows:
     Args:
         group: the ranks.
         tokens: the token places of each language replica.
-        held: the runs of rows of each holder (encoder replica, its CP rank); as many rows as tokens.
+        held: the runs of rows of each holder (encoder replica, its CP rank); as many rows as
+            tokens.
 
     Raises:
         ValueError: the same on every rank: rows that are held twice or not at all; a sequence

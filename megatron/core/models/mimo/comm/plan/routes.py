@@ -3,9 +3,9 @@
 
 Rows of one modality in one exchange group are numbered in reading order: all rows of the group's
 first language replica, sample by sample, then those of the next. An encoder replica *holds* some
-of them (all its TP ranks have copies); one that cuts its items over CP is several holders. Each row has one *owner*, the language coordinate whose
-part of the sequence has the row's token; without sequence parallelism the owner's TP ranks all
-need the row.
+of them (all its TP ranks have copies); one that cuts its items over CP is several holders. Each
+row has one *owner*, the language coordinate whose part of the sequence has the row's token;
+without sequence parallelism the owner's TP ranks all need the row.
 
 * forward: a rank that needs a row and holds it copies it. Else exactly one of the row's holders
   sends it.
