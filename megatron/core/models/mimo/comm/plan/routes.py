@@ -215,15 +215,16 @@ class GroupRoutes:
 
     def _check_counts(self) -> None:
         group, layout = self.group, self.group.layout
-        for what, got, wanted in (
-            (f"token places of {layout.dest_name}", len(self.tokens), group.dest_dps.size),
-            (f"held rows of {layout.src_name}", len(self.held), group.holders),
+        holder = "replica" if layout.src_cp_size == 1 else "holder"
+        for what, whose, got, wanted in (
+            ("token places of " + layout.dest_name, "replica", len(self.tokens), len(group.dest_dps)),
+            ("held rows of " + layout.src_name, holder, len(self.held), group.holders),
         ):
             if got != wanted:
                 raise ValueError(
                     f"An exchange group of {group.size} ranks needs the {what} of its {wanted} "
-                    f"replicas, got {got}; give one entry per replica, in DP order"
-                    + (", of each its CP ranks'" if layout.src_cp_size > 1 else "")
+                    f"{whose}s, got {got}; give one entry per {whose}, in DP order"
+                    + (" and within it in CP order" if whose == "holder" else "")
                 )
         if self.total != sum(self.held_counts):
             rows = sum(self.held_counts)
