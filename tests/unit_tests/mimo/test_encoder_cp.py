@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron.core.hyper_comm_grid import HyperCommGrid
-from megatron.core.models.mimo import MimoModel
+from megatron.core.models.mimo import MimoModel, VisionModalitySubmodules
 from megatron.core.models.mimo.comm.item_exchange import ItemExchange
 from megatron.core.models.mimo.comm.plan.balance import EncoderBalance
 from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns, split_items
@@ -114,6 +114,16 @@ def test_two_encoders_of_a_modality_cut_each_ones_rows() -> None:
     case = CutCase((1, 4), (2, 2, 2), [0, 3, 1, 2, 5, 0, 0, 1], [0, 6, 5, 1])
     case.encoders = ("linear", "second")
     assert_as_on_one_rank(case)
+
+
+def test_whole_items_stand_as_their_tokens_do() -> None:
+    """Item by item, and of an item encoder by encoder, each with rows of its own."""
+    encoders = {name: CuttingEncoder((0, 2)) for name in ("a", "b")}
+    rows = dict.fromkeys(encoders, lambda inputs: inputs["rows"])
+    modality = VisionModalitySubmodules(encoders, rows_per_item=rows)
+    modality.cut_items(1, 2)
+    assert modality.cp == (1, 2)
+    assert modality.whole_items({"a": {"rows": [1, 2]}, "b": {"rows": [3, 4]}}) == [1, 3, 2, 4]
 
 
 @pytest.mark.parametrize("options", [{"overlap": True}, {"frozen": True}])
