@@ -75,6 +75,11 @@ def _check_bridge(options: Options) -> None:
                 f"{name} has cp={layout.cp}, and --bridge gather wants whole {ITEMS[name]} on every "
                 "rank; use --bridge routed, or give those ranks to dp or tp"
             )
+        if layout.cp > 1 and options.memory_plan:
+            raise JobError(
+                f"--memory-plan counts whole {ITEMS[name]} and {name} has cp={layout.cp}; plan "
+                f"with tp={layout.tp},dp={layout.cp * layout.dp}"
+            )
     sizes = {name: layout.dp for name, layout in options.layouts.modules.items()}
     if options.audio and options.bridge == "gather" and len(set(sizes.values())) > 1:
         said = ", ".join(f"{name} dp={size}" for name, size in sizes.items())
