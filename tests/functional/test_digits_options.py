@@ -287,7 +287,7 @@ def test_what_samples_of_different_lengths_need(arguments: str, message: str) ->
         ),
         (
             "--vision tp=2,cp=2,dp=2 --bridge gather",
-            r"^vision has cp=2, and --bridge gather wants whole images .*; use --bridge routed, or ",
+            r"^vision has cp=2, and --bridge gather wants whole images .*; use --bridge routed",
         ),
         (
             "--vision tp=2,cp=2,dp=2 --memory-plan",

@@ -72,8 +72,8 @@ def _check_bridge(options: Options) -> None:
     for name, layout in options.encoders.items():
         if layout.cp > 1 and options.bridge == "gather":
             raise JobError(
-                f"{name} has cp={layout.cp}, and --bridge gather wants whole {ITEMS[name]} on every "
-                "rank; use --bridge routed, or give those ranks to dp or tp"
+                f"{name} has cp={layout.cp}, and --bridge gather wants whole {ITEMS[name]} on "
+                "every rank; use --bridge routed, or give those ranks to dp or tp"
             )
         if layout.cp > 1 and options.memory_plan:
             raise JobError(

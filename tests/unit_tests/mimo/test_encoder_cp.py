@@ -26,8 +26,7 @@ from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns, split_item
 from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
 from megatron.core.models.mimo.config.checks import check_model_config
 from megatron.core.models.mimo.randomness import seed_everything
-from megatron.core.models.mimo.towers.feature_transformer import Features
-from megatron.core.models.mimo.towers.vision import ImageShape, ImageTower, PatchTower
+from megatron.core.models.mimo.submodules.encoder_outputs import EncoderOutput
 from megatron.core.models.mimo.towers.whisper import WhisperEncoder
 from megatron.core.models.mimo.training.groups import create_process_groups, make_grid
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -124,6 +123,14 @@ def test_whole_items_stand_as_their_tokens_do() -> None:
     modality.cut_items(1, 2)
     assert modality.cp == (1, 2)
     assert modality.whole_items({"a": {"rows": [1, 2]}, "b": {"rows": [3, 4]}}) == [1, 3, 2, 4]
+
+
+def test_items_of_an_output_are_parts_of_those_that_are_counted() -> None:
+    output = EncoderOutput("vit", rows_per_item=lambda given: given["rows"], cp=(1, 3))
+    rows, items = output.rows(torch.zeros(3, 2), {"rows": [5, 1, 4]})
+    assert (len(rows), items) == (3, [2, 0, 1])
+    with pytest.raises(ValueError, match=r"4 rows on CP rank 1 of 3, whose parts .* of \[9\] rows"):
+        output.rows(torch.zeros(4, 2), {"rows": [9]})
 
 
 @pytest.mark.parametrize("options", [{"overlap": True}, {"frozen": True}])
@@ -238,7 +245,7 @@ def test_a_modality_of_another_kind_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "language_at", "words"),
     [
-        ({"bridge": "gather"}, 0, r"'images' has cp=2 .* needs bridge='routed' \(bridge='gather'\)"),
+        ({"bridge": "gather"}, 0, r"has cp=2 .* needs bridge='routed' \(bridge='gather'\)"),
         ({"encoder_balance": {"images": BALANCE}}, 0, "needs no encoder_balance"),
         ({}, 2, "needs the language model's ranks"),
     ],
@@ -288,131 +295,20 @@ def test_the_bridge_plans_from_whole_items() -> None:
         own = bridge.move(rows, plan)
         own.sum().backward()
         assert torch.equal(rows.grad, torch.ones_like(rows))
-        with pytest.raises(ValueError, match=r"bring \[2, 3\] rows.*\[1, 4\].*; rows_per_item must"):
+        with pytest.raises(ValueError, match=r"bring \[2, 3\] rows.*\[1, 4\]; rows_per_item mu"):
             bridge.plan(tokens, rows, items=[1, 1, 1, 2])
         return own[plan.place.argsort(), 0].tolist(), plan.held
 
     assert bridges(body) == [([0, 1, 2], 2), ([3, 4], 3)]
 
 
-# ---- towers ------------------------------------------------------------------------------------
-
-
-def tower_config(cp: int, **more: Any) -> TransformerConfig:
-    return TransformerConfig(
-        num_layers=2,
-        hidden_size=16,
-        num_attention_heads=4,
-        normalization="LayerNorm",
-        context_parallel_size=cp,
-        add_qkv_bias=True,
-        params_dtype=torch.float64,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        init_method_std=0.3,
-        **more,
-    )
-
-
-def clip(config: TransformerConfig, groups: Any) -> nn.Module:
-    return ImageTower(config, groups, ImageShape(6, 2), Features((2, 0), 1), clip=True)
-
-
-def siglip(config: TransformerConfig, groups: Any) -> nn.Module:
-    return ImageTower(config, groups, ImageShape(6, 2), Features((2,), final_norm=True), clip=False)
-
-
-def siglip2(config: TransformerConfig, groups: Any) -> nn.Module:
-    return PatchTower(config, groups, 12, 4, Features((2, 1), 1))
-
-
-def whisper(config: TransformerConfig, groups: Any) -> nn.Module:
-    return WhisperEncoder(config, groups, 5, 6)
-
-
-def images() -> dict[str, torch.Tensor]:
-    return {"pixel_values": torch.linspace(-2, 3, 3 * 3 * 36).double().view(3, 3, 6, 6).sin()}
-
-
-def patches() -> dict[str, torch.Tensor]:
-    shapes = torch.tensor([[2, 3], [1, 1], [3, 3]])
-    there = torch.arange(9) < shapes.prod(-1)[:, None]
-    values = torch.linspace(-2, 3, 3 * 9 * 12).double().view(3, 9, 12).sin()
-    return {"pixel_values": values, "pixel_attention_mask": there, "spatial_shapes": shapes}
-
-
-def spectra() -> dict[str, torch.Tensor]:
-    lengths = torch.tensor([12, 5])
-    mask = (torch.arange(12) < lengths[:, None]).long()
-    values = torch.linspace(-2, 3, 2 * 5 * 12).double().view(2, 5, 12).sin()
-    return {"input_features": values, "feature_attention_mask": mask}
-
-
-TOWERS = {
-    "clip": (clip, images, [9, 9, 9]),
-    "siglip": (siglip, images, [9, 9, 9]),
-    "siglip2": (siglip2, patches, [5, 0, 8]),
-    "whisper": (whisper, spectra, [6, 3]),
-}
-
-
-def run_tower(name: str, cp: int, keep: Callable[[list[int], int, int], list[int]]) -> list[Any]:
-    """(rows, gradients) of every rank; ``keep`` says which rows of the whole each should have."""
-    build, inputs, items = TOWERS[name]
-
-    def body(rank: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        grid = make_grid(cp=cp)
-        tower = build(tower_config(cp), create_process_groups(grid))
-        generator = torch.Generator().manual_seed(3)
-        for parameter in tower.parameters():
-            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.data.copy_(drawn * 0.3)
-        assert tower.cuts_items is True
-        rows = tower(**inputs()).flatten(0, -2)
-        whole = sum(items)
-        weight = torch.linspace(-1, 1, whole * rows.size(-1)).double().view(whole, -1)
-        (rows * weight[keep(items, rank, cp)]).sum().backward()
-        gradients = {n: p.grad for n, p in tower.named_parameters() if p.grad is not None}
-        return rows.detach(), gradients
-
-    seed_everything(1)
-    return InProcessWorld(cp).run(body)
-
-
-def own_rows(items: list[int], rank: int, cp: int) -> list[int]:
-    """Rows of a CP rank by the rule."""
-    bounds = [sum(items[:i]) for i in range(len(items))]
-    parts = [split_items(n, cp)[rank] for n in items]
-    return [first + k for first, part in zip(bounds, parts, strict=True) for k in part]
-
-
-@pytest.mark.parametrize("cp", [2, 4])
-@pytest.mark.parametrize("name", list(TOWERS))
-def test_towers_make_the_rows_and_gradients_of_whole_items(name: str, cp: int) -> None:
-    """float64: the same sums in another order. SigLIP2 resizes its positions in float32."""
-    exact = {"rtol": 1e-10, "atol": 1e-11}
-    resized = {"rtol": 1e-5, "atol": 1e-5} if name == "siglip2" else exact
-    ((rows, gradients),) = run_tower(name, 1, own_rows)
-    found = run_tower(name, cp, own_rows)
-    for rank, (own, _) in enumerate(found):
-        torch.testing.assert_close(own, rows[own_rows(TOWERS[name][2], rank, cp)], **exact)
-    for key, gradient in gradients.items():
-        total = sum(each[key] for _, each in found)
-        bound = resized if key == "position_embedding" else exact
-        torch.testing.assert_close(total, gradient, **bound, msg=lambda said, key=key: key + said)
-    # The control: one rank's gradient is a part only.
-    key = next(key for key in gradients if key.endswith("linear_fc1.weight"))
-    assert not torch.allclose(found[0][1][key], gradients[key], rtol=1e-3)
-
-
 def test_pooled_sounds_do_not_say_that_they_are_cut() -> None:
     def body(rank: int) -> bool:
         groups = create_process_groups(make_grid())
         seed_everything(1)
-        return WhisperEncoder(tower_config(1), groups, 5, 6, pooled=True).cuts_items
+        config = TransformerConfig(
+            num_layers=1, hidden_size=8, num_attention_heads=2, add_qkv_bias=True
+        )
+        return WhisperEncoder(config, groups, 5, 6, pooled=True).cuts_items
 
     assert InProcessWorld(1).run(body) == [False]

@@ -69,14 +69,14 @@ def whole(parts: ItemParts, groups: int, causal: bool) -> list[torch.Tensor]:
 
 
 def on_ranks(
-    parts: ItemParts, groups: int, causal: bool, multiple: int = 1, told: ItemParts | None = None
+    parts: ItemParts, groups: int, causal: bool, pad_to: int = 1, told: ItemParts | None = None
 ) -> list[list[torch.Tensor]]:
     """What every rank finds of its own positions; ``told`` are the parts that its layers see."""
 
     def body(rank: int) -> list[torch.Tensor]:
         group = dist.new_subgroups_by_enumeration([list(range(parts.size))])[0]
         own = attention(UlyssesAttention, group, causal, num_query_groups=groups)
-        local = [parts.cut(x, rank, multiple) for x in drawn(parts, groups)]
+        local = [parts.cut(x, rank, pad_to) for x in drawn(parts, groups)]
         found = forward_and_back(own, local[:3], local[3], (told or parts).packed())
         count = parts.totals[rank]
         assert all(not each[count:].any() for each in found), "padding"
@@ -120,13 +120,13 @@ def test_equal_to_whole_items_on_one_rank(name: str, groups: int, causal: bool) 
     st.integers(1, 3),
     st.integers(1, 4),
 )
-def test_any_items(rows: list[int], size: int, lead: int, unit: int, multiple: int) -> None:
+def test_any_items(rows: list[int], size: int, lead: int, unit: int, pad_to: int) -> None:
     lengths = tuple(lead + unit * count for count in rows)
-    assert_whole(ItemParts(lengths, size, lead, unit), multiple=multiple)
+    assert_whole(ItemParts(lengths, size, lead, unit), pad_to=pad_to)
 
 
 def test_rows_of_padding_are_zeros_and_reach_nothing() -> None:
-    assert_whole(PARTS["fewer-than-ranks"], multiple=8)
+    assert_whole(PARTS["fewer-than-ranks"], pad_to=8)
 
 
 def test_layers_that_are_told_of_other_items_do_not_agree_with_the_whole() -> None:

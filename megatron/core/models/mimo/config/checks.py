@@ -122,8 +122,8 @@ def _check_encoder_cp(config: MimoModelConfig, modalities: Mapping[str, Any]) ->
         if wrong:
             raise ValueError(
                 f"Modality '{name}' has cp={cp} in its grid: its CP ranks hold a part of each "
-                f"item, which needs {wrong[0]} (bridge={bridge_of(config, name)!r}); change that, or "
-                "give those ranks to dp or tp"
+                f"item, which needs {wrong[0]} (bridge={bridge_of(config, name)!r}); change that, "
+                "or give those ranks to dp or tp"
             )
 
 

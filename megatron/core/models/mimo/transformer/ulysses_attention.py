@@ -93,15 +93,15 @@ class ItemParts:
         """Positions that each CP rank has, of all items."""
         return self._part_lengths.sum(axis=0).tolist()
 
-    def cut(self, whole: Tensor, rank: int, multiple: int = 1) -> Tensor:
+    def cut(self, whole: Tensor, rank: int, pad_to: int = 1) -> Tensor:
         """Return a CP rank's positions of ``(t, ...)``, item after item: ``(t_local, ...)``.
 
-        They are padded with zeros to a multiple, at least to one, since Megatron's layers take no
-        empty batch.
+        They are padded with zeros to a multiple of ``pad_to``, at least to one, since Megatron's
+        layers take no empty batch.
         """
         ends = self.cuts[:, rank : rank + 2] + (np.cumsum(self.lengths) - self.lengths)[:, None]
         total = self.totals[rank]
-        padding = max(-(-total // multiple), 1) * multiple - total
+        padding = max(-(-total // pad_to), 1) * pad_to - total
         pieces = [whole[start:stop] for start, stop in ends.tolist()]
         return torch.cat([*pieces, whole.new_zeros((padding, *whole.shape[1:]))])
 

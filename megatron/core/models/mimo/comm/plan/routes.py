@@ -216,10 +216,11 @@ class GroupRoutes:
     def _check_counts(self) -> None:
         group, layout = self.group, self.group.layout
         holder = "replica" if layout.src_cp_size == 1 else "holder"
-        for what, whose, got, wanted in (
-            ("token places of " + layout.dest_name, "replica", len(self.tokens), len(group.dest_dps)),
-            ("held rows of " + layout.src_name, holder, len(self.held), group.holders),
+        for what, whose, given, wanted in (
+            (f"token places of {layout.dest_name}", "replica", self.tokens, group.dest_dps.size),
+            (f"held rows of {layout.src_name}", holder, self.held, group.holders),
         ):
+            got = len(given)
             if got != wanted:
                 raise ValueError(
                     f"An exchange group of {group.size} ranks needs the {what} of its {wanted} "
