@@ -135,6 +135,7 @@ class Limits:
         experts: of each layer of the language model, 0 without.
         language_layers: layers of the language model, cut over its pipeline stages; 0 for any.
         virtual_stages: stages per rank.
+        cut_items: encoders that can cut each item's sequence over CP, and share out heads over it.
     """
 
     global_batch_size: int
@@ -148,6 +149,7 @@ class Limits:
     experts: int = 0
     language_layers: int = 0
     virtual_stages: int = 1
+    cut_items: Collection[str] = ()
 
 
 def misfits(pair: Layouts, limits: Limits) -> list[str]:
@@ -169,7 +171,7 @@ def _encoder_misfits(
     name: str, encoder: Layout, language: Layout, limits: Limits
 ) -> Iterator[str]:
     world, items = limits.world_size, limits.items.get(name, "inputs")
-    if encoder.cp != 1:
+    if encoder.cp != 1 and name not in limits.cut_items:
         yield (
             f"{name} has cp={encoder.cp}, but its {items} are not cut and cp must be 1 "
             "(only the language model's sequence is)"
@@ -213,8 +215,11 @@ def _batch_misfits(pair: Layouts, limits: Limits) -> Iterator[str]:
 def _model_misfits(pair: Layouts, limits: Limits) -> Iterator[str]:
     for name, layout in pair.modules.items():
         heads = limits.heads.get(name, 0)
-        if heads % layout.tp:
-            yield f"{name} tp={layout.tp} does not divide its {heads} attention heads"
+        by, cut = f"{name} tp={layout.tp}", layout.tp
+        if name in limits.cut_items and layout.cp > 1:
+            by, cut = f"{by} * cp={layout.cp}", layout.tp * layout.cp
+        if heads % cut:
+            yield f"{by} does not divide its {heads} attention heads"
     language = pair.language
     stages = language.pp * limits.virtual_stages
     if limits.language_layers % stages:

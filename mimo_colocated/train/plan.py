@@ -110,8 +110,14 @@ def program_dry_run(options: Any, shapes: Any, work: Any, nodes: int, named: str
         named: the recipe's arguments on the command line.
 
     Raises:
-        JobError: ranks that the nodes do not divide.
+        JobError: ranks that the nodes do not divide; CP of an encoder, which is not priced.
     """
+    for name, layout in options.encoders.items():
+        if layout.cp > 1:
+            raise JobError(
+                f"{name} has cp={layout.cp}, and what an encoder's CP takes is not planned yet; "
+                "leave --dry-run out"
+            )
     from megatron.core.models.mimo.memory.policy import EncoderMemory
     from megatron.core.models.mimo.plan.candidates import Candidate
 

@@ -138,9 +138,9 @@ def test_every_option_is_read() -> None:
             "try --vision tp=8,dp=8 --language tp=8,cp=2,dp=4",
         ),
         (
-            "--vision tp=2,cp=2,dp=2",
-            "vision has cp=2, but its images are not cut and cp must be 1 (only the language "
-            "model's sequence is); try --vision tp=2,dp=4 --language tp=2,cp=2,dp=2",
+            "--vision tp=2,cp=8,dp=1 --language tp=2,cp=2,dp=4",
+            "vision tp=2 * cp=8 does not divide its 8 attention heads; "
+            "try --vision tp=2,dp=8 --language tp=2,cp=2,dp=4",
         ),
         (
             "--vision tp=1,dp=8 --language tp=1,cp=2,dp=4,ep=2",
@@ -183,10 +183,9 @@ def test_every_option_is_read() -> None:
             "the same ranks; try --vision tp=2,dp=4 --audio tp=1,dp=8 --language tp=2,cp=2,dp=2",
         ),
         (
-            "--audio tp=2,cp=2,dp=2",
-            "audio has cp=2, but its sounds are not cut and cp must be 1 (only the language "
-            "model's sequence is); "
-            "try --vision tp=2,dp=4 --audio tp=2,dp=4 --language tp=2,cp=2,dp=2",
+            "--audio tp=4,cp=4,dp=1 --vision tp=2,dp=8 --language tp=2,cp=2,dp=4",
+            "audio tp=4 * cp=4 does not divide its 8 attention heads; "
+            "try --vision tp=2,dp=8 --audio tp=4,dp=4 --language tp=2,cp=2,dp=4",
         ),
         (
             "--vision tp=4,dp=3 --audio tp=6,dp=2 --language tp=4,dp=3 --global-batch-size 12 "
@@ -287,6 +286,14 @@ def test_what_samples_of_different_lengths_need(arguments: str, message: str) ->
             "--audio tp=1,dp=8 --bridge gather",
             r"^--bridge gather wants equally many rows of every sample where DP sizes differ, and "
             r"with --audio some .*; got vision dp=4, audio dp=8, language dp=2; use --bridge rou",
+        ),
+        (
+            "--vision tp=2,cp=2,dp=2 --bridge gather",
+            r"^vision has cp=2, and --bridge gather wants whole images .*; use --bridge routed",
+        ),
+        (
+            "--vision tp=2,cp=2,dp=2 --memory-plan",
+            r"^--memory-plan counts whole images and vision has cp=2; plan with tp=2,dp=4$",
         ),
         (
             "--freeze audio-projector+language",
@@ -424,6 +431,16 @@ def test_nproc_must_agree_with_the_ranks_that_torchrun_started() -> None:
     assert parse_options(["--nproc", "8"], 8).nproc == 8
     with pytest.raises(JobError, match="--nproc 4 was given, but 8 ranks were started; leave it"):
         parse_options(["--nproc", "4"], 8)
+
+
+def test_an_encoder_that_cannot_cut_its_items_is_told_so() -> None:
+    pair = Layouts({"vision": Layout(tp=2, cp=2, dp=2)}, Layout(tp=2, cp=2, dp=2))
+    (said,) = misfits(pair, Limits(8, items={"vision": "images"}))
+    assert said == (
+        "vision has cp=2, but its images are not cut and cp must be 1 (only the language model's "
+        "sequence is)"
+    )
+    assert misfits(pair, Limits(8, cut_items=("vision",))) == []
 
 
 def test_another_encoder_is_suggested_by_its_name() -> None:

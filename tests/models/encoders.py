@@ -6,18 +6,20 @@ Both are stock Megatron-Core blocks behind a linear layer; each has a projector 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from examples.mimo.digits.data import Token
+from examples.mimo.digits.data import TOKENS_PER_DIGIT, Token
 from examples.mimo.digits.images import PATCH_SIDE, TOKENS_PER_IMAGE, image_patches
 from examples.mimo.digits.sounds import BANDS, FRAMES, FRAMES_PER_TOKEN, check_spectra
 from megatron.core.models.mimo import AudioModalitySubmodules, VisionModalitySubmodules
 from megatron.core.models.mimo.job.settings import projector_spec
 from megatron.core.models.mimo.memory.layer_recompute import recomputable
 from megatron.core.models.mimo.transformer.layer_specs import encoder_layer_spec
+from megatron.core.models.mimo.transformer.ulysses_attention import ItemParts
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -41,6 +43,9 @@ class PatchEncoder(MegatronModule):
         patch_size: numbers in a patch.
     """
 
+    cuts_items = True
+    patches_per_row = 1
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -52,18 +57,37 @@ class PatchEncoder(MegatronModule):
         self.patch_embedding = torch.nn.Linear(patch_size, config.hidden_size)
         self.position_embedding = torch.nn.Parameter(torch.zeros(patches, 1, config.hidden_size))
         self.transformer = TransformerBlock(
-            config, encoder_layer_spec(config), pg_collection=pg_collection
+            config, encoder_layer_spec(config, items_cut=True), pg_collection=pg_collection
         )
+        self.cp_group = pg_collection.cp
         dtype = config.params_dtype
         self.patch_embedding.to(dtype)
         self.position_embedding.data = self.position_embedding.data.to(dtype)
 
     def encode(self, patches: torch.Tensor) -> torch.Tensor:
-        """Patches ``(n, patches, patch_size)`` -> ``(patches, n, h)``."""
+        """Patches ``(n, patches, patch_size)`` -> ``(patches, n, h)``; with CP a part of them."""
         patches = patches.transpose(0, 1).to(self.patch_embedding.weight.dtype)
         hidden = self.patch_embedding(patches) + self.position_embedding
+        if self.config.context_parallel_size > 1:
+            return self._part(hidden)
         hidden = recomputable(hidden, self.transformer)
         return self.transformer(hidden_states=hidden, attention_mask=None)
+
+    def _part(self, hidden: torch.Tensor) -> torch.Tensor:
+        """This CP rank's part of each item: ``(patches, n, h)`` -> ``(patches of the part, n, h)``.
+
+        Item by item in one packed row, so that no item needs to divide by the ranks.
+        """
+        (patches, items), rank = hidden.shape[:2], self.cp_group.rank()
+        parts = ItemParts((patches,) * items, self.cp_group.size(), unit=self.patches_per_row)
+        local = parts.cut(hidden.transpose(0, 1).flatten(0, 1), rank)[:, None]
+        local = self.transformer(
+            hidden_states=recomputable(local, self.transformer),
+            attention_mask=None,
+            packed_seq_params=parts.packed(),
+        )
+        rows = parts.rows(local[:, 0], rank)
+        return rows.unflatten(0, (items, len(rows) // items)).transpose(0, 1)
 
     def lower_half(self) -> list[torch.nn.Module | torch.nn.Parameter]:
         """The embeddings and the lower half of the layers."""
@@ -84,6 +108,8 @@ class DigitEncoder(PatchEncoder):
 
 class SpeechEncoder(PatchEncoder):
     """Over the 16 frames of a sound, the mean of four each; ``(n, 16, 20)`` -> ``(4, n, h)``."""
+
+    patches_per_row = FRAMES_PER_TOKEN
 
     def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:
         super().__init__(config, pg_collection, FRAMES, BANDS)
@@ -119,6 +145,10 @@ class Modality:
         """``modality_inputs`` of the modality; None without any item."""
         return {ENCODER: {self.input_name: tensor}} if len(tensor) else None
 
+    def rows(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Rows of each whole item, from the arguments of the encoder's forward."""
+        return [TOKENS_PER_DIGIT] * len(inputs[self.input_name])
+
 
 MODALITIES = {
     VISION: Modality("vision", Token.IMAGE, VisionModalitySubmodules, DigitEncoder, "images"),
@@ -150,6 +180,10 @@ def encoder_spec(
     )
     return ModuleSpec(
         module=kind.submodule,
-        params={"pg_collection": groups, "sequence_first_encoders": [ENCODER]},
+        params={
+            "pg_collection": groups,
+            "sequence_first_encoders": [ENCODER],
+            "rows_per_item": {ENCODER: kind.rows},
+        },
         submodules={"encoders": {ENCODER: encoder}, "input_projections": [projection]},
     )

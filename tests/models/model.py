@@ -141,6 +141,8 @@ def transformer_configs(
             hidden_size=getattr(size, f"{side}_hidden"),
             num_attention_heads=getattr(size, f"{side}_heads"),
             tensor_model_parallel_size=layout.tp,
+            # One on the language model's layout has whole images on every CP rank.
+            context_parallel_size=1 if layout is language else layout.cp,
             **common,
         )
         levels = len(options.deepstack) if name == VISION else 0
@@ -277,7 +279,9 @@ def build_model(
     if options.experts:
         axes |= {"ep": language.ep, "expt_tp": language.expert_tp}
     grids = {
-        VISION: make_grid(tp=vision.tp, dp=vision.dp, **place) if vision else None,
+        VISION: make_grid(tp=vision.tp, cp=vision.cp, dp=vision.dp, **place)
+        if vision
+        else None,
         # The gather bridge joins the ranks of a replica, all its stages, and no others.
         LANGUAGE: make_grid(
             **axes, **place, dp_last=options.bridge == "gather" and language.pp > 1
@@ -285,7 +289,7 @@ def build_model(
     }
     grids[VISION] = grids[VISION] or grids[LANGUAGE]
     if audio is not None:
-        grids[AUDIO] = make_grid(tp=audio.tp, dp=audio.dp, **place)
+        grids[AUDIO] = make_grid(tp=audio.tp, cp=audio.cp, dp=audio.dp, **place)
     collections = {name: create_process_groups(grid) for name, grid in grids.items()}
     if vision is None:
         # Every rank has whole images, so the encoder's attention is not cut over CP.

@@ -27,6 +27,7 @@ Megatron-Core's own schedules; all others are an encoder and a language model on
 those named `pp` with pipeline stages of the language model, those named `several-encoders` with two
 encoders, of images and of spoken digits. Of these each sample shows its digits as images, as
 sounds, as a mix of both or as text, so some ranks and microbatches have no sound or no image.
+Encoders of rows named `encoder-cp` cut each item's sequence over CP ranks of their own.
 Rows named `torch-native` have a CLIP tower or a Qwen2 of transformers, which PyTorch shards.
 The task is reading handwritten digits, which both learn in a few steps.
 """

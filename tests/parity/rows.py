@@ -282,6 +282,21 @@ _SEVERAL_ENCODERS = (
 )  # fmt: skip
 
 
+# Encoders that cut each item's sequence over CP ranks of their own.
+_ENCODER_CP = (
+    Row("encoder-cp2-fan-in", "tp=2,cp=2,dp=2", "tp=1,cp=2,dp=4", masks="uneven", **_FULL),
+    Row("encoder-cp2-tp2-fan-out-4mb-mixed", "tp=1,cp=2,dp=4", "tp=2,cp=2,dp=2", micro_batches=4,
+        masks="uneven", images="mixed", distributed_optimizer=True, overlap=True),
+    Row("encoder-cp4-equal", "tp=2,cp=2,dp=2", "tp=1,cp=4,dp=2", masks="uneven"),
+    Row("encoder-cp8-ranks-without-rows", "tp=1,dp=8", "tp=1,cp=8,dp=1", overlap=True),
+    Row("encoder-cp2-packed-varied", "tp=2,cp=2,dp=2", "tp=1,cp=2,dp=4", masks="uneven",
+        packed=True, varied=True, sequence_parallel=True, encoder_memory="recompute"),
+    Row("encoder-cp2-pp2-4mb-ahead-mixed", "tp=1,cp=2,pp=2,dp=2", "tp=1,cp=2,dp=4",
+        micro_batches=4, masks="uneven", images="mixed", encode_ahead=1, overlap=True),
+    Row("encoder-cp2-beside-cp4-pp2", "tp=2,pp=2,dp=2", "tp=2,cp=2,dp=2", "tp=1,cp=4,dp=2",
+        micro_batches=4, masks="uneven", recompute="full", distributed_optimizer=True),
+)  # fmt: skip
+
 # Modules of transformers' own classes, which PyTorch shards, beside Megatron's or each other.
 _TORCH_NATIVE = (
     Row("torch-native-tower-tp2-beside-cp2", **FAN_IN, masks="uneven", native=("images",), **_FULL),
@@ -350,7 +365,14 @@ def _nightly_expert_rows() -> Iterator[Row]:
     yield Row("experts-pp2tp2-ep4etp1", "tp=2,cp=1,pp=2,dp=2,ep=4,etp=1", "tp=2,dp=4", **full)
 
 
-DEFAULT_ROWS = (*_text_rows(), *_IMAGE_ROWS, *_STAGES, *_SEVERAL_ENCODERS, *_TORCH_NATIVE)
+DEFAULT_ROWS = (
+    *_text_rows(),
+    *_IMAGE_ROWS,
+    *_STAGES,
+    *_SEVERAL_ENCODERS,
+    *_ENCODER_CP,
+    *_TORCH_NATIVE,
+)
 NIGHTLY_ROWS = (
     *DEFAULT_ROWS,
     *_nightly_rows(),

@@ -6,12 +6,13 @@ All are stock Megatron-Core modules over their own process groups; ``MimoModel``
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from examples.mimo.digits.data import SEQUENCE_LENGTH, VOCABULARY_SIZE, Token
+from examples.mimo.digits.data import SEQUENCE_LENGTH, TOKENS_PER_DIGIT, VOCABULARY_SIZE, Token
 from examples.mimo.digits.images import PATCH_SIDE, TOKENS_PER_IMAGE, image_patches
 from examples.mimo.digits.options import FREEZABLE, HEADS, Options
 from examples.mimo.digits.sounds import BANDS, FRAMES, FRAMES_PER_TOKEN, check_spectra
@@ -34,6 +35,7 @@ from megatron.core.models.mimo.randomness import seed_everything
 from megatron.core.models.mimo.training.groups import create_process_groups
 from megatron.core.models.mimo.transformer.exact_loss import ExactLossGPTModel
 from megatron.core.models.mimo.transformer.layer_specs import encoder_layer_spec
+from megatron.core.models.mimo.transformer.ulysses_attention import ItemParts
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -53,7 +55,8 @@ class PatchEncoder(MegatronModule):
         pg_collection: of the modality's grid.
     """
 
-    patches, patch_size = 0, 0
+    cuts_items = True
+    patches, patch_size, patches_per_row = 0, 0, 1
 
     def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:
         super().__init__(config=config)
@@ -61,17 +64,36 @@ class PatchEncoder(MegatronModule):
         self.patch_embedding = torch.nn.Linear(self.patch_size, width)
         self.position_embedding = torch.nn.Parameter(torch.zeros(self.patches, 1, width))
         self.transformer = TransformerBlock(
-            config, encoder_layer_spec(config), pg_collection=pg_collection
+            config, encoder_layer_spec(config, items_cut=True), pg_collection=pg_collection
         )
+        self.cp_group = pg_collection.cp
         self.patch_embedding.to(dtype)
         self.position_embedding.data = self.position_embedding.data.to(dtype)
 
     def encode(self, patches: torch.Tensor) -> torch.Tensor:
-        """Patches ``(n, patches, patch_size)`` -> ``(patches, n, h)``."""
+        """Patches ``(n, patches, patch_size)`` -> ``(patches, n, h)``; with CP a part of them."""
         patches = patches.transpose(0, 1).to(self.patch_embedding.weight.dtype)
         hidden = self.patch_embedding(patches) + self.position_embedding
+        if self.config.context_parallel_size > 1:
+            return self._part(hidden)
         hidden = recomputable(hidden, self.transformer)
         return self.transformer(hidden_states=hidden, attention_mask=None)
+
+    def _part(self, hidden: torch.Tensor) -> torch.Tensor:
+        """This CP rank's part of each item: ``(patches, n, h)`` -> ``(patches of the part, n, h)``.
+
+        Item by item in one packed row, so that no item needs to divide by the ranks.
+        """
+        (patches, items), rank = hidden.shape[:2], self.cp_group.rank()
+        parts = ItemParts((patches,) * items, self.cp_group.size(), unit=self.patches_per_row)
+        local = parts.cut(hidden.transpose(0, 1).flatten(0, 1), rank)[:, None]
+        local = self.transformer(
+            hidden_states=recomputable(local, self.transformer),
+            attention_mask=None,
+            packed_seq_params=parts.packed(),
+        )
+        rows = parts.rows(local[:, 0], rank)
+        return rows.unflatten(0, (items, len(rows) // items)).transpose(0, 1)
 
     def lower_half(self) -> list[torch.nn.Module | torch.nn.Parameter]:
         """The embeddings and the lower half of the layers."""
@@ -92,7 +114,7 @@ class DigitEncoder(PatchEncoder):
 class SpeechEncoder(PatchEncoder):
     """Over the 16 frames of a sound, the mean of four each; ``(n, 16, 20)`` -> ``(4, n, h)``."""
 
-    patches, patch_size = FRAMES, BANDS
+    patches, patch_size, patches_per_row = FRAMES, BANDS, FRAMES_PER_TOKEN
 
     def forward(self, spectra: torch.Tensor) -> torch.Tensor:
         """Encode sounds; raises ``ValueError`` for spectra of another shape."""
@@ -114,6 +136,10 @@ class Modality:
         """``modality_inputs`` of the modality; None without any item."""
         return {ENCODER: {self.input_name: tensor}} if len(tensor) else None
 
+    def rows(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Rows of each whole item, from the arguments of the encoder's forward."""
+        return [TOKENS_PER_DIGIT] * len(inputs[self.input_name])
+
 
 MODALITIES = {
     "images": Modality("vision", Token.IMAGE, VisionModalitySubmodules, DigitEncoder, "images"),
@@ -126,12 +152,17 @@ def _encoder_spec(modality: str, options: Options, groups: ProcessGroupCollectio
     kind = MODALITIES[modality]
     common = settings.transformer_settings(options.encoders[kind.side], options)
     projector = _config(1, LANGUAGE_WIDTH, ffn_hidden_size=LANGUAGE_WIDTH, **common)
-    config = _config(ENCODER_LAYERS, ENCODER_WIDTH, **common)
+    cp = options.encoders[kind.side].cp
+    config = _config(ENCODER_LAYERS, ENCODER_WIDTH, context_parallel_size=cp, **common)
     encoder = ModuleSpec(kind.encoder, params={"config": config, "pg_collection": groups})
     projection = settings.projector_spec(projector, ENCODER_WIDTH, groups.tp)
     return ModuleSpec(
         module=kind.submodule,
-        params={"pg_collection": groups, "sequence_first_encoders": [ENCODER]},
+        params={
+            "pg_collection": groups,
+            "sequence_first_encoders": [ENCODER],
+            "rows_per_item": {ENCODER: kind.rows},
+        },
         submodules={"encoders": {ENCODER: encoder}, "input_projections": [projection]},
     )
 

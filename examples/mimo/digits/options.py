@@ -69,6 +69,17 @@ def _check_varied(options: Options) -> None:
 
 
 def _check_bridge(options: Options) -> None:
+    for name, layout in options.encoders.items():
+        if layout.cp > 1 and options.bridge == "gather":
+            raise JobError(
+                f"{name} has cp={layout.cp}, and --bridge gather wants whole {ITEMS[name]} on "
+                "every rank; use --bridge routed, or give those ranks to dp or tp"
+            )
+        if layout.cp > 1 and options.memory_plan:
+            raise JobError(
+                f"--memory-plan counts whole {ITEMS[name]} and {name} has cp={layout.cp}; plan "
+                f"with tp={layout.tp},dp={layout.cp * layout.dp}"
+            )
     sizes = {name: layout.dp for name, layout in options.layouts.modules.items()}
     if options.audio and options.bridge == "gather" and len(set(sizes.values())) > 1:
         said = ", ".join(f"{name} dp={size}" for name, size in sizes.items())
@@ -106,7 +117,7 @@ def parse_options(argv: Sequence[str], world_size: int | None = None) -> Options
         metavars=dict.fromkeys(modules, "AXIS=SIZE,..."),
     )
     model = {"sequence_length": SEQUENCE_LENGTH, "heads": dict.fromkeys(modules, HEADS)}
-    options.check(world_size, Limits(0, items=ITEMS, **model))
+    options.check(world_size, Limits(0, items=ITEMS, cut_items=tuple(ITEMS), **model))
     for check in (_check_varied, _check_bridge, _check_freeze):
         check(options)
     options.check_nproc(world_size)

@@ -6,6 +6,7 @@ from tests.mutants.catalogue.boundaries import BOUNDARIES
 from tests.mutants.catalogue.bridge import BRIDGE, GRIDS
 from tests.mutants.catalogue.checkpoints import CHECKPOINTS
 from tests.mutants.catalogue.data import DATA
+from tests.mutants.catalogue.encoder_cp import ENCODER_CP
 from tests.mutants.catalogue.exchange import EXCHANGE
 from tests.mutants.catalogue.exported import EXPORTED
 from tests.mutants.catalogue.faults import FAULTS
@@ -54,6 +55,7 @@ MUTANTS = (
     *BRIDGE,
     *ROUTING,
     *EXCHANGE,
+    *ENCODER_CP,
     *SHARDING,
     *ATTENTION,
     *MODEL,

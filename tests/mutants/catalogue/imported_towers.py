@@ -63,9 +63,9 @@ IMPORTED_TOWERS = (
     ),
     Mutant(
         name="the-class-token-stays",
-        file=_VISION,
-        old="        return self.transformer(hidden)[:, self.features.first_row :]",
-        new="        return self.transformer(hidden)",
+        file=_FEATURES,
+        old="return out[:, self.features.first_row :]",
+        new="return out",
         tests=(_EQUAL,),
         why="rows and tokens of an image differ in number",
     ),

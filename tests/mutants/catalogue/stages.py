@@ -149,7 +149,7 @@ STAGES = (
     Mutant(
         name="a-failed-encoder-is-not-told",
         file="megatron/core/models/mimo/model/routed_path.py",
-        old='return *self._runners.encoders.run_all(names, None, dtype), error',
+        old='return *encoders.run_all(names, None, dtype), {}, error',
         new='raise',
         tests=(UNIT + "test_stage_side.py::test_an_encoder_that_fails_stops_all",),
         why="replicas wait for the rows of one whose encoder raised",

@@ -76,8 +76,8 @@ WITHOUT_A = (
     Mutant(
         name="encoder-stages-on-the-bridge",
         file=MIMO + "comm/plan/gather_layout.py",
-        old='_check_dims("src", src_grid, bridged=("tp", "dp"))',
-        new='_check_dims("src", src_grid, bridged=("tp", "dp", "pp"))',
+        old='src_dims: tuple[str, ...] = ("tp", "dp")',
+        new='src_dims: tuple[str, ...] = ("tp", "dp", "pp")',
         tests=(UNIT + "test_bridge_layout.py::TestErrors::test_grids",),
         why=(
             "an encoder in pipeline stages is accepted, and all its stages send as if "

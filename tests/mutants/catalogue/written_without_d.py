@@ -67,8 +67,8 @@ WITHOUT_D = (
     Mutant(
         name="signature-without-later-stages",
         file=MIMO + "comm/plan/routed_layout.py",
-        old="flags = [at.sequence_parallel, at.size, at.rank_offset, *at.later_stages]",
-        new="flags = [at.sequence_parallel, at.size, at.rank_offset]",
+        old="at.rank_offset, at.src_cp_size, *at.later_stages]",
+        new="at.rank_offset, at.src_cp_size]",
         tests=(UNIT + "test_routes.py::test_the_digest_names_what_differs",),
         why="ranks whose bridges serve different later stages agree on a plan",
     ),

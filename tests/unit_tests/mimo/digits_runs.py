@@ -29,6 +29,8 @@ SIZE = ModelSize(
 )
 FAN_IN = ("tp=2,dp=4", "tp=2,cp=2,dp=2")
 FAN_OUT = ("tp=4,dp=2", "tp=1,cp=2,dp=4")
+# The encoder cuts each image over CP ranks of its own.
+ENCODER_CP = ("tp=2,cp=2,dp=2", "tp=2,cp=2,dp=2")
 
 
 @dataclass

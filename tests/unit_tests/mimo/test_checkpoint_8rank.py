@@ -30,7 +30,16 @@ from megatron.core.models.mimo.checkpoint.store import (
 )
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from tests.harness.backend import own_device
-from tests.unit_tests.mimo.digits_runs import FAN_IN, FAN_OUT, SIZE, Run, only_rank_0, run, same
+from tests.unit_tests.mimo.digits_runs import (
+    ENCODER_CP,
+    FAN_IN,
+    FAN_OUT,
+    SIZE,
+    Run,
+    only_rank_0,
+    run,
+    same,
+)
 from tests.unit_tests.mimo.tiny_modules import on_all_ranks
 
 pytestmark = pytest.mark.ranks(8)
@@ -86,7 +95,11 @@ def test_the_same_layout_continues_bit_for_bit(distributed: bool, shared_tmp_pat
 
 
 @SHARDING
-@pytest.mark.parametrize("pairs", [(FAN_IN, FAN_OUT), (FAN_OUT, FAN_IN)], ids=["in_out", "out_in"])
+@pytest.mark.parametrize(
+    "pairs",
+    [(FAN_IN, FAN_OUT), (FAN_OUT, FAN_IN), (ENCODER_CP, FAN_OUT)],
+    ids=["in_out", "out_in", "encoder_cp_out"],
+)
 def test_another_layout_loads_the_same_weights_and_continues(
     distributed: bool, pairs: tuple[tuple[str, str], tuple[str, str]], shared_tmp_path: Path
 ) -> None:

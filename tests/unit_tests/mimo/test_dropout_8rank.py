@@ -23,7 +23,7 @@ from tests.models import model
 from tests.models.encoders import VISION
 from tests.models.model import LANGUAGE
 from tests.parity.tensors import local_gradients
-from tests.unit_tests.mimo.digits_runs import BATCH, FAN_IN, run
+from tests.unit_tests.mimo.digits_runs import BATCH, ENCODER_CP, FAN_IN, run
 from tests.unit_tests.mimo.tiny_modules import on_all_ranks
 
 pytestmark = pytest.mark.ranks(8, timeout=90)
@@ -31,7 +31,6 @@ pytestmark = pytest.mark.ranks(8, timeout=90)
 DROPOUT = 0.25
 # A TP rank's part of the vocabulary may have no token in the batch.
 UNUSED = {"language_model.embedding.word_embeddings.weight"}
-BRIDGES = pytest.mark.parametrize("bridge", ["routed", "gather"])
 
 
 class Draws(list):
@@ -63,12 +62,16 @@ def draws(monkeypatch: pytest.MonkeyPatch) -> Draws:
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["copies", "sp"])
-@BRIDGES
+@pytest.mark.parametrize(
+    ("bridge", "layouts"),
+    [("routed", FAN_IN), ("gather", FAN_IN), ("routed", ENCODER_CP)],
+    ids=["routed", "gather", "encoder-cp"],
+)
 def test_masks_are_the_same_on_copies_and_differ_on_parts(
-    bridge: str, sequence_parallel: bool, draws: Draws
+    bridge: str, layouts: tuple[str, str], sequence_parallel: bool, draws: Draws
 ) -> None:
     options = {"dropout": DROPOUT, "bridge": bridge, "sequence_parallel": sequence_parallel}
-    with run(FAN_IN, **options) as one:
+    with run(layouts, **options) as one:
         one.trainer.model.train()
         one.trainer.gradients(DigitsBatches(7, "train", BATCH), 0)
         grids = one.built.grids

@@ -51,7 +51,6 @@ EXCEPTIONS = {
             "EncodedMicrobatch(stands_for)",
             "Manifest(optimizer)",
             "EncoderOutput(sequence_first)",
-            "EncoderOutput(rows_per_item)",
             "Answer(problem)",
             "LanguageBatch(problem)",
             "LanguageBatch(packed)",

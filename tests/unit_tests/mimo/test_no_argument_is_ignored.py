@@ -46,6 +46,9 @@ NOT_READ = {
     "megatron/core/models/mimo/transformer/context_parallel_attention.py::forward(unused)": (
         "Megatron-Core versions pass kernels' options"
     ),
+    "megatron/core/models/mimo/transformer/ulysses_attention.py::forward(unused)": (
+        "Megatron-Core versions pass kernels' options"
+    ),
     "megatron/core/models/mimo/transformer/norms.py::__new__(unused)": (
         "Megatron-Core versions pass kernels' options"
     ),

@@ -103,9 +103,19 @@ class Case:
     def run(self) -> list[Result]:
         return InProcessWorld(self.size).run(self._on_rank)
 
+    def src_grid(self) -> HyperCommGrid:
+        return HyperCommGrid(list(self.src), ["tp", "dp"])
+
+    def spec(self, grid: HyperCommGrid) -> ModuleSpec:
+        spec = modality_spec()
+        spec.submodules["encoders"] = {
+            name: ModuleSpec(module=LinearEncoder) for name in self.encoders
+        }
+        return spec
+
     def build(self) -> tuple[MimoModel, dict[str, HyperCommGrid]]:
         grids = {
-            "images": HyperCommGrid(list(self.src), ["tp", "dp"]),
+            "images": self.src_grid(),
             "language": HyperCommGrid(list(self.dest), ["tp", "cp", "dp"]),
         }
         for dim in ("tp", "cp"):
@@ -122,11 +132,7 @@ class Case:
         options["special_token_ids"] = {"images": self.image}
         if self.balanced:
             options["encoder_balance"] = {"images": BALANCE}
-        spec = modality_spec()
-        spec.submodules["encoders"] = {
-            name: ModuleSpec(module=LinearEncoder) for name in self.encoders
-        }
-        modalities = {"images": spec}
+        modalities = {"images": self.spec(grids["images"])}
         model = MimoModel(mimo_config(config, modalities, module_to_grid_map=grids, **options))
         model.modality_submodules["images"].requires_grad_(not self.frozen)
         if self.overlap:

@@ -107,7 +107,8 @@ class World:
 
     def held_by(self, rank: int) -> list[int]:
         """Rows that a rank's encoder brings, in order."""
-        return self.held[self.src.coords(rank)["dp"]].tolist()
+        at = self.src.coords(rank)
+        return self.held[at["dp"] * self.src.dim_size("cp") + at.get("cp", 0)].tolist()
 
 
 def as_runs(rows: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -130,7 +131,9 @@ def plan_all(world: World, **layout_options) -> dict[int, RoutePlan]:
         tokens = [world.tokens[dp] for dp in group.dest_dps]
         # Blocks of whole replicas, so a group's rows are consecutive.
         shift = before[group.dest_dps[0]]
-        held = as_runs([world.held[dp] - shift for dp in group.src_dps])
+        cp = layout.src_cp_size
+        holders = [dp * cp + part for dp in group.src_dps for part in range(cp)]
+        held = as_runs([world.held[holder] - shift for holder in holders])
         made = GroupRoutes(group, tokens, held)
         plans |= {int(rank): made.plan(int(rank)) for rank in group.ranks}
     assert sorted(plans) == list(layout.ranks)

@@ -62,7 +62,7 @@ class ItemExchange:
             ``"first"`` time, or ``"off"``. One all-gather of 512 bytes per rank on the host.
 
     Raises:
-        ValueError: unknown ``guard``; a rank that is not on the bridge.
+        ValueError: unknown ``guard``; a rank that is not on the bridge; CP in the encoder's grid.
     """
 
     def __init__(
@@ -71,6 +71,12 @@ class ItemExchange:
         if guard not in GUARDS:
             raise ValueError(f"guard must be one of {GUARDS}, got {guard!r}")
         self.rank, self.name = bridge.current_rank, bridge.layout.src_name
+        cp = bridge.layout.src_cp_size
+        if cp > 1:
+            raise ValueError(
+                f"Items of {self.name} do not move between replicas whose cp={cp} ranks encode a "
+                "part of each; leave the balance out, or give those ranks to dp"
+            )
         self.exchange = bridge.layout.group_of(self.rank)
         self.group, self.control = bridge.group, bridge.control
         self.balance, self.guard = balance or EncoderBalance(), guard

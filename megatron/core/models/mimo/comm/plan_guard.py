@@ -157,7 +157,7 @@ class Agreed:
     """What the group found: equal headers, and everybody's rows and token places.
 
     Attributes:
-        rows: rows of each encoder replica of the group.
+        rows: rows of each encoder replica of the group; with CP of each of its CP ranks.
         tokens: token places of each language replica; empty if a plan was given.
         key: all of it as bytes, to recognise a batch like an earlier one.
     """
@@ -210,6 +210,38 @@ def agree(
         _tokens(each[: len(_HEADER) - first], each[len(_HEADER) - first :]) for each in stated
     ]
     return Agreed(rows[:, 0].tolist(), tokens, rows.tobytes() + stated.tobytes())
+
+
+def items_of_replicas(
+    name: str, group: ExchangeGroup, control: dist.ProcessGroup | None, items: Sequence[int]
+) -> list[list[int]]:
+    """Return the whole items of every encoder replica of the group; every rank of it calls this.
+
+    Args:
+        name, group, control: as for :func:`agree`, which has been called.
+        items: rows of each item that this rank's replica encodes.
+
+    Raises:
+        ValueError: the same on every rank: ranks of one replica encode other items.
+    """
+    mine = [int(rows) for rows in items]
+    told = [mine] * group.size
+    if control is not None:
+        dist.all_gather_object(told, mine, group=control)
+    replica = group.src_of // group.layout.src_cp_size
+    _, first = np.unique(replica, return_index=True)
+    for place, one in enumerate(first[replica].tolist()):
+        if told[place] != told[one]:
+            raise ValueError(
+                f"Bridge {name}: ranks {group.ranks[one]} and {group.ranks[place]} are of one "
+                f"encoder replica, but encode items of {_some(told[one])} and {_some(told[place])} "
+                "rows. Give these ranks the same batch."
+            )
+    return [told[place] for place in first.tolist()]
+
+
+def _some(items: Sequence[int]) -> str:
+    return f"{len(items)} items" if len(items) > 8 else str(list(items))
 
 
 def problem_of(error: BaseException, what: str) -> str | None:

@@ -25,8 +25,14 @@ from megatron.core.models.mimo.comm.plan.gather_layout import BridgeDirection
 from megatron.core.models.mimo.comm.plan.merged_routes import MergedPlan, Routes
 from megatron.core.models.mimo.comm.plan.routed_layout import RouteLayout
 from megatron.core.models.mimo.comm.plan.routes import GroupRoutes, RoutePlan
-from megatron.core.models.mimo.comm.plan.token_runs import Runs, TokenRuns
-from megatron.core.models.mimo.comm.plan_guard import Agreed, Statement, agree, hear
+from megatron.core.models.mimo.comm.plan.token_runs import Runs, TokenRuns, rows_of_parts
+from megatron.core.models.mimo.comm.plan_guard import (
+    Agreed,
+    Statement,
+    agree,
+    hear,
+    items_of_replicas,
+)
 from mimo_colocated.process_groups import make_groups, release_group
 
 logger = logging.getLogger(__name__)
@@ -44,7 +50,8 @@ class RoutedBridge:
     owner is one TP rank, else all TP ranks of a CP rank get the row.
 
     Args:
-        src_grid: the encoder's grid: tp and dp, any other dim of size 1.
+        src_grid: the encoder's grid: tp, cp and dp, any other dim of size 1. With cp each of its
+            ranks holds a part of every item.
         dest_grid: the language model's grid: tp, cp before dp; rows go to its first pp stage.
         src_module_name, dest_module_name: for messages.
         sequence_parallel: the language model cuts its sequence over TP too.
@@ -157,6 +164,7 @@ class RoutedBridge:
         rows: torch.Tensor,
         problem: str | None = None,
         held: Sequence[Runs] | None = None,
+        items: Sequence[int] = (),
     ) -> RoutePlan:
         """Plan a microbatch from what each rank knows by itself; all ranks of the group call it.
 
@@ -170,6 +178,9 @@ class RoutedBridge:
             problem: why this rank cannot take part, if it cannot: it becomes everybody's error.
             held: the rows of every encoder replica of the group, where they are not consecutive
                 (:meth:`.BalancePlan.held_rows`); the same on all ranks.
+            items: rows of each whole item that this rank's encoder replica encodes; read where the
+                encoder's grid has CP, whose ranks hold the parts (:func:`.rows_of_parts`). Costs
+                an all-gather of objects on the host.
 
         Raises:
             ValueError: the same on every rank of the group: a rank has a problem; dtypes, widths,
@@ -177,6 +188,9 @@ class RoutedBridge:
                 not match; a sequence cannot be cut.
         """
         agreed = self._agree(Statement(rows, tokens, problem=problem))
+        if held is None and self.layout.src_cp_size > 1:
+            told = items_of_replicas(self.name, self.exchange, self.control, items)
+            held = rows_of_parts(told, self.layout.src_cp_size)
         if held is not None:
             self._refuse_other_rows(agreed, held)
         key = agreed.key + b"".join(runs.tobytes() + b"|" for runs in held or ())
@@ -270,11 +284,12 @@ class RoutedBridge:
         return agree(self.name, self.exchange, self.control, mine)
 
     def _refuse_other_rows(self, agreed: Agreed, held: Sequence[Runs]) -> None:
-        wanted = [int(runs[:, 1].sum()) for runs in held]
+        wanted, cut = [int(runs[:, 1].sum()) for runs in held], self.layout.src_cp_size > 1
         if agreed.rows != wanted:
             raise ValueError(
                 f"Bridge {self.name}: the encoder replicas bring {agreed.rows} rows, assigned to "
-                f"them are {wanted}; tokens_per_item must say what the encoder makes of each item"
+                f"them are {wanted}; {'rows' if cut else 'tokens'}_per_item must say what the "
+                "encoder makes of each item"
             )
 
     def _check_alive(self) -> None:

@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megatron.core.models.mimo.config.base_configs import MimoModelConfig, option_of
+from megatron.core.models.mimo.config.base_configs import MimoModelConfig, bridge_of, option_of
+from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -20,7 +21,8 @@ def check_model_config(config: MimoModelConfig) -> None:
     Raises:
         TypeError: a spec that is none.
         ValueError: special tokens that are no ids, shared, or misnamed; multi-token prediction;
-            levels of rows for layers that do not exist, or not in ascending order; what waits
+            levels of rows for layers that do not exist, or not in ascending order; CP of an
+            encoder over a gather bridge, with balanced encoders, or on ranks of its own; what waits
             for ranks outside the module's own groups (fp8 scales over steps, attention over
             two levels of CP groups, fused operations), or CUDA graphs.
 
@@ -41,6 +43,7 @@ def check_model_config(config: MimoModelConfig) -> None:
     _warn_outside(token_ids, _params(config.language_model_spec).get("vocab_size"))
     for spec in (config.language_model_spec, *option_of(config, "virtual_stage_specs")):
         _refuse_token_prediction(spec)
+    _check_encoder_cp(config, modalities)
     _check_levels(option_of(config, "deepstack_layers"), modalities, config.language_model_spec)
     language = (config.language_model_spec, *option_of(config, "virtual_stage_specs"))
     for where, spec in (("the language model", language), *modalities.items()):
@@ -96,6 +99,32 @@ def _warn_outside(token_ids: Mapping[str, Any], vocabulary: Any) -> None:
             "where the loss mask counts",
             stacklevel=4,
         )
+
+
+def _check_encoder_cp(config: MimoModelConfig, modalities: Mapping[str, Any]) -> None:
+    """Refuse CP in an encoder's grid where its parts of items have no way to the language model."""
+    grids = getattr(config, "module_to_grid_map", None) or {}
+    for name in modalities:
+        grid: Any = grids.get(name)
+        other: Any = grids.get(MIMO_LANGUAGE_MODULE_KEY)
+        names, shape = getattr(grid, "dim_names", ()), getattr(grid, "shape", ())
+        sizes: dict[str, int] = dict(zip(names, shape, strict=False))
+        cp = sizes.get("cp", 1)
+        if cp == 1:
+            continue
+        needs = {
+            "bridge='routed'": bridge_of(config, name) == "routed",
+            "no encoder_balance": name not in option_of(config, "encoder_balance"),
+            "the language model's ranks": (grid.rank_offset, grid.size)
+            == (other.rank_offset, other.size),
+        }
+        wrong = [what for what, there in needs.items() if not there]
+        if wrong:
+            raise ValueError(
+                f"Modality '{name}' has cp={cp} in its grid: its CP ranks hold a part of each "
+                f"item, which needs {wrong[0]} (bridge={bridge_of(config, name)!r}); change that, "
+                "or give those ranks to dp or tp"
+            )
 
 
 def _check_levels(

@@ -24,12 +24,17 @@ class RoutePlans:
         multiple: that packed samples are padded to.
 
     Attributes:
-        bridges: modality -> its routed bridge; nothing is planned for others.
+        bridges: modality -> its routed bridge; nothing is planned for others, nor where encoders
+            cut items over CP: rows of each item are not known here, so the bridge plans.
     """
 
     def __init__(self, model: MimoModel, multiple: int) -> None:
         bridges = getattr(model, "colocated_comms", {})
-        self.bridges = {m: b for (m, _), b in bridges.items() if isinstance(b, RoutedBridge)}
+        self.bridges = {
+            modality: bridge
+            for (modality, _), bridge in bridges.items()
+            if isinstance(bridge, RoutedBridge) and bridge.layout.src_cp_size == 1
+        }
         self._multiple = multiple
         self._last: dict[str, tuple[np.ndarray, Any, RoutePlan]] = {}
 

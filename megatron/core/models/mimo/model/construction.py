@@ -6,12 +6,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import nn
 
 from megatron.core.models.mimo.config.base_configs import MimoModelConfig, bridge_of, option_of
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY, ModuleStageInfo
 from megatron.core.models.mimo.model.paths import path_named
 from megatron.core.models.mimo.model.replicated_encoders import warn_of_replicated_encoders
+from megatron.core.models.mimo.submodules.base import ModalitySubmodules
 from megatron.core.models.mimo.transformer.input_gradients import sum_wanted_gradients_only
 from megatron.core.transformer.spec_utils import ModuleSpec
 
@@ -66,4 +68,18 @@ def build_modality(
         sum_wanted_gradients_only(built)
         grids = getattr(mimo_config, "module_to_grid_map", None) or {}
         warn_of_replicated_encoders(name, built, grids.get(name))
+        _cut_items(name, built, grids.get(name))
     return built
+
+
+def _cut_items(name: str, built: nn.Module, grid: Any) -> None:
+    """With CP in an encoder's grid each of its ranks has a part of every item."""
+    sizes = {} if grid is None else dict(zip(grid.dim_names, grid.shape, strict=False))
+    if grid is None or sizes.get("cp", 1) == 1:
+        return
+    try:
+        if not isinstance(built, ModalitySubmodules):
+            raise ValueError(f"{type(built).__name__} is no ModalitySubmodules, which cuts items")
+        built.cut_items(grid.coords(dist.get_rank())["cp"], sizes["cp"])
+    except ValueError as error:
+        raise ValueError(f"Modality '{name}': {error}") from None

@@ -114,6 +114,17 @@ class EncoderRunner:
                 part.add(name)
         return rows, part
 
+    def whole_items(self, name: str, modality_inputs: Mapping[str, Any] | None) -> list[int]:
+        """Return the rows of the whole items that this rank's replica encodes, where CP cuts them.
+
+        Args:
+            name: of the modality.
+            modality_inputs: as for ``forward``.
+        """
+        inputs = (modality_inputs or {}).get(name)
+        encoder: Any = unwrap_model(self._modules.encoders[name])
+        return encoder.whole_items(inputs) if inputs else []
+
     def needs_empty_rows(self, name: str) -> bool:
         """Return whether a modality without rows in a batch brings an empty tensor to backward.
 

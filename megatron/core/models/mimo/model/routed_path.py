@@ -166,7 +166,7 @@ class RoutedPath:
         reading = self._start_reading(batch, plans)
         given = modality_inputs
         modality_inputs, held = self._balance_inputs(modality_inputs, plans)
-        rows, part, failure = self._try_to_encode(modality_inputs)
+        rows, part, items, failure = self._try_to_encode(modality_inputs)
         seen = reading.arrive()
         batch, problem = self._try_to_prepare(batch)
         tokens = self._places(batch, plans, seen)
@@ -185,7 +185,7 @@ class RoutedPath:
             )
             try:
                 plans[name] = self._agree_on_plan(
-                    name, rows[name], tokens, plans, own_problem, held.get(name)
+                    name, rows[name], tokens, plans, own_problem, held.get(name), items.get(name)
                 )
             except ValueError as error:
                 raise error from (failure or error.__cause__)
@@ -257,19 +257,22 @@ class RoutedPath:
 
     def _try_to_encode(
         self, modality_inputs: Mapping[str, Any] | None
-    ) -> tuple[dict[str, torch.Tensor], set[str], Exception | None]:
-        """(rows by modality, who has a backward pass, what was raised); with an error no rows.
+    ) -> tuple[dict[str, torch.Tensor], set[str], dict[str, list[int]], Exception | None]:
+        """(rows by modality, who has a backward pass, whole items that CP cuts, what was raised).
 
-        An encoder that fails does so on all TP ranks of a replica, which have the same inputs.
-        The replicas that wait for its rows hear of it.
+        With an error there are no rows. An encoder that fails does so on all TP and CP ranks of a
+        replica, which have the same inputs. The replicas that wait for its rows hear of it.
         """
         names, dtype = list(self._bridges), self._runners.language.embedding_dtype()
+        encoders = self._runners.encoders
         try:
-            return *self._runners.encoders.run_all(names, modality_inputs, dtype), None
+            encoded = encoders.run_all(names, modality_inputs, dtype)
+            cut = [name for name in names if self._bridges[name].layout.src_cp_size > 1]
+            return *encoded, {n: encoders.whole_items(n, modality_inputs) for n in cut}, None
         except Exception as error:
             if problem_of(error, "") is None:
                 raise
-            return *self._runners.encoders.run_all(names, None, dtype), error
+            return *encoders.run_all(names, None, dtype), {}, error
 
     def _agree_on_plan(
         self,
@@ -279,6 +282,7 @@ class RoutedPath:
         plans: Mapping[str, RoutePlan],
         problem: str | None,
         held: Sequence[Runs] | None,
+        items: Sequence[int] | None,
     ) -> RoutePlan:
         """The plan that was given, compared with the group's; else one made with the group."""
         bridge = self._bridges[name]
@@ -286,7 +290,7 @@ class RoutedPath:
             bridge.confirm(plans[name], rows, problem)
             return plans[name]
         try:
-            return bridge.plan(tokens[name], rows, problem, held)
+            return bridge.plan(tokens[name], rows, problem, held, items or ())
         except RowCountError as error:
             if error.rows == 0:
                 raise RuntimeError(missing_inputs(name, error.tokens)) from error

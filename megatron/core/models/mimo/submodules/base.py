@@ -49,6 +49,11 @@ class ModalitySubmodules(ABC, nn.Module):
     :mod:`.encoder_outputs`; ``params={"encoder_outputs": {"vit": "pooler_output"}}`` names a field
     of the output, a number a place in a tuple, ``"per_item"`` a tuple of one tensor per item.
 
+    **CP.** With ``cp`` in the modality's grid each of its encoders cuts its items' sequences over
+    the grid's CP ranks and says so on its class: ``cuts_items = True``. It is called with the same
+    inputs on all of them, and returns of each item, in order, the rows from ``n * r // cp`` to
+    ``n * (r + 1) // cp`` on CP rank ``r``; ``rows_per_item`` is a function that counts ``n``.
+
     Args:
         encoders: name -> module; called with ``encoder_inputs[name]`` as keyword arguments.
         decoders: name -> module.
@@ -63,6 +68,7 @@ class ModalitySubmodules(ABC, nn.Module):
 
     Attributes:
         activation_memory: what becomes of activations until backward; see :meth:`use_memory`.
+        cp: (rank, size) of the CP ranks that the encoders cut their items over.
 
     Raises:
         TypeError: further keyword arguments.
@@ -100,6 +106,7 @@ class ModalitySubmodules(ABC, nn.Module):
         self.sequence_first_encoders = self._resolve_layouts(sequence_first_encoders)
         self.encoder_outputs = dict(encoder_outputs or {})
         self.rows_per_item = dict(rows_per_item or {})
+        self.cp = (0, 1)
         self._check_outputs()
         hide_in_states(self)
         self.use_memory(EncoderMemory())
@@ -117,6 +124,52 @@ class ModalitySubmodules(ABC, nn.Module):
                 f"{policy}; leave forward to ModalitySubmodules, or keep the activations"
             )
         self.activation_memory = ActivationMemory(policy, self.encoders, self.input_projections)
+
+    def cut_items(self, rank: int, size: int) -> None:
+        """Take what the encoders return as a CP rank's part of each item.
+
+        Args:
+            rank, size: the place among the CP ranks of the modality's grid, and their number.
+
+        Raises:
+            ValueError: an encoder does not say that it cuts its items, or was built for another
+                number of CP ranks; no function counts its whole items' rows.
+        """
+        for name, encoder in self.encoders.items():
+            inner = unwrapped(encoder)
+            if getattr(inner, "cuts_items", False) is not True:
+                raise ValueError(
+                    f"The grid has cp={size}, but encoder '{name}' ({type(inner).__name__}) does "
+                    "not say that it cuts its items over CP (cuts_items = True on its class), so "
+                    "every CP rank would encode all of them; give those ranks to dp or tp"
+                )
+            own = getattr(getattr(inner, "config", None), "context_parallel_size", size)
+            if own != size:
+                raise ValueError(
+                    f"The grid has cp={size}, but encoder '{name}' was built with "
+                    f"context_parallel_size={own}; they must be equal, change one of them"
+                )
+            if not callable(self.rows_per_item.get(name)):
+                raise ValueError(
+                    f"Encoder '{name}' cuts its items over cp={size}; say in the spec how many "
+                    f"rows each whole item has, params={{'rows_per_item': {{'{name}': ...}}}} "
+                    "with a function of its keyword arguments, got "
+                    f"{self.rows_per_item.get(name)!r}"
+                )
+        self.cp = (rank, size)
+
+    def whole_items(self, encoder_inputs: Mapping[str, Mapping[str, Any]]) -> list[int]:
+        """Return the rows of whole items in the order of their tokens, of encoders that cut them.
+
+        Args:
+            encoder_inputs: as of :meth:`forward`.
+        """
+        counts = [
+            rows(encoder_inputs[name])
+            for name in self.encoders
+            if callable(rows := self.rows_per_item[name])
+        ]
+        return [int(count) for item in zip(*counts, strict=True) for count in item]
 
     @property
     def is_first_stage(self) -> bool:
@@ -324,6 +377,7 @@ class ModalitySubmodules(ABC, nn.Module):
             sequence_first=name in self.sequence_first_encoders,
             where=self.encoder_outputs.get(name),
             rows_per_item=self.rows_per_item.get(name),
+            cp=self.cp,
         )
 
     def _refuse_unknown_order(self, rows: Sequence[torch.Tensor]) -> None:

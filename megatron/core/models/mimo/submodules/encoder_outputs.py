@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from megatron.core.models.mimo.comm.plan.token_runs import split_items
+
 # In ``encoder_outputs``: the encoder returns a list or tuple of one tensor per item.
 PER_ITEM = "per_item"
 _MAIN, _POOLED = "last_hidden_state", "pooler_output"
@@ -90,12 +92,15 @@ class EncoderOutput:
         sequence_first: 3-D tensors are ``(s, b, h)``.
         where: ``None``, a field of the output, a place in it, or :data:`PER_ITEM`.
         rows_per_item: of outputs that do not tell.
+        cp: (rank, size) of the CP ranks that have a part of each item; ``rows_per_item`` counts
+            whole ones.
     """
 
     name: str
     sequence_first: bool = False
     where: str | int | None = None
     rows_per_item: RowsPerItem | None = None
+    cp: tuple[int, int] = (0, 1)
 
     def rows(self, output: Any, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, list[int] | None]:
         """Return the sample-major rows ``(n, h)`` and, where they are known, those of each item.
@@ -206,6 +211,15 @@ class EncoderOutput:
             items = [int(count) for count in per_item(inputs)]
         else:
             items = [per_item] * (rows // per_item)
+        rank, size = self.cp
+        if size > 1:
+            items, whole = [len(split_items(count, size)[rank]) for count in items], items
+            if sum(items) != rows:
+                raise ValueError(
+                    f"Encoder '{self.name}' returned {rows} rows on CP rank {rank} of {size}, "
+                    f"whose parts of items of {whole} rows are {items}; cut each item as "
+                    "split_items does"
+                )
         if sum(items) != rows:
             raise ValueError(
                 f"Encoder '{self.name}' returned {rows} rows, but rows_per_item gives {sum(items)} "

@@ -21,6 +21,7 @@ from megatron.core.models.mimo.memory.layer_recompute import recomputable
 from megatron.core.models.mimo.partition.packed_lengths import end_to_end
 from megatron.core.models.mimo.towers.sharded_list import ShardedModuleList
 from megatron.core.models.mimo.transformer.layer_specs import encoder_layer_spec
+from megatron.core.models.mimo.transformer.ulysses_attention import ItemParts
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
@@ -94,8 +95,9 @@ class Features:
 class FeatureTransformer(MegatronModule):
     """Bidirectional layers that return hidden states; images do not see each other.
 
-    Under sequence parallelism, and for images of different sizes, rows of all images stand in one
-    row of a packed batch, so no rows of padding are attended to.
+    Under sequence parallelism, with CP, and for images of different sizes, rows of all images stand
+    in one row of a packed batch, so no rows of padding are attended to. With CP a rank has its part
+    of each image (:class:`.ItemParts`), without the rows before the features' first.
 
     Args:
         config: of the tower, with as many layers as the features need.
@@ -108,7 +110,7 @@ class FeatureTransformer(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.features = features
-        self.tp_group = pg_collection.tp
+        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         blocks = []
         for first, stop in features.blocks:
             own = copy.copy(config)
@@ -116,7 +118,7 @@ class FeatureTransformer(MegatronModule):
             blocks.append(
                 TransformerBlock(
                     own,
-                    encoder_layer_spec(own),
+                    encoder_layer_spec(own, items_cut=True),
                     post_layer_norm=features.final_norm and stop == features.layers,
                     pg_collection=pg_collection,
                 )
@@ -124,21 +126,36 @@ class FeatureTransformer(MegatronModule):
         self.blocks = ShardedModuleList(blocks, pg_collection)
 
     def forward(self, hidden: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        """Embeddings -> features of the same rows.
+        """Embeddings -> features of the rows from each image's first on.
 
         Args:
             hidden: ``(n, s, h)``; with ``lengths`` ``(t, h)``, image after image.
             lengths: rows of each image.
 
         Returns:
-            ``(n, s, F * h)`` or ``(t, F * h)`` of ``F`` hidden states.
+            ``(n, s, F * h)`` or ``(t, F * h)`` of ``F`` hidden states, of fewer rows where the
+            features leave out the first ones or CP cuts images.
         """
-        if lengths is not None:
-            return self._packed(hidden, lengths)
-        if not self.config.sequence_parallel:
-            return self._hidden_states(hidden.transpose(0, 1).contiguous()).transpose(0, 1)
-        images, rows = hidden.shape[:2]
-        return self._packed(hidden.flatten(0, 1), [rows] * images).unflatten(0, (images, rows))
+        if lengths is None:
+            images, rows = hidden.shape[:2]
+            if not self.config.sequence_parallel and self.config.context_parallel_size == 1:
+                out = self._hidden_states(hidden.transpose(0, 1).contiguous()).transpose(0, 1)
+                return out[:, self.features.first_row :]
+            out = self.forward(hidden.flatten(0, 1), [rows] * images)
+            return out.unflatten(0, (images, len(out) // max(images, 1)))
+        if self.config.context_parallel_size > 1:
+            return self._part(hidden, lengths)
+        out, first = self._packed(hidden, lengths), self.features.first_row
+        return torch.cat([image[first:] for image in out.split(list(lengths))]) if first else out
+
+    def _part(self, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
+        """This CP rank's rows ``(t_local, F * h)`` of whole images ``(t, h)``."""
+        group, config = self.cp_group, self.config
+        parts = ItemParts(tuple(lengths), group.size(), lead=self.features.first_row)
+        multiple = self.tp_group.size() if config.sequence_parallel else 1
+        local = parts.cut(hidden, group.rank(), multiple)
+        out = self._hidden_states(local.unsqueeze(1), parts.packed())
+        return parts.rows(out.squeeze(1), group.rank())
 
     def _packed(self, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
         total, ranks = sum(lengths), self.tp_group.size()

@@ -46,6 +46,8 @@ class ImageTower(MegatronModule):
         clip: with a class token and a norm before the layers; without, with a bias of patches.
     """
 
+    cuts_items = True
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -89,7 +91,7 @@ class ImageTower(MegatronModule):
         hidden = hidden + self._positions(*patches.shape[-2:])
         if self.pre_norm is not None:
             hidden = self.pre_norm(hidden)
-        return self.transformer(hidden)[:, self.features.first_row :]
+        return self.transformer(hidden)
 
     def _check(self, pixel_values: Tensor, interpolate: bool) -> None:
         expected = (self.shape.channels, self.shape.side, self.shape.side)
@@ -136,6 +138,7 @@ class PatchTower(MegatronModule):
         reads_on_host: inputs that are best left on the host; on a device they are waited for.
     """
 
+    cuts_items = True
     reads_on_host = ("pixel_attention_mask", "spatial_shapes")
 
     def __init__(
@@ -171,10 +174,7 @@ class PatchTower(MegatronModule):
         patches = [image[:length] for image, length in zip(pixel_values, lengths, strict=True)]
         hidden = self.patch_embedding(torch.cat(patches).to(self.patch_embedding.weight.dtype))
         hidden = hidden + torch.cat([self._positions(*shape) for shape in shapes])
-        rows = self.transformer(hidden, lengths)
-        if not self.features.first_row:
-            return rows
-        return torch.cat([image[self.features.first_row :] for image in rows.split(lengths)])
+        return self.transformer(hidden, lengths)
 
     @staticmethod
     def _lengths(

@@ -53,6 +53,8 @@ class WhisperEncoder(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         width, dtype = config.hidden_size, config.params_dtype
+        # Two frames of a row may lie on both sides of a cut.
+        self.cuts_items = not pooled
         self.pooled, self.head_width = pooled, width // config.num_attention_heads
         self.conv1 = nn.Conv1d(mel_bins, width, 3, padding=1, dtype=dtype)
         self.conv2 = nn.Conv1d(width, width, 3, stride=2, padding=1, dtype=dtype)

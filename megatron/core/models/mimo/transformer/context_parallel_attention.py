@@ -35,7 +35,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-_CAUSAL_TYPES = (
+CAUSAL_TYPES = (
     AttnMaskType.causal,
     AttnMaskType.padding_causal,
     AttnMaskType.causal_bottom_right,
@@ -136,7 +136,7 @@ class ContextParallelAttention(MegatronModule):
         """
         if attention_bias is not None:
             raise ValueError("attention_bias is not supported by ContextParallelAttention")
-        causal = (attn_mask_type or self.attn_mask_type) in _CAUSAL_TYPES
+        causal = (attn_mask_type or self.attn_mask_type) in CAUSAL_TYPES
         packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
         group = self._group_of(packed_seq_params)
         if attention_mask is not None:

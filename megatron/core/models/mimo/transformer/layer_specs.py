@@ -23,6 +23,7 @@ from megatron.core.models.mimo.transformer.context_parallel_attention import (
 from megatron.core.models.mimo.transformer.host_lengths import te_attention
 from megatron.core.models.mimo.transformer.norms import SequenceParallelNorm
 from megatron.core.models.mimo.transformer.router import PerTokenRouter
+from megatron.core.models.mimo.transformer.ulysses_attention import UlyssesAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
@@ -85,11 +86,13 @@ def language_layer_spec(
     return _block_spec(config, None, pp_rank, vp_stage)
 
 
-def encoder_layer_spec(config: TransformerConfig) -> ModuleSpec:
+def encoder_layer_spec(config: TransformerConfig, *, items_cut: bool = False) -> ModuleSpec:
     """Return bidirectional layers for encoders that are built on ``TransformerBlock``.
 
     Args:
         config: the encoder's config; one pipeline stage.
+        items_cut: with CP its ranks have contiguous parts of each item (:class:`.ItemParts`), not
+            chunks as the language model's have; attention exchanges them for heads.
 
     Returns:
         A spec of the encoder's ``TransformerBlock``: its layers and the final norm.
@@ -103,7 +106,9 @@ def encoder_layer_spec(config: TransformerConfig) -> ModuleSpec:
             f"An encoder has one pipeline stage, but its config says "
             f"pipeline_model_parallel_size={config.pipeline_model_parallel_size}"
         )
-    return _block_spec(config, AttnMaskType.no_mask, 0, None)
+    cut = items_cut and config.context_parallel_size > 1
+    attention = UlyssesAttention if cut else ContextParallelAttention
+    return _block_spec(config, AttnMaskType.no_mask, 0, None, attention)
 
 
 def _block_spec(
@@ -111,6 +116,7 @@ def _block_spec(
     mask_type: AttnMaskType | None,
     pp_rank: int | None,
     vp_stage: int | None,
+    attention: type[ContextParallelAttention] = ContextParallelAttention,
 ) -> ModuleSpec:
     _check_query_groups(config)
     if pp_rank is None:
@@ -129,8 +135,9 @@ def _block_spec(
         pp_rank=pp_rank,
         vp_stage=vp_stage,
     )
-    attends = with_te and te_attends(config)
-    layers = [_layer(spec, mask_type, with_te, attends) for spec in block.layer_specs]
+    attends = with_te and te_attends(config) and attention is ContextParallelAttention
+    core = te_attention() if attends else attention
+    layers = [_layer(spec, mask_type, with_te, core) for spec in block.layer_specs]
     norm: Any = block.layer_norm if with_te else SequenceParallelNorm
     return ModuleSpec(
         module=TransformerBlock,
@@ -153,9 +160,9 @@ def _check_query_groups(config: TransformerConfig) -> None:
 
 
 def _layer(
-    spec: ModuleSpec, mask_type: AttnMaskType | None, with_te: bool, engine_attends: bool
+    spec: ModuleSpec, mask_type: AttnMaskType | None, with_te: bool, core: Any
 ) -> ModuleSpec:
-    """A copy of stock's layer spec with this project's parts and mask type."""
+    """A copy of stock's layer spec with this project's parts and mask type, and core attention."""
     parts: Any = spec.submodules
     attention = parts.self_attention
     if mask_type is not None:
@@ -163,7 +170,6 @@ def _layer(
             attention, params={**attention.params, "attn_mask_type": mask_type}
         )
     inner = attention.submodules if with_te else _with_norms(attention.submodules)
-    core = te_attention() if engine_attends else ContextParallelAttention
     inner = dataclasses.replace(inner, core_attention=core)
     changes: dict[str, Any] = {
         "self_attention": dataclasses.replace(attention, submodules=inner)

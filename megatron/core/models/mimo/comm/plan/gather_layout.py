@@ -308,11 +308,14 @@ def check_on_bridge(rank: int, ranks: range, src_name: str, dest_name: str) -> N
         )
 
 
-def check_grids(src_grid: Grid, dest_grid: Grid) -> None:
+def check_grids(
+    src_grid: Grid, dest_grid: Grid, src_dims: tuple[str, ...] = ("tp", "dp")
+) -> None:
     """Refuse grids that no bridge can lie between, whatever their DP sizes.
 
     Args:
         src_grid, dest_grid: encoder's and language model's grid; the latter may have stages.
+        src_dims: dims of the encoder's grid that may be larger than 1.
 
     Raises:
         ValueError: the grids do not cover the same ranks, one lacks ``tp`` or ``dp``, a size that
@@ -329,7 +332,7 @@ def check_grids(src_grid: Grid, dest_grid: Grid) -> None:
             f"dest={dest_grid.rank_offset}. Colocated modules use the same ranks; modules on "
             "other ranks need no bridge of this kind."
         )
-    _check_dims("src", src_grid, bridged=("tp", "dp"))
+    _check_dims("src", src_grid, bridged=src_dims)
     _check_dims("dest", dest_grid, bridged=("tp", "cp", "dp", "pp"))
 
 
@@ -346,7 +349,8 @@ def _check_dims(side: str, grid: Grid, bridged: tuple[str, ...]) -> None:
             raise ValueError(
                 f"{side} {name.upper()} must be 1 for a colocated bridge, got "
                 f"{grid.dim_size(name)} in {_dims(grid)}. Only {bridged} may be larger on this "
-                f"side; give those ranks to DP or TP."
+                f"side; give those ranks to DP or TP"
+                + (", or use bridge='routed'." if (side, name) == ("src", "cp") else ".")
             )
     if side == "dest" and "cp" in names and names.index("dp") < names.index("cp"):
         raise ValueError(

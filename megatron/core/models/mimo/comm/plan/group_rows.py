@@ -25,8 +25,8 @@ class SortedRows:
     """Some rows of a group, sorted by (holder, owner, number); all int64 ``(n,)``.
 
     Attributes:
-        src: encoder replica of each.
-        at: place in what that replica brings.
+        src: holder of each: encoder replica, its CP rank.
+        at: place in what that holder brings.
         owner: see :meth:`.ExchangeGroup.owner`.
         place: in the owner's flattened local batch.
         in_cell: number among the rows of the same holder and owner.
@@ -47,7 +47,8 @@ class GroupRows:
     Args:
         group: the ranks.
         tokens: the token places of each language replica.
-        held: the runs of rows of each encoder replica; as many rows as tokens.
+        held: the runs of rows of each holder (encoder replica, its CP rank); as many rows as
+            tokens.
 
     Raises:
         ValueError: the same on every rank: rows that are held twice or not at all; a sequence
@@ -66,12 +67,12 @@ class GroupRows:
             self._cut(np.empty(0, dtype=np.int64), each)
 
     def of(self, src: int, dest: int, owner: int) -> SortedRows:
-        """Return the rows that a replica holds and those that an owner owns; -1 owns none.
+        """Return the rows that a holder has and those that an owner owns; -1 owns none.
 
         They are whole cells, so turns within a cell are those that all ranks count.
 
         Args:
-            src: the encoder replica.
+            src: the holder.
             dest: the language replica of the owner.
             owner: its number.
         """
@@ -124,7 +125,7 @@ class GroupRows:
         return False
 
     def _pairs(self) -> tuple[np.ndarray, np.ndarray]:
-        """(encoder, language) replicas that have rows in common."""
+        """(holder, language replica) that have rows in common."""
         low = np.searchsorted(self._first, self._start, side="right") - 1
         high = np.searchsorted(self._first, self._start + self._length - 1, side="right") - 1
         dest = expand(np.stack([low, high - low + 1], axis=1))
@@ -135,7 +136,7 @@ class GroupRows:
         return np.divmod(pairs, len(self.tokens))
 
     def _holders(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Encoder replica of rows, and their places in what it brings."""
+        """Holder of rows, and their places in what it brings."""
         run = np.searchsorted(self._start, rows, side="right") - 1
         return self._src[run], self._at[run] + rows - self._start[run]
 
@@ -200,9 +201,12 @@ class GroupRows:
         at = np.concatenate([np.cumsum(runs[:, 1]) - runs[:, 1] for runs in self.held])
         outside = np.flatnonzero((length > 0) & ((start < 0) | (start + length > self.total)))
         if outside.size:
-            rows = expand(self.held[int(src[outside[0]])])
+            holder = int(src[outside[0]])
+            rows = expand(self.held[holder])
+            replica, cp = divmod(holder, self.group.layout.src_cp_size)
+            at = f", CP rank {cp}," if self.group.layout.src_cp_size > 1 else ""
             raise ValueError(
-                f"Encoder replica {self.group.src_dps[src[outside[0]]]} holds rows {rows.min()} to "
+                f"Encoder replica {self.group.src_dps[replica]}{at} holds rows {rows.min()} to "
                 f"{rows.max()}, but the exchange group's rows are 0 to {self.total - 1}"
             )
         order = np.argsort(start, kind="stable")

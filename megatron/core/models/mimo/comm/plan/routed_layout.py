@@ -10,6 +10,9 @@ beside DP 2 on 6 ranks is one group, DP 6 beside DP 4 on 12 ranks makes two::
     destination replicas        0         |          1
     ranks                 0   1   |   2   |   3   |   4   5
 
+An encoder that cuts its items' sequences over a CP axis of its own holds a part of each item on
+every CP rank. A *holder* of rows is a coordinate (dp, cp) of the source, with TP copies.
+
 With pipeline stages on the destination side, the first stage's ranks own the rows. Those of other
 stages encode like all others, so they send rows and get gradients, and own nothing. Where later
 stages need a part of each row too (levels that are added after their layers), the same rows have
@@ -47,7 +50,7 @@ class RouteLayout:
         rank_offset, size: the ranks are ``rank_offset .. rank_offset + size - 1``.
         sequence_parallel: each destination TP rank owns its own part of the CP-local sequence.
             Without it all TP ranks of a CP rank need the same rows.
-        src_dp, src_tp, dest_dp, dest_tp, dest_cp, dest_pp: coordinate of each rank, int64
+        src_dp, src_cp, src_tp, dest_dp, dest_tp, dest_cp, dest_pp: coordinate of each rank, int64
             ``(size,)``.
         component: number of each rank's exchange group, ``(size,)``.
         group_count: how many there are.
@@ -61,11 +64,13 @@ class RouteLayout:
     size: int
     sequence_parallel: bool
     src_tp_size: int
+    src_cp_size: int
     src_dp_size: int
     dest_tp_size: int
     dest_cp_size: int
     dest_dp_size: int
     src_dp: np.ndarray
+    src_cp: np.ndarray
     src_tp: np.ndarray
     dest_dp: np.ndarray
     dest_tp: np.ndarray
@@ -92,7 +97,7 @@ class RouteLayout:
 
         Args:
             src_grid, dest_grid: encoder's and language model's grid, over the same ranks; the
-                language model's may have pipeline stages.
+                language model's may have pipeline stages, both may have CP.
             src_name, dest_name: for messages.
             sequence_parallel: the language model cuts its sequence over TP too.
             one_group: let every rank exchange with every other, for batches that are not cut
@@ -103,8 +108,8 @@ class RouteLayout:
             ValueError: the grids do not cover the same ranks, one lacks ``tp`` or ``dp``, a size
                 that must be 1 is not, or ``dp`` is named before ``cp``.
         """
-        check_grids(src_grid, dest_grid)
-        src_dp, src_tp = (_coordinates(src_grid, dim) for dim in ("dp", "tp"))
+        check_grids(src_grid, dest_grid, src_dims=("tp", "cp", "dp"))
+        src_dp, src_cp, src_tp = (_coordinates(src_grid, dim) for dim in ("dp", "cp", "tp"))
         dest_dp, dest_tp, dest_cp = (_coordinates(dest_grid, d) for d in ("dp", "tp", "cp"))
         sizes = src_grid.dim_size("dp"), dest_grid.dim_size("dp")
         component = _components(src_dp, dest_dp, 1 if one_group else math.gcd(*sizes), *sizes)
@@ -115,11 +120,13 @@ class RouteLayout:
             size=src_grid.size,
             sequence_parallel=sequence_parallel,
             src_tp_size=src_grid.dim_size("tp"),
+            src_cp_size=src_grid.dim_size("cp"),
             src_dp_size=sizes[0],
             dest_tp_size=dest_grid.dim_size("tp"),
             dest_cp_size=dest_grid.dim_size("cp"),
             dest_dp_size=sizes[1],
             src_dp=src_dp,
+            src_cp=src_cp,
             src_tp=src_tp,
             dest_dp=dest_dp,
             dest_tp=dest_tp,
@@ -208,14 +215,20 @@ class ExchangeGroup:
         """DP indices of the group's destination replicas, ascending."""
         return np.unique(self.layout.dest_dp[self.members])
 
+    @property
+    def holders(self) -> int:
+        """Number of holders of rows: CP ranks of all the group's source replicas."""
+        return self.src_dps.size * self.layout.src_cp_size
+
     @cached_property
     def src_of(self) -> np.ndarray:
-        """Each rank's source replica, as an index into :attr:`src_dps`."""
-        return np.searchsorted(self.src_dps, self.layout.src_dp[self.members])
+        """The holder that each rank is (a copy of): replica, as in :attr:`src_dps`, then CP."""
+        replica = np.searchsorted(self.src_dps, self.layout.src_dp[self.members])
+        return replica * self.layout.src_cp_size + self.layout.src_cp[self.members]
 
     @cached_property
     def src_copy(self) -> np.ndarray:
-        """Each rank's place among the TP copies of its source replica."""
+        """Each rank's place among the TP copies of its holder."""
         return self.layout.src_tp[self.members]
 
     @cached_property
@@ -255,8 +268,8 @@ class ExchangeGroup:
 
     @cached_property
     def src_ranks(self) -> np.ndarray:
-        """Places in the group of every source replica's TP ranks, ``(replicas, tp)``."""
-        table = np.empty((self.src_dps.size, self.layout.src_tp_size), dtype=np.int64)
+        """Places in the group of every holder's TP ranks, ``(holders, tp)``."""
+        table = np.empty((self.holders, self.layout.src_tp_size), dtype=np.int64)
         table[self.src_of, self.src_copy] = np.arange(self.size)
         return table
 
@@ -272,7 +285,7 @@ class ExchangeGroup:
     def signature(self) -> tuple[np.ndarray, ...]:
         """Return everything about the layout that its ranks must agree on."""
         at = self.layout
-        flags = [at.sequence_parallel, at.size, at.rank_offset, *at.later_stages]
+        flags = [at.sequence_parallel, at.size, at.rank_offset, at.src_cp_size, *at.later_stages]
         return np.array(flags, dtype=np.int64), self.ranks, self.src_ranks, self.owner_ranks
 
 

@@ -3,9 +3,9 @@
 
 Rows of one modality in one exchange group are numbered in reading order: all rows of the group's
 first language replica, sample by sample, then those of the next. An encoder replica *holds* some
-of them (all its TP ranks have copies). Each row has one *owner*, the language coordinate whose
-part of the sequence has the row's token; without sequence parallelism the owner's TP ranks all
-need the row.
+of them (all its TP ranks have copies); one that cuts its items over CP is several holders. Each
+row has one *owner*, the language coordinate whose part of the sequence has the row's token;
+without sequence parallelism the owner's TP ranks all need the row.
 
 * forward: a rank that needs a row and holds it copies it. Else exactly one of the row's holders
   sends it.
@@ -162,11 +162,13 @@ def plan_routes(
         tokens: the token places of every language replica of the rank's exchange group, by DP.
         held: the rows of every encoder replica of the group, by DP: their number, if the
             replicas hold consecutive rows, or their runs (:func:`.token_runs.rows_of_items`).
+            With CP in the encoder's grid the runs of every CP rank of every replica
+            (:func:`.token_runs.rows_of_parts`).
 
     Raises:
         RowCountError: the replicas hold another number of rows than there are tokens.
         ValueError: an entry per replica is missing; rows that are held twice or not at all; a
-            sequence that cannot be cut.
+            sequence that cannot be cut; numbers of rows where encoders have CP.
     """
     return GroupRoutes(layout.group_of(rank), tokens, held).plan(rank)
 
@@ -184,7 +186,7 @@ class GroupRoutes:
         held: Sequence[int] | Sequence[Runs],
     ) -> None:
         self.group, self.tokens = group, tuple(tokens)
-        self.held = _as_runs(held)
+        self.held = _as_runs(held, group.layout.src_cp_size)
         self.held_counts = [int(runs[:, 1].sum()) for runs in self.held]
         self.total = sum(each.count for each in self.tokens)
         self._check_counts()
@@ -213,14 +215,17 @@ class GroupRoutes:
 
     def _check_counts(self) -> None:
         group, layout = self.group, self.group.layout
-        for what, got, wanted in (
-            (f"token places of {layout.dest_name}", len(self.tokens), group.dest_dps.size),
-            (f"held rows of {layout.src_name}", len(self.held), group.src_dps.size),
+        holder = "replica" if layout.src_cp_size == 1 else "holder"
+        for what, whose, given, wanted in (
+            (f"token places of {layout.dest_name}", "replica", self.tokens, group.dest_dps.size),
+            (f"held rows of {layout.src_name}", holder, self.held, group.holders),
         ):
+            got = len(given)
             if got != wanted:
                 raise ValueError(
                     f"An exchange group of {group.size} ranks needs the {what} of its {wanted} "
-                    f"replicas, got {got}; give one entry per replica, in DP order"
+                    f"{whose}s, got {got}; give one entry per {whose}, in DP order"
+                    + (" and within it in CP order" if whose == "holder" else "")
                 )
         if self.total != sum(self.held_counts):
             rows = sum(self.held_counts)
@@ -333,8 +338,14 @@ class _RankRoutes:
         )
 
 
-def _as_runs(held: Sequence[Any]) -> list[Runs]:
-    if all(isinstance(each, (int, np.integer)) for each in held):
+def _as_runs(held: Sequence[Any], src_cp: int) -> list[Runs]:
+    if held and all(isinstance(each, (int, np.integer)) for each in held):
+        if src_cp > 1:
+            raise ValueError(
+                f"held is given as numbers of rows {list(held)}, but the encoder's {src_cp} CP "
+                "ranks hold a part of each item; give the runs of each, as rows_of_parts makes "
+                "them of the rows per item"
+            )
         return consecutive(held)
     return [np.asarray(runs, dtype=np.int64).reshape(-1, 2) for runs in held]
 

@@ -120,6 +120,28 @@ def rows_of_items(
     return [np.stack([starts[items], lengths[items]], axis=1) for items in chosen]
 
 
+def rows_of_parts(items: Sequence[Sequence[int] | np.ndarray], parts: int) -> list[Runs]:
+    """Return the rows of CP ranks that encode a part of each item, by replica, then by CP rank.
+
+    The rule of :func:`split_items`: part ``c`` of an item of ``n`` rows are those from
+    ``n * c // parts`` to ``n * (c + 1) // parts``.
+
+    Args:
+        items: rows of each whole item, of every replica, in order.
+        parts: CP ranks of a replica.
+
+    >>> [runs.tolist() for runs in rows_of_parts([[4, 3], [2]], 2)]
+    [[[0, 2], [4, 1]], [[2, 2], [5, 2]], [[7, 1]], [[8, 1]]]
+    """
+    counts = [len(each) for each in items]
+    lengths = np.concatenate([np.asarray(each, dtype=np.int64) for each in (*items, [])])
+    first = np.cumsum(lengths) - lengths
+    cuts = lengths[:, None] * np.arange(parts + 1) // parts
+    runs = np.stack([first[:, None] + cuts[:, :-1], np.diff(cuts)], axis=-1)
+    replicas = np.split(runs, np.cumsum(counts)[:-1]) if counts else []
+    return [own[own[:, part, 1] > 0, part] for own in replicas for part in range(parts)]
+
+
 def split_items(count: int, parts: int) -> list[range]:
     """Split ``count`` items in ``parts`` stretches whose lengths differ by one at most.
 
