@@ -21,7 +21,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from megatron.core.models.mimo.comm.plan.gather_layout import BridgeDirection, BridgeLayout
 from megatron.core.models.mimo.comm.plan.routed_layout import ExchangeGroup, RouteLayout
 from megatron.core.models.mimo.comm.plan.routes import GroupRoutes
-from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns
+from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns, rows_of_parts
 from megatron.core.models.mimo.job.plots import INK, MUTED, save_figure
 from megatron.core.models.mimo.partition.sequence_order import dense_positions
 
@@ -119,7 +119,9 @@ class LayoutPlot:
         share = (self.samples // self.layout.dest_dp_size, self.sequence_length)
         rows = self.samples * self.sequence_length // self.layout.src_dp_size
         tokens = [TokenRuns.from_mask(np.ones(share, dtype=bool))] * group.dest_dps.size
-        routes = GroupRoutes(group, tokens, [rows] * group.src_dps.size)
+        # All of a replica's rows as one item, which its CP ranks have parts of.
+        held = rows_of_parts([[rows]] * group.src_dps.size, self.layout.src_cp_size)
+        routes = GroupRoutes(group, tokens, held)
         pairs = []
         for rank in group.ranks.tolist():
             plan = routes.plan(rank)
