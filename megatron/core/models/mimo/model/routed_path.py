@@ -115,6 +115,7 @@ class RoutedPath:
         self, names: list[str], runners: Runners, balance: Mapping[str, Any]
     ) -> None:
         self._runners = runners
+        self._failure: Exception | None = None
         self._bridges: dict[str, RoutedBridge] = {
             name: runners.modules.bridge(name) for name in names
         }
@@ -157,7 +158,8 @@ class RoutedPath:
 
         Raises:
             ValueError: on every rank of an exchange group, if one of them cannot go on or their
-                rows, tokens or plans do not match.
+                rows, tokens or plans do not match. With plans of all modalities it is raised here
+                for what is known before the encoders run, for the rest by :meth:`settle`.
             RuntimeError: special tokens of a modality of which no rank of the group has inputs.
         """
         plans = dict(route_plan or {})
@@ -165,21 +167,21 @@ class RoutedPath:
         tokens = self._places_on_host(batch, plans)
         known = self._runners.modules.encoders
         problem = problem or names_problem(tokens, modality_inputs, plans, known, self._bridges)
+        self._announce(batch, modality_inputs, plans, problem)
         modality_inputs, held = self._balance_inputs(modality_inputs, plans)
         rows, part, failure = self._try_to_encode(modality_inputs)
         problem = problem or (failure and problem_of(failure, "an encoder"))
+        self._failure = self._failure or failure
         phases.mark(phases.BRIDGE_FORWARD)
         moving = []
         for name in self._bridges:
-            ids = self._runners.modules.special_token_ids
             own_problem = (
                 problem
                 or self._deepstack.width_problem(name, rows[name])
-                or inputs_problem(name, modality_inputs, ids)
-                or plan_problem(name, plans.get(name), batch, self._bridges[name], ids)
+                or self._problem_before(name, batch, modality_inputs, plans)
             )
             try:
-                plans[name] = self._agree_on_plan(
+                plans[name], rows[name] = self._agree_on_plan(
                     name, rows[name], tokens, plans, own_problem, held.get(name)
                 )
             except ValueError as error:
@@ -188,6 +190,36 @@ class RoutedPath:
             if plans[name].group_rows or name in part:
                 moving.append(name)
         return PlannedRows(batch, rows, plans, tokens, moving)
+
+    def _announce(
+        self,
+        batch: LanguageBatch,
+        modality_inputs: Mapping[str, Any] | None,
+        plans: Mapping[str, RoutePlan],
+        problem: str | None,
+    ) -> None:
+        """Have plans compared while the encoders run, if all modalities have one."""
+        width = self._deepstack.width  # 0 of what stands in for a model
+        if not width or any(name not in plans for name in self._bridges):
+            return
+        dtype = self._runners.language.embedding_dtype()
+        for name, bridge in self._bridges.items():
+            like = torch.empty((0, self._deepstack.row_width(name)), dtype=dtype)
+            before = self._problem_before(name, batch, modality_inputs, plans)
+            bridge.announce(plans[name], like, problem or before)
+
+    def _problem_before(
+        self,
+        name: str,
+        batch: LanguageBatch,
+        modality_inputs: Mapping[str, Any] | None,
+        plans: Mapping[str, RoutePlan],
+    ) -> str | None:
+        """What is wrong with a modality whatever its encoder brings."""
+        ids = self._runners.modules.special_token_ids
+        return inputs_problem(name, modality_inputs, ids) or plan_problem(
+            name, plans.get(name), batch, self._bridges[name], ids
+        )
 
     def _try_to_prepare(self, batch: LanguageBatch) -> tuple[LanguageBatch, str | None]:
         """The batch, prepared as far as it goes, and why it cannot be cut."""
@@ -263,14 +295,16 @@ class RoutedPath:
         plans: Mapping[str, RoutePlan],
         problem: str | None,
         held: Sequence[Runs] | None,
-    ) -> RoutePlan:
-        """The plan that was given, compared with the group's; else one made with the group."""
+    ) -> tuple[RoutePlan, torch.Tensor]:
+        """The plan that was given, compared with the group's; else one made with the group.
+
+        And the rows to move by it.
+        """
         bridge = self._bridges[name]
         if name in plans:
-            bridge.confirm(plans[name], rows, problem)
-            return plans[name]
+            return plans[name], bridge.confirm(plans[name], rows, problem)
         try:
-            return bridge.plan(tokens[name], rows, problem, held)
+            return bridge.plan(tokens[name], rows, problem, held), rows
         except RowCountError as error:
             if error.rows == 0:
                 raise RuntimeError(missing_inputs(name, error.tokens)) from error
@@ -282,6 +316,30 @@ class RoutedPath:
         for bridge in self._bridges.values():
             found = bridge.hear(found, count)
         return found
+
+    def forget(self) -> None:
+        """Drop what was to be heard, after an error."""
+        self._failure = None
+        for bridge in self._bridges.values():
+            bridge.forget_unsettled()
+
+    def settle(self) -> None:
+        """Hear how the encoders of announced plans did on all ranks, see :meth:`.RowPath.settle`.
+
+        Raises:
+            ValueError: on every rank of an exchange group, if one of them could not bring its
+                rows, or they need a gradient on some of them only.
+        """
+        failure, self._failure = self._failure, None
+        errors = []
+        # Groups differ between modalities: all are heard before anything is raised.
+        for bridge in self._bridges.values():
+            try:
+                bridge.settle()
+            except ValueError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0] from failure
 
     # -- moving ----------------------------------------------------------------------------
 
@@ -370,6 +428,8 @@ class RoutedPath:
             rows[name], places[name] = self._deepstack.main(name, whole), flight.place
             if name in self._deepstack.layers:
                 moved.arrived[name] = whole
+        for bridge in self._bridges.values():
+            bridge.start_settling()  # on its way while the language model runs
         return rows, places
 
     def levels(

@@ -8,7 +8,8 @@ else asks. To add a kind: a bridge, a class as :class:`RowPath`, and :func:`regi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -104,6 +105,18 @@ class RowPath(Protocol):
             ``None`` if the batch has no such rows.
         """
 
+    def settle(self) -> None:
+        """Hear how encoders did whose rows have moved already; the last call of a forward pass.
+
+        A kind of way without this method and ``forget`` has nothing to hear.
+
+        Raises:
+            ValueError: what was moved is not to be used; on all ranks that exchanged it.
+        """
+
+    def forget(self) -> None:
+        """Drop what was to be heard, after an error."""
+
     def exchange_problems(self, problems: Mapping[int, str], count: int) -> dict[int, str]:
         """Tell why ranks cannot go on, and hear of others, before encoders run.
 
@@ -112,6 +125,20 @@ class RowPath(Protocol):
             count: of the microbatches that this rank is about to encode.
         """
         ...
+
+
+@contextlib.contextmanager
+def settled(path: RowPath) -> Iterator[None]:
+    """Settle at the end what a forward pass moved in the meantime; see :meth:`RowPath.settle`."""
+    if not hasattr(path, "settle"):
+        yield
+        return
+    try:
+        yield
+    except BaseException:
+        path.forget()
+        raise
+    path.settle()
 
 
 def levels_of(
