@@ -25,13 +25,12 @@ from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
 from megatron.core.models.mimo.config.base_configs import option_of
 from megatron.core.models.mimo.memory.activations import latest_offloaded
 from megatron.core.models.mimo.memory.offload import reload_when_needed
+from megatron.core.models.mimo.model.announced_plans import AnnouncedPlans
 from megatron.core.models.mimo.model.deepstack import DeepStack, LevelRows
 from megatron.core.models.mimo.model.input_checks import (
     check_adapter_cuts_by_routes,
-    inputs_problem,
     missing_inputs,
     names_problem,
-    plan_problem,
 )
 from megatron.core.models.mimo.model.language_batch import LanguageBatch
 from megatron.core.models.mimo.model.leaves import Leaves
@@ -115,10 +114,10 @@ class RoutedPath:
         self, names: list[str], runners: Runners, balance: Mapping[str, Any]
     ) -> None:
         self._runners = runners
-        self._failure: Exception | None = None
         self._bridges: dict[str, RoutedBridge] = {
             name: runners.modules.bridge(name) for name in names
         }
+        self._announced = AnnouncedPlans(self._bridges, runners)
         self.input_balances = {
             name: InputBalance(self._bridges[name], how)
             for name, how in balance.items()
@@ -167,18 +166,18 @@ class RoutedPath:
         tokens = self._places_on_host(batch, plans)
         known = self._runners.modules.encoders
         problem = problem or names_problem(tokens, modality_inputs, plans, known, self._bridges)
-        self._announce(batch, modality_inputs, plans, problem)
+        self._announced.announce(batch, modality_inputs, plans, problem)
         modality_inputs, held = self._balance_inputs(modality_inputs, plans)
         rows, part, failure = self._try_to_encode(modality_inputs)
         problem = problem or (failure and problem_of(failure, "an encoder"))
-        self._failure = self._failure or failure
+        self._announced.failure = self._announced.failure or failure
         phases.mark(phases.BRIDGE_FORWARD)
         moving = []
         for name in self._bridges:
             own_problem = (
                 problem
                 or self._deepstack.width_problem(name, rows[name])
-                or self._problem_before(name, batch, modality_inputs, plans)
+                or self._announced.problem(name, batch, modality_inputs, plans)
             )
             try:
                 plans[name], rows[name] = self._agree_on_plan(
@@ -190,36 +189,6 @@ class RoutedPath:
             if plans[name].group_rows or name in part:
                 moving.append(name)
         return PlannedRows(batch, rows, plans, tokens, moving)
-
-    def _announce(
-        self,
-        batch: LanguageBatch,
-        modality_inputs: Mapping[str, Any] | None,
-        plans: Mapping[str, RoutePlan],
-        problem: str | None,
-    ) -> None:
-        """Have plans compared while the encoders run, if all modalities have one."""
-        width = self._deepstack.width  # 0 of what stands in for a model
-        if not width or any(name not in plans for name in self._bridges):
-            return
-        dtype = self._runners.language.embedding_dtype()
-        for name, bridge in self._bridges.items():
-            like = torch.empty((0, self._deepstack.row_width(name)), dtype=dtype)
-            before = self._problem_before(name, batch, modality_inputs, plans)
-            bridge.announce(plans[name], like, problem or before)
-
-    def _problem_before(
-        self,
-        name: str,
-        batch: LanguageBatch,
-        modality_inputs: Mapping[str, Any] | None,
-        plans: Mapping[str, RoutePlan],
-    ) -> str | None:
-        """What is wrong with a modality whatever its encoder brings."""
-        ids = self._runners.modules.special_token_ids
-        return inputs_problem(name, modality_inputs, ids) or plan_problem(
-            name, plans.get(name), batch, self._bridges[name], ids
-        )
 
     def _try_to_prepare(self, batch: LanguageBatch) -> tuple[LanguageBatch, str | None]:
         """The batch, prepared as far as it goes, and why it cannot be cut."""
@@ -317,29 +286,13 @@ class RoutedPath:
             found = bridge.hear(found, count)
         return found
 
+    def settle(self) -> None:
+        """Hear how the encoders of announced plans did, see :meth:`.AnnouncedPlans.settle`."""
+        self._announced.settle()
+
     def forget(self) -> None:
         """Drop what was to be heard, after an error."""
-        self._failure = None
-        for bridge in self._bridges.values():
-            bridge.forget_unsettled()
-
-    def settle(self) -> None:
-        """Hear how the encoders of announced plans did on all ranks, see :meth:`.RowPath.settle`.
-
-        Raises:
-            ValueError: on every rank of an exchange group, if one of them could not bring its
-                rows, or they need a gradient on some of them only.
-        """
-        failure, self._failure = self._failure, None
-        errors = []
-        # Groups differ between modalities: all are heard before anything is raised.
-        for bridge in self._bridges.values():
-            try:
-                bridge.settle()
-            except ValueError as error:
-                errors.append(error)
-        if errors:
-            raise errors[0] from failure
+        self._announced.forget()
 
     # -- moving ----------------------------------------------------------------------------
 
@@ -428,8 +381,7 @@ class RoutedPath:
             rows[name], places[name] = self._deepstack.main(name, whole), flight.place
             if name in self._deepstack.layers:
                 moved.arrived[name] = whole
-        for bridge in self._bridges.values():
-            bridge.start_settling()  # on its way while the language model runs
+        self._announced.start_settling()  # on its way while the language model runs
         return rows, places
 
     def levels(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from megatron.core.models.mimo.comm.plan.routes import RoutePlan
 from megatron.core.models.mimo.model.deepstack import LevelRows
@@ -105,18 +105,6 @@ class RowPath(Protocol):
             ``None`` if the batch has no such rows.
         """
 
-    def settle(self) -> None:
-        """Hear how encoders did whose rows have moved already; the last call of a forward pass.
-
-        A kind of way without this method and ``forget`` has nothing to hear.
-
-        Raises:
-            ValueError: what was moved is not to be used; on all ranks that exchanged it.
-        """
-
-    def forget(self) -> None:
-        """Drop what was to be heard, after an error."""
-
     def exchange_problems(self, problems: Mapping[int, str], count: int) -> dict[int, str]:
         """Tell why ranks cannot go on, and hear of others, before encoders run.
 
@@ -127,10 +115,25 @@ class RowPath(Protocol):
         ...
 
 
+@runtime_checkable
+class Settles(Protocol):
+    """A way that moves rows before all ranks know how the encoders did that made them."""
+
+    def settle(self) -> None:
+        """Hear how they did; the last call of a forward pass.
+
+        Raises:
+            ValueError: what was moved is not to be used; on all ranks that exchanged it.
+        """
+
+    def forget(self) -> None:
+        """Drop what was to be heard, after an error."""
+
+
 @contextlib.contextmanager
 def settled(path: RowPath) -> Iterator[None]:
-    """Settle at the end what a forward pass moved in the meantime; see :meth:`RowPath.settle`."""
-    if not hasattr(path, "settle"):
+    """Settle at the end of a block what moved in it, if the way has anything to settle."""
+    if not isinstance(path, Settles):
         yield
         return
     try:
