@@ -193,7 +193,9 @@ class RoutedBridge:
             self._plans.popitem(last=False)
         return plan
 
-    def announce(self, plan: RoutePlan, like: torch.Tensor, problem: str | None = None) -> None:
+    def announce(
+        self, plan: RoutePlan, like: torch.Tensor, problem: str | None = None
+    ) -> Comparison | None:
         """Start comparing a plan that was made ahead, before its encoder runs; all ranks call it.
 
         Only with guard ``"always"``, otherwise nothing happens. The next :meth:`confirm` is that of
@@ -203,13 +205,19 @@ class RoutedBridge:
             plan: this rank's.
             like: no rows, ``(0, H)``, of the width and dtype that the encoder is going to bring.
             problem: as for :meth:`plan`.
+
+        Returns:
+            The comparison that was started; nobody has to ask it for anything.
         """
-        if self.guard == "always":
-            problem = self._foreign(plan) or problem
-            said = Statement(
-                like.detach(), plan.tokens, plan.digest(), plan.held, problem, announced=True
-            )
-            self._announced = plan, like, self._compare(said)
+        if self.guard != "always":
+            return None
+        problem = self._foreign(plan) or problem
+        said = Statement(
+            like.detach(), plan.tokens, plan.digest(), plan.held, problem, announced=True
+        )
+        comparison = self._compare(said)
+        self._announced = plan, like, comparison
+        return comparison
 
     def confirm(
         self, plan: RoutePlan, rows: torch.Tensor, problem: str | None = None
