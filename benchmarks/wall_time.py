@@ -89,9 +89,9 @@ def _cell(made: Bridges, rows: int, width: int) -> dict[str, Any]:
     announce = functools.partial(routed.announce, held)
     seconds = alternate(
         {
-            "gather": _both(GatherPath(made, batch), held),
-            "routed": _both(routed, held, announce, routed.settle),
-            "at_exchange": _both(routed, held),
+            "gather": both(GatherPath(made, batch), held),
+            "routed": both(routed, held, announce, routed.settle),
+            "at_exchange": both(routed, held),
             "messages": lambda: _messages(routed, held),
         }
     )
@@ -124,7 +124,7 @@ class Parts:
     parts: tuple[tuple[Run, bool], ...]
 
 
-def _both(
+def both(
     path: Path, held: torch.Tensor, before: Run = lambda: None, between: Run = lambda: None
 ) -> Parts:
     """Forward and backward, with what runs before them and between them untimed."""
