@@ -50,8 +50,9 @@ class RoutedBridge:
         sequence_parallel: the language model cuts its sequence over TP too.
         guard: compare plan, dtype, width and ``requires_grad`` in the exchange group before rows
             move: ``"always"``, before the ``"first"`` exchange only, or ``"off"``. Costs one
-            all-gather of 512 bytes per rank on the host. A plan that the bridge makes itself is
-            compared always, since its ranks talk anyway.
+            all-gather of 512 bytes per rank on the host, two that are not waited for where plans
+            are announced (:meth:`announce`). A plan that the bridge makes itself is compared
+            always, since its ranks talk anyway.
         one_group: all ranks of the grids in one exchange group, see ``RouteLayout``.
         later_stages: pipeline stages after the first that need a part of each row.
 
