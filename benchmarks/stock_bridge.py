@@ -70,7 +70,8 @@ def _load() -> ModuleType:
     path = stock_bridge()
     assert path is not None, "the installed Megatron-Core has no such bridge"
     spec = importlib.util.spec_from_file_location("stock_colocated_communicator", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)

@@ -104,6 +104,17 @@ BRIDGE = (
         why="every encoder replica trains on the gradient of the first one's images",
     ),
     Mutant(
+        name="own-gradient-is-a-view",
+        file=_COLLECTIVES,
+        old="return memory.empty_like(block).copy_(block)",
+        new="return block.contiguous()",
+        tests=(
+            UNIT + "test_gradient_memory.py::"
+            "test_gradients_that_are_summed_do_not_write_into_one_another",
+        ),
+        why="as in stock: two leaves add to the same memory, in the second microbatch",
+    ),
+    Mutant(
         name="memory-lent-twice",
         file=_COLLECTIVES,
         old=" or self._lease() is not None:",

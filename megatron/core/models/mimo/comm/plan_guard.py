@@ -119,15 +119,14 @@ class Statement:
         digest: of the plan that it was given; ``None`` if it has none.
         planned_rows: rows that this plan expects of it.
         problem: why this rank cannot go on, in one sentence.
-        announced: said before the encoder ran: as many rows as planned count as brought.
     """
 
+    announced = False
     rows: torch.Tensor
     tokens: TokenRuns
     digest: PlanDigest | None = None
     planned_rows: int = 0
     problem: str | None = None
-    announced: bool = False
 
     def header(self) -> list[int]:
         """Return the fixed part of the message."""
@@ -156,6 +155,12 @@ class Statement:
             return np.empty(0, dtype=np.int64)
         packed = np.array(self.tokens.cu_seqlens or (), dtype=np.int64)
         return np.concatenate([packed, self.tokens.runs.reshape(-1)])
+
+
+class Announcement(Statement):
+    """What one rank is going to bring, before its encoder runs: as many rows as planned."""
+
+    announced = True
 
 
 @dataclass(frozen=True)
@@ -196,7 +201,7 @@ class Comparison:
         group: ExchangeGroup,
         control: dist.ProcessGroup | None,
         mine: Statement,
-        so_far: str = "nothing was moved",
+        so_far: str,
     ) -> None:
         self._where = f"Bridge {name}, exchange group of ranks {brief(group.ranks)}"
         self._group, self._control, self._mine = group, control, mine

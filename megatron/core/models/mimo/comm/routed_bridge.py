@@ -26,7 +26,13 @@ from megatron.core.models.mimo.comm.plan.merged_routes import MergedPlan, Routes
 from megatron.core.models.mimo.comm.plan.routed_layout import RouteLayout
 from megatron.core.models.mimo.comm.plan.routes import GroupRoutes, RoutePlan
 from megatron.core.models.mimo.comm.plan.token_runs import Runs, TokenRuns
-from megatron.core.models.mimo.comm.plan_guard import Agreed, Comparison, Statement, hear
+from megatron.core.models.mimo.comm.plan_guard import (
+    Agreed,
+    Announcement,
+    Comparison,
+    Statement,
+    hear,
+)
 from mimo_colocated.process_groups import make_groups, release_group
 
 logger = logging.getLogger(__name__)
@@ -34,6 +40,7 @@ logger = logging.getLogger(__name__)
 GUARDS = ("always", "first", "off")
 # Batches of other shapes than these are planned anew; that takes milliseconds.
 _PLANS_KEPT = 8
+_NOT_MOVED = "nothing was moved"
 
 
 class RoutedBridge:
@@ -213,10 +220,8 @@ class RoutedBridge:
         if self.guard != "always":
             return None
         problem = self._foreign(plan) or problem
-        said = Statement(
-            like.detach(), plan.tokens, plan.digest(), plan.held, problem, announced=True
-        )
-        comparison = self._compare(said)
+        said = Announcement(like.detach(), plan.tokens, plan.digest(), plan.held, problem)
+        comparison = self._compare(said, _NOT_MOVED)
         self._announced = plan, like, comparison
         return comparison
 
@@ -255,7 +260,7 @@ class RoutedBridge:
     def start_settling(self) -> None:
         """Start telling how confirmed exchanges turned out; all ranks call it, then ``settle``."""
         self._settling += [
-            self._compare(each, so_far="what was moved is not used") for each in self._outcomes
+            self._compare(each, "what was moved is not used") for each in self._outcomes
         ]
         self._outcomes = []
 
@@ -337,11 +342,11 @@ class RoutedBridge:
             self.control = make_groups(ranks, dist.Backend.GLOO, group_desc=host)
 
     def _agree(self, mine: Statement) -> Agreed:
-        return self._compare(mine).result()
+        return self._compare(mine, _NOT_MOVED).result()
 
-    def _compare(self, mine: Statement, **words: str) -> Comparison:
+    def _compare(self, mine: Statement, so_far: str) -> Comparison:
         self._check_alive()
-        return Comparison(self.name, self.exchange, self.control, mine, **words)
+        return Comparison(self.name, self.exchange, self.control, mine, so_far)
 
     def _foreign(self, plan: RoutePlan) -> str | None:
         if plan.rank == self.current_rank:
