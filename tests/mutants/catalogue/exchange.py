@@ -51,14 +51,13 @@ EXCHANGE = (
     ),
     Mutant(
         name="first-error-ends-the-hearing",
-        file=_BRIDGE,
+        file=MIMO + "model/announced_plans.py",
         old="errors.append(error)",
         new="raise",
         tests=(
-            UNIT + "test_announced_plans.py::"
-            "test_all_of_several_exchanges_are_heard_before_one_is_raised",
+            UNIT + "test_announced_plans.py::test_an_encoder_that_raises_is_one_error_on_all_ranks",
         ),
-        why="what else was to be heard is raised in the next step, or waited for by others",
+        why="ranks of another modality's group wait for words that nobody says",
     ),
     Mutant(
         name="backward-splits-taken-from-forward",
