@@ -68,8 +68,10 @@ def _move(made: Bridges, batch: TokenBatch) -> Callable[[torch.Tensor], torch.Te
     plan = plan_routes(made.routed.layout, rank, *batch.of_group(made.pair, rank))
 
     def move(rows: torch.Tensor) -> torch.Tensor:
-        made.routed.confirm(plan, rows)
-        return made.routed.move(rows, plan)
+        made.routed.announce(plan, rows[:0])
+        moved = made.routed.move(made.routed.confirm(plan, rows), plan)
+        made.routed.settle()
+        return moved
 
     return move
 

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 
@@ -29,6 +31,13 @@ class Kind:
         return importlib.import_module(f"benchmarks.{self.module}")
 
 
+def stock_bridge() -> Path | None:
+    """Return the file of the installed Megatron-Core's own bridge; ``None`` where it has none."""
+    core = importlib.metadata.distribution("megatron-core").locate_file("megatron/core")
+    path = Path(str(core)) / "models" / "mimo" / "comm" / "colocated_communicator.py"
+    return path if path.is_file() else None
+
+
 KINDS = (
     Kind("bytes", "Bytes that come to a rank", "bytes_moved"),
     Kind("memory", "Peak memory, encoder rows to cut sequence and back", "memory"),
@@ -41,6 +50,11 @@ KINDS = (
     Kind("step", "Whole step of the digits job", "whole_step"),
     Kind("torch-native", "Torch-native modules beside Megatron's layers", "torch_native"),
     Kind("wall", "Wall time, forward + backward, routed over gather", "wall_time"),
+    *(
+        (Kind("stock", "The gather bridge beside stock's, without CP", "stock_bridge"),)
+        if stock_bridge()
+        else ()
+    ),
     Kind("plan", "Steps as planned and as measured", "plan_pairs"),
     Kind("plan-memory", "Peaks as planned and as counted", "plan_memory", on_ranks=False),
     Kind("scale", "Planning and set-up for thousands of ranks", "scale", on_ranks=False),

@@ -130,8 +130,7 @@ class RoutedPath:
 
     def __call__(self, rows: torch.Tensor, embed: Embed) -> torch.Tensor:
         """``(held, H)`` -> ``(S/cp, B, H)``."""
-        self.bridge.confirm(self.plan, rows)
-        flight = self.bridge.issue(rows, self.plan)
+        flight = self.bridge.issue(self.bridge.confirm(self.plan, rows), self.plan)
         arrived = None if self.overlap else flight.arrive()
         moved, places = {}, {}
         if self.text.numel():
@@ -141,14 +140,15 @@ class RoutedPath:
         length, samples, _ = self.shape
         return fill_places(moved, places, length * samples).view(self.shape)
 
-    def guarded(self, guard: str) -> Callable[[torch.Tensor, Embed], torch.Tensor]:
-        """The path, with the bridge's guard set so for each call."""
+    def announce(self, rows: torch.Tensor) -> None:
+        """What the model does before its encoders run, which give it the time to arrive."""
+        comparison = self.bridge.announce(self.plan, rows[:0])
+        assert comparison is not None, "the bridge has no guard"
+        comparison.wait()
 
-        def run(rows: torch.Tensor, embed: Embed) -> torch.Tensor:
-            self.bridge.guard = guard
-            return self(rows, embed)
-
-        return run
+    def settle(self) -> None:
+        """What it does when its language model has run."""
+        self.bridge.settle()
 
 
 def no_text(_places: torch.Tensor) -> torch.Tensor:

@@ -98,10 +98,31 @@ BRIDGE = (
     Mutant(
         name="fan-in-backward-takes-the-first-block",
         file=_COLLECTIVES,
-        old="_own_block(dy, ctx.index, ctx.count, ctx.dim), None, None",
-        new="_own_block(dy, 0, ctx.count, ctx.dim), None, None",
+        old="_own_block(dy, ctx.index, ctx.count, ctx.dim, _gradients), None, None",
+        new="_own_block(dy, 0, ctx.count, ctx.dim, _gradients), None, None",
         tests=(_EVERY_BRIDGE,),
         why="every encoder replica trains on the gradient of the first one's images",
+    ),
+    Mutant(
+        name="own-gradient-is-a-view",
+        file=_COLLECTIVES,
+        old="return memory.empty_like(block).copy_(block)",
+        new="return block.contiguous()",
+        tests=(
+            UNIT + "test_gradient_memory.py::"
+            "test_gradients_that_are_summed_do_not_write_into_one_another",
+        ),
+        why="as in stock: two leaves add to the same memory, in the second microbatch",
+    ),
+    Mutant(
+        name="memory-lent-twice",
+        file=_COLLECTIVES,
+        old=" or self._lease() is not None:",
+        new=":",
+        tests=(
+            UNIT + "test_gradient_memory.py::test_memory_that_nobody_has_any_more_is_used_again",
+        ),
+        why="a gather's gradient is written over one that somebody still has",
     ),
     Mutant(
         name="pooled-fan-out-groups",

@@ -28,6 +28,38 @@ EXCHANGE = (
         why="gradients of uneven rows are cut at other rows' boundaries, or ranks wait forever",
     ),
     Mutant(
+        name="announced-and-never-awaited",
+        file=_BRIDGE,
+        old="        comparison.result()\n",
+        new="",
+        tests=(
+            UNIT + "test_announced_plans.py::"
+            "test_what_was_announced_otherwise_is_one_error_before_rows_move",
+        ),
+        why="rows move by plans that differ",
+    ),
+    Mutant(
+        name="what-went-wrong-is-moved",
+        file=_BRIDGE,
+        old="if problem is None and rows.size(0) == plan.held:",
+        new="if rows.size(0) == plan.held:",
+        tests=(
+            UNIT + "test_announced_plans.py::"
+            "test_what_turns_out_otherwise_is_one_error_after_the_exchange",
+        ),
+        why="rows of another width or dtype go into an exchange that expects the announced one",
+    ),
+    Mutant(
+        name="first-error-ends-the-hearing",
+        file=MIMO + "model/announced_plans.py",
+        old="errors.append(error)",
+        new="raise",
+        tests=(
+            UNIT + "test_announced_plans.py::test_an_encoder_that_raises_is_one_error_on_all_ranks",
+        ),
+        why="ranks of another modality's group wait for words that nobody says",
+    ),
+    Mutant(
         name="backward-splits-taken-from-forward",
         file=_EXCHANGE,
         old="for leg in (plan.forward, plan.backward)",

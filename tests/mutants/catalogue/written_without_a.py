@@ -65,11 +65,8 @@ WITHOUT_A = (
     Mutant(
         name="own-block-is-a-view",
         file=MIMO + "comm/collectives.py",
-        old=(
-            "return x.narrow(dim, index * size, "
-            "size).clone(memory_format=torch.contiguous_format)"
-        ),
-        new="return x.narrow(dim, index * size, size).contiguous()",
+        old="return block.clone(memory_format=torch.contiguous_format)",
+        new="return block.contiguous()",
         tests=(UNIT + "test_bridge_odd_inputs.py::test_a_block_is_a_copy",),
         why="a block along dim 0 is a view: what is accumulated into it writes the whole tensor",
     ),

@@ -138,3 +138,29 @@ def test_after_a_mismatch_nobody_is_left_in_a_collective(rank_device):
             dist.all_gather_object(texts, str(error.value), group=made.control)
             assert len(set(texts)) == 1
         picture.check(made)
+
+
+def test_what_turns_out_otherwise_after_it_was_announced(rank_device):
+    """The odd rank takes part in the exchange; then all raise, and the next one is as ever."""
+    with bridge(*FAN_IN, dist.barrier) as made:
+        picture = Picture(made, [np.ones((2, 16), dtype=bool)] * 2, rank_device)
+        plan, rows = picture.plan(made), picture.rows[picture.mine]
+        odd = dist.get_rank() in (2, 6)
+        for late, message in (
+            ({"problem": "no"}, "what was moved is not used. rank [26]: no"),
+            ({"rows": rows[1:]}, "rank [26] brings 15, the plan expects 16"),
+            ({"rows": rows.float()}, "rank [26]: its rows are 3 wide and torch.float32"),
+        ):
+            made.announce(plan, rows[:0])
+            stated: dict[str, Any] = {"plan": plan, "rows": rows}
+            own = made.move(made.confirm(**stated | (late if odd else {})), plan)
+            assert own.shape[0] == plan.own
+            with pytest.raises(ValueError, match=message) as error:
+                made.settle()
+            texts: list[str | None] = [None] * 4
+            dist.all_gather_object(texts, str(error.value), group=made.control)
+            assert len(set(texts)) == 1
+        made.announce(plan, rows[:0])
+        made.confirm(plan, rows)
+        picture.check(made, plan)
+        made.settle()

@@ -26,6 +26,9 @@ class Download:
 
     Args:
         tensors: on any device; what is on the host is not copied.
+
+    Attributes:
+        on_host: whether all are there already.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -39,6 +42,7 @@ class Download:
             torch.get_device_module(device).current_stream(device).record_event()
             for device in devices
         ]
+        self.on_host = not devices
 
     def arrive(self) -> list[torch.Tensor]:
         """Wait for the copies; on the host alone there is nothing to wait for."""

@@ -20,8 +20,11 @@ rank (``check_same_shape`` can, at the price of a collective).
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
@@ -138,7 +141,7 @@ class _GatherBlocks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _own_block(dy, ctx.index, ctx.count, ctx.dim), None, None
+        return _own_block(dy, ctx.index, ctx.count, ctx.dim, _gradients), None, None
 
 
 class _TakeBlock(torch.autograd.Function):
@@ -183,15 +186,50 @@ class _FirstGradient(torch.autograd.Function):
         return first, None
 
 
-def _own_block(x: torch.Tensor, index: int, count: int, dim: int) -> torch.Tensor:
+class ReusedMemory:
+    """Memory of the host for one tensor at a time, used again when nobody has that tensor any more.
+
+    The system hands out large blocks of memory page by page when they are first written, which
+    takes longer than the copy that is written; and a tensor that is dropped gives its block back.
+    Whoever keeps the tensor or a view of it keeps the memory, and others get some of their own.
+    """
+
+    def __init__(self) -> None:
+        self._block = np.empty(0, dtype=np.uint8)
+        self._lease: Callable[[], np.ndarray | None] = lambda: None
+
+    def empty_like(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a contiguous tensor of the same shape, dtype and device, of any values."""
+        if x.device.type != "cpu" or x.nbytes < _LARGE or self._lease() is not None:
+            return torch.empty_like(x, memory_format=torch.contiguous_format)
+        if self._block.size < x.nbytes:
+            self._block = np.empty(x.nbytes, dtype=np.uint8)
+        # The tensor's storage holds this array, so it lives as long as any view of the tensor.
+        lease = self._block[: x.nbytes]
+        self._lease = weakref.ref(lease)
+        return torch.from_numpy(lease).view(x.dtype).view(x.shape)
+
+
+# Smaller blocks come from memory that the process has already.
+_LARGE = 2**17
+_gradients = ReusedMemory()
+
+
+def _own_block(
+    x: torch.Tensor, index: int, count: int, dim: int, memory: ReusedMemory | None = None
+) -> torch.Tensor:
     """The ``index``-th of ``count`` blocks, copied.
 
     A view would keep all of ``x`` alive, and a gradient that is one lets autograd's accumulation
-    write into the incoming gradient.
+    write into the incoming gradient: a leaf takes the tensor that it is given for its ``grad``, and
+    adds to it in place, while ``x`` may be the ``grad`` of another one.
     """
     assert x.shape[dim] % count == 0, (tuple(x.shape), dim, count)
     size = x.shape[dim] // count
-    return x.narrow(dim, index * size, size).clone(memory_format=torch.contiguous_format)
+    block = x.narrow(dim, index * size, size)
+    if memory is None:
+        return block.clone(memory_format=torch.contiguous_format)
+    return memory.empty_like(block).copy_(block)
 
 
 def _all_gather(x: torch.Tensor, group: dist.ProcessGroup, dim: int) -> torch.Tensor:

@@ -9,6 +9,9 @@ what differs is one error, the same on every rank.
 Cost: one all-gather of :data:`MESSAGE` integers (512 bytes) per rank, on the host. It does not
 touch the device; what the device is still computing goes on. Token places that do not fit the
 message (more than about 20 stretches of tokens per replica) cost a second all-gather.
+
+A :class:`Comparison` is started, and its result is asked for later: what is known before the
+encoders run is compared while they run.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,8 +71,8 @@ _FIELDS = (
     _Field(
         "plan given",
         "whether a route plan was made ahead",
-        "Give one on every rank of the group or on none.",
-        lambda value: "yes" if value else "no",
+        "Give one on every rank of the group or on none, for all modalities or for the same.",
+        lambda value: ("no", "yes", "yes, and announced")[value],
     ),
     _Field(
         "dtype",
@@ -117,6 +121,7 @@ class Statement:
         problem: why this rank cannot go on, in one sentence.
     """
 
+    announced = False
     rows: torch.Tensor
     tokens: TokenRuns
     digest: PlanDigest | None = None
@@ -129,14 +134,14 @@ class Statement:
         dtype = self.rows.dtype
         return [
             self.problem is not None,
-            self.digest is not None,
+            0 if self.digest is None else 2 if self.announced else 1,
             digest.layout,
             digest.tokens,
             digest.held,
             _DTYPES.index(dtype) if dtype in _DTYPES else -1,
             self.rows.size(-1),
             self.rows.requires_grad,
-            self.rows.size(0),
+            self.planned_rows if self.announced else self.rows.size(0),
             self.planned_rows,
             tokens.batch,
             tokens.seq_len,
@@ -152,14 +157,22 @@ class Statement:
         return np.concatenate([packed, self.tokens.runs.reshape(-1)])
 
 
+class Announcement(Statement):
+    """What one rank is going to bring, before its encoder runs: as many rows as planned."""
+
+    announced = True
+
+
 @dataclass(frozen=True)
 class Agreed:
     """What the group found: equal headers, and everybody's rows and token places.
 
     Attributes:
         rows: rows of each encoder replica of the group; with CP of each of its CP ranks.
-        tokens: token places of each language replica; empty if a plan was given.
+        tokens: token places of each language replica.
         key: all of it as bytes, to recognise a batch like an earlier one.
+
+    All of them are empty if a plan was given.
     """
 
     rows: list[int]
@@ -167,10 +180,11 @@ class Agreed:
     key: bytes
 
 
-def agree(
-    name: str, group: ExchangeGroup, control: dist.ProcessGroup | None, mine: Statement
-) -> Agreed:
-    """Compare what the ranks of an exchange group bring; every rank of it calls this.
+class Comparison:
+    """What the ranks of an exchange group bring, on its way to all of them.
+
+    Every rank of the group starts it, and then asks for its :meth:`result`, in one order with all
+    that the group does over ``control``.
 
     Args:
         name: of the bridge, for messages.
@@ -178,38 +192,72 @@ def agree(
         control: a process group over its ranks that takes host tensors; ``None`` if this rank is
             alone in it.
         mine: this rank's statement.
-
-    Raises:
-        ValueError: the same on every rank: a rank has a problem, or two statements differ.
+        so_far: what is true of the rows if a rank has a problem, for messages.
     """
-    places = mine.places()
-    message = np.zeros(MESSAGE, dtype=np.int64)
-    message[: len(_HEADER)] = mine.header()
-    message[len(_HEADER) :][: places.size] = places[:_INLINE]
-    table = _all_gather(message, control)
-    header, inline = np.split(table, [len(_HEADER)], axis=1)
-    where = f"Bridge {name}, exchange group of ranks {brief(group.ranks)}"
-    _refuse_problems(where, group, control, header, mine.problem)
-    for field in _FIELDS:
-        _refuse_differences(where, group, header[:, _AT[field.column]], field)
-    given = mine.digest is not None
-    if given:
-        _refuse_other_rows(where, group, header)
-    rows = _per_replica(where, group.src_of, group, header[:, [_AT["rows"]]], "rows")
-    if given:
-        return Agreed(rows[:, 0].tolist(), [], b"")
-    lengths = np.maximum(header[:, _AT["cu_seqlens"]], 0) + 2 * header[:, _AT["runs"]]
-    if lengths.max() > _INLINE:
-        padded = np.zeros(lengths.max(), dtype=np.int64)
-        padded[: places.size] = places
-        inline = _all_gather(padded, control)
-    first = _AT["batch"]
-    stated = np.concatenate([header[:, first:], inline], axis=1)
-    stated = _per_replica(where, group.dest_of, group, stated, "token positions")
-    tokens = [
-        _tokens(each[: len(_HEADER) - first], each[len(_HEADER) - first :]) for each in stated
-    ]
-    return Agreed(rows[:, 0].tolist(), tokens, rows.tobytes() + stated.tobytes())
+
+    def __init__(
+        self,
+        name: str,
+        group: ExchangeGroup,
+        control: dist.ProcessGroup | None,
+        mine: Statement,
+        so_far: str,
+    ) -> None:
+        self._where = f"Bridge {name}, exchange group of ranks {brief(group.ranks)}"
+        self._group, self._control, self._mine = group, control, mine
+        self._so_far = so_far
+        self._places = mine.places()
+        message = np.zeros(MESSAGE, dtype=np.int64)
+        message[: len(_HEADER)] = mine.header()
+        message[len(_HEADER) :][: self._places.size] = self._places[:_INLINE]
+        self._gathered = _start_all_gather(message, control)
+
+    def wait(self) -> None:
+        """Wait for what all ranks say, which :meth:`result` does as well."""
+        self._gathered()
+
+    def result(self) -> Agreed:
+        """Wait for all ranks and compare; every rank of the group calls it.
+
+        Raises:
+            ValueError: the same on every rank: a rank has a problem, or two statements differ.
+        """
+        where, group, places = self._where, self._group, self._places
+        table = self._gathered()
+        header, inline = table[:, : len(_HEADER)], table[:, len(_HEADER) :]
+        if self._mine.digest is not None and _nothing_differs(header):
+            return Agreed([], [], b"")
+        self._refuse_problems(header)
+        for field in _FIELDS:
+            _refuse_differences(where, group, header[:, _AT[field.column]], field)
+        given = self._mine.digest is not None
+        if given:
+            _refuse_other_rows(where, group, header)
+        rows = _per_replica(where, group.src_of, group, header[:, [_AT["rows"]]], "rows")
+        if given:
+            return Agreed([], [], b"")
+        lengths = np.maximum(header[:, _AT["cu_seqlens"]], 0) + 2 * header[:, _AT["runs"]]
+        if lengths.max() > _INLINE:
+            padded = np.zeros(lengths.max(), dtype=np.int64)
+            padded[: places.size] = places
+            inline = _start_all_gather(padded, self._control)()
+        first = _AT["batch"]
+        stated = np.concatenate([header[:, first:], inline], axis=1)
+        stated = _per_replica(where, group.dest_of, group, stated, "token positions")
+        tokens = [
+            _tokens(each[: len(_HEADER) - first], each[len(_HEADER) - first :]) for each in stated
+        ]
+        return Agreed(rows[:, 0].tolist(), tokens, rows.tobytes() + stated.tobytes())
+
+    def _refuse_problems(self, header: np.ndarray) -> None:
+        if not header[:, _AT["problem"]].any():
+            return
+        problems = [self._mine.problem] * self._group.size
+        if self._control is not None:
+            dist.all_gather_object(problems, self._mine.problem, group=self._control)
+        told = zip(self._group.ranks.tolist(), problems, strict=True)
+        said = words_of({rank: text for rank, text in told if text is not None})
+        raise ValueError(f"{self._where}: {self._so_far}. {said}")
 
 
 def items_of_replicas(
@@ -218,7 +266,7 @@ def items_of_replicas(
     """Return the whole items of every encoder replica of the group; every rank of it calls this.
 
     Args:
-        name, group, control: as for :func:`agree`, which has been called.
+        name, group, control: as for :class:`Comparison`, whose result has been heard.
         items: rows of each item that this rank's replica encodes.
 
     Raises:
@@ -269,7 +317,7 @@ def hear(
     One all-gather of two integers, and the words only if there are any.
 
     Args:
-        group, control: as for :func:`agree`.
+        group, control: as for :class:`Comparison`.
         problems: rank -> why it cannot go on, as far as this rank knows.
         count: of the microbatches that this rank is about to encode.
 
@@ -277,7 +325,7 @@ def hear(
         rank -> its problem; the same on every rank. Another number of microbatches than most
         ranks have is a problem too.
     """
-    table = _all_gather(np.array([bool(problems), count], dtype=np.int64), control)
+    table = _start_all_gather(np.array([bool(problems), count], dtype=np.int64), control)()
     told: list[Mapping[int, str]] = [{}] * group.size
     if table[:, 0].any():
         told = [problems] * group.size
@@ -317,14 +365,36 @@ def words_of(problems: Mapping[int, str]) -> str:
     return "; ".join(f"{_ranks(np.array(found))}: {text}" for text, found in ranks.items())
 
 
-def _all_gather(message: np.ndarray, control: dist.ProcessGroup | None) -> np.ndarray:
-    """Everybody's integers: ``(n,)`` -> ``(ranks, n)``."""
+def _nothing_differs(header: np.ndarray) -> bool:
+    """Whether ranks with plans are at one, in a few microseconds; if not, in what is looked for.
+
+    Equal plans have the same rows for the copies of a replica.
+    """
+    equal = header[:, : _AT["rows"]]  # the problem, and all that must be equal
+    return bool(
+        (equal == equal[0]).all()
+        and not equal[0, 0]
+        and (header[:, _AT["rows"]] == header[:, _AT["planned rows"]]).all()
+    )
+
+
+def _start_all_gather(
+    message: np.ndarray, control: dist.ProcessGroup | None
+) -> Callable[[], np.ndarray]:
+    """Start gathering everybody's integers; what comes back waits: ``(n,)`` -> ``(ranks, n)``."""
     if control is None:
-        return message[None]
+        return lambda: message[None]
     mine = torch.from_numpy(message)
     table = torch.empty((dist.get_world_size(control), mine.numel()), dtype=mine.dtype)
-    dist.all_gather_into_tensor(table.view(-1), mine, group=control)
-    return table.numpy()
+    work: Any = dist.all_gather_into_tensor(table.view(-1), mine, group=control, async_op=True)
+    # What a running collective reads lives until it was waited for.
+    running = work, mine
+
+    def wait() -> np.ndarray:
+        running[0].wait()
+        return table.numpy()
+
+    return wait
 
 
 def _tokens(header: np.ndarray, places: np.ndarray) -> TokenRuns:
@@ -332,23 +402,6 @@ def _tokens(header: np.ndarray, places: np.ndarray) -> TokenRuns:
     used = max(packed, 0)
     lengths = None if packed < 0 else tuple(places[:used].tolist())
     return TokenRuns(batch, seq_len, places[used : used + 2 * runs].reshape(-1, 2).copy(), lengths)
-
-
-def _refuse_problems(
-    where: str,
-    group: ExchangeGroup,
-    control: dist.ProcessGroup | None,
-    header: np.ndarray,
-    problem: str | None,
-) -> None:
-    if not header[:, _AT["problem"]].any():
-        return
-    problems = [problem] * group.size
-    if control is not None:
-        dist.all_gather_object(problems, problem, group=control)
-    told = zip(group.ranks.tolist(), problems, strict=True)
-    said = words_of({rank: text for rank, text in told if text is not None})
-    raise ValueError(f"{where}: nothing was moved. {said}")
 
 
 def _refuse_differences(

@@ -28,8 +28,9 @@ from megatron.core.models.mimo.comm.plan.routes import GroupRoutes, RoutePlan
 from megatron.core.models.mimo.comm.plan.token_runs import Runs, TokenRuns, rows_of_parts
 from megatron.core.models.mimo.comm.plan_guard import (
     Agreed,
+    Announcement,
+    Comparison,
     Statement,
-    agree,
     hear,
     items_of_replicas,
 )
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 GUARDS = ("always", "first", "off")
 # Batches of other shapes than these are planned anew; that takes milliseconds.
 _PLANS_KEPT = 8
+_NOT_MOVED = "nothing was moved"
 
 
 class RoutedBridge:
@@ -57,8 +59,9 @@ class RoutedBridge:
         sequence_parallel: the language model cuts its sequence over TP too.
         guard: compare plan, dtype, width and ``requires_grad`` in the exchange group before rows
             move: ``"always"``, before the ``"first"`` exchange only, or ``"off"``. Costs one
-            all-gather of 512 bytes per rank on the host. A plan that the bridge makes itself is
-            compared always, since its ranks talk anyway.
+            all-gather of 512 bytes per rank on the host, two that are not waited for where plans
+            are announced (:meth:`announce`). A plan that the bridge makes itself is compared
+            always, since its ranks talk anyway.
         one_group: all ranks of the grids in one exchange group, see ``RouteLayout``.
         later_stages: pipeline stages after the first that need a part of each row.
 
@@ -105,6 +108,9 @@ class RoutedBridge:
             self.exchange = self.layout.group_of(self.current_rank)
             logger.debug("Bridge %s: rank %d in %s", self.name, self.current_rank, self.exchange)
         self._confirmed = 0
+        self._announced: tuple[RoutePlan, torch.Tensor, Comparison] | None = None
+        self._outcomes: list[Statement] = []
+        self._settling: list[Comparison] = []
         self._plans: OrderedDict[bytes, RoutePlan] = OrderedDict()
         self._merged: OrderedDict[tuple[RoutePlan, ...], MergedPlan] = OrderedDict()
         self._tensors: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -204,25 +210,84 @@ class RoutedBridge:
             self._plans.popitem(last=False)
         return plan
 
-    def confirm(self, plan: RoutePlan, rows: torch.Tensor, problem: str | None = None) -> None:
+    def announce(
+        self, plan: RoutePlan, like: torch.Tensor, problem: str | None = None
+    ) -> Comparison | None:
+        """Start comparing a plan that was made ahead, before its encoder runs; all ranks call it.
+
+        Only with guard ``"always"``, otherwise nothing happens. The next :meth:`confirm` is that of
+        the same plan, and awaits the comparison.
+
+        Args:
+            plan: this rank's.
+            like: no rows, ``(0, H)``, of the width and dtype that the encoder is going to bring.
+            problem: as for :meth:`plan`.
+
+        Returns:
+            The comparison that was started; nobody has to ask it for anything.
+        """
+        if self.guard != "always":
+            return None
+        problem = self._foreign(plan) or problem
+        said = Announcement(like.detach(), plan.tokens, plan.digest(), plan.held, problem)
+        comparison = self._compare(said, _NOT_MOVED)
+        self._announced = plan, like, comparison
+        return comparison
+
+    def confirm(
+        self, plan: RoutePlan, rows: torch.Tensor, problem: str | None = None
+    ) -> torch.Tensor:
         """Compare a plan that was made ahead, if ``guard`` says so; all ranks call it.
+
+        A plan that was announced is compared by now. What turned out otherwise since then (an
+        encoder that raised, another number of rows) is said by :meth:`settle`, and until then the
+        rank goes on with zeros, since its peers wait in the exchange and behind it.
 
         Args:
             plan: this rank's.
             rows, problem: as for :meth:`plan`.
 
+        Returns:
+            The rows to move: the given ones, or zeros in their place.
+
         Raises:
             ValueError: the same on every rank of the group: a rank has a problem, brings another
-                number of rows than planned, or what must be equal differs. Without a comparison a
-                rank with a problem raises alone.
+                number of rows than planned, or what must be equal differs. On this rank alone: a
+                problem without a comparison; another plan than the one that was announced.
         """
-        if plan.rank != self.current_rank:
-            problem = f"the plan is for rank {plan.rank}; plan each rank's own routes"
+        announced, self._announced = self._announced, None
         due, self._confirmed = self.guard_due, self._confirmed + 1
+        if announced is not None and due:
+            return self._confirm_announced(*announced, plan, rows, problem)
+        problem = self._foreign(plan) or problem
         if due:
             self._agree(Statement(rows, plan.tokens, plan.digest(), plan.held, problem))
         elif problem is not None:
             raise ValueError(f"Bridge {self.name}: {problem}")
+        return rows
+
+    def start_settling(self) -> None:
+        """Start telling how confirmed exchanges turned out; all ranks call it, then ``settle``."""
+        self._settling += [
+            self._compare(each, "what was moved is not used") for each in self._outcomes
+        ]
+        self._outcomes = []
+
+    def settle(self) -> None:
+        """Hear how the exchanges since the last call turned out on all ranks; all ranks call it.
+
+        Raises:
+            ValueError: the same on every rank of the group: what was moved is no rank's to use,
+                as a rank could not bring its rows, or they need a gradient on some ranks only.
+        """
+        self.start_settling()
+        settling, self._settling = self._settling, []
+        for each in settling:
+            each.result()  # an error ends it on all ranks alike
+
+    def forget_unsettled(self) -> None:
+        """Drop what a step that ended in an error has announced or not settled."""
+        self._announced, self._outcomes, self._settling = None, [], []
 
     def merge(self, plans: Sequence[RoutePlan]) -> MergedPlan:
         """Return the plans of several microbatches as one exchange; kept for batches like these."""
@@ -280,8 +345,43 @@ class RoutedBridge:
             self.control = make_groups(ranks, dist.Backend.GLOO, group_desc=host)
 
     def _agree(self, mine: Statement) -> Agreed:
+        return self._compare(mine, _NOT_MOVED).result()
+
+    def _compare(self, mine: Statement, so_far: str) -> Comparison:
         self._check_alive()
-        return agree(self.name, self.exchange, self.control, mine)
+        return Comparison(self.name, self.exchange, self.control, mine, so_far)
+
+    def _foreign(self, plan: RoutePlan) -> str | None:
+        if plan.rank == self.current_rank:
+            return None
+        return f"the plan is for rank {plan.rank}; plan each rank's own routes"
+
+    def _confirm_announced(
+        self,
+        said: RoutePlan,
+        like: torch.Tensor,
+        comparison: Comparison,
+        plan: RoutePlan,
+        rows: torch.Tensor,
+        problem: str | None,
+    ) -> torch.Tensor:
+        comparison.result()
+        if plan is not said:
+            raise ValueError(
+                f"Bridge {self.name}: another plan is confirmed than was announced; announce the "
+                "plan of the microbatch whose encoder runs next"
+            )
+        of_kind = (rows.size(-1), rows.dtype) == (like.size(-1), like.dtype)
+        if not of_kind:
+            problem = problem or (
+                f"its rows are {rows.size(-1)} wide and {rows.dtype}, the language model's "
+                f"{like.size(-1)} and {like.dtype}"
+            )
+        self._outcomes.append(Statement(rows, plan.tokens, plan.digest(), plan.held, problem))
+        if problem is None and rows.size(0) == plan.held:
+            return rows
+        zeros = like.new_zeros((plan.held, like.size(-1)))
+        return zeros.requires_grad_(rows.requires_grad)
 
     def _refuse_other_rows(self, agreed: Agreed, held: Sequence[Runs]) -> None:
         wanted, cut = [int(runs[:, 1].sum()) for runs in held], self.layout.src_cp_size > 1

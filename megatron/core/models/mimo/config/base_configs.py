@@ -40,7 +40,8 @@ class MimoModelConfig:
             ``"gather"``, the reference: every rank of a language replica gets all of them and
             cuts the fused sequence; DP sizes that divide, equally many rows per replica.
         bridge_guard: for ``"routed"``: when the ranks of an exchange group compare their plans,
-            ``"always"``, before the ``"first"`` exchange only, or ``"off"``.
+            ``"always"``, before the ``"first"`` exchange only, or ``"off"``. Plans given for all
+            modalities (``route_plan``) are compared in the background, see ``docs/bridge.md``.
         encoder_balance: for ``"routed"``: modality -> when and how its items (images) are spread
             over the encoder replicas of an exchange group by cost. A modality whose routes are
             planned ahead is left alone: there the loader does it, with ``plan_balance``.

@@ -34,7 +34,7 @@ from megatron.core.models.mimo.model.no_samples import cut_back, padding_in_plac
 from megatron.core.models.mimo.model.paths import choose_path
 from megatron.core.models.mimo.model.rank_modules import RankModules
 from megatron.core.models.mimo.model.replaceable import ReplaceableSteps
-from megatron.core.models.mimo.model.row_path import RowPath, Runners, levels_of
+from megatron.core.models.mimo.model.row_path import RowPath, Runners, levels_of, settled
 from megatron.core.models.mimo.model.stage_checks import check_problems, check_stages, refuse_stages
 from megatron.core.models.mimo.model.stages import encode_together, run_stage
 from megatron.core.models.mimo.model.stock_steps import StockSteps
@@ -355,11 +355,12 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
             input_ids, position_ids, attention_mask, loss_mask, labels, packing_kwargs, problem
         )
         path = self._row_path
-        planned = path.plan(batch, modality_inputs, route_plan)
-        moved = path.move(planned)
-        fused = path.fuse(planned.batch, moved)
-        levels = levels_of(path, self._language, self.language_model, planned.batch, moved)
-        return self._language.call(batch, fused, levels=levels)
+        with settled(path):
+            planned = path.plan(batch, modality_inputs, route_plan)
+            moved = path.move(planned)
+            fused = path.fuse(planned.batch, moved)
+            levels = levels_of(path, self._language, self.language_model, planned.batch, moved)
+            return self._language.call(batch, fused, levels=levels)
 
     @model_method
     def _forward_encoders(

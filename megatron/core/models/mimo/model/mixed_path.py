@@ -96,6 +96,14 @@ class MixedPath:
         ]
         return LevelRows.joined([each for each in found if each is not None])
 
+    def settle(self) -> None:
+        """Hear how the routed modalities' encoders did."""
+        self._routed.settle()
+
+    def forget(self) -> None:
+        """Drop what was to be heard of the routed modalities."""
+        self._routed.forget()
+
     def exchange_problems(self, problems: Mapping[int, str], count: int) -> dict[int, str]:
         """Tell and hear over both kinds of bridges."""
         found = self._gathered.exchange_problems(problems, count)

@@ -25,13 +25,12 @@ from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
 from megatron.core.models.mimo.config.base_configs import option_of
 from megatron.core.models.mimo.memory.activations import latest_offloaded
 from megatron.core.models.mimo.memory.offload import reload_when_needed
+from megatron.core.models.mimo.model.announced_plans import AnnouncedPlans
 from megatron.core.models.mimo.model.deepstack import DeepStack, LevelRows
 from megatron.core.models.mimo.model.input_checks import (
     check_adapter_cuts_by_routes,
-    inputs_problem,
     missing_inputs,
     names_problem,
-    plan_problem,
 )
 from megatron.core.models.mimo.model.language_batch import LanguageBatch
 from megatron.core.models.mimo.model.leaves import Leaves, Pieces
@@ -96,6 +95,23 @@ class RowsForPlaces:
     arrived: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """What the host knows of a language batch.
+
+    Attributes:
+        batch: prepared as far as it goes.
+        tokens: where the tokens of each modality stand.
+        seen: those that were looked at, bool ``(B, S)``; of plans made ahead not always.
+        problem: why this rank cannot go on, if it cannot.
+    """
+
+    batch: LanguageBatch
+    tokens: dict[str, TokenRuns]
+    seen: dict[str, np.ndarray]
+    problem: str | None
+
+
 class RoutedPath:
     """The way over routed bridges.
 
@@ -120,6 +136,7 @@ class RoutedPath:
         self._bridges: dict[str, RoutedBridge] = {
             name: runners.modules.bridge(name) for name in names
         }
+        self._announced = AnnouncedPlans(self._bridges, runners)
         self.input_balances = {
             name: InputBalance(self._bridges[name], how)
             for name, how in balance.items()
@@ -159,32 +176,34 @@ class RoutedPath:
 
         Raises:
             ValueError: on every rank of an exchange group, if one of them cannot go on or their
-                rows, tokens or plans do not match.
+                rows, tokens or plans do not match. With plans of all modalities it is raised here
+                for what is known before the encoders run, for the rest by :meth:`settle`.
             RuntimeError: special tokens of a modality of which no rank of the group has inputs.
         """
         plans = dict(route_plan or {})
         reading = self._start_reading(batch, plans)
         given = modality_inputs
+        known: _Known | None = None
+        if reading.on_host:
+            known = self._know(batch, given, plans, reading)
+            self._announced.announce(known.batch, given, plans, known.problem, known.seen)
         modality_inputs, held = self._balance_inputs(modality_inputs, plans)
         rows, part, items, failure = self._try_to_encode(modality_inputs)
-        seen = reading.arrive()
-        batch, problem = self._try_to_prepare(batch)
-        tokens = self._places(batch, plans, seen)
-        known = self._runners.modules.encoders
-        problem = problem or names_problem(tokens, given, plans, known, self._bridges)
-        problem = problem or (failure and problem_of(failure, "an encoder"))
+        # What only the device knows is waited for while it has the encoders to run.
+        known = known or self._know(batch, given, plans, reading)
+        batch, tokens = known.batch, known.tokens
+        problem = known.problem or (failure and problem_of(failure, "an encoder"))
+        self._announced.failure = self._announced.failure or failure
         phases.mark(phases.BRIDGE_FORWARD)
         moving = []
         for name in self._bridges:
-            ids = self._runners.modules.special_token_ids
             own_problem = (
                 problem
                 or self._deepstack.width_problem(name, rows[name])
-                or inputs_problem(name, modality_inputs, ids)
-                or plan_problem(name, plans.get(name), batch, self._bridges[name], seen.get(name))
+                or self._announced.problem(name, known.batch, modality_inputs, plans, known.seen)
             )
             try:
-                plans[name] = self._agree_on_plan(
+                plans[name], rows[name] = self._agree_on_plan(
                     name, rows[name], tokens, plans, own_problem, held.get(name), items.get(name)
                 )
             except ValueError as error:
@@ -193,6 +212,21 @@ class RoutedPath:
             if plans[name].group_rows or name in part:
                 moving.append(name)
         return PlannedRows(batch, rows, plans, tokens, moving)
+
+    def _know(
+        self,
+        batch: LanguageBatch,
+        modality_inputs: Mapping[str, Any] | None,
+        plans: Mapping[str, RoutePlan],
+        reading: BatchReading,
+    ) -> _Known:
+        """What the host has to know of a batch, and why this rank cannot go on with it."""
+        seen = reading.arrive()
+        batch, problem = self._try_to_prepare(batch)
+        tokens = self._places(batch, plans, seen)
+        encoders = self._runners.modules.encoders
+        problem = problem or names_problem(tokens, modality_inputs, plans, encoders, self._bridges)
+        return _Known(batch, tokens, seen, problem)
 
     def _try_to_prepare(self, batch: LanguageBatch) -> tuple[LanguageBatch, str | None]:
         """The batch, prepared as far as it goes, and why it cannot be cut."""
@@ -283,14 +317,16 @@ class RoutedPath:
         problem: str | None,
         held: Sequence[Runs] | None,
         items: Sequence[int] | None,
-    ) -> RoutePlan:
-        """The plan that was given, compared with the group's; else one made with the group."""
+    ) -> tuple[RoutePlan, torch.Tensor]:
+        """The plan that was given, compared with the group's; else one made with the group.
+
+        And the rows to move by it.
+        """
         bridge = self._bridges[name]
         if name in plans:
-            bridge.confirm(plans[name], rows, problem)
-            return plans[name]
+            return plans[name], bridge.confirm(plans[name], rows, problem)
         try:
-            return bridge.plan(tokens[name], rows, problem, held, items or ())
+            return bridge.plan(tokens[name], rows, problem, held, items or ()), rows
         except RowCountError as error:
             if error.rows == 0:
                 raise RuntimeError(missing_inputs(name, error.tokens)) from error
@@ -302,6 +338,14 @@ class RoutedPath:
         for bridge in self._bridges.values():
             found = bridge.hear(found, count)
         return found
+
+    def settle(self) -> None:
+        """Hear how the encoders of announced plans did, see :meth:`.AnnouncedPlans.settle`."""
+        self._announced.settle()
+
+    def forget(self) -> None:
+        """Drop what was to be heard, after an error."""
+        self._announced.forget()
 
     # -- moving ----------------------------------------------------------------------------
 
@@ -390,6 +434,7 @@ class RoutedPath:
             rows[name], places[name] = self._deepstack.main(name, whole), flight.place
             if name in self._deepstack.layers:
                 moved.arrived[name] = whole
+        self._announced.start_settling()  # on its way while the language model runs
         return rows, places
 
     def levels(

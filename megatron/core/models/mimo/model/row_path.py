@@ -8,9 +8,10 @@ else asks. To add a kind: a bridge, a class as :class:`RowPath`, and :func:`regi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from megatron.core.models.mimo.comm.plan.routes import RoutePlan
 from megatron.core.models.mimo.model.deepstack import LevelRows
@@ -112,6 +113,35 @@ class RowPath(Protocol):
             count: of the microbatches that this rank is about to encode.
         """
         ...
+
+
+@runtime_checkable
+class Settles(Protocol):
+    """A way that moves rows before all ranks know how the encoders did that made them."""
+
+    def settle(self) -> None:
+        """Hear how they did; the last call of a forward pass.
+
+        Raises:
+            ValueError: what was moved is not to be used; on all ranks that exchanged it.
+        """
+
+    def forget(self) -> None:
+        """Drop what was to be heard, after an error."""
+
+
+@contextlib.contextmanager
+def settled(path: RowPath) -> Iterator[None]:
+    """Settle at the end of a block what moved in it, if the way has anything to settle."""
+    if not isinstance(path, Settles):
+        yield
+        return
+    try:
+        yield
+    except BaseException:
+        path.forget()
+        raise
+    path.settle()
 
 
 def levels_of(

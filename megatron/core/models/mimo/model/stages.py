@@ -14,7 +14,7 @@ from megatron.core.models.mimo.model.language_batch import LanguageBatch
 from megatron.core.models.mimo.model.language_runner import LanguageRunner
 from megatron.core.models.mimo.model.leaves import Leaves
 from megatron.core.models.mimo.model.no_samples import cut_back, without_items
-from megatron.core.models.mimo.model.row_path import RowPath, levels_of
+from megatron.core.models.mimo.model.row_path import RowPath, levels_of, settled
 from megatron.core.models.mimo.partition.packed_lengths import forget_lengths
 from megatron.core.utils import unwrap_model
 
@@ -39,7 +39,8 @@ def encode_together(
         )
         for batch in microbatches
     )
-    encoded = [EncodedMicrobatch(rows) for rows in path.move_together(planned, leaves)]
+    with settled(path):
+        encoded = [EncodedMicrobatch(rows) for rows in path.move_together(planned, leaves)]
     return EncodedMicrobatches(encoded, leaves, path.backward_per_microbatch)
 
 

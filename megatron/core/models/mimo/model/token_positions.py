@@ -86,6 +86,9 @@ class BatchReading:
         input_ids: ``(B, S)``.
         special_token_ids: modality -> the token whose places are wanted; empty for none.
         packing_kwargs: of a packed batch, whose lengths are wanted.
+
+    Attributes:
+        on_host: whether :meth:`arrive` waits for no device.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class BatchReading:
             for code, token_id in enumerate(self._ids, start=1):
                 codes[0].masked_fill_(input_ids == token_id, code)
         self._download = Download([*self._lengths, *codes])
+        self.on_host = self._download.on_host
 
     def arrive(self) -> dict[str, np.ndarray]:
         """Wait; return modality -> where its tokens stand, bool ``(B, S)``."""
