@@ -69,20 +69,20 @@ def whisper(config: TransformerConfig, groups: Any) -> nn.Module:
 
 
 def images() -> dict[str, torch.Tensor]:
-    return {"pixel_values": torch.linspace(-2, 3, 3 * 3 * 36).double().view(3, 3, 6, 6).sin()}
+    return {"pixel_values": torch.linspace(-2, 3, 3 * 3 * 36, device=own_device()).double().view(3, 3, 6, 6).sin()}
 
 
 def patches() -> dict[str, torch.Tensor]:
-    shapes = torch.tensor([[2, 3], [1, 1], [3, 3]])
-    there = torch.arange(9) < shapes.prod(-1)[:, None]
-    values = torch.linspace(-2, 3, 3 * 9 * 12).double().view(3, 9, 12).sin()
+    shapes = torch.tensor([[2, 3], [1, 1], [3, 3]], device=own_device())
+    there = torch.arange(9, device=own_device()) < shapes.prod(-1)[:, None]
+    values = torch.linspace(-2, 3, 3 * 9 * 12, device=own_device()).double().view(3, 9, 12).sin()
     return {"pixel_values": values, "pixel_attention_mask": there, "spatial_shapes": shapes}
 
 
 def spectra() -> dict[str, torch.Tensor]:
-    lengths = torch.tensor([12, 5])
-    mask = (torch.arange(12) < lengths[:, None]).long()
-    values = torch.linspace(-2, 3, 2 * 5 * 12).double().view(2, 5, 12).sin()
+    lengths = torch.tensor([12, 5], device=own_device())
+    mask = (torch.arange(12, device=own_device()) < lengths[:, None]).long()
+    values = torch.linspace(-2, 3, 2 * 5 * 12, device=own_device()).double().view(2, 5, 12).sin()
     return {"input_features": values, "feature_attention_mask": mask}
 
 
@@ -122,12 +122,13 @@ def run(
         cut, shape = getattr(parameter, "tensor_model_parallel", False), [*parameter.shape]
         dim = parameter.partition_dim if cut else 0
         shape[dim] *= tp if cut else 1
-        drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * 0.3
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64).to(own_device()) * 0.3
         parameter.data.copy_(drawn.chunk(tp, dim)[groups.tp.rank()] if cut else drawn)
     assert tower.cuts_items is True
-    rows = tower(**{key: value.to(own_device()) for key, value in inputs().items()}).flatten(0, -2)
-    weight = torch.linspace(-1, 1, sum(items) * rows.size(-1)).double().view(sum(items), -1)
-    (rows * weight[own_rows(items, groups.cp.rank(), cp)].to(rows)).sum().backward()
+    rows = tower(**inputs()).flatten(0, -2)
+    weight = torch.linspace(-1, 1, sum(items) * rows.size(-1), device=own_device()).to(rows)
+    own = weight.view(sum(items), -1)[own_rows(items, groups.cp.rank(), cp)]
+    (rows * own).sum().backward()
     return rows.detach(), {
         key: whole_over_tp(parameter, groups.tp, sequence_parallel)
         for key, parameter in tower.named_parameters()

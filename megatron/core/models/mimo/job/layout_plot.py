@@ -120,7 +120,7 @@ class LayoutPlot:
         rows = self.samples * self.sequence_length // self.layout.src_dp_size
         tokens = [TokenRuns.from_mask(np.ones(share, dtype=bool))] * group.dest_dps.size
         # All of a replica's rows as one item, which its CP ranks have parts of.
-        held = rows_of_parts([[rows]] * group.src_dps.size, self.layout.src_cp_size)
+        held = rows_of_parts([[rows]] * group.src_dps.size, group.layout.src_cp_size)
         routes = GroupRoutes(group, tokens, held)
         pairs = []
         for rank in group.ranks.tolist():
