@@ -69,7 +69,8 @@ def whisper(config: TransformerConfig, groups: Any) -> nn.Module:
 
 
 def images() -> dict[str, torch.Tensor]:
-    return {"pixel_values": torch.linspace(-2, 3, 3 * 3 * 36, device=own_device()).double().view(3, 3, 6, 6).sin()}
+    values = torch.linspace(-2, 3, 3 * 3 * 36, device=own_device()).double()
+    return {"pixel_values": values.view(3, 3, 6, 6).sin()}
 
 
 def patches() -> dict[str, torch.Tensor]:
