@@ -136,7 +136,7 @@ def test_tables_in_a_document_are_replaced(bench, tmp_path):
     bench(Script(), "--only", "wall", "--docs", str(path))
     written = path.read_text()
     assert written.startswith("a\n<!-- bench: wall -->\n| layout (encoder/language) | rows |")
-    assert "| a/b | 1,024 | - | - | - | - | 0.5 | 0.6 | - | PASS |\n\n`python -m" in written
+    assert "| a/b | 1,024 | - | - | - | - | 0.5 | 0.6 | - | - | PASS |\n\n`python -m" in written
     assert written.endswith(f"<!-- end -->\nb\n{empty}")
     assert "old" not in written
 

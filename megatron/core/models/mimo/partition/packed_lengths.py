@@ -224,12 +224,17 @@ def _host_ints(params: PackedSeqParams, name: str) -> list[int] | None:
     if field is None:
         return None
     cache: dict[str, tuple[Tensor, int, list[int]]] = params.__dict__.setdefault("_host_ints", {})
-    seen = cache.get(name)
-    # Tensors of inference mode count no versions, so a change would not be seen.
-    if seen is None or seen[0] is not field or seen[1] != _version(field):
+
+    def is_stale(name: str, tensor: Tensor) -> bool:
+        seen = cache.get(name)
+        # Tensors of inference mode count no versions, so a change would not be seen.
+        return seen is None or seen[0] is not tensor or seen[1] != _version(tensor)
+
+    if is_stale(name, field):
         for each, host in read_lengths(vars(params)).items():
             tensor = getattr(params, each)
-            cache[each] = (tensor, _version(tensor) or 0, host.flatten().tolist())
+            if is_stale(each, tensor):
+                cache[each] = (tensor, _version(tensor) or 0, host.flatten().tolist())
     return cache[name][2]
 
 
