@@ -25,8 +25,8 @@ WITHOUT_A_PARTS = (
     Mutant(
         name="host-ints-of-an-old-version",
         file=MIMO + "partition/packed_lengths.py",
-        old="if seen is None or seen[0] is not field or seen[1] != _version(field):",
-        new="if seen is None or seen[0] is not field:",
+        old="return seen is None or seen[0] is not tensor or seen[1] != _version(tensor)",
+        new="return seen is None or seen[0] is not tensor",
         tests=(UNIT + "test_partition.py::test_the_packed_index_is_made_once_per_batch",),
         why="lengths that were written in place are read from the memory of the batch before",
     ),

@@ -55,6 +55,11 @@ class Candidate:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
 
     @property
+    def encode_ahead(self) -> int | None:
+        """As of :class:`.Step`: as few as stages can have; without stages none go ahead."""
+        return 1 if self.language.pp > 1 else None
+
+    @property
     def homogeneous(self) -> bool:
         """Whether encoders have the language model's layout."""
         return not self.encoders

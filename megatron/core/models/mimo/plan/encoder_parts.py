@@ -63,7 +63,8 @@ def encoder_prediction(
         kept = math.ceil(microbatches_kept(candidate))
         step = Step(kept, stages=kept, **trains)
     else:
-        step = Step(candidate.microbatches, candidate.language.pp, 1, **trains)
+        ahead = candidate.encode_ahead
+        step = Step(candidate.microbatches, candidate.language.pp, ahead, **trains)
     return predict(parts, step, candidate.memory)
 
 

@@ -298,7 +298,7 @@ def _bridge_bytes(name: str, candidate: Candidate, shapes: Shapes, work: Work) -
     rows = samples * work.items(name, shape) * shape.rows
     if candidate.bridge == "routed":
         rows /= at.cp * at.tp
-    kept = Step(candidate.microbatches, at.pp, 1).kept
+    kept = Step(candidate.microbatches, at.pp, candidate.encode_ahead).kept
     return 2 * kept * rows * shapes.width * work.itemsize
 
 
