@@ -20,6 +20,7 @@ from megatron.core.models.mimo.job.settings import projector_spec
 from megatron.core.models.mimo.memory.layer_recompute import recomputable
 from megatron.core.models.mimo.transformer.layer_specs import encoder_layer_spec
 from megatron.core.models.mimo.transformer.ulysses_attention import ItemParts
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -70,23 +71,26 @@ class PatchEncoder(MegatronModule):
         hidden = self.patch_embedding(patches) + self.position_embedding
         if self.config.context_parallel_size > 1:
             return self._part(hidden)
-        hidden = recomputable(hidden, self.transformer)
-        return self.transformer(hidden_states=hidden, attention_mask=None)
+        return self._layers(hidden)
+
+    def _layers(
+        self, hidden: torch.Tensor, packed: PackedSeqParams | None = None
+    ) -> torch.Tensor:
+        return self.transformer(
+            hidden_states=recomputable(hidden, self.transformer),
+            attention_mask=None,
+            packed_seq_params=packed,
+        )
 
     def _part(self, hidden: torch.Tensor) -> torch.Tensor:
         """This CP rank's part of each item: ``(patches, n, h)`` -> ``(patches of the part, n, h)``.
 
         Item by item in one packed row, so that no item needs to divide by the ranks.
         """
-        (patches, items), rank = hidden.shape[:2], self.cp_group.rank()
+        patches, items = hidden.shape[:2]
         parts = ItemParts((patches,) * items, self.cp_group.size(), unit=self.patches_per_row)
-        local = parts.cut(hidden.transpose(0, 1).flatten(0, 1), rank)[:, None]
-        local = self.transformer(
-            hidden_states=recomputable(local, self.transformer),
-            attention_mask=None,
-            packed_seq_params=parts.packed(),
-        )
-        rows = parts.rows(local[:, 0], rank)
+        whole = hidden.transpose(0, 1).flatten(0, 1)
+        rows = parts.run(self._layers, whole, self.cp_group.rank(), 1)
         return rows.unflatten(0, (items, len(rows) // items)).transpose(0, 1)
 
     def lower_half(self) -> list[torch.nn.Module | torch.nn.Parameter]:

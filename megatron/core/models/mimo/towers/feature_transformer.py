@@ -153,9 +153,7 @@ class FeatureTransformer(MegatronModule):
         group, config = self.cp_group, self.config
         parts = ItemParts(tuple(lengths), group.size(), lead=self.features.first_row)
         multiple = self.tp_group.size() if config.sequence_parallel else 1
-        local = parts.cut(hidden, group.rank(), multiple)
-        out = self._hidden_states(local.unsqueeze(1), parts.packed())
-        return parts.rows(out.squeeze(1), group.rank())
+        return parts.run(self._hidden_states, hidden, group.rank(), multiple)
 
     def _packed(self, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
         total, ranks = sum(lengths), self.tp_group.size()

@@ -10,10 +10,9 @@ approximated: every head sees what it sees without a cut.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron.core.models.mimo import compat
+from megatron.core.models.mimo.partition.packed_lengths import end_to_end
 from megatron.core.models.mimo.transformer.context_parallel_attention import (
     CAUSAL_TYPES,
     ContextParallelAttention,
@@ -115,18 +114,26 @@ class ItemParts:
 
     def packed(self) -> PackedSeqParams:
         """Return what :class:`UlyssesAttention` reads: whole lengths, and how they are cut."""
-        bounds = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
-        longest = max(self.lengths, default=0)
-        params = compat.packed_seq_params(
-            {
-                "cu_seqlens_q": bounds,
-                "cu_seqlens_kv": bounds,
-                "max_seqlen_q": longest,
-                "max_seqlen_kv": longest,
-            }
-        )
+        params = end_to_end(self.lengths)
         vars(params)["item_parts"] = self
         return params
+
+    def run(
+        self,
+        layers: Callable[[Tensor, PackedSeqParams], Tensor],
+        whole: Tensor,
+        rank: int,
+        pad_to: int,
+    ) -> Tensor:
+        """Run layers on a CP rank's part of every item; return the positions that make rows.
+
+        Args:
+            layers: ``(t_local, 1, h)`` and what their attention reads -> ``(t_local, 1, H)``.
+            whole: ``(t, h)``, item after item.
+            rank, pad_to: as for :meth:`cut`.
+        """
+        local = self.cut(whole, rank, pad_to).unsqueeze(1)
+        return self.rows(layers(local, self.packed()).squeeze(1), rank)
 
     def order(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return where positions of whole items come from in ranks' parts end to end, and back."""
