@@ -12,7 +12,7 @@ SIZES = (1, 2, 4, 8)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Declare how ranks start, and the deadlines, in seconds (a test's own: ``timeout=``)."""
-    parser.addini("ranks_timeout", "deadline of one multi-rank test", default="180")
+    parser.addini("ranks_timeout", "deadline of one multi-rank test", default="400")
     parser.addini(
         "ranks_grace", "how long the other ranks may go on after a test failed on one", default="15"
     )

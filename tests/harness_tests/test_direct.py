@@ -47,7 +47,7 @@ def test_other_sizes_are_deselected_and_only_rank_0_prints(tmp_path: Path) -> No
 
 
 def test_failing_rank_prints_its_text_and_rank_0_names_it(tmp_path: Path) -> None:
-    result = run_project(tmp_path, {"test_fails.py": _FAILS}, torchrun=2, ranks_grace=5)
+    result = run_project(tmp_path, {"test_fails.py": _FAILS}, torchrun=2)
     assert result.returncode == 1
     assert "rank 1: test_fails.py::test_fails_on_rank_1" in result.output
     own = result.output[result.output.index("===== rank 1 =====") :]

@@ -83,7 +83,7 @@ def test_one_process(pytestconfig):
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> Result:
     folder = tmp_path_factory.mktemp("cases")
-    return run_project(folder, {"test_cases.py": _CASES}, ranks_timeout=60, ranks_grace=3)
+    return run_project(folder, {"test_cases.py": _CASES}, ranks_timeout=60, ranks_grace=8)
 
 
 def test_every_test_has_its_own_outcome(cases: Result) -> None:
