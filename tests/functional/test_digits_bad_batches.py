@@ -16,6 +16,8 @@ from examples.mimo.digits.images import DigitImages, image_patches
 from mimo_colocated.launch.layouts import Layout
 from tests.models.model import VISION, ModelOptions, build_model
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize("shape", [(5, 8, 9), (5, 64), (0, 8, 8), (5, 1, 8, 8)])
 def test_a_data_set_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:

@@ -25,6 +25,8 @@ from examples.mimo.digits.images import DigitImages, image_patches, split_images
 from megatron.core.hyper_comm_grid import GridShape
 from megatron.core.models.mimo.comm.plan.gather_layout import BridgeLayout
 
+pytestmark = pytest.mark.once
+
 
 def _scanned() -> DigitImages:
     scanned = load_digits()

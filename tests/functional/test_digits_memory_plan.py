@@ -6,7 +6,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests.functional.digits_job import TRAIN
+
+pytestmark = pytest.mark.once
 
 
 def test_the_plan_is_printed_and_nothing_runs(tmp_path):

@@ -35,6 +35,8 @@ from examples.mimo.digits.sounds import (
 )
 from mimo_colocated.launch.errors import JobError
 
+pytestmark = pytest.mark.once
+
 # Nothing is changed but the time at which the recording begins.
 PLAIN = Variation(speed=1.0, gain_db=0.0, noise_db=-300.0, place=0.5)
 

@@ -33,6 +33,8 @@ from tests.models.memory import encoder_shape
 from tests.models.model import ModelOptions, ModelSize, build_model
 from tests.models.trainer import Trainer, TrainOptions
 
+pytestmark = pytest.mark.once
+
 SIZE = ModelSize(
     vision_hidden=32, vision_layers=2, audio_hidden=32, audio_layers=2,
     language_hidden=32, language_layers=1,

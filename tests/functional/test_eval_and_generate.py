@@ -13,6 +13,8 @@ from mimo_colocated.cli.main import main
 from tests.unit_tests.mimo.huggingface import harness, models
 from tests.unit_tests.mimo.train import strangers
 
+pytestmark = pytest.mark.once
+
 DATA = "{kind: chat, settings: {path: nowhere.jsonl}}"
 
 

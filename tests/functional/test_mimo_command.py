@@ -25,6 +25,8 @@ from tests.faults.starts import LAUNCH_VARIABLES
 from tests.harness import programs
 from tests.unit_tests.mimo.huggingface import harness, models
 
+pytestmark = pytest.mark.once
+
 TIMEOUT_S = 500
 # Kills the only rank when the first file of weights is closed.
 KILLED = """

@@ -21,6 +21,8 @@ from tests.parity.compare import (
 )
 from tests.parity.tensors import join_shards
 
+pytestmark = pytest.mark.once
+
 THRESH = 1e-4
 QKV = "language_model.decoder.layers.0.self_attention.linear_qkv.weight"
 NORM = "language_model.decoder.final_layernorm.weight"

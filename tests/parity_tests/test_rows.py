@@ -15,6 +15,8 @@ from tests.parity.campaign import Parity
 from tests.parity.measure import EXPERTS, SIZE, TEXT_SIZE
 from tests.parity.rows import DEFAULT_ROWS, NIGHTLY_ROWS, Row
 
+pytestmark = pytest.mark.once
+
 IMAGES = [row for row in DEFAULT_ROWS if row.vision]
 STAGES = [row for row in DEFAULT_ROWS if row.name.startswith("pp")]
 TEXT = [row for row in DEFAULT_ROWS if not row.vision]

@@ -16,6 +16,8 @@ from campaigns import command
 from campaigns.ranks import LaunchFailed
 from tests.parity.campaign import Parity
 
+pytestmark = pytest.mark.once
+
 ROWS = ["fan-in-cp2", "fan-out-cp2", "equal-cp1"]
 PASS = {
     "passed": True,

@@ -13,7 +13,7 @@ from studies.lossy.classifier import Size, groups_of, reference, train
 from studies.lossy.digits import load
 from tests.harness.backend import own_device
 
-pytestmark = pytest.mark.ranks(8)
+pytestmark = [pytest.mark.ranks(8), pytest.mark.once]
 
 SIZE = Size(width=32, layers=2, heads=8)
 # Of float32 sums in another order, over logits of order 0.1 to 1: what the issue asks for.

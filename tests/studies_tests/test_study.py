@@ -19,6 +19,8 @@ from studies.lossy.campaign import END, START, LossyStudy
 from studies.lossy.grid import EASY_VQA, GPT2, NOWHERE, RESENT, SETS, Cell, cells
 from studies.lossy.results import interval, same_as_lossless, settings, table
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize("name", SETS)
 def test_sets_have_what_they_are_compared_with(name: str) -> None:

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from megatron.core.models.mimo.training import agreement
 from megatron.core.models.mimo.training.agreement import Failure
 
+pytestmark = pytest.mark.once
+
 WRITERS = logging.getLogger("megatron.core.dist_checkpointing.strategies")
 
 

@@ -35,6 +35,8 @@ from tests.unit_tests.mimo.test_routed_bridge import (
 )
 from tests.unit_tests.mimo.test_stage_side import Case
 
+pytestmark = pytest.mark.once
+
 LAYOUTS = [
     pytest.param(*FAN_IN, id="fan_in"),
     pytest.param(*FAN_OUT, id="fan_out"),

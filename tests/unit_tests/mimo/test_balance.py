@@ -29,6 +29,8 @@ from tests.unit_tests.mimo.balanced_cases import LINEAR, check_balanced_encoder
 from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
 from tests.unit_tests.mimo.routed_cases import EQUAL, FAN_IN, FAN_OUT, bridge, random_masks
 
+pytestmark = pytest.mark.once
+
 
 def loads(plan: BalancePlan, costs: np.ndarray) -> list[int]:
     return [int(costs[items].sum()) for items in plan.assignment]

@@ -19,6 +19,8 @@ from megatron.core.models.mimo.comm.plan.gather_layout import (
     SliceInfo,
 )
 
+pytestmark = pytest.mark.once
+
 SRC_ORDERS = [("tp", "dp"), ("tp", "cp", "pp", "dp"), ("pp", "tp", "dp", "cp")]
 DEST_ORDERS = [("tp", "cp", "dp"), ("cp", "tp", "dp"), ("tp", "cp", "pp", "dp")]
 STAGED_ORDERS = [("tp", "cp", "pp", "dp"), ("pp", "cp", "tp", "dp"), ("cp", "pp", "tp", "dp")]

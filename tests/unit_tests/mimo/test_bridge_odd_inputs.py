@@ -19,6 +19,8 @@ from megatron.core.models.mimo.comm.gather_bridge import ColocatedBridgeCommunic
 from tests.unit_tests.mimo.bridge_cases import BridgeCase
 from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
 
+pytestmark = pytest.mark.once
+
 CASES = [
     pytest.param(BridgeCase((("tp", 2), ("dp", 6)), (("tp", 2), ("cp", 3), ("dp", 2))), id="in"),
     pytest.param(BridgeCase((("tp", 8), ("dp", 1)), (("cp", 2), ("tp", 1), ("dp", 4))), id="out"),

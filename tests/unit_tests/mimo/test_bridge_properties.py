@@ -25,6 +25,8 @@ from tests.unit_tests.mimo.bridge_cases import (
 )
 from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
 
+pytestmark = pytest.mark.once
+
 Counts = dict[tuple[str, tuple[int, ...]], int]
 
 

@@ -9,6 +9,8 @@ from torch import nn
 
 from megatron.core.models.mimo.model.encoder_runner import tied_to_parameters, trains
 
+pytestmark = pytest.mark.once
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

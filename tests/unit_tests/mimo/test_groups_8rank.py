@@ -19,7 +19,7 @@ from megatron.core.models.mimo.training.groups import (
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-pytestmark = pytest.mark.ranks(8)
+pytestmark = [pytest.mark.ranks(8), pytest.mark.once]
 
 # Field -> dims along which its members differ.
 DENSE = {

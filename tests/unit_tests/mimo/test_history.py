@@ -19,6 +19,8 @@ from megatron.core.models.mimo.checkpoint import history
 from megatron.core.models.mimo.checkpoint.history import History, remove_partial
 from megatron.core.models.mimo.checkpoint.manifest import Manifest
 
+pytestmark = pytest.mark.once
+
 
 class Killed(BaseException):
     """What no handler of errors sees."""

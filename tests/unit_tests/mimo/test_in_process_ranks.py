@@ -12,6 +12,8 @@ import torch.distributed as dist
 from tests.harness.backend import own_device
 from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
 
+pytestmark = pytest.mark.once
+
 HALVES = [[6, 0, 2, 4], [1, 3, 5, 7]]
 
 

@@ -25,6 +25,8 @@ from megatron.core.models.mimo.job.trainer import StepResult, Trainer
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.launch.layouts import Layout
 
+pytestmark = pytest.mark.once
+
 # What a run may be resumed with: where it runs, how fast, what is said and kept of it.
 MAY_CHANGE = {
     *("language", "vision", "nproc", "backend", "timeout", "sequence_parallel", "bridge"),

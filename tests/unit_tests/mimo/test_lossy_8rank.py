@@ -25,7 +25,7 @@ from tests.parity.tasks import MixedBatches
 from tests.parity.tensors import local_gradients
 from tests.unit_tests.mimo.digits_runs import BATCH, FAN_IN, SIZE, run, train_options
 
-pytestmark = pytest.mark.ranks(8)
+pytestmark = [pytest.mark.ranks(8), pytest.mark.once]
 
 STAGES = ("tp=2,dp=4", "tp=2,cp=1,pp=2,dp=2")
 LOSSY = LossySpec((LinkRule("*", preset("default"), payload=64),), 3)

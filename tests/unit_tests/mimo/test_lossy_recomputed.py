@@ -19,6 +19,8 @@ from megatron.core.models.mimo.lossy.recomputation import follow
 from megatron.core.models.mimo.memory import recomputed
 from megatron.core.tensor_parallel import random
 
+pytestmark = pytest.mark.once
+
 
 def megatrons(part: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
     return random.checkpoint(part, False, x)

@@ -24,6 +24,8 @@ from megatron.core.models.mimo.memory.policy import POLICIES, EncoderMemory
 from megatron.core.models.mimo.memory.table import print_plan
 from tests.unit_tests.mimo.test_activation_memory import OUT, WIDTH, built, pixels
 
+pytestmark = pytest.mark.once
+
 PARTS = PartBytes(inputs=10, encoder=1000, rows=40, projector=200, encoder_flops=90,
                   projector_flops=10)  # fmt: skip
 SHAPE = TransformerShape(

@@ -14,6 +14,8 @@ import pytest
 from mimo_colocated import phases
 from mimo_colocated.phases import Place, Wait, read_places
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(autouse=True)
 def _own_place(monkeypatch):

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from mimo_colocated import phases
 from tests.unit_tests.mimo.digits_runs import FAN_IN, SIZE, run
 
-pytestmark = pytest.mark.ranks(8, timeout=120)
+pytestmark = [pytest.mark.ranks(8, timeout=120), pytest.mark.once]
 
 STEP = [
     phases.ENCODER_FORWARD, phases.BRIDGE_FORWARD, phases.LANGUAGE_FORWARD,

@@ -14,6 +14,8 @@ import torch
 from megatron.core.models.mimo.pipeline.step import _Encoders
 from megatron.core.models.mimo.pipeline.windows import Windows
 
+pytestmark = pytest.mark.once
+
 COUNT = 6
 
 

@@ -46,6 +46,8 @@ from tests.unit_tests.mimo.routed_cases import (
     random_masks,
 )
 
+pytestmark = pytest.mark.once
+
 FULL = [np.ones((2, 16), dtype=bool)] * 2
 
 

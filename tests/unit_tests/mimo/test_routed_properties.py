@@ -26,6 +26,8 @@ from tests.unit_tests.mimo.bridge_cases import Dims, coordinates, factorised, gr
 from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
 from tests.unit_tests.mimo.test_partition_properties import CutCase
 
+pytestmark = pytest.mark.once
+
 HIDDEN = 2
 
 

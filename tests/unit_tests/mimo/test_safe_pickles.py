@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.metadata import (
 from megatron.core.models.mimo.checkpoint import safe_pickles
 from megatron.core.models.mimo.checkpoint.safe_pickles import StoredObject, UnsafeFile
 
+pytestmark = pytest.mark.once
+
 
 def metadata(**place: object) -> Metadata:
     """Of one tensor and one object."""

@@ -24,6 +24,8 @@ from megatron.core.models.mimo.partition.sequence_order import (
     shard_factor,
 )
 
+pytestmark = pytest.mark.once
+
 CP_SIZES = [1, 2, 3, 4, 8]
 
 

@@ -13,6 +13,8 @@ import pytest
 from megatron.core.models.mimo.checkpoint import background_save
 from megatron.core.models.mimo.checkpoint.background_save import ShardWriter
 
+pytestmark = pytest.mark.once
+
 ERRORS = [OSError("full"), RuntimeError("no memory"), pickle.PicklingError("no"), KeyError("w")]
 
 

@@ -19,6 +19,8 @@ from megatron.core.models.mimo.checkpoint.history import CheckpointError
 from megatron.core.models.mimo.checkpoint.shared_folder import check_shared
 from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
 
+pytestmark = pytest.mark.once
+
 WORLD = 8
 
 

@@ -20,6 +20,8 @@ from mimo_colocated.launch.stopping import RankSignals
 from mimo_colocated.stop_requests import SIGNALS, StopRequests
 from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
 
+pytestmark = pytest.mark.once
+
 OWN = {"use_local_synchronization": True}
 
 

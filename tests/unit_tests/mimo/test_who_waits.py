@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from mimo_colocated.forensics.evidence import Evidence, clear_dumps, read_dumps
 from mimo_colocated.forensics.who_waits import (
     Call,
@@ -20,6 +22,8 @@ from mimo_colocated.forensics.who_waits import (
     ranks_in_words,
 )
 from mimo_colocated.phases import Place, Wait
+
+pytestmark = pytest.mark.once
 
 KILLED = "was killed by SIGKILL"
 GROUPS = {

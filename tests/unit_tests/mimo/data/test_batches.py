@@ -19,6 +19,8 @@ from megatron.core.models.mimo.data.batches import (
     plan_batch,
 )
 
+pytestmark = pytest.mark.once
+
 FAN_IN = [((0, 1), (0,)), ((2, 3), (1,))]
 FAN_OUT = [((0,), (0, 1)), ((1,), (2, 3))]
 COST = TokenCost(10)

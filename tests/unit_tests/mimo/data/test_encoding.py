@@ -35,6 +35,8 @@ from tests.unit_tests.mimo.data.small import (
     save_text,
 )
 
+pytestmark = pytest.mark.once
+
 SEVERAL = Conversation(
     (
         Turn("system", (text("it is a circle"),)),

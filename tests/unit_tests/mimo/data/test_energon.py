@@ -17,6 +17,8 @@ from megatron.core.models.mimo.data.energon import EnergonFolder
 from megatron.core.models.mimo.data.sources import Source, SourceError, open_source
 from tests.unit_tests.mimo.data.small import png
 
+pytestmark = pytest.mark.once
+
 TABLES = """
     CREATE TABLE samples (tar_file_id INTEGER NOT NULL, sample_key TEXT NOT NULL UNIQUE,
         sample_index INTEGER NOT NULL, byte_offset INTEGER, byte_size INTEGER);

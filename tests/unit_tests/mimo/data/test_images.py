@@ -19,6 +19,8 @@ from megatron.core.models.mimo.data.places import GridPlaces
 from megatron.core.models.mimo.data.readers import ImageReader, ReadError
 from tests.unit_tests.mimo.data.small import photo, png
 
+pytestmark = pytest.mark.once
+
 SIDE = 32
 
 

@@ -33,6 +33,8 @@ from megatron.core.models.mimo.data.readers import ImageReader, Inputs, Share
 from megatron.core.models.mimo.data.stream import BatchSize, SampleStream
 from tests.unit_tests.mimo.data.small import ROWS, SIDE, Listed, image, said, save, save_text
 
+pytestmark = pytest.mark.once
+
 SHOWN = (2, 0, 1, 3, 0, 1, 1, 2, 0, 1)
 """Images of each sample."""
 SOURCE = Listed(

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from megatron.core.models.mimo.data.order import Order
 
+pytestmark = pytest.mark.once
+
 
 def seen(order: Order, start: int, count: int) -> Counter[tuple[int, int]]:
     sources, samples = order.at(start, count)

@@ -28,6 +28,8 @@ from megatron.core.models.mimo.data.sources import SourceError
 from megatron.core.models.mimo.data.stream import BatchSize, SampleStream
 from tests.unit_tests.mimo.data.small import ROWS, Listed, image, png, said, save, save_text
 
+pytestmark = pytest.mark.once
+
 
 def broken(folder: Path) -> Conversation:
     (folder / "broken.png").write_bytes(b"no image")

@@ -16,6 +16,8 @@ from megatron.core.models.mimo.data.conversation import BytesItem, FileItem
 from megatron.core.models.mimo.data.readers import ImageReader, ReaderProcesses, ReadError
 from tests.unit_tests.mimo.data.small import SIDE, png
 
+pytestmark = pytest.mark.once
+
 ITEMS = [BytesItem(png(shade, (SIDE + shade, SIDE)), f"image {shade}") for shade in range(5)]
 
 

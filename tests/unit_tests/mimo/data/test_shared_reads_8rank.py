@@ -12,7 +12,7 @@ from megatron.core.models.mimo.data.shared_reads import SharedReads
 from megatron.core.models.mimo.training.agreement import gathered
 from mimo_colocated.process_groups import make_groups
 
-pytestmark = pytest.mark.ranks(8)
+pytestmark = [pytest.mark.ranks(8), pytest.mark.once]
 
 PAIRS = [[0, 1], [2, 3], [4, 5], [6, 7]]
 

@@ -28,6 +28,8 @@ from megatron.core.models.mimo.data.readers import ReadError, SoundReader
 from tests.unit_tests.mimo.data.small import Listed, png, said, save_text
 from tests.unit_tests.mimo.train.strangers import RATE, write_qwen_audio, write_wav
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(autouse=True)
 def _python_alone(monkeypatch: pytest.MonkeyPatch) -> None:

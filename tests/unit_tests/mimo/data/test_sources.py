@@ -27,6 +27,8 @@ from megatron.core.models.mimo.data.sources import Source, SourceError, open_sou
 from megatron.core.models.mimo.data.tables import Tables
 from tests.unit_tests.mimo.data.small import png
 
+pytestmark = pytest.mark.once
+
 QUESTIONS = ["what is this", "is it red"]
 
 

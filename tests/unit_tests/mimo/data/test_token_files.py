@@ -11,6 +11,8 @@ import pytest
 from megatron.core.models.mimo.data.sources import SourceError
 from megatron.core.models.mimo.data.token_files import TokenFiles
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:

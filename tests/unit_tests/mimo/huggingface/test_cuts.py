@@ -21,6 +21,8 @@ from megatron.core.models.mimo.huggingface.cuts import (
     Whole,
 )
 
+pytestmark = pytest.mark.once
+
 sizes = st.sampled_from([1, 2, 4, 8])
 
 

@@ -22,7 +22,7 @@ from mimo_colocated.launch.layouts import Layout
 from tests.unit_tests.mimo.huggingface import models
 from tests.unit_tests.mimo.tiny_modules import on_all_ranks
 
-pytestmark = pytest.mark.ranks(8)
+pytestmark = [pytest.mark.ranks(8), pytest.mark.once]
 
 LANGUAGE = {"language": Layout(tp=2, cp=2, dp=2)}
 BOTH = {"images": Layout(dp=8), **LANGUAGE}

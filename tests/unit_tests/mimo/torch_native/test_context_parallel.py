@@ -22,6 +22,8 @@ from megatron.core.models.mimo.torch_native.context_parallel import (
 from megatron.core.models.mimo.torch_native.ring_attention import KERNELS, Kernel, ring_problem
 from tests.unit_tests.mimo.torch_native.native_cases import build, tokens
 
+pytestmark = pytest.mark.once
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 

@@ -24,6 +24,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from tests.harness.backend import own_device
 
+pytestmark = pytest.mark.once
+
 CONFIG = TransformerConfig(
     num_layers=1,
     hidden_size=8,

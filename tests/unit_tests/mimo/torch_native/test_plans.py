@@ -19,6 +19,8 @@ from megatron.core.models.mimo.torch_native.plans import PLANS, Plan, Style, pla
 from megatron.core.models.mimo.torch_native.styles import _argument_hook
 from tests.unit_tests.mimo.torch_native.native_cases import build
 
+pytestmark = pytest.mark.once
+
 LLAMA = PLANS["llama"]
 
 

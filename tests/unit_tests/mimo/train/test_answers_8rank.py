@@ -23,7 +23,7 @@ from tests.unit_tests.mimo.data import small
 from tests.unit_tests.mimo.huggingface.harness import randomise
 from tests.unit_tests.mimo.train.by_transformers import ByTransformers, Message
 
-pytestmark = pytest.mark.ranks(8)
+pytestmark = [pytest.mark.ranks(8), pytest.mark.once]
 
 LAYOUTS = {
     "fan-in": ("--vision", "tp=2,dp=4", "--language", "tp=2,cp=2,dp=2"),

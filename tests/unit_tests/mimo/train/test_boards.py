@@ -14,6 +14,8 @@ from mimo_colocated.launch.errors import JobError
 from mimo_colocated.train.boards import boards_of
 from mimo_colocated.train.recipe import DataPart, ModelPart, Recipe, RunPart, TrainingPart
 
+pytestmark = pytest.mark.once
+
 
 class Logged:
     """A run of the stand-in."""

@@ -12,6 +12,8 @@ from mimo_colocated import phases
 from mimo_colocated.train import clock
 from mimo_colocated.train.clock import PARTS, PhaseClock, with_other
 
+pytestmark = pytest.mark.once
+
 
 class Ticks:
     """A clock that is set."""

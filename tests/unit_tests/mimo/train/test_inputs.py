@@ -16,6 +16,8 @@ from megatron.core.models.mimo.data.loader import Microbatch
 from mimo_colocated.train.trainer import RecipeRunner
 from tests.harness.host_waits import watched_device
 
+pytestmark = pytest.mark.once
+
 
 class Tower(nn.Module):
     """Reads one of its inputs on the host."""

@@ -27,6 +27,8 @@ from mimo_colocated.train.checks import LINK_PRESETS
 from mimo_colocated.train.lossy import SavedLinks, spec_of, speed_of, write_counts
 from mimo_colocated.train.recipe import LinkPart, LossyPart, SpeedPart
 
+pytestmark = pytest.mark.once
+
 
 def test_the_presets_are_those_of_the_room() -> None:
     assert set(LINK_PRESETS) == set(PRESETS)

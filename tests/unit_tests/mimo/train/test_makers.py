@@ -16,6 +16,8 @@ from mimo_colocated.launch.errors import JobError
 from mimo_colocated.train import makers
 from mimo_colocated.train.makers import make_model
 
+pytestmark = pytest.mark.once
+
 DRAWN = "drawn"
 TINY = {"width": 8, "layers": 1, "heads": 1, "inner": 8, "vocabulary": 8}
 

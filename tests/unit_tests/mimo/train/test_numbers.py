@@ -24,6 +24,8 @@ from mimo_colocated.train import numbers
 from mimo_colocated.train.numbers import StepNumbers, said
 from tests.unit_tests.mimo.huggingface import harness, llava_models, models, qwen_vl_models, sounds
 
+pytestmark = pytest.mark.once
+
 # Both count products of matrices. Ours leave out rotary frequencies, PyTorch's the input gradients
 # of the first layer where nothing before it trains.
 BOUND = 0.01

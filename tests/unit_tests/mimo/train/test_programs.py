@@ -17,6 +17,8 @@ from mimo_colocated.launch.errors import JobError
 from mimo_colocated.train import command, programs
 from mimo_colocated.train.reading import describe_shipped, read_recipe, values_of
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parents[4]
 
 

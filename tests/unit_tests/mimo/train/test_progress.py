@@ -8,6 +8,8 @@ import torch.distributed as dist
 
 from mimo_colocated.cli import progress
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def rank(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:

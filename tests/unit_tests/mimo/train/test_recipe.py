@@ -24,6 +24,8 @@ from mimo_colocated.train.reading import as_yaml, describe_shipped, read_recipe,
 from mimo_colocated.train.recipe import LinkPart, LossyPart, Recipe, TrainingPart
 from mimo_colocated.train.record import git_state
 
+pytestmark = pytest.mark.once
+
 # Every field, none with the value that it has by default.
 WHOLE: dict[str, Any] = {
     "name": "mine",

@@ -23,6 +23,8 @@ from mimo_colocated.launch.errors import JobError
 from mimo_colocated.train.report import ANSWERS, write_report
 from mimo_colocated.train.report_figures import times_of
 
+pytestmark = pytest.mark.once
+
 LOADING = {"src", "href", "srcset", "poster", "data", "action", "background", "xlink:href"}
 NAMESPACES = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
 WORK = {"images": 0.5, "language": 2.0}

@@ -20,6 +20,8 @@ import pytest
 from mimo_colocated.train.report import write_report
 from tests.unit_tests.mimo.train.test_report import ANSWERS, CODE, FIGURES, leave
 
+pytestmark = pytest.mark.once
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 WIDE, NARROW = 1100, 390
 # Every page is shown in a frame of its own. What the browser makes of it is the harness's text.

@@ -12,6 +12,8 @@ import transformers
 
 from mimo_colocated.train.answers import stop_at
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize(
     ("files", "stops"),

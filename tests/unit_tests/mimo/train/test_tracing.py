@@ -19,6 +19,8 @@ from mimo_colocated.train.profile_steps import Profile
 from mimo_colocated.train.tracing import TRACK, Tracer, on_own_track
 from tests.unit_tests.mimo.train.traces import phases_of, read_trace
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(autouse=True)
 def _own_place(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
