@@ -7,6 +7,8 @@ from tests.mutants.mutant import Mutant
 _ORDER = MIMO + "partition/sequence_order.py"
 _ADAPTER = MIMO + "partition/utils.py"
 _ATTENTION = MIMO + "transformer/context_parallel_attention.py"
+_SEGMENTS = MIMO + "partition/attention_segments.py"
+_VARLEN = MIMO + "transformer/varlen_attention.py"
 _KEYS = MIMO + "transformer/gathered_keys.py"
 _ORDER_TESTS = UNIT + "test_sequence_order.py::"
 _LENGTHS = MIMO + "partition/packed_lengths.py"
@@ -173,15 +175,15 @@ ATTENTION = (
     Mutant(
         name="keys-and-values-swapped",
         file=_ATTENTION,
-        old="for seq_spans, length, (k, v) in zip",
-        new="for seq_spans, length, (v, k) in zip",
+        old="key, value = both.split([key.size(-1), value.size(-1)], dim=-1)",
+        new="value, key = both.split([key.size(-1), value.size(-1)], dim=-1)",
         tests=(_UNSHARDED,),
         why="attends with values and returns keys; shapes are the same",
     ),
     Mutant(
         name="whole-keys-are-kept",
         file=_KEYS,
-        old="        if sequence is None or not tensor.numel():\n",
+        old="        if _storage(tensor) != self._whole or not tensor.numel():\n",
         new="        if True:\n",
         tests=(UNIT + "test_cp_attention_ranks.py::test_what_is_kept_divides_by_cp",),
         why="every rank keeps keys and values of all, for every layer",
@@ -217,7 +219,7 @@ ATTENTION = (
     ),
     Mutant(
         name="keys-in-rank-order",
-        file=_ATTENTION,
+        file=_SEGMENTS,
         old="place[chunk] = rank * 2 * num_sequences + half",
         new="place[2 * rank + half] = rank * 2 * num_sequences + half",
         tests=(_ATTENTION_TESTS + "test_natural_pieces_undo_the_gather",),
@@ -245,25 +247,25 @@ ATTENTION = (
     ),
     Mutant(
         name="queries-see-the-whole-sequence",
-        file=_ATTENTION,
-        old="visible = start + count if causal else real",
-        new="visible = real",
+        file=_SEGMENTS,
+        old="[([chunk], chunk + 1) for chunk in own] if causal",
+        new="[([chunk], len(parts)) for chunk in own] if causal",
         tests=(_UNSHARDED,),
         why="language-model tokens attend to tokens after them",
     ),
     Mutant(
         name="padding-attended-to",
-        file=_ATTENTION,
-        old="count = min(max(real - start, 0), stop - start)",
-        new="count = stop - start",
+        file=_SEGMENTS,
+        old="min(max(real - chunk * size, 0), size)",
+        new="size",
         tests=(_ATTENTION_TESTS + "test_padding_yields_zeros_and_takes_no_gradient",),
         why="padding of packed sequences takes part in attention",
     ),
     Mutant(
         name="rank-of-padding-leaves-the-graph",
         file=_ATTENTION,
-        old="rows.append(_empty_rows(query, value))",
-        new="pass",
+        old="return _empty_rows(query, value)",
+        new="return query.new_zeros((0, *query.shape[1:-1], value.size(-1)))",
         tests=(
             _ATTENTION_TESTS + "test_rank_with_nothing_but_padding_keeps_the_gather_in_its_graph",
         ),
