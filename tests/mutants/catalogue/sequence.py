@@ -15,6 +15,7 @@ _LENGTHS = MIMO + "partition/packed_lengths.py"
 _LENGTHS_TESTS = UNIT + "test_packed_lengths.py::"
 _ADAPTER_TESTS = UNIT + "test_partition.py::"
 _ATTENTION_TESTS = UNIT + "test_cp_attention.py::"
+_VARLEN_TESTS = UNIT + "test_varlen_attention.py::"
 _UNSHARDED = _ATTENTION_TESTS + "test_every_rank_together_is_the_unsharded_attention"
 
 SHARDING = (
@@ -260,6 +261,54 @@ ATTENTION = (
         new="size",
         tests=(_ATTENTION_TESTS + "test_padding_yields_zeros_and_takes_no_gradient",),
         why="padding of packed sequences takes part in attention",
+    ),
+    Mutant(
+        name="one-call-sees-the-future",
+        file=_VARLEN,
+        old="window_size=(-1, 0) if causal else (-1, -1)",
+        new="window_size=(-1, -1)",
+        tests=(_VARLEN_TESTS + "test_one_call_is_a_call_per_segment",),
+        why="packed tokens attend to tokens after them, on GPUs only",
+    ),
+    Mutant(
+        name="lengths-for-the-kernel-are-waited-for",
+        file=_VARLEN,
+        old="upload(torch.tensor(segments.bounds(), dtype=torch.int32), query.device)",
+        new="torch.tensor(segments.bounds(), dtype=torch.int32).to(query.device)",
+        tests=(_VARLEN_TESTS + "test_the_host_waits_for_nothing",),
+        why="the host waits for the device in every layer",
+    ),
+    Mutant(
+        name="one-call-drops-nothing",
+        file=_ATTENTION,
+        old="len(segments.queries) > 1 and self._dropout_now() == 0.0",
+        new="len(segments.queries) > 1",
+        tests=(_VARLEN_TESTS + "test_dropout_and_dense_batches_are_not_the_kernels",),
+        why="packed batches train without attention dropout on GPUs",
+    ),
+    Mutant(
+        name="a-call-per-segment-after-all",
+        file=_ATTENTION,
+        old="            if kernel is not None:\n",
+        new="            if kernel is None:\n",
+        tests=(_VARLEN_TESTS + "test_a_layer_is_one_call",),
+        why="two calls per sequence and layer",
+    ),
+    Mutant(
+        name="heads-that-the-kernel-does-not-take",
+        file=_VARLEN,
+        old=" or query.size(-1) % _WIDTH",
+        new="",
+        tests=(_VARLEN_TESTS + "test_where_it_serves",),
+        why="models whose head dim is no multiple of 8 fail on GPUs in packed batches",
+    ),
+    Mutant(
+        name="chunks-see-each-others-keys",
+        file=_SEGMENTS,
+        old="yield queries, sum(tokens for tokens, _ in parts[:seen]), place[:seen]",
+        new="yield queries, sum(tokens for tokens, _ in parts[:seen]), place[::-1][:seen]",
+        tests=(UNIT + "test_attention_segments.py::test_every_query_sees_what_it_should",),
+        why="queries meet the keys of other positions",
     ),
     Mutant(
         name="rank-of-padding-leaves-the-graph",
