@@ -67,6 +67,11 @@ CHECKS = {
         "the peak of 8 layers whose activations are on the host, below half of those kept",
         ("-m", "tests.gpus.measures", "offload"),
     ),
+    "packed attention": Check(
+        "packed sequences in one call of PyTorch's `varlen_attn` a layer, in bf16, with the "
+        "numbers of a call per sequence; on GPUs of compute capability 8.0 and newer",
+        ("-m", "tests.gpus.measures", "varlen"),
+    ),
     "Transformer Engine, bf16": Check(
         "logits and gradients of models from folders, over Transformer Engine's kernels",
         ("-m", "tests.imported", "--only", "bf16", "--out", "runs/gpus/models"),

@@ -16,6 +16,7 @@ from tests.gpus.campaign import END, PAGE, START, Gpus
 from tests.gpus.checks import CHECKS
 from tests.gpus.measures import FIGURES
 from tests.harness import backend, gpus
+from tests.unit_tests.mimo.varlen_stand_in import VarlenStandIn
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -100,6 +101,28 @@ def test_offloaded_activations_leave_the_device_in_forward() -> None:
     """A control moves nothing."""
     assert measures.offload(rows=512)["passed"]
     assert not measures.offload(rows=512, smallest=1 << 60)["passed"]
+
+
+SHORT = (9, 1, 0, 16), (16, 8, 8, 16)
+
+
+def test_packed_attention_is_one_call_with_the_same_numbers() -> None:
+    """Over a stand-in for the kernel."""
+    with VarlenStandIn().in_place():
+        found = measures.varlen(SHORT)
+    assert found["passed"]
+    assert found["calls"] == 1
+    assert found["error"] < 0.05
+
+
+def test_control_a_kernel_that_aligns_to_the_first_key_or_none() -> None:
+    with VarlenStandIn(to_last_key=False).in_place():
+        found = measures.varlen(SHORT)
+    assert not found["passed"]
+    assert found["calls"] == 1
+    if not torch.cuda.is_available():
+        found = measures.varlen(SHORT)
+        assert (found["passed"], found["calls"]) == (False, 0)
 
 
 @pytest.mark.ranks(2)

@@ -7,12 +7,15 @@ from tests.mutants.mutant import Mutant
 _ORDER = MIMO + "partition/sequence_order.py"
 _ADAPTER = MIMO + "partition/utils.py"
 _ATTENTION = MIMO + "transformer/context_parallel_attention.py"
+_SEGMENTS = MIMO + "partition/attention_segments.py"
+_VARLEN = MIMO + "transformer/varlen_attention.py"
 _KEYS = MIMO + "transformer/gathered_keys.py"
 _ORDER_TESTS = UNIT + "test_sequence_order.py::"
 _LENGTHS = MIMO + "partition/packed_lengths.py"
 _LENGTHS_TESTS = UNIT + "test_packed_lengths.py::"
 _ADAPTER_TESTS = UNIT + "test_partition.py::"
 _ATTENTION_TESTS = UNIT + "test_cp_attention.py::"
+_VARLEN_TESTS = UNIT + "test_varlen_attention.py::"
 _UNSHARDED = _ATTENTION_TESTS + "test_every_rank_together_is_the_unsharded_attention"
 
 SHARDING = (
@@ -173,15 +176,15 @@ ATTENTION = (
     Mutant(
         name="keys-and-values-swapped",
         file=_ATTENTION,
-        old="for seq_spans, length, (k, v) in zip",
-        new="for seq_spans, length, (v, k) in zip",
+        old="key, value = both.split([key.size(-1), value.size(-1)], dim=-1)",
+        new="value, key = both.split([key.size(-1), value.size(-1)], dim=-1)",
         tests=(_UNSHARDED,),
         why="attends with values and returns keys; shapes are the same",
     ),
     Mutant(
         name="whole-keys-are-kept",
         file=_KEYS,
-        old="        if sequence is None or not tensor.numel():\n",
+        old="        if _storage(tensor) != self._whole or not tensor.numel():\n",
         new="        if True:\n",
         tests=(UNIT + "test_cp_attention_ranks.py::test_what_is_kept_divides_by_cp",),
         why="every rank keeps keys and values of all, for every layer",
@@ -217,7 +220,7 @@ ATTENTION = (
     ),
     Mutant(
         name="keys-in-rank-order",
-        file=_ATTENTION,
+        file=_SEGMENTS,
         old="place[chunk] = rank * 2 * num_sequences + half",
         new="place[2 * rank + half] = rank * 2 * num_sequences + half",
         tests=(_ATTENTION_TESTS + "test_natural_pieces_undo_the_gather",),
@@ -245,25 +248,73 @@ ATTENTION = (
     ),
     Mutant(
         name="queries-see-the-whole-sequence",
-        file=_ATTENTION,
-        old="visible = start + count if causal else real",
-        new="visible = real",
+        file=_SEGMENTS,
+        old="[([chunk], chunk + 1) for chunk in own] if causal",
+        new="[([chunk], len(parts)) for chunk in own] if causal",
         tests=(_UNSHARDED,),
         why="language-model tokens attend to tokens after them",
     ),
     Mutant(
         name="padding-attended-to",
-        file=_ATTENTION,
-        old="count = min(max(real - start, 0), stop - start)",
-        new="count = stop - start",
+        file=_SEGMENTS,
+        old="min(max(real - chunk * size, 0), size)",
+        new="size",
         tests=(_ATTENTION_TESTS + "test_padding_yields_zeros_and_takes_no_gradient",),
         why="padding of packed sequences takes part in attention",
     ),
     Mutant(
+        name="one-call-sees-the-future",
+        file=_VARLEN,
+        old="window_size=(-1, 0) if causal else (-1, -1)",
+        new="window_size=(-1, -1)",
+        tests=(_VARLEN_TESTS + "test_one_call_is_a_call_per_segment",),
+        why="packed tokens attend to tokens after them, on GPUs only",
+    ),
+    Mutant(
+        name="lengths-for-the-kernel-are-waited-for",
+        file=_VARLEN,
+        old="upload(torch.tensor(segments.bounds(), dtype=torch.int32), query.device)",
+        new="torch.tensor(segments.bounds(), dtype=torch.int32).to(query.device)",
+        tests=(_VARLEN_TESTS + "test_the_host_waits_for_nothing",),
+        why="the host waits for the device in every layer",
+    ),
+    Mutant(
+        name="one-call-drops-nothing",
+        file=_ATTENTION,
+        old="len(segments.queries) > 1 and self._dropout_now() == 0.0",
+        new="len(segments.queries) > 1",
+        tests=(_VARLEN_TESTS + "test_dropout_and_dense_batches_are_not_the_kernels",),
+        why="packed batches train without attention dropout on GPUs",
+    ),
+    Mutant(
+        name="a-call-per-segment-after-all",
+        file=_ATTENTION,
+        old="            if kernel is not None:\n",
+        new="            if kernel is None:\n",
+        tests=(_VARLEN_TESTS + "test_a_layer_is_one_call",),
+        why="two calls per sequence and layer",
+    ),
+    Mutant(
+        name="heads-that-the-kernel-does-not-take",
+        file=_VARLEN,
+        old=" or query.size(-1) % _WIDTH",
+        new="",
+        tests=(_VARLEN_TESTS + "test_where_it_serves",),
+        why="models whose head dim is no multiple of 8 fail on GPUs in packed batches",
+    ),
+    Mutant(
+        name="chunks-see-each-others-keys",
+        file=_SEGMENTS,
+        old="yield queries, sum(tokens for tokens, _ in parts[:seen]), place[:seen]",
+        new="yield queries, sum(tokens for tokens, _ in parts[:seen]), place[::-1][:seen]",
+        tests=(UNIT + "test_attention_segments.py::test_every_query_sees_what_it_should",),
+        why="queries meet the keys of other positions",
+    ),
+    Mutant(
         name="rank-of-padding-leaves-the-graph",
         file=_ATTENTION,
-        old="rows.append(_empty_rows(query, value))",
-        new="pass",
+        old="return _empty_rows(query, value)",
+        new="return query.new_zeros((0, *query.shape[1:-1], value.size(-1)))",
         tests=(
             _ATTENTION_TESTS + "test_rank_with_nothing_but_padding_keeps_the_gather_in_its_graph",
         ),

@@ -93,8 +93,8 @@ WITHOUT_A_PARTS = (
     Mutant(
         name="padding-only-rank-leaves-backward",
         file=MIMO + "transformer/context_parallel_attention.py",
-        old="            rows.append(_empty_rows(query, value))\n",
-        new="",
+        old="    return value[:0].repeat_interleave(repeat, dim=2) + query[:0, ..., :1]\n",
+        new="    rows = value[:0].repeat_interleave(repeat, dim=2)\n    return rows.detach()\n",
         tests=(
             UNIT + "test_cp_attention.py::"
             "test_rank_with_nothing_but_padding_keeps_the_gather_in_its_graph",

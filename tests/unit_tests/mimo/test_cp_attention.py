@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron.core.models.mimo.partition.attention_segments import natural_pieces
 from megatron.core.models.mimo.transformer import context_parallel_attention as cpa
 from megatron.core.models.mimo.transformer.context_parallel_attention import (
     ContextParallelAttention,
-    natural_pieces,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed

@@ -66,10 +66,10 @@ class RotaryCase:
 
 
 @st.composite
-def rotary_cases(draw: Callable[..., Any]) -> RotaryCase:
+def rotary_cases(draw: Callable[..., Any], packed: bool | None = None) -> RotaryCase:
     """MHA, GQA and MQA; causal and not; dense batches and packed, padded sequences."""
     cp = draw(st.integers(1, 8))
-    packed = draw(st.booleans())
+    packed = draw(st.booleans()) if packed is None else packed
     counts = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3 if packed else 1))
     padded = tuple(2 * cp * count for count in counts)
     real = tuple(draw(st.integers(1, length)) for length in padded) if packed else padded

@@ -41,6 +41,7 @@ from tests.unit_tests.mimo.parallel_models import (
     own_part,
     process_groups,
 )
+from tests.unit_tests.mimo.varlen_stand_in import VarlenStandIn
 
 pytestmark = pytest.mark.ranks(8)
 
@@ -80,7 +81,19 @@ CASES = [
 @pytest.mark.parametrize("cp_size", [2, 4, 8])
 @pytest.mark.parametrize("make_case", CASES)
 def test_attention_and_its_gradients_are_the_unsharded_ones(make_case: Any, cp_size: int) -> None:
-    case = make_case(cp_size)
+    check_attention(make_case(cp_size), cp_size)
+
+
+@pytest.mark.parametrize("cp_size", [2, 8])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_packed_attention_in_one_call_is_the_unsharded_one(causal: bool, cp_size: int) -> None:
+    lengths = (2 * cp_size + 1, 1, 4 * cp_size), (4 * cp_size, 2 * cp_size, 4 * cp_size)
+    with VarlenStandIn().in_place() as kernel:
+        check_attention(Case(*lengths, groups=2, causal=causal, packed=True), cp_size)
+    assert len(kernel.segments) == 1
+
+
+def check_attention(case: Case, cp_size: int) -> None:
     with process_groups(Layout(cp=cp_size)) as groups:
         attention = attention_for(groups, cp_size)
         rank = groups.cp.rank()
@@ -135,14 +148,19 @@ def test_number_of_collectives(
     assert collectives == expected
 
 
-def kept_per_rank(cp_size: int) -> int:
+def kept_per_rank(cp_size: int, lengths: tuple[int, ...] = (256,)) -> int:
     """Bytes that live between forward and backward, but for the inputs."""
-    case = Case((256,), (256,), causal=False)
+    case = Case(lengths, lengths, causal=False, packed=len(lengths) > 1)
     with process_groups(Layout(cp=cp_size)) as groups:
         attention = attention_for(groups, cp_size)
         local = local_inputs(case, groups.cp.rank(), cp_size)
         with Storages() as storages:
-            out = attention(*local, None, attn_mask_type=AttnMaskType.no_mask)
+            out = attention(
+                *local,
+                None,
+                attn_mask_type=AttnMaskType.no_mask,
+                packed_seq_params=case.packed_params(),
+            )
         kept = storages.alive()
         out.sum().backward()
         del out
@@ -155,9 +173,20 @@ def test_what_is_kept_divides_by_cp() -> None:
     assert kept_per_rank(8) * 8 == pytest.approx(kept_per_rank(2) * 2, rel=0.02)
 
 
-def test_control_whole_keys_and_values_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_one_call_keeps_divides_by_cp() -> None:
+    with VarlenStandIn().in_place() as kernel:
+        kept = [kept_per_rank(cp, (128, 128)) * cp for cp in (8, 2)]
+    assert kernel.segments == [2, 2]
+    assert kept[0] == pytest.approx(kept[1], rel=0.02)
+
+
+@pytest.mark.parametrize("lengths", [(256,), (128, 128)], ids=["", "one-call"])
+def test_control_whole_keys_and_values_do_not(
+    lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(GatheredKeys, "leaving_out", lambda self: nullcontext())
-    assert kept_per_rank(8) * 8 > 1.5 * kept_per_rank(2) * 2
+    with VarlenStandIn().in_place():
+        assert kept_per_rank(8, lengths) * 8 > 1.5 * kept_per_rank(2, lengths) * 2
 
 
 def test_what_was_gathered_again_goes_with_the_backward_pass() -> None:

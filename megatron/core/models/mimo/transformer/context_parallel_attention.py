@@ -2,11 +2,13 @@
 """Context-parallel core attention on PyTorch's ``scaled_dot_product_attention``.
 
 Every CP rank holds chunks ``r`` and ``2 * cp - 1 - r`` of the sequence ("zigzag"). The queries
-stay where they are. Keys and values are gathered once per layer over the CP group, put back
-into natural order, and each of the two local query chunks attends to the prefix of keys that it
-may see. Until backward a rank keeps its own keys and values alone. Forward: one all-gather.
-Backward: the same all-gather and one reduce-scatter. Nothing is approximated: the result is the
-unsharded attention, up to the order of floating-point sums.
+stay where they are. Keys and values are gathered once per layer over the CP group, and laid out as
+segments: for each of the two local query chunks the prefix of keys that it may see, end to end.
+Packed sequences are attended to in one call where PyTorch has a kernel for all segments
+(:mod:`.varlen_attention`), else in one call per segment. Until backward a rank keeps its own keys
+and values alone. Forward: one all-gather. Backward: the same all-gather and one reduce-scatter.
+Nothing is approximated: the result is the unsharded attention, up to the order of floating-point
+sums.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -25,9 +28,13 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron.core import parallel_state
+from megatron.core.models.mimo.partition.attention_segments import (
+    AttentionSegments,
+    attention_segments,
+)
 from megatron.core.models.mimo.partition.packed_lengths import packed_lengths
-from megatron.core.models.mimo.partition.sequence_order import cp_chunks, dense_spans
 from megatron.core.models.mimo.transformer.gathered_keys import GatheredKeys
+from megatron.core.models.mimo.transformer.varlen_attention import attend_segments, varlen_kernel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -143,11 +150,11 @@ class ContextParallelAttention(MegatronModule):
             _refuse_mask(attention_mask, packed, group)
             return self._attend_masked(query, key, value, attention_mask).flatten(-2)
         if not packed:
-            lengths = [query.size(0) * _size(group)]
-            return self._attend_sequences(query, key, value, causal, lengths, lengths, group)
-        padded, real = packed_lengths(cast(PackedSeqParams, packed_seq_params))
+            whole = [query.size(0) * _size(group)]
+            return self._attend_sequences(query, key, value, causal, (whole, whole), group, False)
+        lengths = packed_lengths(cast(PackedSeqParams, packed_seq_params))
         query, key, value = (x.unsqueeze(1) if x.dim() == 3 else x for x in (query, key, value))
-        return self._attend_sequences(query, key, value, causal, padded, real, group).squeeze(1)
+        return self._attend_sequences(query, key, value, causal, lengths, group).squeeze(1)
 
     def _group_of(self, packed: PackedSeqParams | None) -> dist.ProcessGroup | None:
         """The CP group of this call: a packed batch may bring its own (stock's hybrid CP)."""
@@ -160,9 +167,9 @@ class ContextParallelAttention(MegatronModule):
         key: Tensor,
         value: Tensor,
         causal: bool,
-        padded: Sequence[int],
-        real: Sequence[int],
+        lengths: tuple[Sequence[int], Sequence[int]],
         group: dist.ProcessGroup | None,
+        packed: bool = True,
     ) -> Tensor:
         """Attention within each of the sequences that are laid end to end along dim 0.
 
@@ -171,64 +178,58 @@ class ContextParallelAttention(MegatronModule):
             key: ``(t, b, groups, d)``, CP-local.
             value: ``(t, b, groups, d_v)``, CP-local.
             causal: whether a query sees only what is not after it.
-            padded: global length of each sequence, padding included.
-            real: global length of each sequence without its trailing padding.
+            lengths: global length of each sequence, padding included, and without its trailing
+                padding.
             group: the CP group, or None.
+            packed: whether :func:`.varlen_kernel` may attend to all of it.
 
         Returns:
             ``(t, b, heads * d_v)``, CP-local.
         """
-        cp_size, cp_rank = _size(group), _rank(group)
-        spans = [dense_spans(length, cp_rank, cp_size) for length in padded]
-        chunk_lengths = [stop - start for seq in spans for start, stop in seq]
-        if cp_size == 1 and query.size(0) != key.size(0) and len(padded) == 1:
+        padded, real = map(tuple, lengths)
+        if _size(group) == 1 and query.size(0) != key.size(0) and len(padded) == 1:
             # A cache of earlier keys (stock's static inference): bottom-right causal.
             return self._attend(query, key, value, causal).flatten(-2)
-        _check_local_length(sum(chunk_lengths), query, key, cp_size)
-        # K and V travel in one collective.
-        local = key if cp_size == 1 else torch.cat([key, value], dim=-1)
-        gather = partial(_whole_sequences, padded=padded, chunks=chunk_lengths, group=group)
-        if cp_size == 1:
-            keys, kept = zip(key.split(list(padded)), value.split(list(padded)), strict=True), None
+        segments = attention_segments(padded, real, _rank(group), _size(group), causal)
+        _check_local_length(sum(segments.rows), query, key, _size(group))
+        query, kept = _real_rows(query, segments.rows), None
+        if _size(group) == 1:
+            key, value = (_real_rows(x, segments.rows) for x in (key, value))
         else:
-            whole = gather(local)
-            kept = GatheredKeys(whole, gather, local)
-            keys = (each.split([key.size(-1), value.size(-1)], dim=-1) for each in whole)
-        queries = iter(query.split(chunk_lengths))
-        out: list[Tensor] = []
+            # K and V travel in one collective.
+            local = torch.cat([key, value], dim=-1)
+            gather = partial(_segment_keys, segments=segments, group=group)
+            both = gather(local)
+            kept = GatheredKeys(both, gather, local)
+            key, value = both.split([key.size(-1), value.size(-1)], dim=-1)
         with kept.leaving_out() if kept else nullcontext():
-            for seq_spans, length, (k, v) in zip(spans, real, keys, strict=True):
-                for start, stop in seq_spans:
-                    out += self._attend_chunk(next(queries), k, v, causal, start, stop, length)
-        joined = torch.cat(out).flatten(-2)
+            out = self._attend_segments(query, key, value, causal, segments, packed)
+        joined = _with_padding(out, segments.rows).flatten(-2)
         return kept.before_backward(joined) if kept else joined
 
-    def _attend_chunk(
+    def _attend_segments(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         causal: bool,
-        start: int,
-        stop: int,
-        real: int,
-    ) -> list[Tensor]:
-        """The output rows of one query chunk, ``start .. stop - 1`` of its sequence.
+        segments: AttentionSegments,
+        packed: bool,
+    ) -> Tensor:
+        """Attention within each segment: one call where PyTorch has one for them, else one each.
 
-        Only real queries are computed, and they meet only real keys; rows of padding are zeros.
+        Only real queries are computed, and they meet only real keys.
         """
-        count = min(max(real - start, 0), stop - start)
-        visible = start + count if causal else real
-        rows: list[Tensor] = []
-        if count:
-            rows.append(self._attend(query[:count], key[:visible], value[:visible], causal))
-        if count < stop - start:
-            shape = (stop - start - count, *query.shape[1:-1], value.size(-1))
-            rows.append(query.new_zeros(shape))
-            # A rank that holds nothing but padding still has to enter the backward collective
-            # of its CP group, and DDP waits for every gradient: keep all inputs in the graph.
-            rows.append(_empty_rows(query, value))
-        return rows
+        if not segments.queries:
+            return _empty_rows(query, value)
+        if packed and len(segments.queries) > 1 and self._dropout_now() == 0.0:
+            kernel = varlen_kernel(query, key, value)
+            if kernel is not None:
+                scale = self.softmax_scale
+                return attend_segments(kernel, query, key, value, segments, causal, scale)
+        counts = (segments.queries, segments.keys, segments.keys)
+        parts = [x.split(count) for x, count in zip((query, key, value), counts, strict=True)]
+        return torch.cat([self._attend(*each, causal) for each in zip(*parts, strict=True)])
 
     def _attend_masked(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         """As :meth:`_attend`, where the mask says all; queries that see nothing yield zeros.
@@ -255,7 +256,7 @@ class ContextParallelAttention(MegatronModule):
             query, key, value = _by_groups(query, key, value)
             bias, is_causal = _mask_arguments(query.size(0), key.size(0), causal)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        dropout_p = self.dropout_p if self.training else 0.0
+        dropout_p = self._dropout_now()
         with self._dropout_rng(dropout_p):
             out = F.scaled_dot_product_attention(
                 q,
@@ -268,6 +269,9 @@ class ContextParallelAttention(MegatronModule):
                 enable_gqa=q.size(1) != k.size(1),
             )
         return out.permute(2, 0, 1, 3).reshape(query_shape)
+
+    def _dropout_now(self) -> float:
+        return self.dropout_p if self.training else 0.0
 
     def _dropout_rng(self, dropout_p: float) -> AbstractContextManager[Any]:
         """TP ranks hold different heads, so dropout draws from the TP-specific RNG state.
@@ -306,37 +310,28 @@ class _GatherSequence(torch.autograd.Function):
         return out, None
 
 
-def natural_pieces(num_sequences: int, cp_size: int) -> list[list[int]]:
-    """Return where the chunks of each sequence are in a rank-major gather, in natural order.
+def _segment_keys(both: Tensor, *, segments: AttentionSegments, group: Any) -> Tensor:
+    """Keys and values of the segments end to end, from the CP-local tokens; a collective.
 
-    A rank's local tokens are, for each sequence, its two chunks one after the other. The gather
-    lays the ranks end to end, which makes ``cp_size * num_sequences * 2`` pieces.
-
-    >>> natural_pieces(1, 2)
-    [[0, 2, 3, 1]]
-    >>> natural_pieces(2, 1)
-    [[0], [1]]
+    Pieces are taken with ``split`` and joined with ``cat``: their gradients are copies, and sums in
+    one order where a piece is in several segments. An index would need atomic ones.
     """
-    if cp_size == 1:
-        return [[i] for i in range(num_sequences)]
-    place = [0] * (2 * cp_size)
-    for rank in range(cp_size):
-        for half, chunk in enumerate(cp_chunks(rank, cp_size)):
-            place[chunk] = rank * 2 * num_sequences + half
-    return [[2 * i + p for p in place] for i in range(num_sequences)]
+    gathered = _GatherSequence.apply(both, group)
+    pieces = gathered.split(segments.gathered)[::2]
+    return torch.cat([gathered[:0], *(pieces[i] for i in segments.pieces)])
 
 
-def _whole_sequences(
-    both: Tensor, *, padded: Sequence[int], chunks: Sequence[int], group: Any
-) -> list[Tensor]:
-    """Each whole sequence in natural order, from the CP-local tokens; a collective.
+def _real_rows(x: Tensor, turns: Sequence[int]) -> Tensor:
+    """The rows of ``x`` that are not padding; ``turns`` are counts of real and padding ones."""
+    return torch.cat(x.split(turns)[::2]) if any(turns[1::2]) else x
 
-    Pieces are taken with ``split`` and joined with ``cat``: their gradients are copies, where an
-    index would need an atomic, order-dependent sum.
-    """
-    pieces = _GatherSequence.apply(both, group).split(list(chunks) * group.size())
-    order = natural_pieces(len(padded), group.size())
-    return [torch.cat([pieces[i] for i in seq]) for seq in order]
+
+def _with_padding(x: Tensor, turns: Sequence[int]) -> Tensor:
+    """The reverse of :func:`_real_rows`; padding is zeros."""
+    if not any(turns[1::2]):
+        return x
+    zeros = x.new_zeros((sum(turns[1::2]), *x.shape[1:])).split(turns[1::2])
+    return torch.cat([*chain.from_iterable(zip(x.split(turns[::2]), zeros, strict=True))])
 
 
 def _mask_arguments(q_len: int, k_len: int, causal: bool) -> tuple[Tensor | None, bool]:
@@ -371,7 +366,9 @@ def _by_groups(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
 def _empty_rows(query: Tensor, value: Tensor) -> Tensor:
     """``(0, b, heads, d_v)`` rows that depend on both in the autograd graph.
 
-    ``value`` is a view of what was gathered, so the keys hang on it too.
+    A rank that holds nothing but padding still has to enter the backward collective of its CP
+    group, and DDP waits for every gradient. ``value`` is a view of what was gathered, so the keys
+    hang on it too.
     """
     repeat = query.size(2) // value.size(2)
     return value[:0].repeat_interleave(repeat, dim=2) + query[:0, ..., :1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys and values of whole sequences, of which a rank keeps its own part until backward.
+"""Keys and values of all ranks' tokens, of which a rank keeps its own until backward.
 
 Attention over a context-parallel group reads the keys and values of all its ranks. Kept for
 backward, each rank would have all of them for every layer, however many ranks share a sequence. So
@@ -11,7 +11,7 @@ computed twice. Hooks of an outer context do not see what is saved inside.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -20,32 +20,31 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# From a rank's keys and values ``(t, …)``: those of each whole sequence, in natural order.
-Gather = Callable[[Tensor], list[Tensor]]
+# From a rank's keys and values ``(t, …)``: those that its queries see, of all ranks.
+Gather = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies in the keys and values of one sequence."""
+    """Where a tensor lies in what was gathered."""
 
-    sequence: int
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
 
 
 class GatheredKeys:
-    """Keys and values of whole sequences between the two passes of one attention.
+    """Keys and values of all ranks' tokens between the two passes of one attention.
 
     Args:
-        whole: of each sequence, as they were gathered.
+        whole: what was gathered.
         gather: makes them from ``local``, with collectives that all ranks of the group enter.
         local: this rank's part of them, which is kept. What was gathered again is dropped when its
             gradient is there.
     """
 
-    def __init__(self, whole: Sequence[Tensor], gather: Gather, local: Tensor) -> None:
-        self._sequences = {_storage(each): i for i, each in enumerate(whole)}
+    def __init__(self, whole: Tensor, gather: Gather, local: Tensor) -> None:
+        self._whole: int | None = _storage(whole)
         self._local, self._gather = local.detach(), gather
         self._again: list[Tensor] = []
         if local.requires_grad:
@@ -63,24 +62,23 @@ class GatheredKeys:
         Every rank's does, one without a real query too: it calls nothing that needs the keys, and
         the others wait for it.
         """
-        # From now on storages may belong to others.
-        self._sequences = {}
+        # From now on the storage may be another's.
+        self._whole = None
         return _GatherAgain.apply(out, self)
 
     def gather_again(self) -> None:
         """Gather for the backward pass; a collective."""
-        self._again = self._gather(self._local)
+        self._again = [self._gather(self._local)]
 
     def _pack(self, tensor: Tensor) -> Tensor | _Place:
-        sequence = self._sequences.get(_storage(tensor))
-        if sequence is None or not tensor.numel():
+        if _storage(tensor) != self._whole or not tensor.numel():
             return tensor
-        return _Place(sequence, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        return _Place(tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     def _unpack(self, packed: Tensor | _Place) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        whole = self._again[packed.sequence]
+        (whole,) = self._again
         return whole.as_strided(packed.size, packed.stride, packed.offset)
 
 

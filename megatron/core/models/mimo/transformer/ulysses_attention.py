@@ -228,7 +228,7 @@ class UlyssesAttention(ContextParallelAttention):
         else:
             lengths = list(parts.lengths)
             q, k, v = (x.unsqueeze(1) for x in whole)
-            out = self._attend_sequences(q, k, v, causal, lengths, lengths, None).squeeze(1)
+            out = self._attend_sequences(q, k, v, causal, (lengths, lengths), None).squeeze(1)
         local = _own_positions(out, parts, group)
         padding = query.size(0) - own
         if padding:
