@@ -122,9 +122,9 @@ def test_encoders_that_are_not_cut_over_cp_are_refused_by_name() -> None:
 def test_heads_of_an_encoder_divide_by_tp_and_cp() -> None:
     layouts = {"images": Layout(tp=4, cp=2), "language": Layout(tp=2, dp=4)}
     said = r"images tp=4 \* cp=2 does not divide its 4 attention heads; try --images tp=4,dp=2 "
+    clip = describe(llava_models.llava("clip-llama").config)
     with pytest.raises(LayoutError, match=said):
-        clip = llava_models.llava("clip-llama").config
-        check_fits(describe(clip), layouts, sequence_parallel=False)
+        check_fits(clip, layouts, sequence_parallel=False)
 
 
 def test_experts_over_tp_want_sequence_parallelism() -> None:
