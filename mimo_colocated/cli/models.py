@@ -42,7 +42,7 @@ def one_sentence() -> Iterator[None]:
 
 
 def check_source(
-    folder: Path, options: CommandOptions, torch_native: Collection[str] = ()
+    folder: Path, options: CommandOptions, torch_native: Collection[str]
 ) -> None:
     """Refuse a folder or layouts that a model cannot be built from; no weight is read.
 

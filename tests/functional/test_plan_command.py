@@ -307,6 +307,16 @@ def test_a_picture_of_two_encoders_and_stages(name: str, tmp_path: Path) -> None
     assert begin.startswith(b"\x89PNG" if name.endswith("png") else b"<?xml")
 
 
+def test_a_picture_of_an_encoder_that_is_cut_over_cp(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["draw", str(tmp_path / "x.svg"), "--vision", "tp=2,cp=2,dp=2"]
+    given += ["--language", "tp=2,cp=2,dp=2", "--seq", "64"]
+    assert main(given) == 0
+    assert main([*given, "--bridge", "gather"]) == 2
+    assert "its encoder does not cut inputs over CP" in capsys.readouterr().err
+
+
 def test_what_is_drawn_is_what_executes() -> None:
     source, language = Layout(dp=8), Layout(tp=2, cp=2, dp=2)
     gather = drawing.bridge_of("vision", source, language, "gather", False)
