@@ -17,7 +17,7 @@ def check_first(options: CommandOptions) -> None:
     Raises:
         JobError: the folder or the layouts; a control that rounding would hide.
     """
-    models.check_source(options.folder, options)
+    models.check_source(options.folder, options, ())
     if options.more["control"] and options.dtype != "float32":
         raise JobError(
             f"--control with --dtype {options.dtype}: a change of 1e-3 is within its rounding; "

@@ -40,6 +40,7 @@ def run(options: Any) -> None:
         options.samples,
         sequence_parallel=options.sequence_parallel,
         sequence_length=options.seq,
+        cut_items=tuple(encoders) if options.bridge == "routed" else (),
     )
     check_layouts(Layouts(encoders, language), limits)
     if language.size > _MOST:

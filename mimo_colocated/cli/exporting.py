@@ -115,8 +115,7 @@ def check_first(options: CommandOptions) -> None:
     with models.one_sentence():
         found = find(options.checkpoint)
         source = source_of(options, found)
-        torch_native_of(options, found)
-        models.check_source(source, options)
+        models.check_source(source, options, torch_native_of(options, found))
         with ModelFolder(source) as opened:
             target = Target(options.target, overwrite=options.more["overwrite"], source=opened)
             try:

@@ -41,7 +41,7 @@ def check_first(options: CommandOptions) -> None:
     """
     from megatron.core.models.mimo.huggingface.target import TargetError, check_place
 
-    models.check_source(options.folder, options)
+    models.check_source(options.folder, options, ())
     target = options.target
     try:
         check_place(target)

@@ -41,8 +41,15 @@ def one_sentence() -> Iterator[None]:
         raise JobError(str(error)) from error
 
 
-def check_source(folder: Path, options: CommandOptions) -> None:
+def check_source(
+    folder: Path, options: CommandOptions, torch_native: Collection[str]
+) -> None:
     """Refuse a folder or layouts that a model cannot be built from; no weight is read.
+
+    Args:
+        folder: of the model.
+        options: of the command.
+        torch_native: modules that are transformers' own.
 
     Raises:
         JobError: the first reason.
@@ -54,12 +61,18 @@ def check_source(folder: Path, options: CommandOptions) -> None:
         flags = flag_of(composite)
         layouts = layouts_of(composite, options)
         try:
-            check_fits(composite, layouts, sequence_parallel=sequence_parallel(options))
+            check_fits(
+                composite,
+                layouts,
+                sequence_parallel=sequence_parallel(options),
+                torch_native=torch_native,
+            )
         except LayoutError as error:
             text = str(error)
             for modality, flag in flags.items():
                 text = text.replace(f"--{modality} ", f"--{flag} ")
-                text = text.replace(f"{modality} tp=", f"{flag} tp=")
+                for axis in ("tp", "cp"):
+                    text = text.replace(f"{modality} {axis}=", f"{flag} {axis}=")
             raise LayoutError(text) from error
     _check_headers(folder)
 

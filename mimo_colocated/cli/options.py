@@ -365,6 +365,12 @@ def _plan(parser: argparse.ArgumentParser) -> None:
         help="of an image, where a folder's model takes any size; without: 1024",
     )
     add("--bridge", choices=("routed", "gather"), default="routed", help="that joins the two")
+    add(
+        "--encoder-cp",
+        default=None,
+        metavar="SIZES",
+        help="CP of encoders that can cut their items, to try, as in 1,2,4; without: 1",
+    )
     add("--frozen", default=None, help="modules that do not train, such as vision+language")
     add(
         "--encoder-memory",

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,16 +45,19 @@ def run(options: Any) -> None:
             "give a Hugging Face folder, a file of shapes, or --recipe"
         )  # fmt: skip
     shapes = read_shapes(Path(options.source).expanduser(), options.item_tokens)
+    if recipe:
+        shapes = _of_recipe(shapes, recipe, flags)
     try:
         work = replace(work_of(shapes, options), trained=trained)
         machine = find_machine(options.gpu)
         search = Search(
             options.gpus,
             machine.node,
-            _numbers(options.replica_samples),
+            _numbers("--replica-samples", options.replica_samples),
             # In a recipe encoders keep what they keep.
             encoder_memory=("keep",) if recipe else _policies(options.encoder_memory),
             bridge=options.bridge,
+            encoder_cp=_encoder_cp(options.encoder_cp, shapes),
         )
         if options.why is not None:
             print(_explain(options.why, (shapes, work, machine, search)))
@@ -177,6 +180,16 @@ def _yaml(source: Path) -> Any:
         raise ValueError(f"no YAML: {' '.join(str(error).split())}") from None
 
 
+def _of_recipe(shapes: Any, recipe: Any, flags: Mapping[str, str]) -> Any:
+    """The shapes with torch-native encoders, which take whole items."""
+    whole = {flags[name] for name in recipe.model.torch_native if name in flags}
+    encoders = {
+        name: replace(each, cuts_items=each.cuts_items and name not in whole)
+        for name, each in shapes.encoders.items()
+    }
+    return replace(shapes, encoders=encoders)
+
+
 def work_of(shapes: Any, options: Any) -> Any:
     """Return the step that the options describe.
 
@@ -212,11 +225,24 @@ def work_of(shapes: Any, options: Any) -> Any:
     )
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _numbers(option: str, text: str) -> tuple[int, ...]:
     parts = str(text).split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise JobError(f"--replica-samples takes whole numbers from 1, as in 1,2, got {text!r}")
+        raise JobError(f"{option} takes whole numbers from 1, as in 1,2, got {text!r}")
     return tuple(int(part) for part in parts)
+
+
+def _encoder_cp(text: str | None, shapes: Any) -> tuple[int, ...]:
+    """CP sizes of encoders to try."""
+    if text is None:
+        return (1,)
+    found = _numbers("--encoder-cp", text)
+    if not any(shape.cuts_items for shape in shapes.encoders.values()) and max(found) > 1:
+        raise JobError(
+            f"--encoder-cp {text}: no encoder of the model cuts its items over CP "
+            f"({', '.join(shapes.encoders) or 'it has none'}); leave it out"
+        )
+    return found
 
 
 def _explain(text: str, what: tuple[Any, Any, Any, Any]) -> str:

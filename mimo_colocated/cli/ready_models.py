@@ -99,7 +99,8 @@ def checked_model(options: CommandOptions) -> ReadyModel:
         JobError: there is no model, or it cannot be built in the layouts.
     """
     model = ready_model(options)
-    models.check_source(model.folder, replace(options, source=model.folder))
+    own = replace(options, source=model.folder)
+    models.check_source(model.folder, own, model.torch_native)
     return model
 
 

@@ -22,7 +22,7 @@ MAX_RANKS = 16_384
 LANGUAGE = "language"
 """Name of the language model's layout; every other one is an encoder's."""
 
-_LANGUAGE_AXES, _ENCODER_AXES = ("tp", "cp", "pp", "dp"), ("tp", "dp")
+_LANGUAGE_AXES, _ENCODER_AXES = ("tp", "cp", "pp", "dp"), ("tp", "cp", "dp")
 # Another cut of the language model's ranks, for its experts.
 _EXPERT_AXES = ("ep", "etp")
 
@@ -70,7 +70,7 @@ class Layout:
             JobError: for an unknown or repeated axis and for anything but whole numbers from 1.
         """
         sizes: dict[str, int] = {}
-        known = (*_axes(module), *(_EXPERT_AXES if module == LANGUAGE else ("cp",)))
+        known = (*_axes(module), *(_EXPERT_AXES if module == LANGUAGE else ()))
         for part in text.split(","):
             axis, equals, number = (piece.strip() for piece in part.partition("="))
             if not equals or axis not in known:
@@ -173,8 +173,8 @@ def _encoder_misfits(
     world, items = limits.world_size, limits.items.get(name, "inputs")
     if encoder.cp != 1 and name not in limits.cut_items:
         yield (
-            f"{name} has cp={encoder.cp}, but its {items} are not cut and cp must be 1 "
-            "(only the language model's sequence is)"
+            f"{name} has cp={encoder.cp}, but its encoder does not cut {items} over CP, and cp "
+            "must be 1"
         )
     if encoder.size != language.size:
         yield (
@@ -319,7 +319,8 @@ def _nearest(pair: Layouts, limits: Limits) -> Layouts | None:
     for sizes in worlds:
         stages = {1, pair.language.pp}
         small = [size for size in sizes if size <= MAX_RANKS]
-        every = (other for size in small for other in every_pair(size, stages, first))
+        cps = _cps(first, pair.encoders[first], limits)
+        every = (other for size in small for other in every_pair(size, stages, first, cps))
         fits = [other for other in every if not misfits(other, limits)]
         if fits:
             nearest = min(fits, key=lambda other: _distance(pair, other, first))
@@ -334,14 +335,25 @@ def _with_encoder(name: str, asked: Layout, pair: Layouts, limits: Limits) -> La
     ranks = pair.language.size
     sizes = [tp for tp in range(1, ranks + 1) if ranks % tp == 0]
     every = [
-        replace(pair, encoders={**pair.encoders, name: Layout(tp, 1, ranks // tp)}) for tp in sizes
+        replace(pair, encoders={**pair.encoders, name: Layout(tp, cp, ranks // (tp * cp))})
+        for tp in sizes
+        for cp in _cps(name, asked, limits)
+        if ranks % (tp * cp) == 0
     ]
     fits = [other for other in every if not misfits(other, limits)]
     return min(fits, key=lambda o: (_change(asked, o.encoders[name]), o.encoders[name].tp))
 
 
+def _cps(name: str, asked: Layout, limits: Limits) -> list[int]:
+    """CP of an encoder that is worth a try: the one that was asked for, or none."""
+    return sorted({1, asked.cp} if name in limits.cut_items else {1})
+
+
 def every_pair(
-    world: int, stages: Collection[int] = (1,), encoder: str = "vision"
+    world: int,
+    stages: Collection[int] = (1,),
+    encoder: str = "vision",
+    cps: Collection[int] = (1,),
 ) -> Iterator[Layouts]:
     """Yield all layouts of ``world`` ranks, whether or not anything else fits.
 
@@ -349,6 +361,7 @@ def every_pair(
         world: ranks.
         stages: pipeline sizes of the language model to try.
         encoder: name of the only encoder.
+        cps: CP sizes of it to try.
     """
     sizes = [size for size in range(1, world + 1) if world % size == 0]
     languages = [
@@ -359,8 +372,11 @@ def every_pair(
         if world % (tp * cp * pp) == 0
     ]
     for tp in sizes:
-        for language in languages:
-            yield Layouts({encoder: Layout(tp, 1, world // tp)}, language)
+        for cp in sorted(cps):
+            if world % (tp * cp):
+                continue
+            for language in languages:
+                yield Layouts({encoder: Layout(tp, cp, world // (tp * cp))}, language)
 
 
 def _distance(pair: Layouts, other: Layouts, first: str) -> tuple[float, ...]:

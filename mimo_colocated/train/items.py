@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who reads a recipe's items: one rank of each TP group of an encoder, for all of the group."""
+"""Who reads a recipe's items: one rank of an encoder replica, for all its TP and CP ranks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from megatron.core.models.mimo.data.readers import (
     ImageReader,
@@ -20,7 +18,6 @@ from megatron.core.models.mimo.data.readers import (
     alone,
 )
 from megatron.core.models.mimo.data.shared_reads import SharedReads
-from megatron.core.models.mimo.training.agreement import gathered
 from mimo_colocated.cli import models
 from mimo_colocated.launch.layouts import Layout
 from mimo_colocated.process_groups import make_groups
@@ -52,8 +49,9 @@ def readers_of(
         reader = _reader(part, folder)
         found[part.modality] = reader
         named = (layouts or {}).get(part.modality)
-        # The first of its TP group, see below.
-        reads = named is None or int(os.environ["RANK"]) % named.tp == 0
+        # The first of its replica, see below.
+        replica = 1 if named is None else named.tp * named.cp
+        reads = int(os.environ["RANK"]) % replica == 0
         if workers and reads:
             processes = ReaderProcesses(reader, workers)
             stack.callback(processes.close)
@@ -77,9 +75,8 @@ def shared_reads(built: Any) -> dict[str, Share]:
     """
     found: dict[str, Share] = {}
     for part in built.composite.encoders:
-        peers = tuple(dist.get_process_group_ranks(built.collections[part.modality].tp))
-        every = [list(ranks) for ranks in sorted(set(gathered(peers)))]
-        if len(peers) == 1:
+        every = built.grids[part.modality].get_rank_enum(["tp", "cp"])
+        if len(every[0]) == 1:
             found[part.modality] = alone
             continue
         group = make_groups(every, "gloo", group_desc=f"{part.modality} that are read once")

@@ -44,7 +44,13 @@ def check_model(recipe: Recipe, folder: Path) -> Mapping[str, Layout]:
         layouts = {**encoders, LANGUAGE: language}
         cut = recipe.layout.sequence_parallel
         virtual = recipe.layout.virtual_stages
-        check_fits(composite, layouts, sequence_parallel=cut, virtual_stages=virtual)
+        check_fits(
+            composite,
+            layouts,
+            sequence_parallel=cut,
+            virtual_stages=virtual,
+            torch_native=recipe.model.torch_native,
+        )
     return layouts
 
 
@@ -110,14 +116,8 @@ def program_dry_run(options: Any, shapes: Any, work: Any, nodes: int, named: str
         named: the recipe's arguments on the command line.
 
     Raises:
-        JobError: ranks that the nodes do not divide; CP of an encoder, which is not priced.
+        JobError: ranks that the nodes do not divide.
     """
-    for name, layout in options.encoders.items():
-        if layout.cp > 1:
-            raise JobError(
-                f"{name} has cp={layout.cp}, and what an encoder's CP takes is not planned yet; "
-                "leave --dry-run out"
-            )
     from megatron.core.models.mimo.memory.policy import EncoderMemory
     from megatron.core.models.mimo.plan.candidates import Candidate
 
@@ -169,12 +169,13 @@ def _group_lines(layouts: Mapping[str, Layout]) -> Iterator[str]:
     from megatron.core.models.mimo.comm.plan.routed_layout import RouteLayout
 
     language = layouts[LANGUAGE]
-    axes = (language.tp, language.cp, language.dp, language.pp)
-    dest = GridShape(axes, ("tp", "cp", "dp", "pp"))
+    axes = ("tp", "cp", "dp", "pp")
+    dest = GridShape((language.tp, language.cp, language.dp, language.pp), axes)
     for name, layout in layouts.items():
         if name == LANGUAGE:
             continue
-        found = RouteLayout.from_grids(GridShape((layout.tp, layout.dp), ("tp", "dp")), dest)
+        source = GridShape((layout.tp, layout.cp, layout.dp, layout.pp), axes)
+        found = RouteLayout.from_grids(source, dest)
         groups = [group.ranks.tolist() for group in found.groups()]
         more = f" and {len(groups) - _SHOWN} more" * (len(groups) > _SHOWN)
         shown = " ".join(str(group) for group in groups[:_SHOWN])

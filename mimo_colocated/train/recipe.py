@@ -53,7 +53,8 @@ class LayoutPart:
     Attributes:
         language: of the language model, such as ``tp=2,cp=2,dp=2`` or ``tp=2,pp=2,dp=2``.
         encoders: modality -> layout, such as ``{images: "tp=2,dp=4"}``; one that is not named has
-            a whole copy on every rank.
+            a whole copy on every rank. ``cp`` above 1 cuts each image over ranks, of CLIP's,
+            SigLIP's and SigLIP2's towers.
         sequence_parallel: also cut the sequence over TP.
         virtual_stages: stages per rank of a pipelined language model (``pp`` above 1), which then
             interleaves.

@@ -392,8 +392,8 @@ def test_the_sequence_rule_is_the_models(cp: int, tp: int, sequence_parallel: bo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--vision tp=2,pp=2", r"--vision 'tp=2,pp=2': 'pp=2' is not an axis .* axes are tp, dp,"),
-        ("--audio tp=2,pp=2", r"--audio 'tp=2,pp=2': 'pp=2' is not an axis .* axes are tp, dp,"),
+        ("--vision tp=2,pp=2", r"--vision 'tp=2,pp=2': 'pp=2' is not an .* axes are tp, cp, dp,"),
+        ("--audio tp=2,pp=2", r"--audio 'tp=2,pp=2': 'pp=2' is not an .* axes are tp, cp, dp,"),
         ("--vision 8", r"'8' is not an axis and its size"),
         ("--language tp=2,", r"'' is not an axis and its size; the axes are tp, cp, pp, dp,"),
         ("--language tp=2,tp=2", r"tp is given twice; give it once"),
@@ -437,10 +437,20 @@ def test_an_encoder_that_cannot_cut_its_items_is_told_so() -> None:
     pair = Layouts({"vision": Layout(tp=2, cp=2, dp=2)}, Layout(tp=2, cp=2, dp=2))
     (said,) = misfits(pair, Limits(8, items={"vision": "images"}))
     assert said == (
-        "vision has cp=2, but its images are not cut and cp must be 1 (only the language model's "
-        "sequence is)"
+        "vision has cp=2, but its encoder does not cut images over CP, and cp must be 1"
     )
     assert misfits(pair, Limits(8, cut_items=("vision",))) == []
+
+
+def test_a_suggestion_keeps_the_cp_of_an_encoder_that_can_be_cut() -> None:
+    pair = Layouts({"vision": Layout(tp=2, cp=2, dp=4)}, Layout(tp=2, cp=2, dp=2))
+    for cut, said in (((), "tp=2,dp=4"), (("vision",), "tp=2,cp=2,dp=2")):
+        limits = Limits(8, world_size=8, cut_items=cut)
+        assert suggestion(pair, limits) == f"--vision {said} --language tp=2,cp=2,dp=2"
+    two = Layouts({**pair.encoders, "audio": Layout(cp=4, dp=4)}, pair.language)
+    better, _ = suggest(two, Limits(8, world_size=8, cut_items=("audio",)))
+    assert better.encoders == {"vision": Layout(tp=2, dp=4), "audio": Layout(cp=4, dp=2)}
+    assert len(list(every_pair(4, cps=(1, 2)))) == 30
 
 
 def test_another_encoder_is_suggested_by_its_name() -> None:

@@ -127,6 +127,8 @@ def test_sounds_that_cannot_be_played_are_refused(
         (hearing, ("--image", "x.png"), "--image is given, and the model in"),
         (hearing, ("--image", "x.png"), "hearing takes sounds"),
         (seeing, ("--sound", "x.wav"), "takes images"),
+        (seeing, ("--vision", "cp=2", "--language", "dp=2"), "vision cp=2: a qwen2_5_vl_vision"),
+        (hearing, ("--audio", "cp=2", "--language", "dp=2"), "audio cp=2: a qwen2_audio_encoder"),
         (hearing, ("--sound", tmp_path / "x.wav"), "x.wav cannot be read: No such file"),
         (hearing, ("--sound", hearing / "config.json"), "config.json is no sound"),
         (hearing, ("--sound", tmp_path / "long.wav"), "long.wav has 2 s, and its processor takes"),

@@ -17,6 +17,7 @@ from megatron.core.models.mimo.plan.machine import PRESETS, to_json
 from mimo_colocated.cli import drawing, planned_recipe, planning
 from mimo_colocated.cli.main import main
 from mimo_colocated.launch.layouts import Layout
+from mimo_colocated.train.plan import check_model
 from mimo_colocated.train.reading import read_recipe
 from tests.unit_tests.mimo.huggingface import llava_models, qwen_vl_models, sounds
 from tests.unit_tests.mimo.plan.plan_cases import SHAPES
@@ -198,6 +199,41 @@ def test_a_recipe_is_planned_and_written(
     assert "'images.enkoder' names no parameter" in capsys.readouterr().err
 
 
+def test_encoder_cp_is_planned_where_it_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two images a step have four ranks each; the recipe that is written is one that fits."""
+    folder, mine, planned = tmp_path / "model", tmp_path / "mine.yaml", tmp_path / "planned.yaml"
+    llava_models.llava("clip-llama").save_pretrained(folder)
+    values = {
+        "name": "mine",
+        "model": {"folder": str(folder)},
+        "data": {"train": [{"kind": "chat", "settings": {"path": "a.jsonl"}}], "max_tokens": 64},
+        "training": {"steps": 3, "global_batch_size": 2},
+        "run": {"out": str(tmp_path / "run")},
+    }
+    mine.write_text(json.dumps(values))
+    command = ["plan", "--recipe", str(mine), "--gpus", "8", "--vision-share", "0.15"]
+    assert main([*command, "--top", "99"]) == 0
+    assert not re.search(r"--vision \S*cp=", capsys.readouterr().out)
+    asked = [*command, "--encoder-cp", "4", "--write-recipe", str(planned)]
+    assert main([*asked, "--top", "99"]) == 0
+    rows = capsys.readouterr().out.partition("\n\n")[0].splitlines()[1:]
+    assert all(" --vision tp=1,cp=4,dp=2 " in row for row in rows if "homogeneous" not in row)
+    written = read_recipe(str(planned))
+    assert written.encoders() == {"images": Layout(cp=4, dp=2)}
+    assert check_model(written, folder)["images"] == Layout(cp=4, dp=2)
+    native = {"folder": str(folder), "torch_native": ["images"]}
+    mine.write_text(json.dumps({**values, "model": native}))
+    assert main(asked) == 2
+    said = "--encoder-cp 4: no encoder of the model cuts its items over CP (vision); leave it out"
+    assert said in capsys.readouterr().err
+    for model in (qwen_vl_models.qwen2_5_vl(), sounds.qwen2_audio()):
+        model.config.save_pretrained(folder)
+        assert main(["plan", str(folder), "--encoder-cp", "1,2"]) == 2
+        assert "no encoder of the model cuts its items" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -231,6 +267,7 @@ def test_wrong_recipes(
         (["--gpu", "h1000"], "'h1000' is neither a preset nor a file"),
         (["--gpus", "7"], "no layout of 7 ranks can run 8 samples"),
         (["--replica-samples", "0"], "--replica-samples takes whole numbers from 1"),
+        (["--encoder-cp", "two"], "--encoder-cp takes whole numbers from 1, as in 1,2, got 'two'"),
         (["--why", "tp=8"], "'tp=8' spans 8 ranks, --gpus is 32"),
         (["--why", "tp=8/tp=8/tp=8"], r"has 2 encoders, the model has 1 \(vision\)"),
         (["--vision-share", "1.5"], "must be a number from 0 to below 1"),
@@ -268,6 +305,16 @@ def test_a_picture_of_two_encoders_and_stages(name: str, tmp_path: Path) -> None
     assert main(["draw", str(target), *DRAWN, *more]) == 0
     begin = target.read_bytes()[:8]
     assert begin.startswith(b"\x89PNG" if name.endswith("png") else b"<?xml")
+
+
+def test_a_picture_of_an_encoder_that_is_cut_over_cp(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["draw", str(tmp_path / "x.svg"), "--vision", "tp=2,cp=2,dp=2"]
+    given += ["--language", "tp=2,cp=2,dp=2", "--seq", "64"]
+    assert main(given) == 0
+    assert main([*given, "--bridge", "gather"]) == 2
+    assert "its encoder does not cut inputs over CP" in capsys.readouterr().err
 
 
 def test_what_is_drawn_is_what_executes() -> None:

@@ -36,6 +36,8 @@ IMAGES = 3
 ALONE = {"layout.language": "dp=1", "layout.encoders": "{images: dp=1}"}
 EIGHT: dict[str, Any] = {"layout.sequence_parallel": True}
 FOUR = {"layout.language": "tp=2,dp=2", "layout.encoders": "{images: dp=4}", "data.packed": False}
+# Every image is cut over two ranks; its attention has 4 heads.
+ENCODER_CP = {**EIGHT, "layout.encoders": "{images: 'tp=2,cp=2,dp=2'}", "data.workers": 1}
 STAGES: dict[str, Any] = {
     "layout.language": "pp=2,dp=2",
     "layout.encoders": "{images: 'tp=2,dp=2'}",
@@ -136,6 +138,24 @@ def test_eight_ranks_follow_one_process(alone: Path, eight: Path) -> None:
     for name in ("questions", "exact_match", "majority_answer", "skipped"):
         assert summaries[0][name] == summaries[1][name]
     assert summaries[1]["layouts"]["images"] == {"tp": 2, "cp": 1, "pp": 1, "dp": 4}
+
+
+def test_encoder_cp_follows_one_process(alone: Path, tmp_path: Path) -> None:
+    done = train(tmp_path / "run", ENCODER_CP)
+    assert done.code == 0, done.err
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-4)
+    assert answers(tmp_path / "run") == answers(alone)
+    for one, other in zip(metrics(alone), metrics(tmp_path / "run"), strict=True):
+        assert one["tflop"] == other["tflop"]
+        assert one["images"] == other["images"]
+        assert one["grad_norms"] == pytest.approx(other["grad_norms"], rel=1e-3)
+    both = alone, tmp_path / "run"
+    summaries = [json.loads((out / "summary.json").read_text()) for out in both]
+    assert summaries[0]["held_out_loss"] == pytest.approx(summaries[1]["held_out_loss"], rel=1e-4)
+    assert summaries[1]["layouts"]["images"] == {"tp": 2, "cp": 2, "pp": 1, "dp": 2}
+    one, other = weights(alone / "exported"), weights(tmp_path / "run" / "exported")
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[name], other[name], atol=1e-3) for name in one)
 
 
 def test_pipeline_stages_follow_one_process(alone: Path, tmp_path: Path) -> None:
@@ -300,6 +320,13 @@ def test_a_dry_run_says_what_would_run(tmp_path: Path, eight: Path) -> None:
     assert re.search(r"fullest rank, on h100: about [\d.]+ [MG]iB \(weights [\d.]+ .iB, ", done.out)
     assert "torchrun --nproc-per-node 4 --nnodes 2 --rdzv-backend c10d" in done.out
     assert "-m mimo_colocated train easy-vqa --set 'model.settings={width: 32," in done.out
+    done = train(eight, ENCODER_CP, "--dry-run")
+    assert "images    tp=2,cp=2,dp=2  8 ranks, 2 replicas" in done.out
+    assert "images rows stay within the ranks [0, 1, 2, 3] [4, 5, 6, 7]" in done.out
+    native = {**ENCODER_CP, "model.torch_native": "[images]"}
+    done = train(eight, native, "--dry-run")
+    assert done.code == 2
+    assert "images cp=2: a torch-native encoder takes whole items and is not cut" in done.err
     done = train(eight, EIGHT, "--dry-run", "--nodes", "3")
     assert done.code == 2
     assert "--nodes 3 does not divide the 8 ranks; 1, 2, 4, 8 would" in done.err

@@ -43,8 +43,11 @@ ALONE = {"layout.language": "dp=1", "layout.encoders": "{images: dp=1}"}
 TWO = {"layout.language": "dp=2", "layout.encoders": "{images: dp=2}"}
 FOUR = {"layout.language": "tp=2,dp=2", "layout.encoders": "{images: dp=4}"}
 EIGHT = {"layout.sequence_parallel": "true"}
+# The encoder's ranks cut each image in two: checkpoints go there and back.
+FOUR_CP = {**FOUR, "layout.encoders": "{images: 'cp=2,dp=2'}"}
+EIGHT_CP = {**EIGHT, "layout.encoders": "{images: 'tp=2,cp=2,dp=2'}"}
 # Ranks, layout, ranks of a language replica, and the step in which they are told to stop.
-PHASES = ((8, EIGHT, 4, 3), (4, FOUR, 2, 5), (1, ALONE, 1, 8), (8, EIGHT, 4, 0))
+PHASES = ((8, EIGHT, 4, 3), (4, FOUR_CP, 2, 5), (1, ALONE, 1, 8), (8, EIGHT_CP, 4, 0))
 
 
 def arguments(out: Path, layout: dict[str, str]) -> list[str]:

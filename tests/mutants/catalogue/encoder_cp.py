@@ -7,6 +7,7 @@ from tests.mutants.mutant import Mutant
 _ULYSSES = MIMO + "transformer/ulysses_attention.py"
 _WHOLE = UNIT + "test_ulysses_attention.py::test_equal_to_whole_items_on_one_rank"
 _MODEL = UNIT + "test_encoder_cp.py::"
+_LLAVA = UNIT + "huggingface/test_llava.py::"
 
 ENCODER_CP = (
     Mutant(
@@ -74,5 +75,62 @@ ENCODER_CP = (
         new="for item in counts for count in item]",
         tests=(_MODEL + "test_whole_items_stand_as_their_tokens_do",),
         why="with two encoders of a modality rows of one stand at the other's places",
+    ),
+    Mutant(
+        name="plans-ahead-take-a-replica-for-one-holder",
+        file=MIMO + "data/loader.py",
+        old="parts_of_items(share.held, encoder.layout.src_cp_size)",
+        new="parts_of_items(share.held, 1) * encoder.layout.src_cp_size",
+        tests=(UNIT + "data/test_loader.py::test_peers_hold_the_same_and_replicas_all",),
+        why="routes of a recipe are planned as if each CP rank had whole images",
+    ),
+    Mutant(
+        name="a-class-token-is-counted-where-it-makes-no-row",
+        file=MIMO + "huggingface/families/vision_towers.py",
+        old="more = int(self.clip) - features.first_row",
+        new="more = int(self.clip)",
+        tests=(_LLAVA + "test_logits_and_gradients_are_those_of_transformers",),
+        why="an image has a row more than its tokens, and every batch is refused",
+    ),
+    Mutant(
+        name="any-encoder-of-a-folder-can-be-cut-over-cp",
+        file=MIMO + "huggingface/fits.py",
+        old="        if part.cuts_items and part.modality not in torch_native\n",
+        new="        if part.modality not in torch_native\n",
+        tests=(
+            UNIT + "huggingface/test_refusals.py::"
+            "test_encoders_that_are_not_cut_over_cp_are_refused_by_name",
+        ),
+        why="Qwen's towers are refused when ranks have started and the folder is open",
+    ),
+    Mutant(
+        name="torch-native-encoders-can-be-cut-over-cp",
+        file=MIMO + "huggingface/fits.py",
+        old="        if part.cuts_items and part.modality not in torch_native\n",
+        new="        if part.cuts_items\n",
+        tests=(
+            UNIT + "huggingface/test_refusals.py::"
+            "test_encoders_that_are_not_cut_over_cp_are_refused_by_name",
+        ),
+        why="a tower of transformers would encode whole images on every CP rank",
+    ),
+    Mutant(
+        name="an-encoders-exchanges-take-no-time",
+        file=MIMO + "plan/step_time.py",
+        old="        cp=encoding.cp + all_of_it.cp,\n",
+        new="        cp=all_of_it.cp,\n",
+        tests=(UNIT + "plan/test_plan_parts.py::test_an_encoder_cut_over_cp_by_hand",),
+        why="an encoder's CP looks free, and is chosen where TP or DP are faster",
+    ),
+    Mutant(
+        name="an-encoders-cp-divides-its-inputs",
+        file=MIMO + "memory/plan.py",
+        old="        inputs=whole * shape.patch",
+        new="        inputs=tokens * shape.patch",
+        tests=(
+            UNIT + "plan/test_plan_parts.py::"
+            "test_cp_divides_what_an_encoder_keeps_but_its_inputs",
+        ),
+        why="recomputed encoders are planned with a part of the pixels that every rank has",
     ),
 )

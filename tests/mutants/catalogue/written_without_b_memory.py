@@ -137,8 +137,8 @@ WITHOUT_B_MEMORY = (
     Mutant(
         name="inputs-have-the-encoders-dtype",
         file="megatron/core/models/mimo/memory/plan.py",
-        old="inputs=tokens * shape.patch * shape.input_itemsize",
-        new="inputs=tokens * shape.patch * e",
+        old="inputs=whole * shape.patch * shape.input_itemsize",
+        new="inputs=whole * shape.patch * e",
         tests=(
             "tests/unit_tests/mimo/test_memory_plan.py::test_inputs_count_in_their_own_precision",
         ),

@@ -82,6 +82,7 @@ EXCEPTIONS = {
             "LanguagePart(spellings)",
             "EncoderPart(spellings)",
             "EncoderPart(sequence_parallel)",
+            "EncoderPart(cuts_items)",
             "EncoderPart(drawn)",
             "EncoderPart(level_layers)",
             "Composite(encoders)",

@@ -45,9 +45,12 @@ SOURCE = Listed(
         for n, count in enumerate(SHOWN)
     ]
 )
+_AXES = ("tp", "cp", "dp")
 LAYOUTS = {
     "fan-in": (GridShape((2, 4), ("tp", "dp")), GridShape((2, 2, 2), ("tp", "cp", "dp"))),
     "fan-out": (GridShape((4, 2), ("tp", "dp")), GridShape((1, 2, 4), ("tp", "cp", "dp"))),
+    "encoder-cp": (GridShape((2, 2, 2), _AXES), GridShape((2, 2, 2), _AXES)),
+    "encoder-cp-fan-out": (GridShape((1, 4, 2), _AXES), GridShape((1, 2, 4), _AXES)),
     "alone": (GridShape((1, 1), ("tp", "dp")), GridShape((1, 1, 1), ("tp", "cp", "dp"))),
 }
 
@@ -94,12 +97,17 @@ class Job:
         )
 
     def share(self, rank: int) -> Share:
-        """As ``SharedReads``, for ranks that take turns: the first of a TP group comes first."""
-        place = self.images.coords(rank)
-        handed, got = self.handed.setdefault(place["dp"], []), iter(range(99))
-        if place["tp"]:
+        """As ``SharedReads``, for ranks that take turns: the first of a replica comes first."""
+        dp = self.images.coords(rank)["dp"]
+        handed, got = self.handed.setdefault(dp, []), iter(range(99))
+        if not self.first(rank):
             return lambda _make: handed[next(got)]
         return lambda make: handed.append(make()) or handed[-1]
+
+    def first(self, rank: int) -> bool:
+        """Whether a rank is the first of its encoder replica."""
+        place = self.images.coords(rank)
+        return not (place["tp"] or place.get("cp"))
 
     def all(self, position: int) -> list[RankBatch]:
         return [self.rank(rank).at(position) for rank in range(self.language.size)]
@@ -124,7 +132,7 @@ def test_each_image_is_opened_by_one_rank(made, layout: str, packed: bool) -> No
     assert ranks[0].images == wanted.total()
     assert ranks[0].rows.tolist() == [ROWS] * wanted.total()
     assert ranks[0].tokens == int(ranks[0].batch.lengths.sum())
-    by_replica: Counter[int] = Counter()  # one rank of a TP group opens them
+    by_replica: Counter[int] = Counter()  # one rank of a replica opens them
     for rank, reader in enumerate(job.readers):
         by_replica[job.images.coords(rank)["dp"]] += len(reader.opened)
     for rank, found in enumerate(ranks):  # images of one size: their number is the work
@@ -153,14 +161,15 @@ def test_peers_hold_the_same_and_replicas_all(made, layout: str, micro: int) -> 
             assert (own is None) is (theirs is None)
             if own is not None and theirs is not None:
                 assert np.array_equal(own["pixel_values"], theirs["pixel_values"])
-            # A plan holds as many rows as the rank's images make.
+            # A plan holds as many rows as the rank's parts of its images make.
             images = 0 if own is None else len(own["pixel_values"])
-            assert mine.routes["images"].held == images * ROWS
+            parts = job.bridge.src_cp_size
+            assert mine.routes["images"].held == images * ROWS // parts
         asked = sum(rows_of(each, job.token) for each in by_replica.values())
         encoded = sum(
             len(ranks[r].microbatches[number].items["images"]["pixel_values"]) * ROWS
             for r in range(len(ranks))
-            if job.images.coords(r)["tp"] == 0 and ranks[r].microbatches[number].items["images"]
+            if job.first(r) and ranks[r].microbatches[number].items["images"]
         )
         assert asked == encoded
     placed = sorted(

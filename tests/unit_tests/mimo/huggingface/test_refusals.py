@@ -23,7 +23,7 @@ from megatron.core.models.mimo.huggingface.target import Target, TargetError
 from mimo_colocated.cli.models import folder_dtype
 from mimo_colocated.launch.layouts import Layout
 from tests.imported.plan import Row, rows
-from tests.unit_tests.mimo.huggingface import models
+from tests.unit_tests.mimo.huggingface import llava_models, models, qwen_vl_models, sounds
 
 LLAMA = models.SIZES
 
@@ -99,6 +99,32 @@ def test_layouts_that_the_model_cannot_be_cut_into(
 ) -> None:
     with pytest.raises(LayoutError, match=sentence):
         check_fits(describe(_llama()), layouts, sequence_parallel=False)
+
+
+def test_encoders_that_are_not_cut_over_cp_are_refused_by_name() -> None:
+    cut, language = Layout(cp=2, dp=4), {"language": Layout(tp=2, dp=4)}
+    clip = describe(llava_models.llava("clip-llama").config)
+    check_fits(clip, {"images": cut, **language}, sequence_parallel=False)
+    qwen = describe(qwen_vl_models.MODELS["qwen2_5_vl"]().config)
+    hears = describe(sounds.task().model.config)
+    for composite, name, kind, native in (
+        (qwen, "images", "qwen2_5_vl.*", ()),
+        (hears, "audio", "qwen2_audio_encoder", ()),
+        (clip, "images", "torch-native encoder", ["images"]),
+    ):
+        said = f"{name} cp=2: a {kind} takes whole items .* its tp or dp; try --{name} tp=1,dp=8 --"
+        with pytest.raises(LayoutError, match=said):
+            check_fits(
+                composite, {name: cut, **language}, sequence_parallel=False, torch_native=native
+            )
+
+
+def test_heads_of_an_encoder_divide_by_tp_and_cp() -> None:
+    layouts = {"images": Layout(tp=4, cp=2), "language": Layout(tp=2, dp=4)}
+    said = r"images tp=4 \* cp=2 does not divide its 4 attention heads; try --images tp=4,dp=2 "
+    clip = describe(llava_models.llava("clip-llama").config)
+    with pytest.raises(LayoutError, match=said):
+        check_fits(clip, layouts, sequence_parallel=False)
 
 
 def test_experts_over_tp_want_sequence_parallelism() -> None:

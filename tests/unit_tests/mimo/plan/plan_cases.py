@@ -22,6 +22,9 @@ SMALL = Shapes(
 )
 SMALL_WORK = Work(256, 8, {"vision": 0.5}, itemsize=4)
 
+CUT = Shapes(SMALL.language, {"vision": replace(SMALL.encoders["vision"], cuts_items=True)})
+"""Its encoder can cut its items over CP."""
+
 
 def free_links(machine: Machine) -> Machine:
     """A machine whose links take no time."""

@@ -29,7 +29,10 @@ WHOLE = EncoderShape(Stack.of(1, 32, 64, 4), 4, 4, 48, 32, 64)
 FULL = Work(256, 8, {"vision": 1.0})
 
 
-@pytest.mark.parametrize("encoder", [Layout(dp=8), Layout(tp=2, dp=4), Layout(tp=8)])
+@pytest.mark.parametrize(
+    "encoder",
+    [Layout(dp=8), Layout(tp=2, dp=4), Layout(tp=8), Layout(cp=2, dp=4), Layout(tp=2, cp=4)],
+)
 @pytest.mark.parametrize(
     "language",
     [Layout(cp=2, dp=4), Layout(cp=4, dp=2), Layout(dp=8), Layout(cp=8), Layout(cp=2, pp=2, dp=2)],
@@ -39,7 +42,7 @@ def test_the_formula_bounds_the_route_plan(encoder: Layout, language: Layout) ->
     samples = FULL.samples // language.dp
     traffic = planned_traffic(encoder, language, samples, WHOLE, 64, FULL)
     way, scale = direction(encoder, language)
-    rows = routed_rows(way, scale, language.cp)
+    rows = routed_rows(way, scale, language.cp, encoder.cp)
     whole = samples * FULL.sequence
     assert traffic.forward + traffic.backward >= float(rows.forward + rows.backward) * whole * 0.49
     if language.pp == 1:

@@ -17,7 +17,15 @@ from megatron.core.models.mimo.plan.candidates import Candidate, Search, candida
 from megatron.core.models.mimo.plan.estimates import estimate, find, moved, policies
 from megatron.core.models.mimo.plan.shapes import LanguageShape, Shapes, Stack, Work
 from mimo_colocated.launch.layouts import Layout
-from tests.unit_tests.mimo.plan.plan_cases import H100, SHAPES, SMALL, SMALL_WORK, WORK, planned
+from tests.unit_tests.mimo.plan.plan_cases import (
+    CUT,
+    H100,
+    SHAPES,
+    SMALL,
+    SMALL_WORK,
+    WORK,
+    planned,
+)
 
 # Nothing of Megatron-Core is in them.
 pytestmark = pytest.mark.once
@@ -44,6 +52,36 @@ def test_every_pair_that_can_run_is_tried_once() -> None:
     assert len(found) == len(set(found))
     assert set(found) == every
     assert any("virtual-stages 2" in each for each in found)
+
+
+def test_cp_of_encoders_that_can_cut_their_items() -> None:
+    search = replace(EIGHT, encoder_cp=(1, 2, 4))
+    assert list(candidates(SMALL, SMALL_WORK, search)) == list(candidates(SMALL, SMALL_WORK, EIGHT))
+    found = list(candidates(CUT, SMALL_WORK, search))
+    assert len(found) == len({str(each) for each in found})
+    alone = [each for each in found if each.homogeneous or each.encoder("vision").cp == 1]
+    assert alone == list(candidates(CUT, SMALL_WORK, EIGHT))
+    encoders = {each.encoder("vision") for each in found if not each.homogeneous}
+    # 4 heads.
+    every = ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1))
+    assert encoders == {Layout(tp, cp, 8 // (tp * cp)) for tp, cp in every}
+    assert {each.encoder("vision").cp for each in found if each.homogeneous} == {1}
+    # Within a node.
+    narrow = Search(8, 2, encoder_cp=(1, 2, 4))
+    encoders = {each.encoder("vision") for each in candidates(CUT, SMALL_WORK, narrow)}
+    assert {(at.tp, at.cp) for at in encoders} == {(1, 1), (1, 2), (2, 1)}
+    # More ranks than images are of use, and without CP there is no way.
+    few = replace(SMALL_WORK, shares={"vision": 0.0625}, samples=4)
+    one = Candidate(Layout(tp=4, dp=2), {"vision": Layout(tp=2, cp=2, dp=2)}, 1)
+    assert problem(one, CUT, few) is None
+    assert problem(one, SMALL, few) == (
+        "vision has cp=2, but its encoder does not cut inputs over CP, and cp must be 1"
+    )
+    assert "tp=4 * cp=2 does not divide its 4 attention heads" in str(
+        problem(replace(one, encoders={"vision": Layout(tp=4, cp=2)}), CUT, few)
+    )
+    gather = replace(one, bridge="gather")
+    assert problem(gather, CUT, few) == "gather takes whole items, got vision cp=2; plan routed"
 
 
 def test_narrower_searches() -> None:

@@ -260,6 +260,48 @@ def test_encoder_activations_are_those_of_the_memory_plan() -> None:
     assert bytes_of(again).encoder == predict(parts, Step(2), again.memory).total
 
 
+def test_an_encoder_cut_over_cp_by_hand() -> None:
+    """Products, what is kept and TP's bytes over CP; two all-to-alls around every attention."""
+    shapes = Shapes(LANGUAGE, {"vision": replace(ENCODER, cuts_items=True)})
+    machine = replace(free_links(H100), inside=1e9, hop_latency=0.0)
+    at = Layout(tp=2, cp=8, dp=2)
+    whole, cut = (
+        Candidate(at, {"vision": each}, 2) for each in (Layout(tp=2, dp=16), Layout(2, 4, 4))
+    )
+    both = [estimate(each, shapes, WORK, machine) for each in (whole, cut)]
+    assert both[1].candidate.encoder("vision").size == 32
+    # Every CP rank embeds whole images, 24 in place of 6: once forward, twice as much back.
+    again = 2 * (24 - 6) * ENCODER.tokens * ENCODER.patch * ENCODER.stack.hidden / 2
+    more = both[1].seconds.encoder - both[0].seconds.encoder
+    assert more == pytest.approx(2 * 3 * again / machine.encoder)
+    # 24 images of 1024 tokens: query, key, value and output, of half the heads; 3/4 leave.
+    sent = 24 * 1024 / 4 * 4 * 1792 / 2 * 2 * 3 / 4
+    passes = 2 * 2 * ENCODER.stack.layers
+    exchanged = both[1].seconds.cp - both[0].seconds.cp
+    assert exchanged == pytest.approx(passes * sent / machine.inside)
+    slower = estimate(cut, shapes, WORK, replace(machine, inside_latency=1e-3)).seconds.cp
+    ring = estimate(whole, shapes, WORK, replace(machine, inside_latency=1e-3)).seconds.cp
+    assert slower - ring - exchanged == pytest.approx(passes * 2e-3)
+    assert both[1].seconds.tp == pytest.approx(both[0].seconds.tp)
+    # Optimizer states are sharded over all copies of a weight.
+    assert both[1].memory.optimizer == pytest.approx(both[0].memory.optimizer)
+    assert both[1].memory.batch > both[0].memory.batch
+
+
+def test_cp_divides_what_an_encoder_keeps_but_its_inputs() -> None:
+    one = TransformerShape(2, 64, 256, 8, tokens=10, patch=16, projected=64, tp=2)
+    kept, cut = (transformer_bytes(replace(one, cp=cp), 6) for cp in (1, 4))
+    embedded = 60 * 2 * 16
+    assert cut.inputs == kept.inputs
+    # The rank with most of an image has 3 of its 10 tokens.
+    assert (cut.encoder - embedded) * 10 == (kept.encoder - embedded) * 3
+    assert (cut.rows, cut.projector) == (kept.rows * 3 // 10, kept.projector * 3 // 10)
+    with pytest.raises(ValueError, match=r"cp=3 takes heads=8 that tp=2 \* cp divides"):
+        replace(one, cp=3)
+    with pytest.raises(ValueError, match="cp=0|cp must be 1 or more"):
+        replace(one, cp=0)
+
+
 def test_the_encoders_own_backward_pass_may_be_the_fullest_moment() -> None:
     big = replace(ENCODER, stack=replace(ENCODER.stack, layers=200))
     shapes = Shapes(LANGUAGE, {"vision": big})

@@ -29,6 +29,7 @@ LAYOUTS = {
     "fan-in": ("--vision", "tp=2,dp=4", "--language", "tp=2,cp=2,dp=2"),
     "fan-out": ("--vision", "tp=4,dp=2", "--language", "dp=8"),
     "stages": ("--vision", "dp=8", "--language", "tp=2,pp=2,cp=2"),
+    "encoder-cp": ("--vision", "tp=2,cp=2,dp=2", "--language", "tp=2,cp=2,dp=2"),
 }
 NEW = 12
 SHADES = (10, 90, 200)
@@ -37,7 +38,8 @@ ASKED: dict[str, tuple[Sequence[int], str]] = {
     "several images": (SHADES, "is it a red square"),
     "text alone": ((), "what is a circle"),
 }
-PAIRED = {"fan-out": ["several images"], "stages": ["one image", "text alone"]}
+PAIRED = {"fan-out": ["several images"], "stages": ["one image", "text alone"],
+          "encoder-cp": ["several images", "text alone"]}
 ANSWERS = ("yes", "a red circle", "blue", "no it is a square", "yes it is")
 """Fewer than are asked at once, and no multiple of any number of replicas."""
 

@@ -105,7 +105,7 @@ class ItemShare:
         languages: replicas of the language model, by DP.
         items: of each encoder replica, in the order in which it encodes them: int64 ``(n, 2)``,
             sample of the global batch, item of the sample.
-        held: rows of the group that each encoder replica makes, for ``plan_routes``.
+        held: rows of the group that each encoder replica makes, a run per item.
         work: of all of its items, by their cost.
         before, after: work of the replica with most over the mean, with items evenly shared out by
             number and as they are shared out; 1 is even.

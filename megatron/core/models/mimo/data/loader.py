@@ -15,6 +15,7 @@ import numpy as np
 from megatron.core.models.mimo.comm.plan.balance import TokenCost
 from megatron.core.models.mimo.comm.plan.routed_layout import RouteLayout
 from megatron.core.models.mimo.comm.plan.routes import RoutePlan, plan_routes
+from megatron.core.models.mimo.comm.plan.token_runs import parts_of_items
 from megatron.core.models.mimo.data.arrays import (
     LanguageArrays,
     Positions,
@@ -229,7 +230,8 @@ class RankBatches:
             )
             for replica in share.languages
         ]
-        return plan_routes(encoder.layout, self._side.rank, tokens, share.held)
+        held = parts_of_items(share.held, encoder.layout.src_cp_size)
+        return plan_routes(encoder.layout, self._side.rank, tokens, held)
 
 
 def _spread(shares: Sequence[ItemShare]) -> tuple[float, float]:

@@ -188,7 +188,8 @@ def from_folder(
 
     Args:
         folder: with ``config.json`` and safetensors; every rank must see it.
-        layouts: module -> layout: ``"language"`` and every modality of the model.
+        layouts: module -> layout: ``"language"`` and every modality of the model; with ``cp``
+            of a modality whose tower cuts its items (CLIP, SigLIP, SigLIP2).
         options: how it is built.
         encoders: further ones that the folder knows nothing of; see :mod:`.own_encoders`.
         load_weights: False leaves them as drawn, for a training checkpoint that is loaded next.
@@ -235,6 +236,7 @@ def import_from(
         layouts,
         sequence_parallel=options.sequence_parallel,
         virtual_stages=options.virtual_stages,
+        torch_native=options.torch_native,
     )
     built, parts = _build(composite, layouts, options)
     spelled = tuple(_spelled(part, composite, opened.tensors) for part in parts)
@@ -375,7 +377,12 @@ def _build(
         at = layouts[part.modality]
         cut = options.sequence_parallel and part.sequence_parallel and at.tp > 1
         configs[part.modality] = module_config(
-            part.family, part.config, at, options, sequence_parallel=cut
+            part.family,
+            part.config,
+            at,
+            options,
+            sequence_parallel=cut,
+            context_parallel_size=at.cp,
         )
     experts = configs[LANGUAGE].num_moe_experts
     grids = {

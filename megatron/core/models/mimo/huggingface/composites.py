@@ -64,6 +64,7 @@ class EncoderPart:
         config: transformers' configuration of it.
         spellings: that folders have of its names.
         sequence_parallel: its tower can cut its sequence over TP.
+        cuts_items: its tower can cut each item's sequence over CP; its spec then counts rows.
         drawn: prefixes of our names of parameters that no folder has yet.
         level_layers: layers of the language model, counted from 0, after which the levels in its
             rows are added (DeepStack); none for plain rows.
@@ -80,6 +81,7 @@ class EncoderPart:
     config: Any
     spellings: tuple[Spelling, ...] = ({},)
     sequence_parallel: bool = False
+    cuts_items: bool = False
     drawn: tuple[str, ...] = ()
     level_layers: tuple[int, ...] = ()
     features: int = 1

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from megatron.core.models.mimo.huggingface.composites import Composite
+from megatron.core.models.mimo.huggingface.composites import Composite, EncoderPart
 from megatron.core.models.mimo.huggingface.family import UnsupportedModelError
 from mimo_colocated.launch.layouts import LANGUAGE, Layout, Layouts, Limits, misfits, suggest
 
@@ -23,6 +23,7 @@ def check_fits(
     *,
     sequence_parallel: bool,
     virtual_stages: int = 1,
+    torch_native: Collection[str] = (),
 ) -> None:
     """Refuse layouts that do not fit the model.
 
@@ -31,6 +32,7 @@ def check_fits(
         layouts: module -> layout.
         sequence_parallel: the language model also cuts its sequence over TP.
         virtual_stages: stages per rank of the language model.
+        torch_native: modules of transformers' own classes, which CP of an encoder does not cut.
 
     Raises:
         UnsupportedModelError: a modality's token is not in the vocabulary.
@@ -52,6 +54,11 @@ def check_fits(
                 )
     _check_tokens(composite)
     language = modules[LANGUAGE]
+    cut = [
+        part.modality
+        for part in composite.encoders
+        if part.cuts_items and part.modality not in torch_native
+    ]
     limits = Limits(
         global_batch_size=0,
         sequence_parallel=sequence_parallel,
@@ -59,16 +66,32 @@ def check_fits(
         experts=language.get("num_moe_experts") or 0,
         language_layers=language["num_layers"],
         virtual_stages=virtual_stages,
+        cut_items=cut,
     )
     encoders = {name: at for name, at in layouts.items() if name != LANGUAGE}
     # What a suggestion starts from; of a model without encoders it is not shown.
     alone = {_ALONE: Layout(dp=layouts[LANGUAGE].size)}
     pair = Layouts(encoders or alone, layouts[LANGUAGE])
-    wrong = misfits(pair, limits)
+    whole = [part for part in composite.encoders if part.modality not in cut]
+    wrong = [*_uncut_items(whole, layouts, torch_native), *misfits(pair, limits)]
     if wrong:
         better, _ = suggest(pair, limits)
         shown = str(better) if encoders else f"--{LANGUAGE} {better.language}"
         raise LayoutError(f"{wrong[0]}; try {shown}")
+
+
+def _uncut_items(
+    whole: Collection[EncoderPart], layouts: Mapping[str, Layout], torch_native: Collection[str]
+) -> Iterator[str]:
+    """What of encoders that take whole items is to be cut over CP."""
+    for part in whole:
+        name, cp = part.modality, layouts[part.modality].cp
+        kind = "torch-native encoder" if name in torch_native else part.config.model_type
+        if cp > 1:
+            yield (
+                f"{name} cp={cp}: a {kind} takes whole items and is not cut over CP; give those "
+                "ranks to its tp or dp"
+            )
 
 
 def _check_tokens(composite: Composite) -> None:

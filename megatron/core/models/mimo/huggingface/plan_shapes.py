@@ -123,4 +123,5 @@ def _images(part: EncoderPart, stack: Stack, width: int) -> EncoderShape:
         row=stack.hidden * part.features,
         projected=width,
         sequence_parallel=part.sequence_parallel,
+        cuts_items=part.cuts_items,
     )

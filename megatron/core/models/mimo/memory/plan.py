@@ -59,6 +59,7 @@ class TransformerShape:
         mask: bytes of a dropout mask's element: 1 on accelerators, a number on the CPU.
         input_itemsize: bytes of a number of the encoder's inputs.
         sequence_parallel: the ranks that share the encoder also cut what its norms keep.
+        cp: ranks that have a part of each item's tokens; its embedding is whole on all of them.
 
     Raises:
         ValueError: an unknown name, or a size that is not positive or does not divide.
@@ -80,15 +81,21 @@ class TransformerShape:
     mask: int = 1
     input_itemsize: int = 4
     sequence_parallel: bool = False
+    cp: int = 1
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "ffn", "heads", "tokens", "patch", "projected",
-                     "pooled", "tp", "itemsize", "mask", "input_itemsize"):  # fmt: skip
+                     "pooled", "tp", "cp", "itemsize", "mask", "input_itemsize"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         for name in ("heads", "ffn", "projected"):
             if getattr(self, name) % self.tp:
                 raise ValueError(f"tp={self.tp} must divide {name}={getattr(self, name)}")
+        if self.cp > 1 and (self.pooled > 1 or self.heads % (self.tp * self.cp)):
+            raise ValueError(
+                f"cp={self.cp} takes heads={self.heads} that tp={self.tp} * cp divides, and "
+                f"pooled=1, got {self.pooled}"
+            )
         if self.tokens % self.pooled:
             raise ValueError(f"pooled={self.pooled} must divide tokens={self.tokens}")
         if self.recompute not in LAYER_RECOMPUTE:
@@ -117,7 +124,8 @@ def transformer_bytes(shape: TransformerShape, items: int) -> PartBytes:
     both hidden dropouts            ``2 m h``, with dropout
     ==============================  ===============================================
 
-    With sequence parallelism the rows of the table without ``t`` are over ``t``, too.
+    With sequence parallelism the rows of the table without ``t`` are over ``t``, too. With CP a
+    rank has its part of the tokens, and all-to-alls around attention keep nothing.
 
     ``"selective"`` keeps no more of attention than query, key and value, ``"full"`` of a layer only
     its input. The embedding keeps its input; the last norm its input, mean and deviation; the
@@ -127,15 +135,17 @@ def transformer_bytes(shape: TransformerShape, items: int) -> PartBytes:
     >>> transformer_bytes(shape, 100).projector == 400 * 4 * (64 + 2 * 128)
     True
     """
-    e, h, tokens = shape.itemsize, shape.hidden, items * shape.tokens
+    e, h, whole = shape.itemsize, shape.hidden, items * shape.tokens
+    # Of the CP rank with most of each item.
+    tokens = items * -(-shape.tokens // shape.cp)
     norm = e * h + 2 * e
     cut = shape.tp if shape.sequence_parallel else 1
     layers = shape.layers * (e * h // cut if shape.recompute == "full" else _layer(shape))
     pooled = tokens // shape.pooled
     rows = pooled * e * h
     return PartBytes(
-        inputs=tokens * shape.patch * shape.input_itemsize,
-        encoder=tokens * (e * shape.patch + layers + norm),
+        inputs=whole * shape.patch * shape.input_itemsize,
+        encoder=whole * e * shape.patch + tokens * (layers + norm),
         rows=rows,
         projector=rows + pooled * 2 * e * shape.projected // shape.tp,
         encoder_flops=tokens * _encoder_flops(shape) // shape.tp,

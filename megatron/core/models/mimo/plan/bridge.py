@@ -14,7 +14,11 @@ from megatron.core.hyper_comm_grid import GridShape
 from megatron.core.models.mimo.comm.plan.gather_layout import BridgeDirection
 from megatron.core.models.mimo.comm.plan.routed_layout import RouteLayout
 from megatron.core.models.mimo.comm.plan.routes import GroupRoutes
-from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns, split_items
+from megatron.core.models.mimo.comm.plan.token_runs import (
+    TokenRuns,
+    rows_of_parts,
+    split_items,
+)
 from megatron.core.models.mimo.plan.shapes import EncoderShape, Work
 from mimo_colocated.launch.layouts import Layout
 
@@ -71,7 +75,7 @@ def gather_rows(way: BridgeDirection, scale: int, cp: int) -> Rows:
     }[way]
 
 
-def routed_rows(way: BridgeDirection, scale: int, cp: int) -> Rows:
+def routed_rows(way: BridgeDirection, scale: int, cp: int, source_cp: int = 1) -> Rows:
     """Return what the routed bridge brings to a rank: what it needs and does not have.
 
     | | forward | backward |
@@ -80,17 +84,22 @@ def routed_rows(way: BridgeDirection, scale: int, cp: int) -> Rows:
     | equal | 0 | 1 - 1/c |
     | fan-out | 0 | s - 1/c |
 
-    Tokens of the modality lie evenly in the sequence. Arguments as of :func:`gather_rows`.
+    With ``e`` CP ranks of the encoder, fan-in and equal are fan-in of ``s e``; fan-out brings
+    ``(1 - 1/e) / c`` forward and ``(s - 1/c) / e`` backward. Tokens of the modality lie evenly in
+    the sequence, and so do the parts of items.
+
+    Args:
+        way, scale, cp: as of :func:`gather_rows`.
+        source_cp: CP ranks of the encoder, which have a part of each item.
 
     >>> routed_rows(BridgeDirection.FAN_IN, 4, 4)
     Rows(forward=Fraction(3, 16), backward=Fraction(3, 16))
     """
-    kept = 1 - Fraction(1, cp)
-    return {
-        BridgeDirection.FAN_IN: Rows((1 - Fraction(1, scale)) / cp, kept / scale),
-        BridgeDirection.EQUAL: Rows(Fraction(0), kept),
-        BridgeDirection.FAN_OUT: Rows(Fraction(0), scale - Fraction(1, cp)),
-    }[way]
+    if way is BridgeDirection.FAN_OUT:
+        lacked = 1 - Fraction(1, source_cp)
+        return Rows(lacked / cp, (scale - Fraction(1, cp)) / source_cp)
+    holders = scale * source_cp
+    return Rows((1 - Fraction(1, holders)) / cp, (1 - Fraction(1, cp)) / holders)
 
 
 @dataclass(frozen=True)
@@ -138,7 +147,7 @@ def planned_traffic(
     tokens = _tokens(samples, work.sequence, items, shape.rows)
     replicas = group.dest_dps.size
     shared = split_items(items * samples * replicas, group.src_dps.size)
-    held = [len(each) * shape.rows for each in shared]
+    held = rows_of_parts([[shape.rows] * len(each) for each in shared], encoder.cp)
     routes = GroupRoutes(group, [tokens] * replicas, held)
     forward = backward = sent = own = total = 0
     for rank in group.ranks.tolist():

@@ -110,9 +110,11 @@ def problem(candidate: Candidate, shapes: Shapes, work: Work) -> str | None:
             f"microbatches that pp={language.pp} divides, got {m}"
         )
     for name, shape in shapes.encoders.items():
-        tp = candidate.encoder(name).tp
-        if why := _uncut(shape.stack, tp):
-            return f"{name} tp={tp} does not divide its {why}"
+        at = candidate.encoder(name)
+        if why := _uncut(shape.stack, at.tp):
+            return f"{name} tp={at.tp} does not divide its {why}"
+        if at.cp > 1 and candidate.bridge == "gather":
+            return f"gather takes whole items, got {name} cp={at.cp}; plan routed"
         items = work.items(name, shape) * work.samples // m
         if candidate.encoder(name).dp > items:
             return (
@@ -160,6 +162,7 @@ def _limits(candidate: Candidate, shapes: Shapes, work: Work) -> Limits:
         experts=stack.experts if stack.expert_layers else 0,
         language_layers=stack.layers,
         virtual_stages=candidate.virtual_stages,
+        cut_items=[name for name, each in shapes.encoders.items() if each.cuts_items],
     )
 
 
@@ -175,6 +178,7 @@ class Search:
         experts: EP sizes of a model with experts.
         encoder_memory: what may become of encoders' activations.
         bridge: of the colocated, ``"routed"`` or ``"gather"``.
+        encoder_cp: CP sizes of encoders that can cut their items; TP times CP stays in a node.
 
     Raises:
         ValueError: an unknown policy.
@@ -187,6 +191,7 @@ class Search:
     experts: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     encoder_memory: tuple[str, ...] = POLICIES
     bridge: str = "routed"
+    encoder_cp: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
         unknown = [each for each in self.encoder_memory if each not in POLICIES]
@@ -257,7 +262,13 @@ def _encoder_layouts(shapes: Shapes, search: Search) -> Iterator[dict[str, Layou
     """Layouts of all encoders together."""
     sizes = [n for n in _divisors(search.ranks) if n <= search.node]
     each = [
-        [Layout(tp=tp, dp=search.ranks // tp) for tp in sizes if not _uncut(shape.stack, tp)]
+        [
+            Layout(tp, cp, search.ranks // (tp * cp))
+            for tp in sizes
+            if not _uncut(shape.stack, tp)
+            for cp in (search.encoder_cp if shape.cuts_items else (1,))
+            if tp * cp in sizes and shape.stack.groups % (tp * cp) == 0
+        ]
         for shape in shapes.encoders.values()
     ]
     for chosen in itertools.product(*each):

@@ -15,6 +15,7 @@ from megatron.core.models.mimo.memory.plan import (
 )
 from megatron.core.models.mimo.plan.candidates import Candidate
 from megatron.core.models.mimo.plan.shapes import ENCODER, PROJECTOR, EncoderShape, Shapes, Work
+from mimo_colocated.launch.layouts import Layout
 
 
 def items_per_replica(name: str, candidate: Candidate, shape: EncoderShape, work: Work) -> int:
@@ -56,7 +57,7 @@ def encoder_prediction(
     """
     shape, at = shapes.encoders[name], candidate.encoder(name)
     items = items_per_replica(name, candidate, shape, work)
-    parts = transformer_bytes(_transformer(shape, candidate, shapes, work, at.tp), items)
+    parts = transformer_bytes(_transformer(shape, candidate, shapes, work, at), items)
     trains = {f"{part}_trains": work.trains(name, part).any for part in (ENCODER, PROJECTOR)}
     if candidate.homogeneous:
         # The encoder is a part of the first stage, which holds as many microbatches of it.
@@ -75,7 +76,7 @@ def computed_again(name: str, candidate: Candidate, shapes: Shapes, work: Work) 
     """
     shape = shapes.encoders[name]
     items = items_per_replica(name, candidate, shape, work)
-    own = _transformer(shape, candidate, shapes, work, candidate.encoder(name).tp)
+    own = _transformer(shape, candidate, shapes, work, candidate.encoder(name))
     kept, whole = (
         transformer_bytes(each, items) for each in (own, replace(own, recompute="none"))
     )
@@ -88,7 +89,7 @@ def offloaded(name: str, candidate: Candidate, shapes: Shapes, work: Work) -> in
 
 
 def _transformer(
-    shape: EncoderShape, candidate: Candidate, shapes: Shapes, work: Work, tp: int
+    shape: EncoderShape, candidate: Candidate, shapes: Shapes, work: Work, at: Layout
 ) -> TransformerShape:
     """The encoder as ``memory/plan.py`` counts it."""
     stack = shape.stack
@@ -98,13 +99,14 @@ def _transformer(
     return TransformerShape(
         layers=stack.layers,
         hidden=stack.hidden,
-        ffn=_up(ffn, tp),
+        ffn=_up(ffn, at.tp),
         heads=stack.heads,
         tokens=_up(shape.tokens, pooled),
         patch=shape.patch,
-        projected=_up(shape.projected or shapes.width, tp),
+        projected=_up(shape.projected or shapes.width, at.tp),
         pooled=pooled,
-        tp=tp,
+        tp=at.tp,
+        cp=at.cp,
         itemsize=work.itemsize,
         recompute=candidate.recompute,
         sequence_parallel=shape.sequence_parallel,

@@ -270,6 +270,7 @@ def _encoder_working(name: str, candidate: Candidate, shapes: Shapes, work: Work
     """Gradients where a norm goes back, as one rank of TP has them, and a layer computed again."""
     shape = shapes.encoders[name]
     tokens = items_per_replica(name, candidate, shape, work) * shape.tokens
+    tokens /= candidate.encoder(name).cp
     gradients = 4.0 * tokens * work.itemsize * shape.stack.hidden
     return gradients + computed_again(name, candidate, shapes, work)
 
@@ -327,7 +328,8 @@ def groups(candidate: Candidate) -> int:
 @lru_cache(maxsize=4096)
 def _connected(at: Layout, encoders: tuple[Layout, ...]) -> int:
     """Those of the grids, once for the many candidates that differ in other things."""
-    grids = {str(n): GridShape((e.tp, e.dp), ("tp", "dp")) for n, e in enumerate(encoders)}
+    axes = ("tp", "cp", "dp")
+    grids = {str(n): GridShape((e.tp, e.cp, e.dp), axes) for n, e in enumerate(encoders)}
     grids[LANGUAGE] = GridShape((at.tp, at.cp, at.dp, at.pp), ("tp", "cp", "dp", "pp"))
     experts = {}
     if at.ep > 1 or at.expert_tp != at.tp:

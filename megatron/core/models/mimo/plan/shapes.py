@@ -140,6 +140,7 @@ class EncoderShape:
         sequence_parallel: TP ranks cut its tokens between products.
         embedded: tokens that the embedding makes of every item, however few it has; 0 for its own.
         inner: of ``patch``, those that are outputs of a layer themselves (two convolutions).
+        cuts_items: CP ranks can have a part of each item's tokens.
 
     Raises:
         ValueError: a size that is not positive, or more rows than tokens.
@@ -157,6 +158,7 @@ class EncoderShape:
     sequence_parallel: bool = False
     embedded: int = 0
     inner: int = 0
+    cuts_items: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tokens", "rows", "patch", "row"):

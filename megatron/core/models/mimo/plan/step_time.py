@@ -22,13 +22,14 @@ from megatron.core.models.mimo.plan.flops import (
     attention_flops,
     encoder_flops,
     layer_flops,
+    patch_flops,
     projector_flops,
     seen_pairs,
 )
 from megatron.core.models.mimo.plan.machine import Machine
 from megatron.core.models.mimo.plan.pipeline import Passes, pipeline_seconds
 from megatron.core.models.mimo.plan.shapes import ENCODER, PROJECTOR, Shapes, Stack, Work
-from mimo_colocated.launch.layouts import LANGUAGE
+from mimo_colocated.launch.layouts import LANGUAGE, Layout
 
 GRADIENT_BYTES = 4
 """Gradients are summed in float32."""
@@ -52,7 +53,7 @@ class StepSeconds:
         language: products of the language model.
         tp: collectives over TP of all modules.
         cp: what the ring of keys and values takes beyond the attention that it runs beside, or,
-            without Transformer Engine, gathering them.
+            without Transformer Engine, gathering them; all-to-alls around an encoder's attention.
         ep: tokens to their experts and back.
         bubble: waiting for other pipeline stages, and sending to them.
         bridge: rows to the language model and gradients back.
@@ -148,7 +149,7 @@ def step_seconds(
         encoder=encoding.products + copies,
         language=all_of_it.products + output,
         tp=encoding.tp + all_of_it.tp,
-        cp=all_of_it.cp,
+        cp=encoding.cp + all_of_it.cp,
         ep=all_of_it.ep,
         # Less than nothing where a homogeneous encoder runs while its stage would have waited.
         bubble=whole - busy,
@@ -278,9 +279,15 @@ def encoder_passes(
     flops = encoder_flops(shape, items, shapes.width)
     # Embedding and projector start about as much as a layer does.
     start = (shape.stack.layers + 1) * machine.layer_start
+    # Every CP rank embeds whole items, and has its part of what follows.
+    embedding = patch_flops(shape, items) * (1 - 1 / at.cp)
+    cut = at.tp * at.cp
+    bytes_ = items * shape.tokens * work.itemsize / at.cp
+    products = (flops.layers + flops.ends + flops.attention) / cut + embedding / at.tp
     forward = _Pass(
-        products=start + (flops.layers + flops.ends + flops.attention) / at.tp / machine.encoder,
-        tp=_encoder_tp(shape.stack, items * shape.tokens * work.itemsize, at.tp, machine),
+        products=start + products / machine.encoder,
+        tp=_encoder_tp(shape.stack, bytes_, at.tp, machine),
+        cp=shape.stack.layers * exchange_seconds(shape.stack, bytes_, at, machine),
     )
     encoder, projector = (work.trains(name, part) for part in (ENCODER, PROJECTOR))
     if not encoder.any and not projector.any:
@@ -288,16 +295,36 @@ def encoder_passes(
     joined = projector_flops(shape, items, shapes.width)
     if not encoder.any:
         # Gradients stop at what the projector reads.
-        seconds = joined * projector.share / at.tp / machine.encoder + machine.layer_start
+        seconds = joined * projector.share / cut / machine.encoder + machine.layer_start
         return forward, _Pass(seconds)
     layers = flops.layers + flops.ends - joined
     products = layers * (1 + encoder.share) + joined * (1 + projector.share)
     products += BACKWARD_ATTENTION * flops.attention
-    products = products / at.tp / machine.encoder + (1 + encoder.share) * start
-    backward = _Pass(products, forward.tp)
+    products = products / cut + embedding * (1 + encoder.share) / at.tp
+    products = products / machine.encoder + (1 + encoder.share) * start
+    backward = _Pass(products, forward.tp, forward.cp)
     if candidate.memory.encoder == RECOMPUTE:
         backward += forward
     return forward, backward
+
+
+def exchange_seconds(stack: Stack, bytes_: float, at: Layout, machine: Machine) -> float:
+    """Return seconds of both all-to-alls around one layer's attention in one pass.
+
+    Queries, keys and values go out and the attention's output comes back, each rank's all but the
+    part that it keeps (DeepSpeed-Ulysses, Jacobs et al. 2023, 3.2).
+
+    Args:
+        stack: the layers.
+        bytes_: of one channel of a CP rank's tokens.
+        at: the encoder's layout.
+        machine: where.
+    """
+    if at.cp == 1:
+        return 0.0
+    rate, latency = machine.link(at.tp * at.cp, at.cp)
+    channels = 2 * (stack.heads + stack.groups) * stack.head / at.tp
+    return 2 * latency + bytes_ * channels * (at.cp - 1) / at.cp / rate
 
 
 def _encoder_tp(stack: Stack, itembytes: float, tp: int, machine: Machine) -> float:
@@ -317,7 +344,7 @@ def bridge_seconds(
         if candidate.bridge == "gather":
             rows = gather_rows(way, scale, at.cp)
         else:
-            rows = routed_rows(way, scale, at.cp * at.tp)
+            rows = routed_rows(way, scale, at.cp * at.tp, candidate.encoder(name).cp)
         moved = float(rows.forward + rows.backward) * samples * work.items(name, shape) * shape.rows
         low = min(candidate.encoder(name).dp, at.dp)
         span = at.size // (math.gcd(low, at.dp) * at.pp)
@@ -342,7 +369,7 @@ def replicas(candidate: Candidate, name: str) -> int:
     """Return the ranks that reduce the same gradients of a module."""
     if name == LANGUAGE or candidate.homogeneous:
         return candidate.language.dp * candidate.language.cp
-    return candidate.encoder(name).dp
+    return candidate.encoder(name).dp * candidate.encoder(name).cp
 
 
 @dataclass(frozen=True)

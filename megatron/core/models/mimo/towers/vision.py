@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -203,6 +204,20 @@ class PatchTower(MegatronModule):
         rows, columns = (_resizing(self.grid, size, weight.device) for size in (height, width))
         resized = torch.einsum("ag,bk,gkh->abh", rows, columns, grid)
         return resized.flatten(0, 1).to(weight.dtype)
+
+
+def rows_per_image(inputs: Mapping[str, Any], patch: int, more: int) -> list[int]:
+    """Return the rows that a tower makes of each image.
+
+    Args:
+        inputs: of the tower's ``forward``.
+        patch: side of a patch, in pixels.
+        more: rows of an image beside those of its patches, less those that are left out.
+    """
+    if "spatial_shapes" in inputs:
+        return [high * wide + more for high, wide in inputs["spatial_shapes"].tolist()]
+    images, _, high, wide = inputs["pixel_values"].shape
+    return [(high // patch) * (wide // patch) + more] * images
 
 
 def _resizing(source: int, size: int, device: torch.device) -> Tensor:

@@ -135,11 +135,26 @@ def rows_of_parts(items: Sequence[Sequence[int] | np.ndarray], parts: int) -> li
     """
     counts = [len(each) for each in items]
     lengths = np.concatenate([np.asarray(each, dtype=np.int64) for each in (*items, [])])
-    first = np.cumsum(lengths) - lengths
-    cuts = lengths[:, None] * np.arange(parts + 1) // parts
-    runs = np.stack([first[:, None] + cuts[:, :-1], np.diff(cuts)], axis=-1)
-    replicas = np.split(runs, np.cumsum(counts)[:-1]) if counts else []
-    return [own[own[:, part, 1] > 0, part] for own in replicas for part in range(parts)]
+    runs = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1)
+    return parts_of_items(np.split(runs, np.cumsum(counts)[:-1]) if counts else [], parts)
+
+
+def parts_of_items(held: Sequence[Runs], parts: int) -> list[Runs]:
+    """Return the rows of CP ranks as :func:`rows_of_parts`, from those of their replicas.
+
+    Args:
+        held: of each replica, a run per item (:func:`rows_of_items`).
+        parts: CP ranks of a replica.
+
+    >>> [runs.tolist() for runs in parts_of_items(rows_of_items([4, 1, 2], [[2, 0], [1]]), 2)]
+    [[[5, 1], [0, 2]], [[6, 1], [2, 2]], [], [[4, 1]]]
+    """
+    found = []
+    for items in held:
+        cuts = items[:, 1:] * np.arange(parts + 1) // parts
+        runs = np.stack([items[:, :1] + cuts[:, :-1], np.diff(cuts)], axis=-1)
+        found += [runs[runs[:, part, 1] > 0, part] for part in range(parts)]
+    return found
 
 
 def split_items(count: int, parts: int) -> list[range]:

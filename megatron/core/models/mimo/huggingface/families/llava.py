@@ -87,6 +87,7 @@ def _llava(config: Any) -> Composite:
         config=vision,
         spellings=_TOWER_SPELLINGS,
         sequence_parallel=True,
+        cuts_items=True,
         features=len(features.depths),
         native=NativeForm(
             functools.partial(_native_spec, features=features, whole=config), _NATIVE_NAMES
@@ -188,7 +189,10 @@ def _spec(
     width = tower.hidden_size * len(features.depths)
     return ModuleSpec(
         module=VisionModalitySubmodules,
-        params={"pg_collection": groups},
+        params={
+            "pg_collection": groups,
+            "rows_per_item": {ENCODER: kind.rows(features, whole.vision_config)},
+        },
         submodules={
             "encoders": {ENCODER: kind.spec(features, whole.vision_config)(tower, groups)},
             "input_projections": [projector_spec(projector, width, groups.tp)],

@@ -7,7 +7,7 @@ What is used is the whole model's to say, so a family is made for :class:`.Featu
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,12 @@ from megatron.core.models.mimo.huggingface.family import (
 )
 from megatron.core.models.mimo.huggingface.tables import Line, Table, line
 from megatron.core.models.mimo.towers.feature_transformer import Features
-from megatron.core.models.mimo.towers.vision import ImageShape, ImageTower, PatchTower
+from megatron.core.models.mimo.towers.vision import (
+    ImageShape,
+    ImageTower,
+    PatchTower,
+    rows_per_image,
+)
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -97,6 +102,15 @@ class TowerKind:
         return lambda own, groups: ModuleSpec(
             module=module, params={"config": own, "pg_collection": groups, **params}
         )
+
+    def rows(self, features: Features, config: Any) -> Callable[[Mapping[str, Any]], list[int]]:
+        """Return a function that counts the rows of each whole image from the tower's inputs.
+
+        Args:
+            features, config: as of :meth:`spec`.
+        """
+        more = int(self.clip) - features.first_row
+        return functools.partial(rows_per_image, patch=config.patch_size, more=more)
 
 
 KINDS = {
