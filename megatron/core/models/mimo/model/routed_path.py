@@ -96,7 +96,7 @@ class RowsForPlaces:
 
 
 @dataclass(frozen=True, eq=False)
-class _Known:
+class Known:
     """What the host knows of a language batch.
 
     Attributes:
@@ -110,6 +110,31 @@ class _Known:
     tokens: dict[str, TokenRuns]
     seen: dict[str, np.ndarray]
     problem: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class ComparedMicrobatch:
+    """A microbatch whose plans all ranks compare before its encoders run.
+
+    Attributes:
+        known: what the host knows of its language batch.
+        modality_inputs, plans: what was given.
+        announced: what its bridges were told, by modality.
+    """
+
+    known: Known
+    modality_inputs: Mapping[str, Any] | None
+    plans: dict[str, RoutePlan]
+    announced: Mapping[str, Any]
+
+    def check(self) -> None:
+        """Wait for what all ranks say.
+
+        Raises:
+            ValueError: the same on every rank of an exchange group: plans do not fit together.
+        """
+        for _, _, comparison in self.announced.values():
+            comparison.result()
 
 
 class RoutedPath:
@@ -183,14 +208,68 @@ class RoutedPath:
         plans = dict(route_plan or {})
         reading = self._start_reading(batch, plans)
         given = modality_inputs
-        known: _Known | None = None
+        known: Known | None = None
         if reading.on_host:
             known = self._know(batch, given, plans, reading)
             self._announced.announce(known.batch, given, plans, known.problem, known.seen)
         modality_inputs, held = self._balance_inputs(modality_inputs, plans)
-        rows, part, items, failure = self._try_to_encode(modality_inputs)
+        encoded = self._try_to_encode(modality_inputs)
         # What only the device knows is waited for while it has the encoders to run.
         known = known or self._know(batch, given, plans, reading)
+        return self._agree(known, modality_inputs, plans, encoded, held)
+
+    def later_problem(self, route_plan: Mapping[str, RoutePlan] | None) -> str | None:
+        """Return why a microbatch cannot be encoded later than its plans are compared."""
+        if not self._deepstack.width:
+            return "the language config must say hidden_size before rows of later microbatches do"
+        missing = sorted(self._bridges.keys() - (route_plan or {}).keys())
+        return None if not missing else (
+            f"a microbatch that is encoded in a bubble has no route plan of {', '.join(missing)}; "
+            "plan each modality's routes with the batch (route_plan), or set encode_in_bubbles=0"
+        )
+
+    def compare(
+        self,
+        batch: LanguageBatch,
+        modality_inputs: Mapping[str, Any] | None,
+        route_plan: Mapping[str, RoutePlan],
+    ) -> ComparedMicrobatch:
+        """Start comparing the plans of a microbatch that is encoded later; all ranks call it.
+
+        Args:
+            batch, modality_inputs, route_plan: as for :meth:`plan`, with plans of all modalities.
+        """
+        plans = dict(route_plan)
+        known = self._know(batch, modality_inputs, plans, self._start_reading(batch, plans))
+        self._announced.announce(known.batch, modality_inputs, plans, known.problem, known.seen)
+        aside = {name: bridge.set_aside() for name, bridge in self._bridges.items()}
+        return ComparedMicrobatch(known, modality_inputs, plans, aside)
+
+    def encode_compared(self, compared: ComparedMicrobatch) -> PlannedRows:
+        """Run the encoders on a microbatch whose plans were compared; wait for no other rank.
+
+        A rank whose encoder fails goes on with zeros and says so in :meth:`settle`.
+        """
+        encoded = self._try_to_encode(compared.modality_inputs)
+        for name, bridge in self._bridges.items():
+            bridge.resume(compared.announced[name])
+        return self._agree(compared.known, compared.modality_inputs, compared.plans, encoded, {})
+
+    def connect(self) -> None:
+        """Connect the ranks of all exchange groups; all ranks call it."""
+        for name, bridge in self._bridges.items():
+            bridge.connect(self._runners.encoders.device_of(name))
+
+    def _agree(
+        self,
+        known: Known,
+        modality_inputs: Mapping[str, Any] | None,
+        plans: dict[str, RoutePlan],
+        encoded: tuple[dict[str, torch.Tensor], set[str], dict[str, list[int]], Exception | None],
+        held: Mapping[str, Sequence[Runs]],
+    ) -> PlannedRows:
+        """What is to move where, agreed in the groups: what was encoded, by which plans."""
+        rows, part, items, failure = encoded
         batch, tokens = known.batch, known.tokens
         problem = known.problem or (failure and problem_of(failure, "an encoder"))
         self._announced.failure = self._announced.failure or failure
@@ -219,14 +298,14 @@ class RoutedPath:
         modality_inputs: Mapping[str, Any] | None,
         plans: Mapping[str, RoutePlan],
         reading: BatchReading,
-    ) -> _Known:
+    ) -> Known:
         """What the host has to know of a batch, and why this rank cannot go on with it."""
         seen = reading.arrive()
         batch, problem = self._try_to_prepare(batch)
         tokens = self._places(batch, plans, seen)
         encoders = self._runners.modules.encoders
         problem = problem or names_problem(tokens, modality_inputs, plans, encoders, self._bridges)
-        return _Known(batch, tokens, seen, problem)
+        return Known(batch, tokens, seen, problem)
 
     def _try_to_prepare(self, batch: LanguageBatch) -> tuple[LanguageBatch, str | None]:
         """The batch, prepared as far as it goes, and why it cannot be cut."""
@@ -339,6 +418,10 @@ class RoutedPath:
             found = bridge.hear(found, count)
         return found
 
+    def start_settling(self) -> None:
+        """Start telling how they did, which :meth:`settle` does as well; all ranks call it."""
+        self._announced.start_settling()
+
     def settle(self) -> None:
         """Hear how the encoders of announced plans did, see :meth:`.AnnouncedPlans.settle`."""
         self._announced.settle()
@@ -391,7 +474,7 @@ class RoutedPath:
             (flight, list(flight.place.split([i.size for i in routes.own_index])))
             for flight, routes in zip(flights, merged, strict=True)
         ]
-        pieces = leaves.cut_when_landed(parts, offloaded)[at]
+        pieces = leaves.cut_when_landed(parts, offloaded, name)[at]
         places = [bridge.tensors(plan, rows.device).place for plan in plans[at]]
         return [LandedRows(pieces, number, place) for number, place in enumerate(places)]
 
