@@ -73,7 +73,8 @@ class TrainOptions:
 
     ``steps`` is the length of the learning-rate schedule; a run may stop earlier. ``encode_ahead``:
     see :func:`.forward_backward_pipelined`; without stages each microbatch is encoded when its turn
-    comes by default. ``encode_in_bubbles``: see there, too. ``groups`` are other learning rates and weight decay for some parameters.
+    comes by default. ``encode_in_bubbles``: see there, too. ``groups`` are other learning rates and
+    weight decay for some parameters.
     """
 
     steps: int

@@ -40,7 +40,7 @@ class LaterMicrobatches:
             )
             for batch in microbatches
         )
-        self._planned: list[Any] = []
+        self._encoded: list[tuple[Any, Any]] = []
         self._moved: list[EncodedMicrobatch] | None = None
 
     def check(self) -> None:
@@ -56,14 +56,19 @@ class LaterMicrobatches:
     def encode(self, count: int) -> None:
         """Run the encoders on the next microbatches, at most so many; waits for no exchange."""
         for _ in range(min(count, len(self._compared))):
-            self._planned.append(self._path.encode_compared(self._compared.popleft()))
+            compared = self._compared.popleft()
+            self._encoded.append((compared, self._path.encode_compared(compared)))
 
     def send(self) -> None:
         """Start the exchange of all rows, once; every rank has encoded its own by then."""
         if self._moved is None:
             self.encode(len(self._compared))
-            moved = self._path.move_together(self._planned, self._leaves)
-            self._moved, self._planned = [EncodedMicrobatch(rows) for rows in moved], []
+            # Not as each is encoded: what the path is told then it may tell others with a fused
+            # microbatch, and on some ranks only that is before the exchange.
+            planned = [self._path.plan_compared(*each) for each in self._encoded]
+            self._encoded = []
+            moved = self._path.move_together(planned, self._leaves)
+            self._moved = [EncodedMicrobatch(rows) for rows in moved]
             self._path.start_settling()
 
     def land(self) -> list[EncodedMicrobatch]:

@@ -41,6 +41,9 @@ from megatron.core.models.mimo.partition.utils import Sharded, cuts_as_ours
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from mimo_colocated import phases
 
+# Rows by modality, who has a backward pass, whole items that CP cuts, what was raised.
+Encoded = tuple[dict[str, torch.Tensor], set[str], dict[str, list[int]], Exception | None]
+
 
 @dataclass(frozen=True, eq=False)
 class PlannedRows:
@@ -245,12 +248,15 @@ class RoutedPath:
         aside = {name: bridge.set_aside() for name, bridge in self._bridges.items()}
         return ComparedMicrobatch(known, modality_inputs, plans, aside)
 
-    def encode_compared(self, compared: ComparedMicrobatch) -> PlannedRows:
-        """Run the encoders on a microbatch whose plans were compared; wait for no other rank.
+    def encode_compared(self, compared: ComparedMicrobatch) -> Encoded:
+        """Run the encoders on a microbatch whose plans were compared; wait for no other rank."""
+        return self._try_to_encode(compared.modality_inputs)
 
-        A rank whose encoder fails goes on with zeros and says so in :meth:`settle`.
+    def plan_compared(self, compared: ComparedMicrobatch, encoded: Encoded) -> PlannedRows:
+        """Return what is to move; call it right before :meth:`move_together`.
+
+        A rank whose encoder failed goes on with zeros and says so in :meth:`settle`.
         """
-        encoded = self._try_to_encode(compared.modality_inputs)
         for name, bridge in self._bridges.items():
             bridge.resume(compared.announced[name])
         return self._agree(compared.known, compared.modality_inputs, compared.plans, encoded, {})
@@ -265,7 +271,7 @@ class RoutedPath:
         known: Known,
         modality_inputs: Mapping[str, Any] | None,
         plans: dict[str, RoutePlan],
-        encoded: tuple[dict[str, torch.Tensor], set[str], dict[str, list[int]], Exception | None],
+        encoded: Encoded,
         held: Mapping[str, Sequence[Runs]],
     ) -> PlannedRows:
         """What is to move where, agreed in the groups: what was encoded, by which plans."""
@@ -370,7 +376,7 @@ class RoutedPath:
 
     def _try_to_encode(
         self, modality_inputs: Mapping[str, Any] | None
-    ) -> tuple[dict[str, torch.Tensor], set[str], dict[str, list[int]], Exception | None]:
+    ) -> Encoded:
         """(rows by modality, who has a backward pass, whole items that CP cuts, what was raised).
 
         With an error there are no rows. An encoder that fails does so on all TP and CP ranks of a

@@ -153,7 +153,10 @@ class EncodesLater(Settles, Protocol):
         """Start settling it, as for ``plan``; ``check`` of what comes back waits, and raises."""
 
     def encode_compared(self, compared: Any) -> Any:
-        """Run the encoders; what comes back is as of ``plan``."""
+        """Run the encoders, and tell nobody."""
+
+    def plan_compared(self, compared: Any, encoded: Any) -> Any:
+        """Return what is as of ``plan``, right before the rows are sent off."""
 
     def start_settling(self) -> None:
         """Start telling how they did, when the rows of several microbatches were sent off."""
