@@ -32,6 +32,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from _groups(recipe)
     yield from _model(recipe)
     yield from _stages(recipe)
+    yield from _bubbles(recipe)
     yield from _sequences(recipe)
     yield from _batches(recipe)
     yield from _links(recipe)
