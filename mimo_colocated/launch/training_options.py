@@ -46,6 +46,10 @@ class TrainingOptions:
         "all of a step by default; without stages those that are encoded and sent off before the "
         "language model needs them, none by default", whole(1),
     )  # fmt: skip
+    encode_in_bubbles: int = option(
+        0, "of a pipelined language model (pp > 1), how many of a step's last microbatches are "
+        "encoded while a stage waits for the others, at most --micro-batches less pp", whole(0),
+    )  # fmt: skip
     language_layers: int = option(2, "layers of the language model", whole(1))
     virtual_stages: int = option(
         1, "stages per rank of a pipelined language model, which then interleaves", whole(1)
@@ -157,6 +161,8 @@ class TrainingOptions:
         )
         check_layouts(self.layouts, limits)
         self._check_pipeline()
+        if self.encode_in_bubbles:
+            self._check_bubbles()
 
     def check_nproc(self, world_size: int | None) -> None:
         """Refuse another number of processes than the ranks that were started.
@@ -167,6 +173,23 @@ class TrainingOptions:
         if world_size is not None and self.nproc not in (None, world_size):
             raise JobError(
                 f"--nproc {self.nproc} was given, but {world_size} ranks were started; leave it out"
+            )
+
+    def _check_bubbles(self) -> None:
+        """What encoding in the bubbles of a pipeline needs; the rest is checked in the step."""
+        given, stages = f"--encode-in-bubbles {self.encode_in_bubbles}", self.language.pp
+        most = max(self.micro_batches - stages, 0)
+        if stages == 1 or self.virtual_stages > 1 or self.bridge == "gather":
+            raise JobError(
+                f"{given} needs a pipelined language model (--language pp=2) with --virtual-stages "
+                f"1 and --bridge routed, got pp={stages}, {self.virtual_stages} and {self.bridge}"
+            )
+        if self.encode_ahead is not None:
+            raise JobError(f"{given} and --encode-ahead {self.encode_ahead}: give one of them")
+        if self.encode_in_bubbles > most:
+            raise JobError(
+                f"{given} of --micro-batches {self.micro_batches}: the first stage begins with "
+                f"{stages} before it waits for the others, so it can be at most {most}"
             )
 
     def _check_pipeline(self) -> None:

@@ -32,6 +32,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from _groups(recipe)
     yield from _model(recipe)
     yield from _stages(recipe)
+    yield from _bubbles(recipe)
     yield from _sequences(recipe)
     yield from _batches(recipe)
     yield from _links(recipe)
@@ -149,6 +150,30 @@ def _stages(recipe: Recipe) -> Iterator[str]:
             f"layout.virtual_stages={virtual} on pp=2 needs samples of one length, and these have "
             "several: two ranks that interleave cannot tell each other lengths; use pp=4, or "
             "layout.virtual_stages=1"
+        )
+
+
+def _bubbles(recipe: Recipe) -> Iterator[str]:
+    """What encoding in the bubbles of a pipeline needs; see ``TrainingOptions`` for other jobs."""
+    training, stages, virtual = recipe.training, recipe.language.pp, recipe.layout.virtual_stages
+    given, most = training.encode_in_bubbles, training.micro_batches - stages
+    if not given:
+        return
+    if stages == 1 or virtual > 1:
+        yield (
+            f"training.encode_in_bubbles={given} needs layout.language with pp=2 or more and "
+            f"layout.virtual_stages=1, got pp={stages} and {virtual}"
+        )
+    elif training.encode_ahead is not None:
+        yield (
+            f"training.encode_in_bubbles={given} and training.encode_ahead="
+            f"{training.encode_ahead} say both when microbatches are encoded; set one of them"
+        )
+    elif given > most:
+        yield (
+            f"training.encode_in_bubbles={given} of training.micro_batches="
+            f"{training.micro_batches}: the first stage begins with {stages} before it waits for "
+            f"the others, so it can be at most {max(most, 0)}"
         )
 
 

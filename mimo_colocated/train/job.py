@@ -100,6 +100,7 @@ class RunOptions(TrainingOptions):
             global_batch_size=training.global_batch_size,
             micro_batches=training.micro_batches,
             encode_ahead=training.encode_ahead,
+            encode_in_bubbles=training.encode_in_bubbles,
             lr=training.lr,
             clip_grad=training.clip_grad,
             max_skipped=training.max_skipped,

@@ -123,6 +123,8 @@ class TrainingPart:
         encode_ahead: microbatches that are encoded together, with a pipelined language model, None
             for all of a step; without stages those that are encoded and sent off before the
             language model needs them, None for none.
+        encode_in_bubbles: with a pipelined language model, how many of a step's last microbatches
+            are encoded while a stage waits for the others.
         lr: peak learning rate.
         min_lr: the last one.
         warmup_steps: until the peak; None for 20, or a tenth of the steps if that is less.
@@ -140,6 +142,7 @@ class TrainingPart:
     global_batch_size: int
     micro_batches: int = 1
     encode_ahead: int | None = None
+    encode_in_bubbles: int = 0
     lr: float = 1e-3
     min_lr: float = 0.0
     warmup_steps: int | None = None
@@ -366,6 +369,7 @@ class Recipe:
             ("training.global_batch_size", training.global_batch_size, 1),
             ("training.micro_batches", training.micro_batches, 1),
             ("training.encode_ahead", 1 if ahead is None else ahead, 1),
+            ("training.encode_in_bubbles", training.encode_in_bubbles, 0),
             ("layout.virtual_stages", self.layout.virtual_stages, 1),
             ("training.lr", training.lr, 0),
             ("training.min_lr", training.min_lr, 0),

@@ -246,6 +246,11 @@ def test_layouts_that_do_not_fit(arguments: str, message: str) -> None:
         ("--virtual-stages 2 --micro-batches 4 --encode-ahead 2", "needs --virtual-stages 1, got"),
         ("--language dp=8 --virtual-stages 2", "--virtual-stages is for a pipelined language"),
         ("--language dp=8 --encode-ahead 1", "--micro-batches 1 has no further ones; use 2 or"),
+        ("--micro-batches 4 --encode-in-bubbles 3", "it can be at most 2"),
+        ("--micro-batches 4 --encode-in-bubbles 1 --encode-ahead 1", "give one of them"),
+        ("--micro-batches 4 --encode-in-bubbles 1 --bridge gather", "routed, got pp=2, 1 and gath"),
+        ("--micro-batches 4 --encode-in-bubbles 1 --virtual-stages 2", "got pp=2, 2 and routed"),
+        ("--language dp=8 --micro-batches 4 --encode-in-bubbles 1", "got pp=1, 1 and routed"),
     ],
 )
 def test_what_a_pipelined_language_model_needs(arguments: str, message: str) -> None:
@@ -255,6 +260,7 @@ def test_what_a_pipelined_language_model_needs(arguments: str, message: str) -> 
     options = _parse(f"{base} --virtual-stages 2 --micro-batches 4")
     assert (options.language.pp, options.virtual_stages) == (2, 2)
     assert _parse(f"{base} --micro-batches 4 --encode-ahead 1").encode_ahead == 1
+    assert _parse(f"{base} --micro-batches 4 --encode-in-bubbles 2").encode_in_bubbles == 2
     one_stage = "--language dp=8 --global-batch-size 96 --micro-batches 2 --encode-ahead 1"
     assert _parse(one_stage).encode_ahead == 1
     assert _parse(f"{base} --bridge gather").language.pp == 2

@@ -178,6 +178,7 @@ def _options(row: Row, micro_batches: int) -> str:
     said += [f"{row.layers} layers"] if row.layers != 2 else []
     said += [f"{row.virtual_stages} virtual stages"] if row.virtual_stages > 1 else []
     said += [f"{row.encode_ahead} mb encoded ahead"] if row.encode_ahead else []
+    said += [f"{row.encode_in_bubbles} mb in bubbles"] if row.encode_in_bubbles else []
     said += [f"{row.recompute} recompute"] if row.recompute != "none" else []
     memory = {"encoder": row.encoder_memory, "projector": row.projector_memory}
     said += [f"{part} memory {how}" for part, how in memory.items() if how != "keep"]

@@ -63,6 +63,7 @@ def measure(row: Row, reference: Reference, micro_batches: int, steps: int) -> M
             micro_batches=row.resolved_micro_batches(micro_batches),
             warmup_steps=2,
             encode_ahead=row.encode_ahead or None,
+            encode_in_bubbles=row.encode_in_bubbles,
             # float16: far from its largest number, so that no step is skipped.
             initial_loss_scale=2.0**8,
         )

@@ -94,6 +94,7 @@ class Row:
         virtual_stages: of the language model on each rank.
         encode_ahead: microbatches that are encoded together, for pipeline stages, 0 for all;
             without stages those that are encoded ahead.
+        encode_in_bubbles: microbatches that are encoded in the bubbles of a pipeline.
         recompute: in both modules, as the digits job's option.
         encoder_memory, projector_memory: as the digits job's options.
     """
@@ -117,6 +118,7 @@ class Row:
     layers: int = 2
     virtual_stages: int = 1
     encode_ahead: int = 0
+    encode_in_bubbles: int = 0
     recompute: str = "none"
     encoder_memory: str = "keep"
     projector_memory: str = "keep"
@@ -265,6 +267,10 @@ _STAGES = (
     Row("pp2-memory-recompute-mixed", "tp=1,cp=2,pp=2,dp=2", "tp=2,dp=4", micro_batches=4,
         masks="uneven", images="mixed", encode_ahead=2, encoder_memory="recompute",
         projector_memory="offload", overlap=True),
+    Row("pp2-cp2-dp2-4mb-bubbles-mixed", "tp=1,cp=2,pp=2,dp=2", "tp=1,dp=8", micro_batches=4,
+        masks="uneven", images="mixed", encode_in_bubbles=2, overlap=True),
+    Row("pp4-cp2-8mb-bubbles-frozen", "tp=1,cp=2,pp=4,dp=1", "tp=2,dp=4", micro_batches=8,
+        masks="uneven", layers=4, freeze="encoder+projector", encode_in_bubbles=3, **_FULL),
 )  # fmt: skip
 
 # Two encoders, each on its own layout, beside one language model.

@@ -74,10 +74,11 @@ def test_rows_with_stages_have_every_other_way_to_cut_too() -> None:
     assert {cut.pp for cut in cuts} == {2, 4}
     for axis in ("tp", "cp", "dp"):
         assert {getattr(cut, axis) for cut in cuts} == {1, 2}
-    assert {row.micro_batches for row in STAGES} == {1, 4}
+    assert {row.micro_batches for row in STAGES} == {1, 4, 8}
     assert {row.images for row in STAGES} == {"all", "mixed"}
     assert {row.virtual_stages for row in STAGES} == {1, 2}
     assert {row.encode_ahead for row in STAGES} == {0, 1, 2}
+    assert {layouts(row).language.pp for row in STAGES if row.encode_in_bubbles} == {2, 4}
 
 
 def test_rows_with_two_encoders_have_every_direction_bridge_and_stages() -> None:

@@ -10,6 +10,7 @@ _ROUTES = UNIT + "test_stage_routes.py::"
 _ON_THREADS = UNIT + "test_stage_side.py::test_rows_and_gradients_against_one_rank"
 _ON_RANKS = UNIT + "test_pipeline_step_8rank.py::"
 _AHEAD = UNIT + "test_encode_ahead.py::"
+_BUBBLES = UNIT + "test_bubbles.py::"
 
 STAGES = (
     Mutant(
@@ -153,5 +154,37 @@ STAGES = (
         new='raise',
         tests=(UNIT + "test_stage_side.py::test_an_encoder_that_fails_stops_all",),
         why="replicas wait for the rows of one whose encoder raised",
+    ),
+    Mutant(
+        name="encoded-before-the-first-gradient-only",
+        file=MIMO + "pipeline/windows.py",
+        old="return later * stage // max(stages - 1, 1)",
+        new="return 0",
+        tests=(_BUBBLES + "test_what_fits_in_the_bubbles_takes_no_time",),
+        why="the last stage, which waits for no gradient, encodes while all others wait for it",
+    ),
+    Mutant(
+        name="gradients-of-bubbles-go-back-apart",
+        file=MIMO + "model/leaves.py",
+        old="together.setdefault(each.name if each.edges else each, [])",
+        new="together.setdefault(each, [])",
+        tests=(_BUBBLES + "test_gradients_are_those_without",),
+        why="sums of gradients round otherwise, and DDP sees two gradients of each weight",
+    ),
+    Mutant(
+        name="an-encoder-over-several-stages-encodes-in-bubbles",
+        file=MIMO + "pipeline/checks.py",
+        old="if (stage != stage[first[replica]]).any():",
+        new="if (stage != stage[first[replica]]).all():",
+        tests=(UNIT + "test_step_checks.py::test_what_can_be_encoded_in_bubbles",),
+        why="ranks of an encoder wait for one another in each other's bubbles, forever",
+    ),
+    Mutant(
+        name="one-microbatch-too-many-in-bubbles",
+        file=MIMO + "pipeline/checks.py",
+        old="if not 0 < encode_in_bubbles <= num_microbatches - stages:",
+        new="if not 0 < encode_in_bubbles <= num_microbatches - stages + 1:",
+        tests=(UNIT + "test_step_checks.py::test_what_can_be_encoded_in_bubbles",),
+        why="the first stage waits for rows that it has not sent off",
     ),
 )

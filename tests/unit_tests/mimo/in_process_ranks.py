@@ -177,6 +177,18 @@ class InProcessWorld:
                 del self._waiting[member]
                 self._ready.append(member)
 
+    def start(
+        self,
+        name: str,
+        group: InProcessGroup,
+        tensors: tuple[torch.Tensor, ...],
+        work: Callable[[list[tuple[torch.Tensor, ...]]], None],
+        same: bool = True,
+    ) -> Any:
+        """Begin a collective whose handle is waited for; here it is played at once."""
+        self.collective(name, group, tensors, work, same)
+        return _Done()
+
     def _rank_main(self, rank: int, body: Callable[[int], Any], results: list[Any]) -> None:
         _here.rank, _here.world = rank, self
         if self._gpu is not None:
@@ -312,10 +324,12 @@ def _collective(
     work: Callable[[list[tuple[torch.Tensor, ...]]], None],
     async_op: bool,
     same: bool = True,
-) -> _Done | None:
+) -> Any:
     detached = tuple(tensor.detach() for tensor in tensors)
+    if async_op:
+        return _here.world.start(name, group, detached, work, same)
     _here.world.collective(name, group, detached, work, same)
-    return _Done() if async_op else None
+    return None
 
 
 def _new_subgroups(
@@ -347,6 +361,7 @@ _PLAYED: dict[str, Callable[..., Any]] = {
     "get_rank": _rank_of,
     "get_world_size": _size_of,
     "get_process_group_ranks": lambda group: list(group.ranks),
+    "get_global_rank": lambda group, place: group.ranks[place],
     "get_backend_config": lambda group=None: "cpu:played",
     "new_group": _new_group,
     "new_subgroups_by_enumeration": _new_subgroups,

@@ -30,7 +30,8 @@ pytestmark = pytest.mark.once
 # What a run may be resumed with: where it runs, how fast, what is said and kept of it.
 MAY_CHANGE = {
     *("language", "vision", "nproc", "backend", "timeout", "sequence_parallel", "bridge"),
-    *("encode_ahead", "virtual_stages", "distributed_optimizer", "overlap_grad_reduce"),
+    *("encode_ahead", "encode_in_bubbles", "virtual_stages"),
+    *("distributed_optimizer", "overlap_grad_reduce"),
     *("overlap_param_gather", "recompute", "encoder_memory", "projector_memory", "memory_plan"),
     *("eval_batch_size", "evaluate", "clip_grad", "max_skipped", "packed", "experts", "freeze"),
     *("out", "save_every", "background_saves", "checkpoint_digests", "fresh"),

@@ -18,6 +18,7 @@ from mimo_colocated.launch.errors import JobError, did_you_mean
 from mimo_colocated.launch.layouts import Layout
 from mimo_colocated.train import command, plan
 from mimo_colocated.train.checks import DATA_KINDS
+from mimo_colocated.train.job import RunOptions
 from mimo_colocated.train.plan import check_data
 from mimo_colocated.train.profile_steps import Profile
 from mimo_colocated.train.reading import as_yaml, describe_shipped, read_recipe, shipped
@@ -127,7 +128,7 @@ def test_what_is_printed_is_the_same_recipe(file: Path, tmp_path: Path) -> None:
     again.write_text(as_yaml(recipe))
     assert read_recipe(str(again)) == recipe
     printed = yaml.safe_load(as_yaml(recipe))
-    assert set(printed["training"]) == {*WHOLE["training"], "encode_ahead"}
+    assert set(printed["training"]) == {*WHOLE["training"], "encode_ahead", "encode_in_bubbles"}
     order = ["name", "model", "layout", "data", "training", "evaluation", "lossy", "run"]
     assert list(printed) == order  # that of the recipes that ship
     assert list(printed["data"])[:2] == ["train", "held_out"]
@@ -276,6 +277,35 @@ def test_stages_are_fields_of_a_recipe(file: Path) -> None:
     assert recipe.held_out_micro_batches == 4
     assert read_recipe(str(file)).held_out_micro_batches == 1
     assert read_recipe(as_file(file, recipe)) == recipe
+
+
+BUBBLES = [
+    "layout.language=pp=4,dp=2",
+    "training.micro_batches=8",
+    "training.encode_in_bubbles=3",
+    "evaluation.batch=64",
+]
+
+
+def test_bubbles_are_a_field_of_a_recipe(file: Path) -> None:
+    recipe = read_recipe(str(file), BUBBLES)
+    assert RunOptions.of(recipe, fresh=True).encode_in_bubbles == 3
+    assert read_recipe(str(file)).training.encode_in_bubbles == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("training.encode_in_bubbles=5", "begins with 4 before it .*, so it can be at most 4$"),
+        ("training.encode_in_bubbles=-1", "it must be at least 0"),
+        ("training.encode_ahead=1", "say both when microbatches are encoded; set one of them"),
+        ("layout.virtual_stages=2", "layout.virtual_stages=1, got pp=4 and 2"),
+        ("layout.language=dp=8", "needs layout.language with pp=2 or more .*, got pp=1 and 1"),
+    ],
+)
+def test_bubbles_that_cannot_be_filled_are_refused(file: Path, change: str, said: str) -> None:
+    with pytest.raises(JobError, match=said):
+        read_recipe(str(file), [*BUBBLES, change])
 
 
 def as_file(beside: Path, recipe: Recipe) -> str:
@@ -482,6 +512,7 @@ ELSEWHERE = (
     ("model", "from_run"),  # test_fine_tuning.py
     ("layout", "virtual_stages"),  # PIPELINED
     ("training", "encode_ahead"),
+    ("training", "encode_in_bubbles"),  # BUBBLES
 )
 def test_links_are_named_by_a_preset_or_a_file(file: Path, tmp_path: Path) -> None:
     """In place of what the recipe says; ``--set`` changes them further."""

@@ -107,7 +107,7 @@ class RoutedBridge:
         if self.current_rank in self.layout.ranks:
             self.exchange = self.layout.group_of(self.current_rank)
             logger.debug("Bridge %s: rank %d in %s", self.name, self.current_rank, self.exchange)
-        self._confirmed = 0
+        self._confirmed, self._connected = 0, False
         self._announced: tuple[RoutePlan, torch.Tensor, Comparison] | None = None
         self._outcomes: list[Statement] = []
         self._settling: list[Comparison] = []
@@ -233,6 +233,24 @@ class RoutedBridge:
         comparison = self._compare(said, _NOT_MOVED)
         self._announced = plan, like, comparison
         return comparison
+
+    def set_aside(self) -> Any:
+        """Return what was announced last, for a later :meth:`resume`; None without any."""
+        announced, self._announced = self._announced, None
+        return announced
+
+    def resume(self, announced: Any) -> None:
+        """Let the next :meth:`confirm` be that of a plan that was announced and set aside."""
+        self._announced = announced
+
+    def connect(self, device: torch.device) -> None:
+        """Connect the ranks of the group, once; all of them call it.
+
+        NCCL connects ranks in a group's first collective, whose callers wait for one another.
+        """
+        if self.group is not None and not self._connected:
+            dist.all_reduce(torch.zeros(1, device=device), group=self.group)
+        self._connected = True
 
     def confirm(
         self, plan: RoutePlan, rows: torch.Tensor, problem: str | None = None

@@ -73,13 +73,15 @@ class TrainOptions:
 
     ``steps`` is the length of the learning-rate schedule; a run may stop earlier. ``encode_ahead``:
     see :func:`.forward_backward_pipelined`; without stages each microbatch is encoded when its turn
-    comes by default. ``groups`` are other learning rates and weight decay for some parameters.
+    comes by default. ``encode_in_bubbles``: see there, too. ``groups`` are other learning rates and
+    weight decay for some parameters.
     """
 
     steps: int
     global_batch_size: int
     micro_batches: int = 1
     encode_ahead: int | None = None
+    encode_in_bubbles: int = 0
     lr: float = 1.5e-3
     min_lr: float = 1.5e-4
     warmup_steps: int = 20
@@ -97,6 +99,7 @@ class TrainOptions:
             global_batch_size=options.global_batch_size,
             micro_batches=options.micro_batches,
             encode_ahead=options.encode_ahead,
+            encode_in_bubbles=options.encode_in_bubbles,
             lr=options.lr,
             min_lr=options.lr / 10,
             clip_grad=options.clip_grad,
@@ -150,8 +153,12 @@ class Runner:
             "collect_non_loss_data": forward_only,
         }
         ahead = self.options.encode_ahead
-        if self.groups.pp.size() > 1 or ahead is not None:
-            return forward_backward_pipelined(**keywords, encode_ahead=ahead)
+        # Evaluation has other numbers of microbatches, and no bubble on the first stage.
+        in_bubbles = 0 if forward_only else self.options.encode_in_bubbles
+        if self.groups.pp.size() > 1 or ahead is not None or in_bubbles:
+            return forward_backward_pipelined(
+                **keywords, encode_ahead=ahead, encode_in_bubbles=in_bubbles
+            )
         return forward_backward_no_pipelining(**keywords, seq_length=0, micro_batch_size=0)
 
     def from_last_stage(self, value: torch.Tensor) -> torch.Tensor:

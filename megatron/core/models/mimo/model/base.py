@@ -36,7 +36,7 @@ from megatron.core.models.mimo.model.rank_modules import RankModules
 from megatron.core.models.mimo.model.replaceable import ReplaceableSteps
 from megatron.core.models.mimo.model.row_path import RowPath, Runners, levels_of, settled
 from megatron.core.models.mimo.model.stage_checks import check_problems, check_stages, refuse_stages
-from megatron.core.models.mimo.model.stages import encode_together, run_stage
+from megatron.core.models.mimo.model.stages import encode_together, later_problem, run_stage
 from megatron.core.models.mimo.model.stock_steps import StockSteps
 from megatron.core.models.mimo.partition.packed_lengths import forget_lengths
 from megatron.core.models.mimo.partition.utils import PartitionAdapter
@@ -394,7 +394,10 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
     # -- a step in stages ------------------------------------------------------------------
 
     def encode_microbatches(
-        self, microbatches: Sequence[Mapping[str, Any]], problem: str | None = None
+        self,
+        microbatches: Sequence[Mapping[str, Any]],
+        problem: str | None = None,
+        later: int = 0,
     ) -> EncodedMicrobatches:
         """Run the encoders on microbatches and bring their rows to the first language stage.
 
@@ -407,17 +410,21 @@ class MimoModel(StockSteps, DDPMethods, MegatronModule):
                 ``attention_mask``, ``modality_inputs``, ``packing_kwargs`` and ``route_plan``.
             problem: why this rank cannot go on (its data ended, say). Told before any encoder
                 runs; the ranks that it exchanges rows with raise it too.
+            later: how many of the last ones are not encoded yet: see :class:`.LaterMicrobatches`,
+                ``later`` of what comes back.
 
         Raises:
             ValueError, RuntimeError: as ``forward`` over a routed bridge; a rank has a problem;
-                ranks have different numbers of microbatches.
+                ranks have different numbers of microbatches; later ones without route plans.
         """
         self.start_param_gathers()
+        if later and problem is None:
+            problem = later_problem(self._row_path, microbatches[-later:])
         check_problems(self._row_path, problem, len(microbatches))
         for batch in microbatches:
             if batch.get("route_plan") is not None:
                 self._check_takes_route_plans()
-        return encode_together(self._row_path, microbatches)
+        return encode_together(self._row_path, microbatches, later)
 
     def forward_stage(
         self,

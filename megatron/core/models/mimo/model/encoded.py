@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.mimo.model.leaves import Leaves
+
+if TYPE_CHECKING:
+    from megatron.core.models.mimo.model.later import LaterMicrobatches
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +39,7 @@ class EncodedMicrobatches:
     Attributes:
         backward_per_microbatch: modalities whose encoders run backward once per microbatch, not
             once for all of them.
+        later: the step's last ones, if they were left for later; they go back with the others.
     """
 
     def __init__(
@@ -43,8 +47,9 @@ class EncodedMicrobatches:
         microbatches: list[EncodedMicrobatch],
         leaves: Leaves,
         backward_per_microbatch: Collection[str],
+        later: LaterMicrobatches | None = None,
     ) -> None:
-        self._microbatches, self._leaves = microbatches, leaves
+        self._microbatches, self._leaves, self.later = microbatches, leaves, later
         self.backward_per_microbatch = backward_per_microbatch
 
     @property

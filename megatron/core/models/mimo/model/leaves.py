@@ -41,7 +41,7 @@ class Leaves:
         return pieces.leaves
 
     def cut_when_landed(
-        self, parts: Sequence[tuple[Flight, list[torch.Tensor]]], offloaded: Any
+        self, parts: Sequence[tuple[Flight, list[torch.Tensor]]], offloaded: Any, name: str
     ) -> list[Pieces]:
         """Return the pieces of several flights of the same rows; :meth:`land` cuts them.
 
@@ -50,10 +50,11 @@ class Leaves:
         Args:
             parts: of each flight, the ``indices`` of :meth:`cut`.
             offloaded: as for :meth:`cut`.
+            name: of the modality, which runs backward once, however many times its rows moved.
         """
         pieces = [Pieces(indices) for _, indices in parts]
         flights = [flight for flight, _ in parts]
-        self._coming.append(_Coming(pieces, flights, offloaded, torch.is_grad_enabled()))
+        self._coming.append(_Coming(pieces, flights, offloaded, name, torch.is_grad_enabled()))
         return pieces
 
     def land(self) -> None:
@@ -63,7 +64,7 @@ class Leaves:
             with torch.set_grad_enabled(each.grad_enabled):
                 rows = [flight.arrive() for flight in each.flights]
                 edges = [flight.edge for flight in each.flights if flight.edge is not None]
-                self._cut(each.pieces, rows, edges, each.offloaded)
+                self._cut(each.pieces, rows, edges, each.offloaded, each.name)
 
     def send_back(self) -> None:
         """Start the exchanges of the leaves' gradients, once; nothing waits for them.
@@ -87,23 +88,36 @@ class Leaves:
         ends, self._ends = self._ends, []
         if any(not each.edges for each in ends):
             phases.mark(phases.BRIDGE_BACKWARD)
+        # One backward pass of a modality gives each weight one gradient, which is what DDP counts,
+        # summed in the order in which it would be if all its rows had moved together.
+        together: dict[Any, list[_End]] = {}
         for each in reversed(ends):
-            if each.offloaded is not None:
+            together.setdefault(each.name if each.edges else each, []).append(each)
+        for group in together.values():
+            offloaded = [each.offloaded for each in group if each.offloaded is not None]
+            if offloaded:
                 # Not before: gradients that were sent back may be on their way for long.
-                each.offloaded.start_reload()
-            if each.edges:
-                torch.autograd.backward(each.edges, each.gradients)
+                offloaded[0].start_reload()
+            if group[0].edges:
+                edges = [edge for each in group for edge in each.edges]
+                gradients = [one for each in group for one in each.gradients or ()]
+                torch.autograd.backward(edges, gradients)
             else:
-                each.scalar.backward()
+                group[0].scalar.backward()
 
     def _cut(
-        self, pieces: list[Pieces], rows: list[torch.Tensor], edges: list[Any], offloaded: Any
+        self,
+        pieces: list[Pieces],
+        rows: list[torch.Tensor],
+        edges: list[Any],
+        offloaded: Any,
+        name: str = "",
     ) -> None:
         for each, row in zip(pieces, rows, strict=True):
             each.requires_grad = row.requires_grad
         end = _HandOver.apply(pieces, *rows)
         if end.requires_grad:
-            self._ends.append(_End(end, edges, offloaded))
+            self._ends.append(_End(end, edges, offloaded, name))
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +127,7 @@ class _Coming:
     pieces: list[Pieces]
     flights: list[Flight]
     offloaded: Any
+    name: str
     grad_enabled: bool
 
 
@@ -121,12 +136,13 @@ class _End:
     """Where the way back begins: ``scalar``; and where it is cut in two: the flights' ``edges``.
 
     ``gradients`` there are known once the first half was walked. ``offloaded``: what the second
-    half reads from the host, if anything.
+    half reads from the host, if anything. ``name``: of the modality that runs backward there.
     """
 
     scalar: torch.Tensor
     edges: list[Any]
     offloaded: Any
+    name: str
     gradients: Sequence[torch.Tensor] | None = None
 
 

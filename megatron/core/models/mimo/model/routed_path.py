@@ -9,14 +9,13 @@ meanwhile, and the rows are put among them as they arrive.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from megatron.core.models.mimo.comm.collectives import sum_gradients
-from megatron.core.models.mimo.comm.exchange import Flight, to_device
+from megatron.core.models.mimo.comm.exchange import to_device
 from megatron.core.models.mimo.comm.input_balance import InputBalance
 from megatron.core.models.mimo.comm.plan.routes import RoutePlan, RowCountError
 from megatron.core.models.mimo.comm.plan.token_runs import Runs, TokenRuns
@@ -33,83 +32,21 @@ from megatron.core.models.mimo.model.input_checks import (
     names_problem,
 )
 from megatron.core.models.mimo.model.language_batch import LanguageBatch
-from megatron.core.models.mimo.model.leaves import Leaves, Pieces
+from megatron.core.models.mimo.model.leaves import Leaves
 from megatron.core.models.mimo.model.local_text import LocalText
+from megatron.core.models.mimo.model.routed_rows import (
+    ComparedMicrobatch,
+    Encoded,
+    Known,
+    LandedRows,
+    PlannedRows,
+    RowsForPlaces,
+)
 from megatron.core.models.mimo.model.row_path import Runners
 from megatron.core.models.mimo.model.token_positions import TEXT, BatchReading, fill_places
 from megatron.core.models.mimo.partition.utils import Sharded, cuts_as_ours
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from mimo_colocated import phases
-
-
-@dataclass(frozen=True, eq=False)
-class PlannedRows:
-    """What one microbatch brings to the routed bridges; by modality.
-
-    Attributes:
-        batch: the language replica's, prepared.
-        rows: this rank's encoder output ``(n, H)``.
-        plans: where the rows go.
-        tokens: where the tokens of the rank's language replica stand.
-        moving: the modalities whose exchange the rank enters.
-    """
-
-    batch: LanguageBatch
-    rows: dict[str, torch.Tensor]
-    plans: dict[str, RoutePlan]
-    tokens: dict[str, TokenRuns]
-    moving: list[str]
-
-
-@dataclass(frozen=True, eq=False)
-class LandedRows:
-    """A modality's rows of one microbatch among those that move together.
-
-    Attributes:
-        pieces: a leaf ``(own, H)`` of each microbatch; no rows on later stages.
-        number: of the microbatch among them.
-        place: as of :class:`.RoutePlan`, on the device.
-    """
-
-    pieces: Pieces
-    number: int
-    place: torch.Tensor
-
-    def arrive(self) -> torch.Tensor:
-        """Return the rows; they have landed."""
-        return self.pieces.leaves[self.number]
-
-
-@dataclass(frozen=True, eq=False)
-class RowsForPlaces:
-    """One microbatch's rows for the places that this rank owns.
-
-    Attributes:
-        tokens: modality -> where its tokens stand in the rank's language batch.
-        rows: modality -> its rows, for modalities that brought any.
-        arrived: those whose levels are yet to be taken.
-    """
-
-    tokens: dict[str, TokenRuns]
-    rows: Mapping[str, Flight] | Mapping[str, LandedRows]
-    arrived: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class _Known:
-    """What the host knows of a language batch.
-
-    Attributes:
-        batch: prepared as far as it goes.
-        tokens: where the tokens of each modality stand.
-        seen: those that were looked at, bool ``(B, S)``; of plans made ahead not always.
-        problem: why this rank cannot go on, if it cannot.
-    """
-
-    batch: LanguageBatch
-    tokens: dict[str, TokenRuns]
-    seen: dict[str, np.ndarray]
-    problem: str | None
 
 
 class RoutedPath:
@@ -183,14 +120,71 @@ class RoutedPath:
         plans = dict(route_plan or {})
         reading = self._start_reading(batch, plans)
         given = modality_inputs
-        known: _Known | None = None
+        known: Known | None = None
         if reading.on_host:
             known = self._know(batch, given, plans, reading)
             self._announced.announce(known.batch, given, plans, known.problem, known.seen)
         modality_inputs, held = self._balance_inputs(modality_inputs, plans)
-        rows, part, items, failure = self._try_to_encode(modality_inputs)
+        encoded = self._try_to_encode(modality_inputs)
         # What only the device knows is waited for while it has the encoders to run.
         known = known or self._know(batch, given, plans, reading)
+        return self._agree(known, modality_inputs, plans, encoded, held)
+
+    def later_problem(self, route_plan: Mapping[str, RoutePlan] | None) -> str | None:
+        """Return why a microbatch cannot be encoded later than its plans are compared."""
+        if not self._deepstack.width:
+            return "the language config must say hidden_size before rows of later microbatches do"
+        missing = sorted(self._bridges.keys() - (route_plan or {}).keys())
+        return None if not missing else (
+            f"a microbatch that is encoded in a bubble has no route plan of {', '.join(missing)}; "
+            "plan each modality's routes with the batch (route_plan), or set encode_in_bubbles=0"
+        )
+
+    def compare(
+        self,
+        batch: LanguageBatch,
+        modality_inputs: Mapping[str, Any] | None,
+        route_plan: Mapping[str, RoutePlan],
+    ) -> ComparedMicrobatch:
+        """Start comparing the plans of a microbatch that is encoded later; all ranks call it.
+
+        Args:
+            batch, modality_inputs, route_plan: as for :meth:`plan`, with plans of all modalities.
+        """
+        plans = dict(route_plan)
+        known = self._know(batch, modality_inputs, plans, self._start_reading(batch, plans))
+        self._announced.announce(known.batch, modality_inputs, plans, known.problem, known.seen)
+        aside = {name: bridge.set_aside() for name, bridge in self._bridges.items()}
+        return ComparedMicrobatch(known, modality_inputs, plans, aside)
+
+    def encode_compared(self, compared: ComparedMicrobatch) -> Encoded:
+        """Run the encoders on a microbatch whose plans were compared; wait for no other rank."""
+        return self._try_to_encode(compared.modality_inputs)
+
+    def plan_compared(self, compared: ComparedMicrobatch, encoded: Encoded) -> PlannedRows:
+        """Return what is to move; call it right before :meth:`move_together`.
+
+        A rank whose encoder failed goes on with zeros and says so in :meth:`settle`.
+        """
+        for name, bridge in self._bridges.items():
+            bridge.resume(compared.announced[name])
+        return self._agree(compared.known, compared.modality_inputs, compared.plans, encoded, {})
+
+    def connect(self) -> None:
+        """Connect the ranks of all exchange groups; all ranks call it."""
+        for name, bridge in self._bridges.items():
+            bridge.connect(self._runners.encoders.device_of(name))
+
+    def _agree(
+        self,
+        known: Known,
+        modality_inputs: Mapping[str, Any] | None,
+        plans: dict[str, RoutePlan],
+        encoded: Encoded,
+        held: Mapping[str, Sequence[Runs]],
+    ) -> PlannedRows:
+        """What is to move where, agreed in the groups: what was encoded, by which plans."""
+        rows, part, items, failure = encoded
         batch, tokens = known.batch, known.tokens
         problem = known.problem or (failure and problem_of(failure, "an encoder"))
         self._announced.failure = self._announced.failure or failure
@@ -219,14 +213,14 @@ class RoutedPath:
         modality_inputs: Mapping[str, Any] | None,
         plans: Mapping[str, RoutePlan],
         reading: BatchReading,
-    ) -> _Known:
+    ) -> Known:
         """What the host has to know of a batch, and why this rank cannot go on with it."""
         seen = reading.arrive()
         batch, problem = self._try_to_prepare(batch)
         tokens = self._places(batch, plans, seen)
         encoders = self._runners.modules.encoders
         problem = problem or names_problem(tokens, modality_inputs, plans, encoders, self._bridges)
-        return _Known(batch, tokens, seen, problem)
+        return Known(batch, tokens, seen, problem)
 
     def _try_to_prepare(self, batch: LanguageBatch) -> tuple[LanguageBatch, str | None]:
         """The batch, prepared as far as it goes, and why it cannot be cut."""
@@ -291,7 +285,7 @@ class RoutedPath:
 
     def _try_to_encode(
         self, modality_inputs: Mapping[str, Any] | None
-    ) -> tuple[dict[str, torch.Tensor], set[str], dict[str, list[int]], Exception | None]:
+    ) -> Encoded:
         """(rows by modality, who has a backward pass, whole items that CP cuts, what was raised).
 
         With an error there are no rows. An encoder that fails does so on all TP and CP ranks of a
@@ -338,6 +332,10 @@ class RoutedPath:
         for bridge in self._bridges.values():
             found = bridge.hear(found, count)
         return found
+
+    def start_settling(self) -> None:
+        """Start telling how they did, which :meth:`settle` does as well; all ranks call it."""
+        self._announced.start_settling()
 
     def settle(self) -> None:
         """Hear how the encoders of announced plans did, see :meth:`.AnnouncedPlans.settle`."""
@@ -391,7 +389,7 @@ class RoutedPath:
             (flight, list(flight.place.split([i.size for i in routes.own_index])))
             for flight, routes in zip(flights, merged, strict=True)
         ]
-        pieces = leaves.cut_when_landed(parts, offloaded)[at]
+        pieces = leaves.cut_when_landed(parts, offloaded, name)[at]
         places = [bridge.tensors(plan, rows.device).place for plan in plans[at]]
         return [LandedRows(pieces, number, place) for number, place in enumerate(places)]
 

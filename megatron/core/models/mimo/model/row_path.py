@@ -130,6 +130,38 @@ class Settles(Protocol):
         """Drop what was to be heard, after an error."""
 
 
+@runtime_checkable
+class EncodesLater(Settles, Protocol):
+    """A way that settles where rows go before the encoders that make them run.
+
+    These may then run at a time of each rank's own: none waits for another one until the rows that
+    :meth:`RowPath.move_together` sent off are needed.
+    """
+
+    def later_problem(self, route_plan: Mapping[str, RoutePlan] | None) -> str | None:
+        """Return why that cannot be done with a microbatch, if it cannot."""
+
+    def connect(self) -> None:
+        """Let the first exchange of rows wait for no rank that is not there yet."""
+
+    def compare(
+        self,
+        batch: LanguageBatch,
+        modality_inputs: Mapping[str, Any] | None,
+        route_plan: Mapping[str, RoutePlan],
+    ) -> Any:
+        """Start settling it, as for ``plan``; ``check`` of what comes back waits, and raises."""
+
+    def encode_compared(self, compared: Any) -> Any:
+        """Run the encoders, and tell nobody."""
+
+    def plan_compared(self, compared: Any, encoded: Any) -> Any:
+        """Return what is as of ``plan``, right before the rows are sent off."""
+
+    def start_settling(self) -> None:
+        """Start telling how they did, when the rows of several microbatches were sent off."""
+
+
 @contextlib.contextmanager
 def settled(path: RowPath) -> Iterator[None]:
     """Settle at the end of a block what moved in it, if the way has anything to settle."""

@@ -12,36 +12,49 @@ from torch import nn
 from megatron.core.models.mimo.model.encoded import EncodedMicrobatch, EncodedMicrobatches
 from megatron.core.models.mimo.model.language_batch import LanguageBatch
 from megatron.core.models.mimo.model.language_runner import LanguageRunner
+from megatron.core.models.mimo.model.later import LaterMicrobatches
 from megatron.core.models.mimo.model.leaves import Leaves
 from megatron.core.models.mimo.model.no_samples import cut_back, without_items
-from megatron.core.models.mimo.model.row_path import RowPath, levels_of, settled
+from megatron.core.models.mimo.model.row_path import EncodesLater, RowPath, levels_of, settled
 from megatron.core.models.mimo.partition.packed_lengths import forget_lengths
 from megatron.core.utils import unwrap_model
 
 
 def encode_together(
-    path: RowPath, microbatches: Sequence[Mapping[str, Any]]
+    path: RowPath, microbatches: Sequence[Mapping[str, Any]], later: int
 ) -> EncodedMicrobatches:
     """Run the encoders on every microbatch, then one exchange per modality.
 
     Args:
         path: of the rows.
-        microbatches: as for ``MimoModel.encode_microbatches``.
+        microbatches, later: as for ``MimoModel.encode_microbatches``.
     """
     leaves = Leaves()
     for batch in microbatches:
         forget_lengths(batch.get("packing_kwargs"))
+    first = len(microbatches) - later
+    further = LaterMicrobatches(path, microbatches[first:], leaves) if later else None
     planned = (
         path.plan(
             LanguageBatch.of(batch),
             without_items(batch.get("modality_inputs")),
             batch.get("route_plan"),
         )
-        for batch in microbatches
+        for batch in microbatches[:first]
     )
     with settled(path):
         encoded = [EncodedMicrobatch(rows) for rows in path.move_together(planned, leaves)]
-    return EncodedMicrobatches(encoded, leaves, path.backward_per_microbatch)
+        if further is not None:
+            further.check()
+    return EncodedMicrobatches(encoded, leaves, path.backward_per_microbatch, further)
+
+
+def later_problem(path: RowPath, microbatches: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return why some microbatches cannot be encoded later than the others of their step."""
+    if microbatches and not isinstance(path, EncodesLater):
+        return "rows move over a bridge whose ranks meet when they encode; set encode_in_bubbles=0"
+    problems = (path.later_problem(batch.get("route_plan")) for batch in microbatches)  # type: ignore[attr-defined]
+    return next(filter(None, problems), None)
 
 
 def run_stage(

@@ -5,6 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+from torch.distributed.fsdp import FSDPModule
+
+from megatron.core.models.mimo.comm.routed_bridge import RoutedBridge
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY, ModuleLayout
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.models.mimo.model.ddp_methods import first_microbatch_layers, in_low_precision
@@ -84,3 +88,70 @@ def check_step(
             f"pg_collection has {groups.pp.size()} pipeline stages, the language grid "
             f"{grid.dim_size('pp')}; pass the language model's groups"
         )
+
+
+def check_bubbles(
+    mimo: MimoModel,
+    num_microbatches: int,
+    groups: ProcessGroupCollection,
+    encode_ahead: int | None,
+    encode_in_bubbles: int,
+) -> None:
+    """Refuse to encode in bubbles what cannot be; all ranks refuse alike.
+
+    Args:
+        mimo, num_microbatches, groups, encode_ahead: as for :func:`check_step`.
+        encode_in_bubbles: microbatches of the step.
+
+    Raises:
+        ValueError: see :func:`.forward_backward_pipelined`.
+    """
+    if encode_in_bubbles == 0:
+        return
+    asked, stages = f"encode_in_bubbles={encode_in_bubbles}", groups.pp.size()
+    if stages == 1 or len(mimo.language_stages()) > 1:
+        has = "no pipeline stages" if stages == 1 else "virtual stages"
+        raise ValueError(
+            f"{asked} fills the bubbles of 1F1B, and this language model has {has}; use "
+            + ("encode_ahead, or 0" if stages == 1 else "0, or a pipeline without virtual stages")
+        )
+    if encode_ahead is not None:
+        raise ValueError(
+            f"{asked} and encode_ahead={encode_ahead} say both when microbatches are encoded; set "
+            "one of them"
+        )
+    if not 0 < encode_in_bubbles <= num_microbatches - stages:
+        raise ValueError(
+            f"{asked} of {num_microbatches} microbatches: the first stage begins with {stages} "
+            f"before it waits for the others, so it can be 0 to {max(num_microbatches - stages, 0)}"
+        )
+    for (name, _), bridge in mimo.colocated_comms.items():
+        if not isinstance(bridge, RoutedBridge):
+            raise ValueError(
+                f"{asked} needs a routed bridge for each modality, '{name}' has another one, whose "
+                "ranks meet while they encode; use bridge='routed', or 0"
+            )
+        if bridge.guard != "always":
+            raise ValueError(
+                f"{asked} needs bridge_guard='always', got {bridge.guard!r}: a rank whose encoder "
+                "fails in the middle of the pipeline is heard of over it"
+            )
+        replica, stage = bridge.layout.src_dp, bridge.layout.dest_pp
+        _, first = np.unique(replica, return_index=True)
+        if (stage != stage[first[replica]]).any():
+            raise ValueError(
+                f"{asked}: an encoder replica of '{name}' has ranks on several pipeline stages, "
+                "which wait for each other while they encode and have their bubbles at other "
+                "times; use a layout of the encoder whose tp * cp ranks are on one stage, or 0"
+            )
+    for name, module in mimo.modality_submodules.items():
+        experts = any(
+            getattr(getattr(part, "config", None), "expert_model_parallel_size", 1) > 1
+            for part in module.modules()
+        )
+        if experts or any(isinstance(part, FSDPModule) for part in module.modules()):
+            raise ValueError(
+                f"{asked}: replicas of '{name}' wait for each other while they encode, with "
+                + ("experts that they share out" if experts else "weights that FSDP has cut")
+                + "; use 0"
+            )

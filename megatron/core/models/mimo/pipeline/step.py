@@ -9,7 +9,8 @@
 
 Then gradients are finalised, once, for all modules. With ``encode_ahead`` the phases alternate
 instead: a few microbatches are encoded at a time, and their gradients go back as soon as the first
-stage has all of them, so that what the encoders keep does not grow with the microbatches. With one
+stage has all of them, so that what the encoders keep does not grow with the microbatches. With
+``encode_in_bubbles`` the last microbatches are encoded while a stage waits for others. With one
 stage the exchanges then run beside the language model: rows and gradients of other microbatches are
 on their way while it works on one.
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -31,15 +32,16 @@ from megatron.core.models.mimo.comm.plan_guard import problem_of
 from megatron.core.models.mimo.memory.layer_recompute import gradients_come_apart
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.models.mimo.model.ddp_methods import first_microbatch_layers
-from megatron.core.models.mimo.model.encoded import EncodedMicrobatches
+from megatron.core.models.mimo.model.encoded import EncodedMicrobatch, EncodedMicrobatches
+from megatron.core.models.mimo.model.later import LaterMicrobatches
 from megatron.core.models.mimo.model.no_samples import (
     padded_shape,
     padding_for,
     padding_problem,
 )
-from megatron.core.models.mimo.pipeline.checks import check_step
-from megatron.core.models.mimo.pipeline.windows import Windows
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.models.mimo.pipeline.between_stages import EncodingP2P, NotedP2P
+from megatron.core.models.mimo.pipeline.checks import check_bubbles, check_step
+from megatron.core.models.mimo.pipeline.windows import Windows, before_the_first_input
 from megatron.core.pipeline_parallel.schedules import (
     forward_backward_no_pipelining,
     forward_backward_pipelining_with_interleaving,
@@ -65,6 +67,7 @@ def forward_backward_pipelined(
     num_microbatches: int,
     pg_collection: ProcessGroupCollection,
     encode_ahead: int | None = None,
+    encode_in_bubbles: int = 0,
     forward_only: bool = False,
     collect_non_loss_data: bool = False,
     force_all_reduce: bool = False,
@@ -91,6 +94,11 @@ def forward_backward_pipelined(
             With one stage, microbatches that are encoded and sent off before the language model
             needs them; those of at most ``encode_ahead + 2`` are kept. ``None`` encodes all of the
             step together, which virtual stages need.
+        encode_in_bubbles: of ``p > 1`` stages, how many of the step's last microbatches are
+            encoded while a stage waits for the others to fill the pipeline, at most
+            ``num_microbatches - p``. They need route plans made ahead. It fits in the bubbles
+            where encoding them takes no longer than ``p - 1`` forward passes of a stage. In
+            evaluation, whose first stage never waits, all are encoded before, as with 0.
         forward_only: for evaluation: no backward, no gradients.
         collect_non_loss_data: as for the schedules.
         force_all_reduce: handed on to ``finalize_model_grads_func``.
@@ -111,11 +119,14 @@ def forward_backward_pipelined(
     fractions: list[torch.Tensor] = []
     config = _schedule_config(mimo, counted, backward)
     windows = Windows.of(num_microbatches, pg_collection.pp.size(), encode_ahead)
-    encoders = _Encoders(mimo, data_iterator, windows, backward)
+    check_bubbles(mimo, num_microbatches, pg_collection, encode_ahead, encode_in_bubbles)
+    later = encode_in_bubbles if backward else 0
+    share = before_the_first_input(later, pg_collection.pp.rank(), pg_collection.pp.size())
+    encoders = _Encoders(mimo, data_iterator, windows, backward, later, share)
     encoders.ask(0)
     samples, length = encoders.shape
     schedule, keywords = _schedule(mimo, encoders, config, pg_collection)
-    with torch.set_grad_enabled(backward):
+    with torch.set_grad_enabled(backward), encoders.settled():
         reports = schedule(
             forward_step_func=_counting(forward_step_func, fractions),
             model=[LanguageStage(mimo, stage, config) for stage in mimo.language_stages()],
@@ -174,12 +185,12 @@ def _schedule(
         # Its first stage begins microbatches in groups, so all of them were encoded before.
         return forward_backward_pipelining_with_interleaving, {
             "data_iterator": encoders.batches_for(virtual),
-            "p2p_communicator": _NotedP2P(groups.pp, config),
+            "p2p_communicator": NotedP2P(groups.pp, config),
         }
     if groups.pp.size() > 1:
         return forward_backward_pipelining_without_interleaving, {
             "data_iterator": encoders.batches(ask=False),
-            "p2p_communicator": _EncodingP2P(groups.pp, config, encoders),
+            "p2p_communicator": EncodingP2P(groups.pp, config, encoders),
         }
     return forward_backward_no_pipelining, {"data_iterator": encoders.batches(ask=True)}
 
@@ -224,12 +235,23 @@ class _Encoders:
 
     Windows that are encoded ahead leave their exchange running, and so do the gradients that go
     back then: they are waited for when the next window is asked for.
+
+    The ``later`` last microbatches of a step that is one window are encoded in bubbles, of them
+    ``before_input`` before this stage's first input.
     """
 
     def __init__(
-        self, model: MimoModel, data: Iterator[Microbatch], windows: Windows, backward: bool
+        self,
+        model: MimoModel,
+        data: Iterator[Microbatch],
+        windows: Windows,
+        backward: bool,
+        later: int = 0,
+        before_input: int = 0,
     ) -> None:
         self._model, self._data, self._windows = model, data, windows
+        self._later, self._before_input = later, before_input
+        self._in_bubbles: LaterMicrobatches | None = None
         self._count, self._window, self._backward = windows.count, windows.size, backward
         # Microbatches go back together, the first one last: none may overwrite the others' sum, as
         # Transformer Engine has the first one do where its kernels add to gradients.
@@ -247,6 +269,8 @@ class _Encoders:
 
     def ask(self, number: int) -> None:
         """To be called before microbatch ``number``; runs encoders where it is their turn."""
+        if self._in_bubbles is not None and number == self._count - self._later:
+            self._hand_on(number, self._in_bubbles.land())
         window = number // self._window
         if window != self._asked:
             return
@@ -260,6 +284,21 @@ class _Encoders:
             self._encode(self._encoded)
             self._encoded += 1
         self._land(window)
+
+    def encode_later(self, *, first_wait: bool) -> None:
+        """Encode what is left for bubbles: this stage's share before its first input, or all."""
+        if self._in_bubbles is not None:
+            with torch.set_grad_enabled(self._backward):
+                self._in_bubbles.encode(self._before_input if first_wait else self._later)
+
+    def send_later(self) -> None:
+        """Send off the rows of what was left for bubbles; nothing waits for them."""
+        if self._in_bubbles is not None:
+            self._in_bubbles.send()
+
+    def settled(self) -> AbstractContextManager[Any]:
+        """Return a context at whose end ranks hear how encoders did on what was left."""
+        return nullcontext() if self._in_bubbles is None else self._in_bubbles.settled()
 
     def batches(self, *, ask: bool) -> Iterator[dict[str, Any]]:
         """The language side of every microbatch; with ``ask`` each is asked for before."""
@@ -285,7 +324,8 @@ class _Encoders:
         first = window * self._window
         batches, problem = self._read(first, min(self._window, self._count - first))
         with torch.set_grad_enabled(self._backward):
-            encoded = self._model.encode_microbatches(batches, problem)
+            encoded = self._model.encode_microbatches(batches, problem, self._later)
+        self._in_bubbles = encoded.later
         self._sent.append((batches, encoded))
         if self._backward:
             self._under_way[window] = encoded
@@ -294,11 +334,15 @@ class _Encoders:
         """The language model is to begin with a window, so its rows have to be there."""
         batches, encoded = self._sent.pop(0)
         first = window * self._window
-        for number, (batch, rows) in enumerate(zip(batches, encoded.microbatches, strict=True)):
-            language = {k: v for k, v in batch.items() if k not in _READ_BY_ENCODERS}
-            empty = self._empty.pop(first + number, None)
-            numbered = replace(rows, number=first + number, stands_for=empty)
-            self._language[first + number] = {**language, ENCODED: numbered}
+        for number, batch in enumerate(batches, first):
+            self._language[number] = {k: v for k, v in batch.items() if k not in _READ_BY_ENCODERS}
+        self._hand_on(first, encoded.microbatches)
+
+    def _hand_on(self, first: int, encoded: Sequence[EncodedMicrobatch]) -> None:
+        """Rows have landed: the language model gets them with the rest of their microbatch."""
+        for number, rows in enumerate(encoded, first):
+            empty = self._empty.pop(number, None)
+            self._language[number][ENCODED] = replace(rows, number=number, stands_for=empty)
 
     def _send_back(self, window: int) -> None:
         encoded = self._under_way.get(window)
@@ -368,50 +412,6 @@ class _Encoders:
                 made[number] = padding_for(self._model, batch, shape)
                 self._empty[first + number] = tuple(each.shape)
         return made
-
-
-class _NotedP2P(P2PCommunicator):
-    """Stock's exchange between stages; a rank that waits in it notes for whom.
-
-    PyTorch's flight recorder has no sends and receives of gloo.
-    """
-
-    def _communicate(self, **tensors: Any) -> Any:
-        def ranks(before: str, after: str) -> list[Any]:
-            ends = ((before, self.prev_rank), (after, self.next_rank))
-            return [
-                rank
-                for name, rank in ends
-                if tensors[name] is not None and tensors[name] is not False
-            ]
-
-        sends = ranks("tensor_send_prev", "tensor_send_next")
-        receives = ranks("recv_prev", "recv_next")
-        kind = "receive" if receives else "send"
-        with phases.waiting(kind, sorted({*sends, *receives}), self.pp_group.group_desc):
-            return super()._communicate(**tensors)
-
-
-class _EncodingP2P(_NotedP2P):
-    """Stock's exchange between stages; encoders take their turns before a stage waits for input."""
-
-    def __init__(self, pp_group: Any, config: Any, encoders: _Encoders) -> None:
-        super().__init__(pp_group, config)
-        self._encoders, self._asked = encoders, 0
-
-    def _ask(self) -> None:
-        self._encoders.ask(self._asked)
-        self._asked += 1
-
-    def recv_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Ask, then as stock."""
-        self._ask()
-        return super().recv_forward(*args, **kwargs)
-
-    def send_backward_recv_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Ask, then as stock."""
-        self._ask()
-        return super().send_backward_recv_forward(*args, **kwargs)
 
 
 @contextmanager

@@ -41,3 +41,17 @@ class Windows:
     def upto(self, window: int) -> int:
         """Return how many windows are encoded when the language model begins with one."""
         return min(window + 1 + self.ahead, -(-self.count // self.size))
+
+
+def before_the_first_input(later: int, stage: int, stages: int) -> int:
+    """Return how many of a step's later microbatches a stage encodes before its first input.
+
+    The others it encodes before its first gradient. Stage ``s`` of ``p`` waits ``s`` forward passes
+    for the one and ``p - 1 - s`` backward passes for the other, so where encoding all of them takes
+    no longer than ``p - 1`` forward passes, and a backward pass no less than a forward pass, no
+    stage is late, but for what is left of whole microbatches.
+
+    >>> [before_the_first_input(3, stage, 4) for stage in range(4)]
+    [0, 1, 2, 3]
+    """
+    return later * stage // max(stages - 1, 1)
