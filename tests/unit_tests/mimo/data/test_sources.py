@@ -244,6 +244,18 @@ def test_images_that_do_not_fit_their_places_are_malformed(tmp_path: Path) -> No
             source[number]
 
 
+def test_images_of_a_table_that_its_messages_do_not_show_are_malformed(tmp_path: Path) -> None:
+    shown = [{"role": "user", "content": [{"type": "image"}]}]
+    image = {"bytes": b"x", "path": None}
+    table = datasets.Dataset.from_dict({"messages": [shown] * 2, "images": [[image] * 2, []]})
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    source = open_source("datasets", {"path": tmp_path / "a.parquet"})
+    wrong = ["row 0 has more images than its messages show", "show more images than the row has"]
+    for number, said in enumerate(wrong):
+        with pytest.raises(SampleError, match=said):
+            source[number]
+
+
 LLAVA = (
     ({"image": 5}, {}, "image is a name or a list of names, got 5"),
     ({"image": [5]}, {}, r"image is a name or a list of names, got \[5\]"),
