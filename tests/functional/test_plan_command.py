@@ -16,6 +16,7 @@ import pytest
 from megatron.core.models.mimo.plan.machine import PRESETS, to_json
 from mimo_colocated.cli import drawing, planned_recipe, planning
 from mimo_colocated.cli.main import main
+from mimo_colocated.launch.errors import JobError
 from mimo_colocated.launch.layouts import Layout
 from mimo_colocated.train.plan import check_model
 from mimo_colocated.train.reading import read_recipe
@@ -232,6 +233,31 @@ def test_encoder_cp_is_planned_where_it_is_asked_for(
         model.config.save_pretrained(folder)
         assert main(["plan", str(folder), "--encoder-cp", "1,2"]) == 2
         assert "no encoder of the model cuts its items" in capsys.readouterr().err
+
+
+def test_the_best_row_that_fits_is_written_or_the_first_refusal_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Row:
+        """A recipe that is refused for a reason, or fits."""
+
+        def __init__(self, reason: str) -> None:
+            self.reason = reason
+
+        def check(self) -> None:
+            if self.reason:
+                raise JobError(self.reason)
+
+    monkeypatch.setattr(planned_recipe, "_of_work", lambda recipe, _work: recipe)
+    monkeypatch.setattr(planned_recipe, "_changed", lambda _recipe, row, _flags: Row(row))
+    monkeypatch.setattr(planned_recipe, "as_yaml", lambda row: f"row {row.reason}")
+    file, write = tmp_path / "a.yaml", planned_recipe.write_recipe
+    for rows, said in ((["one", "two"], "one"), ([], "no row of the plan fits the recipe")):
+        with pytest.raises(JobError, match=said):
+            write(file, None, rows, {}, None)
+        assert not file.exists()
+    assert write(file, None, ["one", "", "three"], {}, None) == 2
+    assert file.read_text() == "row "
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,9 @@ from tests.mutants.catalogue.written_without_c_more import WITHOUT_C_MORE
 from tests.mutants.catalogue.written_without_d import WITHOUT_D
 from tests.mutants.catalogue.written_without_d_jobs import WITHOUT_D_JOBS
 from tests.mutants.catalogue.written_without_d_parts import WITHOUT_D_PARTS
+from tests.mutants.catalogue.written_without_e import WITHOUT_E
+from tests.mutants.catalogue.written_without_e_jobs import WITHOUT_E_JOBS
+from tests.mutants.catalogue.written_without_e_parts import WITHOUT_E_PARTS
 
 MUTANTS = (
     *GRIDS,
@@ -97,4 +100,7 @@ MUTANTS = (
     *WITHOUT_D,
     *WITHOUT_D_PARTS,
     *WITHOUT_D_JOBS,
+    *WITHOUT_E,
+    *WITHOUT_E_PARTS,
+    *WITHOUT_E_JOBS,
 )

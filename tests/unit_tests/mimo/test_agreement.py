@@ -31,6 +31,9 @@ def test_a_rank_that_lost_its_peer_is_not_the_reason(monkeypatch: pytest.MonkeyP
     own = agreement._failure_of(OSError("no room"), [])
     assert (lost.distance, own) == (2, Failure(2, "no room"))
     assert agreement._first([lost, own]) is own
+    # PyTorch's errors begin with where they came from.
+    long = agreement._failure_of(RuntimeError("[Rank 2] in a file:\n  a frame\n\n  no room \n"), [])
+    assert long.reason == "RuntimeError: no room"
 
 
 def test_every_failure_that_was_published_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

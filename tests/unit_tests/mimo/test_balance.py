@@ -8,6 +8,7 @@ from __future__ import annotations
 import doctest
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,11 @@ def test_digest_tells_plans_apart() -> None:
     digests = {plan_balance(*case, LINEAR).digest() for case in cases}
     assert len(digests) == len(cases)
     assert plan_balance(*cases[0], LINEAR).digest() in digests
+    plan = plan_balance([5, 1], [2, 0], LINEAR)
+    for name in ("tokens", "home", "replica"):
+        other = replace(plan, **{name: getattr(plan, name) + 1})
+        assert other.digest() != plan.digest(), name
+    assert replace(plan, replicas=3).digest() != plan.digest()
 
 
 @pytest.mark.parametrize(

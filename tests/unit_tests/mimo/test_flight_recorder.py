@@ -119,6 +119,17 @@ def test_nccl_has_a_recorder_of_its_own(monkeypatch):
     assert ("5", 9, 8) in progress()
 
 
+def test_what_both_recorders_know_is_in_one_record():
+    known = [
+        {"entries": [n], "pg_config": {n: {"name": n}}, "pg_status": {n: n}, "version": "2"}
+        for n in ("of gloo", "of NCCL")
+    ]
+    taken = read_record([pickle.dumps(each) for each in known])
+    assert taken["entries"] == ["of gloo", "of NCCL"]
+    assert taken["pg_status"] == {n: n for n in taken["entries"]}
+    assert {*taken["entries"]} <= taken["pg_config"].keys()
+
+
 def test_a_collective_that_has_ended_is_not_under_way():
     assert not _under_way((("a", 3, 3), ("b", 0, 0)))
     assert _under_way((("a", 3, 3), ("b", 1, 0)))

@@ -61,6 +61,17 @@ def test_what_a_resumed_run_may_change(name: str) -> None:
         started(now).check_options(before, now.as_dict())
 
 
+@pytest.mark.parametrize("extra", [{}, {"options": {"seed": Options().seed}}])
+def test_a_run_that_knew_fewer_options_had_their_defaults(extra: dict[str, Any]) -> None:
+    made, manifest = started(Options()), SimpleNamespace(step=3, extra=extra)
+    made.rank, made._load = 1, lambda _manifest: None
+    made.store = SimpleNamespace(steps=lambda: [3], manifest=lambda _step: manifest)
+    assert made.start() == 3
+    made.options = dataclasses.replace(Options(), steps=Options().steps + 1)
+    with pytest.raises(JobError, match="holds a run with --steps "):
+        made.start()
+
+
 @pytest.mark.parametrize("full", [False, True], ids=["moved", "full"])
 def test_results_that_cannot_be_set_aside_are_one_error_on_all_ranks(
     full: bool, monkeypatch: pytest.MonkeyPatch

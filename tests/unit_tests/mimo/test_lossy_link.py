@@ -290,6 +290,13 @@ def test_links_go_on_after_a_checkpoint(tmp_path) -> None:
             assert torch.equal(one.carry(message(start=number)), other.carry(message(start=number)))
         assert one.counts == other.counts
         assert one.counts.messages == 14
+        # What was sent before the checkpoint is not counted again.
+        third = link(model, replacement)
+        third.load_state_dict(torch.load(tmp_path / "link.pt", weights_only=True))
+        third.state = link(model, replacement).state
+        for number in range(9):
+            third.carry(message(start=number))
+        assert (third.counts.repeated, third.counts.messages) == (7, 9)
         fresh = link(model, replacement)
         assert fresh.counts != one.counts
 

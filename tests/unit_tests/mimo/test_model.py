@@ -717,6 +717,19 @@ class TestDataParallelCalls:
         assert image.calls == [(name, passed)]
         assert language.calls == []
 
+    def test_calls_reach_every_module_that_overlaps(self, model):
+        overlap = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+        both = self.wrapped(model, overlap, overlap)
+        names = ["start_grad_sync", "start_param_sync", "enable_forward_pre_hook"]
+        names += ["disable_forward_pre_hook", "free_overlap_buffers", "zero_grad_buffer"]
+        for name in names:
+            getattr(model, name)()
+        with model.no_sync():
+            pass
+        for each in both:
+            called = [call if isinstance(call, str) else call[0] for call in each.calls]
+            assert called == [*names, "enter", "exit"]
+
     def test_start_grad_sync(self, model):
         language, image = self.wrapped(model, {}, {"overlap_grad_reduce": True})
         model.start_grad_sync()

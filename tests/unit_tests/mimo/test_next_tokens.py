@@ -131,6 +131,18 @@ def test_draws_have_the_probabilities_of_transformers(kind: str) -> None:
 @pytest.mark.parametrize("tp", [1, 4])
 def test_what_may_be_drawn_is_what_transformers_keep(kind: str, tp: int) -> None:
     choice, whole = Choice(REAL, **DRAWS[kind]), last(scores())
+    check_kept(whole, choice, tp)
+
+
+def test_a_shard_that_has_more_good_scores_than_it_sent_is_asked_again() -> None:
+    """The first scores of all shards would do, but better ones of one shard are not among them."""
+    whole = torch.full((4, REAL), -30.0)
+    whole[:, :256] = -torch.arange(256) / 1000
+    whole[:, 300:364] = -0.5
+    check_kept(whole, Choice(REAL, temperature=1.0, top_p=0.3), tp=4)
+
+
+def check_kept(whole: torch.Tensor, choice: Choice, tp: int) -> None:
     expected = warped(whole, choice) > 0
     padded = torch.cat([whole, whole.new_full((4, WIDTH - REAL), -torch.inf)], dim=1).double()
 

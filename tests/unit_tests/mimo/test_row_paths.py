@@ -97,6 +97,24 @@ def test_the_routed_side_hears_what_the_gathered_side_refuses() -> None:
     assert told[4:] == [None] * 4
 
 
+def test_what_is_heard_over_either_kind_of_bridge_is_heard() -> None:
+    class Hears:
+        """A way over whose bridges another rank tells of a problem."""
+
+        input_balances: Mapping[str, Any] = {}
+
+        def __init__(self, other: int) -> None:
+            self.other = other
+
+        def exchange_problems(self, problems: Mapping[int, str], count: int) -> dict[int, str]:
+            return {**problems, self.other: f"one of {count}"}
+
+    gathered: Any = Hears(1)
+    routed: Any = Hears(2)
+    found = MixedPath(gathered, routed).exchange_problems({0: "own"}, 3)
+    assert found == {0: "own", 1: "one of 3", 2: "one of 3"}
+
+
 @pytest.mark.parametrize(
     "bridge, words",
     [

@@ -445,17 +445,22 @@ def test_an_encoder_whose_peer_is_lost_raises_at_once():
 
 
 def test_finalisation_is_told_what_the_step_is():
-    """All groups of one rank: the schedule without stages."""
+    """All groups of one rank: the schedule without stages; counts of both dtypes are added."""
 
-    def forward_step(data: Any, model: Any) -> Any:
-        output, mask = model(**next(data))
-        return output, lambda output: (output.sum(), mask.sum().int(), {})
+    def steps(case: Case, rank: int, model: MimoModel) -> list[tuple[float, bool]]:
+        told: list[tuple[float, bool]] = []
+        weights = iter([1, 1, 1, 0.25])  # of each microbatch's tokens: the last are fractions
 
-    def steps(case: Case, rank: int, model: MimoModel) -> list[tuple[int, bool]]:
-        told: list[tuple[int, bool]] = []
+        def forward_step(data: Any, model: Any) -> Any:
+            output, mask = model(**next(data))
+            weight = next(weights)
+            tokens = mask.sum() * weight
+            return output, lambda output: (
+                output.sum(), tokens.int() if weight == 1 else tokens, {}
+            )  # fmt: skip
 
         def finalize(_model: Any, tokens: Any = None, **options: Any) -> None:
-            told.append((int(tokens), options["force_all_reduce"]))
+            told.append((float(tokens), options["force_all_reduce"]))
 
         model.config.finalize_model_grads_func = finalize
         model.config.calculate_per_token_loss = True
@@ -472,8 +477,9 @@ def test_finalisation_is_told_what_the_step_is():
             )
         return told
 
-    tokens = 2 * len(IMAGES[0]) * LENGTH
-    assert Case((1, 1), (1, 1, 1, 1)).run(steps) == [[(tokens, False), (tokens, True)]]
+    tokens = len(IMAGES[0]) * LENGTH
+    expected = [(2 * tokens, False), (1.25 * tokens, True)]
+    assert Case((1, 1), (1, 1, 1, 1)).run(steps) == [expected]
 
 
 def test_forward_needs_a_whole_language_model():

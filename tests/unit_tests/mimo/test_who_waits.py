@@ -21,6 +21,8 @@ from mimo_colocated.forensics.who_waits import (
     group_in_words,
     ranks_in_words,
 )
+from mimo_colocated.launch.failures import Report
+from mimo_colocated.launch.lost_ranks import peers_gave_up
 from mimo_colocated.phases import Place, Wait
 
 pytestmark = pytest.mark.once
@@ -226,6 +228,25 @@ def test_several_lost_ranks_in_one_and_in_two_places():
     )
     assert waits.where([2, 3]) == " in the phase 'gradient finalisation' of step 3"
     assert WhoWaits(lost).where([1]) == WhoWaits(lost).waited() == ""
+
+
+@pytest.mark.parametrize(
+    ("kinds", "gave_up"),
+    [
+        (["peer", "peer"], [0, 1]),
+        (["peer", "signal"], [0]),
+        # Who has a reason of its own ended by it, and nobody is lost.
+        (["peer", "job"], []),
+        (["peer", "error"], []),
+        ([], []),
+    ],
+)
+def test_ranks_give_up_where_none_has_a_reason(
+    kinds: list[str], gave_up: list[int], tmp_path: Path
+) -> None:
+    for rank, kind in enumerate(kinds):
+        Report(rank, kind, "why", "", 0.0).write(tmp_path)
+    assert peers_gave_up(tmp_path) == gave_up
 
 
 def test_ranks_and_groups_in_words():

@@ -74,6 +74,11 @@ def test_items_are_shared_out_by_cost() -> None:
     linear = TokenCost(10**6)
     (plan,) = plan_batch([80] * 4, item_rows(rows), cut(1), {"images": [((0, 1), (0,))]}, linear)
     assert [len(items) for items in plan.shares["images"][0].items] == [1, 4]
+    # However little uneven it was: moving costs a loader nothing.
+    near = [np.array([n]) for n in (10, 11, 10, 9)]
+    (plan,) = plan_batch([80] * 4, item_rows(near), cut(1), {"images": [((0, 1), (0,))]}, linear)
+    (share,) = plan.shares["images"]
+    assert (share.before, share.after) == (pytest.approx(1.05, rel=1e-4), pytest.approx(1))
 
 
 def test_packed_samples_are_shared_out_evenly_and_dense_ones_in_order() -> None:

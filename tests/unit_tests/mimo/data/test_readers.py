@@ -14,6 +14,7 @@ import transformers
 
 from megatron.core.models.mimo.data.conversation import BytesItem, FileItem
 from megatron.core.models.mimo.data.readers import ImageReader, ReaderProcesses, ReadError
+from mimo_colocated.stop_requests import SIGNALS
 from tests.unit_tests.mimo.data.small import SIDE, png
 
 pytestmark = pytest.mark.once
@@ -61,6 +62,15 @@ def test_a_killed_process_is_an_error(processes: ReaderProcesses) -> None:
     os.kill(processes.pids[1], signal.SIGKILL)
     with pytest.raises(ReadError, match=rf"process {processes.pids[1]}, .* killed by SIGKILL"):
         processes.read(ITEMS)
+
+
+def test_what_tells_the_job_to_stop_leaves_its_readers(processes: ReaderProcesses) -> None:
+    """A job saves before it stops, and a terminal or a queue tells all processes at once."""
+    processes.read(ITEMS)  # a process that has just begun is not told
+    for sent in (signal.SIGINT, *SIGNALS):
+        for pid in processes.pids:
+            os.kill(pid, sent)
+    assert len(processes.read(ITEMS)["pixel_values"]) == 5
 
 
 def test_no_process_reads_nothing() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
@@ -241,6 +242,37 @@ def test_images_that_do_not_fit_their_places_are_malformed(tmp_path: Path) -> No
     file.write_text(json.dumps([{"image": images, "conversations": talk} for images in shown]))
     source = open_source("llava", {"path": file})
     wrong = ["more <image> than there are images", "more images than <image>"]
+    for number, said in enumerate(wrong):
+        with pytest.raises(SampleError, match=said):
+            source[number]
+
+
+def test_every_setting_of_a_source_is_in_its_fingerprint(tmp_path: Path) -> None:
+    """Or what was prepared with other images would be taken."""
+    (tmp_path / "a.json").write_text("[]")
+    (tmp_path / "a.jsonl").write_text("")
+    columns = {name: ["x"] for name in ("messages", "images", "talk", "shown")}
+    datasets.Dataset.from_dict(columns).to_parquet(str(tmp_path / "a.parquet"))
+    sources: list[tuple[Any, str, dict[str, Any]]] = [
+        (LlavaJson, "a.json", {"images": tmp_path / "other"}),
+        (chat_jsonl.ChatJsonl, "a.jsonl", {"media": tmp_path / "other"}),
+        (Tables, "a.parquet", {"messages": "talk", "images": "shown"}),
+    ]
+    for kind, file, settings in sources:
+        assert {"path", *settings} == inspect.signature(kind).parameters.keys()
+        usual = kind(tmp_path / file).fingerprint()
+        for name, value in settings.items():
+            assert kind(tmp_path / file, **{name: value}).fingerprint() != usual, (kind, name)
+        assert kind(tmp_path / file).fingerprint() == usual
+
+
+def test_images_of_a_table_that_its_messages_do_not_show_are_malformed(tmp_path: Path) -> None:
+    shown = [{"role": "user", "content": [{"type": "image"}]}]
+    image = {"bytes": b"x", "path": None}
+    table = datasets.Dataset.from_dict({"messages": [shown] * 2, "images": [[image] * 2, []]})
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    source = open_source("datasets", {"path": tmp_path / "a.parquet"})
+    wrong = ["row 0 has more images than its messages show", "show more images than the row has"]
     for number, said in enumerate(wrong):
         with pytest.raises(SampleError, match=said):
             source[number]

@@ -78,6 +78,7 @@ SPARSE = {
         moe_intermediate_size=24,
         norm_topk_prob=True,
         mlp_only_layers=[1],
+        decoder_sparse_step=2,
         **EXPERTS,
     ),
     "mixtral": _causal("Mixtral", **SIZES, **EXPERTS),

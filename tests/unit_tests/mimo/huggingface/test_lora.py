@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from megatron.core.models.mimo.huggingface.folder import FolderError
 from megatron.core.models.mimo.huggingface.lora_export import to_adapter_folder
 from megatron.core.models.mimo.training.parameter_names import adapted_modules, frozen_parts
 from megatron.core.models.mimo.transformer.lora import Adapter, adapt, merge, take_off
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from mimo_colocated.launch.layouts import Layout
 from mimo_colocated.launch.lora import Lora
 from tests.unit_tests.mimo.huggingface import harness, lora_models, models
@@ -134,6 +135,23 @@ def test_an_adapter_changes_the_rows_that_it_is_given() -> None:
     torch.testing.assert_close(layer(x)[0], changed)
 
 
+def test_adapters_say_which_dim_of_which_matrix_tp_cuts() -> None:
+    config = ModelParallelConfig(perform_initialization=False)
+    row = RowParallelLinear(
+        6, 8, config=config, init_method=torch.nn.init.normal_, bias=False, input_is_parallel=True,
+        skip_bias_add=False, tp_group=dist.group.WORLD,
+    )  # fmt: skip
+    for layer, cuts in ((column_layer(), {"B": 0}), (row, {"A": 1})):
+        adapter = Adapter(layer, rank=2, scale=3.0)
+        assert adapter.cuts == cuts
+        told = {
+            key: weight.partition_dim  # type: ignore[attr-defined]
+            for key, weight in adapter.named_parameters()
+            if getattr(weight, "tensor_model_parallel", False)
+        }
+        assert told == cuts
+
+
 def column_layer() -> ColumnParallelLinear:
     config = ModelParallelConfig(perform_initialization=False)
     torch.manual_seed(1)
@@ -184,6 +202,12 @@ def test_adapters_are_written_where_nothing_is(folder: Path, tmp_path: Path) -> 
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+    said = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (said["r"], said["lora_alpha"], said["target_modules"]) == (
+        LORA.rank,
+        LORA.alpha,
+        [f"model.layers.{number}.self_attn.q_proj" for number in range(2)],
+    )
     with pytest.raises(FolderError, match="exists; give another folder, or overwrite=True"):
         to_adapter_folder(model, tmp_path / "out")
     to_adapter_folder(model, tmp_path / "out", overwrite=True)

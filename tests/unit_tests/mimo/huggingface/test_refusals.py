@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,6 +192,16 @@ def test_a_folder_that_is_cut_short(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(FolderError, match="it was cut short; download it again"):
         ModelFolder(folder)
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_file_that_is_cut_short_while_it_is_open(left: int, folder: Path) -> None:
+    """What is left of a tensor is not taken for all of it."""
+    with ModelFolder(folder) as found:
+        name, described = max(found.tensors.items(), key=lambda each: each[1].begin)
+        os.truncate(folder / described.file, described.begin + left)
+        with pytest.raises(FolderError, match="was cut short while it was read"):
+            found.read(name)
 
 
 def test_what_is_no_model_folder(tmp_path: Path) -> None:

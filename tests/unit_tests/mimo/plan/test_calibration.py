@@ -72,6 +72,9 @@ def test_rates_are_work_over_time(seconds: float) -> None:
 def test_nodes_are_as_launchers_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert calibration.ranks_of_node() == 1
+    # They share the host's memory.
+    cpu = torch.device("cpu")
+    assert calibration._memory(cpu, 4) == calibration._memory(cpu, 1) / 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert calibration.ranks_of_node() == 4
 

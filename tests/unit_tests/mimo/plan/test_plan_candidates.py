@@ -101,6 +101,7 @@ def test_narrower_searches() -> None:
         (Candidate(Layout(dp=8), {"vision": Layout(tp=8)}, 1), "tp=8 does not divide its 4 "),
         (Candidate(Layout(dp=8), {"vision": Layout(dp=8)}, 3), "8 samples do not divide over lang"),
         (Candidate(Layout(tp=2, dp=4), {}, 2, 2), "2 virtual stages need language pp above 1"),
+        (Candidate(Layout(tp=2, dp=2, pp=2), {}, 1, 2), "microbatches that pp=2 divides, got 1"),
         (Candidate(Layout(pp=8), {}, 8), "pp=8 does not divide its 4 layers"),
         (Candidate(Layout(tp=8), {}, 8), "tp=8 does not divide its 4 key/value heads"),
     ],

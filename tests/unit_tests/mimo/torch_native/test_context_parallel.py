@@ -19,6 +19,7 @@ from megatron.core.models.mimo.torch_native.context_parallel import (
     attend_over_cp,
     context_parallel_problem,
 )
+from megatron.core.models.mimo.torch_native.loss import causal_loss
 from megatron.core.models.mimo.torch_native.ring_attention import KERNELS, Kernel, ring_problem
 from tests.unit_tests.mimo.torch_native.native_cases import build, tokens
 
@@ -33,6 +34,18 @@ def group() -> Iterator[dist.ProcessGroup]:
     assert dist.group.WORLD is not None
     yield dist.group.WORLD
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("items", [None, 0, torch.tensor(0)])
+def test_a_batch_without_labels_has_no_loss_and_no_gradient(
+    items: Any, group: dist.ProcessGroup
+) -> None:
+    logits = torch.randn(2, 3, 5).requires_grad_()
+    labels = torch.full((2, 3), -100)
+    loss = causal_loss(group)(logits, labels, num_items_in_batch=items)
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(torch.zeros_like(logits), logits.grad)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3"])

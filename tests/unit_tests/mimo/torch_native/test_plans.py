@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -209,3 +210,25 @@ def test_digests_see_order_values_shapes_and_names() -> None:
     with torch.no_grad():
         other.lm_head.weight[0, 0] += 1e-3
     assert model_digest(one) != model_digest(other)
+
+
+def test_a_digest_sees_all_that_makes_another_model() -> None:
+    def made(change: Callable[[Any], object] = lambda _model: None) -> str:
+        model: Any = torch.nn.Linear(2, 3)
+        with torch.no_grad():
+            model.weight.fill_(0.5), model.bias.zero_()
+        model.register_buffer("table", torch.ones(4))
+        change(model)
+        return model_digest(model)
+
+    changes: list[Callable[[Any], object]] = [
+        lambda model: model.table.add_(1),
+        lambda model: model.register_buffer("other", torch.ones(4)),
+        lambda model: model.bias.requires_grad_(False),
+        lambda model: model.bias.data.add_(1),
+        lambda model: model.double(),
+        lambda model: setattr(model, "weight", torch.nn.Parameter(model.weight.detach().t())),
+    ]
+    digests = {made(), *map(made, changes)}
+    assert len(digests) == 1 + len(changes)
+    assert made() in digests

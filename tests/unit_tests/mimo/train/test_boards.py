@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.train.boards import boards_of
@@ -76,6 +77,18 @@ def test_a_run_that_goes_on_is_the_same_run(
     # Another folder is another run.
     boards_of(recipe_of(tmp_path / "other", wandb="ours"), 0)
     assert len(package.runs) == 2
+
+
+def test_steps_that_are_made_again_are_in_tensorboard_once(tmp_path: Path) -> None:
+    """A run that ended after step 3 goes on from the checkpoint of step 1."""
+    for done, last in ((0, 3), (1, 2)):
+        (board,) = boards_of(recipe_of(tmp_path, tensorboard=True), done)
+        for step in range(done + 1, last + 1):
+            board.write(step, {"loss": done + step / 10})
+        board.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    found = [(each.step, round(each.value, 3)) for each in events.Scalars("loss")]
+    assert found == [(1, 0.1), (2, 1.2)]
 
 
 def test_what_it_refuses_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

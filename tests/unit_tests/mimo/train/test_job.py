@@ -20,13 +20,14 @@ from megatron.core.models.mimo.data.encoding import ChatEncoder, Encoded
 from megatron.core.models.mimo.data.sources import SourceError
 from megatron.core.models.mimo.job.loop import TrainingLoop
 from mimo_colocated.launch.errors import JobError
-from mimo_colocated.train import data, job
+from mimo_colocated.train import data, evaluation, job
 from mimo_colocated.train.answers import Answer, majority
 from mimo_colocated.train.easy_vqa_model import train_tokenizer
 from mimo_colocated.train.job import RecipeJob, RecipeLoop, RunOptions
 from mimo_colocated.train.profile_steps import Profile
 from mimo_colocated.train.recipe import (
     DataPart,
+    EvaluationPart,
     ModelPart,
     Recipe,
     RunPart,
@@ -169,6 +170,33 @@ def test_what_is_evaluated_is_opened_before_the_model_is_built(tmp_path: Path) -
         made(tmp_path, [SourcePart("chat", {"path": str(tmp_path / "nothing.jsonl")})])
     with pytest.raises(SourceError, match="no sample of 1 is kept: {'malformed': 1}"):
         made(tmp_path, [write_chat(tmp_path / "bad.jsonl", "")])
+
+
+def test_what_makes_other_prepared_data_has_another_name() -> None:
+    def key(source: str = "s", text: str = "t", look: bool = True, answer_tokens: int = 8) -> str:
+        said: list[Any] = [SimpleNamespace(fingerprint=str(own).strip) for own in (source, text)]
+        return data._key(*said, DataPart([], look_at_images=look), answer_tokens)
+
+    others = [
+        {"source": "other"}, {"text": "other"}, {"look": False}, {"answer_tokens": 0},
+        {"answer_tokens": 9}, {"source": "t", "text": "s"},
+    ]  # fmt: skip
+    assert len({key(), *(key(**each) for each in others)}) == 1 + len(others)
+    assert key() == key()
+
+
+@pytest.mark.parametrize("count", [1, 4, 6, 8])
+def test_held_out_samples_count_once(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that the last ones do not fill is filled up, with what does not count."""
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    batches = SimpleNamespace(at=lambda start: SimpleNamespace(only=lambda most: (start, most)))
+    made: Any = object.__new__(evaluation.Evaluation)
+    made._part, made._between, made._measuring = EvaluationPart(batch=4), lambda: None, None
+    made._batches = lambda _held_out, _side: (batches, count)
+    counted = []
+    made._runner = SimpleNamespace(held_out_loss=lambda batch: counted.append(batch) or (6.0, 2.0))
+    assert made._loss(None) == 3.0
+    assert counted == [(start, count - start) for start in range(0, count, 4)]
 
 
 def recipe_loop(out: Path, *, fresh: bool, steps: int = 1, before: int = 1) -> Any:
