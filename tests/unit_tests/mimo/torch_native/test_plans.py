@@ -216,7 +216,8 @@ def test_a_digest_sees_all_that_makes_another_model() -> None:
     def made(change: Callable[[Any], object] = lambda _model: None) -> str:
         model: Any = torch.nn.Linear(2, 3)
         with torch.no_grad():
-            model.weight.fill_(0.5), model.bias.zero_()
+            model.weight.fill_(0.5)
+            model.bias.zero_()
         model.register_buffer("table", torch.ones(4))
         change(model)
         return model_digest(model)
