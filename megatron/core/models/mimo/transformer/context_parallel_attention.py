@@ -227,9 +227,10 @@ class ContextParallelAttention(MegatronModule):
             if kernel is not None:
                 scale = self.softmax_scale
                 return attend_segments(kernel, query, key, value, segments, causal, scale)
-        counts = (segments.queries, segments.keys, segments.keys)
-        parts = [x.split(count) for x, count in zip((query, key, value), counts, strict=True)]
-        return torch.cat([self._attend(*each, causal) for each in zip(*parts, strict=True)])
+        queries = query.split(segments.queries)
+        keys, values = (x.split(segments.keys) for x in (key, value))
+        parts = zip(queries, keys, values, strict=True)
+        return torch.cat([self._attend(q, k, v, causal) for q, k, v in parts])
 
     def _attend_masked(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         """As :meth:`_attend`, where the mask says all; queries that see nothing yield zeros.

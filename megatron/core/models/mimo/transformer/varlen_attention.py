@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 _WIDTH = 8
 
 
-def varlen_kernel(query: Tensor, key: Tensor, value: Tensor) -> Callable[..., Tensor] | None:
+def varlen_kernel(query: Tensor, key: Tensor, value: Tensor) -> Callable[..., Any] | None:
     """Return PyTorch's ``varlen_attn`` where it attends to these tensors, else ``None``.
 
     Args:
@@ -40,15 +41,15 @@ def varlen_kernel(query: Tensor, key: Tensor, value: Tensor) -> Callable[..., Te
     if value.size(-1) != query.size(-1) or query.size(-1) % _WIDTH:
         return None
     # PyTorch knows what its kernel takes on this device, and whether it is switched off.
-    rows = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     grouped = query.size(2) != key.size(2)
-    if not can_use_flash_attention(SDPAParams(*rows, None, 0.0, False, grouped)):
+    if not can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, grouped)):
         return None
     return _from_torch()
 
 
 @functools.cache
-def _from_torch() -> Callable[..., Tensor] | None:
+def _from_torch() -> Callable[..., Any] | None:
     """PyTorch's, from the version on that takes windows and grouped queries; not ROCm's."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -59,7 +60,7 @@ def _from_torch() -> Callable[..., Tensor] | None:
 
 
 def attend_segments(
-    kernel: Callable[..., Tensor],
+    kernel: Callable[..., Any],
     query: Tensor,
     key: Tensor,
     value: Tensor,
