@@ -56,7 +56,7 @@ def test_the_default_rows_have_every_direction_at_every_cp() -> None:
     [
         {"sequence_parallel": {False, True}},
         {"distributed_optimizer": {False, True}},
-        {"micro_batches": {1, 4}},
+        {"micro_batches": {1, 4, 8}},
         {"masks": {"uniform", "uneven", "one_sample", "none"}},
         {"freeze": {"", "encoder+projector", "encoder+language", "language", "lower-encoder"}},
         {"dtype": {"float32", "bfloat16", "float16"}},

@@ -159,9 +159,9 @@ SHARDING = (
     Mutant(
         name="waited-for-before-the-encoders",
         file=MIMO + "model/routed_path.py",
-        old="        rows, part, items, failure = self._try_to_encode(modality_inputs)\n",
+        old="        encoded = self._try_to_encode(modality_inputs)\n",
         new="        known = known or self._know(batch, given, plans, reading)\n"
-        "        rows, part, items, failure = self._try_to_encode(modality_inputs)\n",
+        "        encoded = self._try_to_encode(modality_inputs)\n",
         tests=(
             UNIT
             + "test_host_waits_ranks.py::"

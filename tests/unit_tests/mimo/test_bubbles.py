@@ -25,7 +25,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from tests.unit_tests.mimo.model_stubs import StubGroup
 from tests.unit_tests.mimo.modelled_pipeline import PipelinedWorld
 from tests.unit_tests.mimo.test_announced_plans import plans
-from tests.unit_tests.mimo.test_stage_side import Case, StubStage, gradient_of
+from tests.unit_tests.mimo.test_stage_side import DP_LAST, EVEN, Case, StubStage, gradient_of
 
 # Every one of four encoder replicas has an image in every microbatch.
 IMAGES = ([1, 1, 1, 1], [2, 0, 1, 1], [0, 4, 0, 0], [2, 0, 0, 2]) * 2
@@ -223,6 +223,14 @@ def test_a_later_microbatch_without_a_plan_is_refused_on_all_ranks():
     with pytest.MonkeyPatch.context() as patch:
         (said,) = set(PipelinedWorld(4, WIRE, patch).run(on_rank))
     assert said.startswith("Nothing was encoded. rank 2: a microbatch that is encoded in a bubble")
+
+
+def test_a_way_whose_ranks_meet_when_they_encode_leaves_nothing_for_later():
+    def refused(case: Case, rank: int, model: MimoModel) -> None:
+        with pytest.raises(ValueError, match="over a bridge whose ranks meet when they encode"):
+            model.encode_microbatches([case.inputs(rank, n) for n in range(3)], later=1)
+
+    Case((1, 4), (1, 2, 2, 1), **DP_LAST, **EVEN).run(refused)
 
 
 def test_the_share_before_the_first_input():

@@ -49,6 +49,7 @@ EXCEPTIONS = {
             "HostUse(now)",
             "HostUse(moved)",
             "EncodedMicrobatch(stands_for)",
+            "EncodedMicrobatches(later)",
             "Manifest(optimizer)",
             "EncoderOutput(sequence_first)",
             "Answer(problem)",

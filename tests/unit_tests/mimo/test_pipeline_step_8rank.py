@@ -293,10 +293,10 @@ class Counter:
         self.now = self.most = 0
         encode, backward = MimoModel.encode_microbatches, EncodedMicrobatches.backward
 
-        def counted_encode(model: Any, batches: Any, problem: Any = None) -> Any:
+        def counted_encode(model: Any, batches: Any, *rest: Any) -> Any:
             self.now += len(batches)
             self.most = max(self.most, self.now)
-            return encode(model, batches, problem)
+            return encode(model, batches, *rest)
 
         def counted_backward(encoded: Any) -> None:
             backward(encoded)

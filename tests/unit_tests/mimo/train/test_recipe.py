@@ -283,6 +283,7 @@ BUBBLES = [
     "layout.language=pp=4,dp=2",
     "training.micro_batches=8",
     "training.encode_in_bubbles=3",
+    "data.sequences=16",
     "evaluation.batch=64",
 ]
 
