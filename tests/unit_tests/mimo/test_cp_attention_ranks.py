@@ -161,6 +161,8 @@ def kept_per_rank(cp_size: int, lengths: tuple[int, ...] = (256,)) -> int:
                 attn_mask_type=AttnMaskType.no_mask,
                 packed_seq_params=case.packed_params(),
             )
+        # Gloo's threads may still hold what they gathered when the call has returned.
+        dist.barrier(group=groups.cp)
         kept = storages.alive()
         out.sum().backward()
         del out
