@@ -10,7 +10,6 @@ from __future__ import annotations
 import doctest
 import itertools
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from megatron.core.models.mimo.pipeline import step as step_module
 from megatron.core.models.mimo.pipeline import windows
 from megatron.core.models.mimo.pipeline.between_stages import EncodingP2P
 from megatron.core.models.mimo.pipeline.step import forward_backward_pipelined
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from tests.unit_tests.mimo.model_stubs import StubGroup
 from tests.unit_tests.mimo.modelled_pipeline import PipelinedWorld
@@ -86,7 +86,7 @@ def step(case: Case, rank: int, model: MimoModel, in_bubbles: int, pp: Any) -> d
         ),
         model=model,
         num_microbatches=count,
-        pg_collection=SimpleNamespace(pp=pp, **alone),
+        pg_collection=ProcessGroupCollection(pp=pp, **alone),
         encode_in_bubbles=in_bubbles,
     )
     return {name: p.grad for name, p in model.named_parameters()}
