@@ -8,6 +8,7 @@ of 100 over what was observed; a dropped chunk, a wrong position or a missing su
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from contextlib import nullcontext
 from typing import Any
@@ -162,8 +163,7 @@ def kept_per_rank(cp_size: int, lengths: tuple[int, ...] = (256,)) -> int:
                 packed_seq_params=case.packed_params(),
             )
         # Gloo's threads may still hold what they gathered when the call has returned.
-        dist.barrier(group=groups.cp)
-        kept = storages.alive()
+        kept = min(storages.alive() for _ in range(20) if not time.sleep(0.02))
         out.sum().backward()
         del out
         assert storages.alive() < kept
