@@ -20,6 +20,17 @@ _BALANCED = UNIT + "test_balance.py::test_gradients_are_those_of_the_unsharded_e
 
 EXCHANGE = (
     Mutant(
+        name="exchange-keeps-its-graph",
+        file=_EXCHANGE,
+        old="        self._exchange, self.plan = exchange, exchange.plan\n",
+        new=(
+            "        self._exchange, self.plan = exchange, exchange.plan\n"
+            "        exchange.flight = self\n"
+        ),
+        tests=(_BRIDGE_TESTS + "test_nothing_keeps_an_exchange",),
+        why="every microbatch's plan, and what its graph has, stays in memory for ever",
+    ),
+    Mutant(
         name="split-sizes-reversed-in-backward",
         file=_EXCHANGE,
         old="flight.start(flight._gradients, gradients, plan.backward)",

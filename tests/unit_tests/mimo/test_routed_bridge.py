@@ -9,8 +9,10 @@ oracle; the same bridge on real process groups is in ``test_routed_bridge_8rank`
 
 from __future__ import annotations
 
+import gc
 import itertools
 import re
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -537,3 +539,22 @@ def test_an_unknown_guard_is_refused(monkeypatch):
     grids = HyperCommGrid([8, 1], ["tp", "dp"]), HyperCommGrid([8, 1, 1], ["tp", "cp", "dp"])
     with pytest.raises(ValueError, match=r"\('always', 'first', 'off'\), got 'sometimes'"):
         RoutedBridge(*grids, guard="sometimes")
+
+
+@pytest.mark.parametrize("done", ["never arrived", "never went back", "went back"])
+def test_nothing_keeps_an_exchange(done: str) -> None:
+    """Autograd's graph has it, and Python collects no cycle that passes through the graph."""
+    plan = PlanTensors(
+        *(2, 2, 2, None, None, False), torch.tensor([1, 0]), *(torch.arange(0) for _ in range(4))
+    )
+    rows = torch.ones(2, 3, requires_grad=True)
+    flight = issue_exchange(rows, plan, None)
+    kept = weakref.ref(flight)
+    if done != "never arrived":
+        arrived = flight.arrive()
+        if done == "went back":
+            arrived.sum().backward()
+        del arrived
+    del flight
+    gc.collect()
+    assert kept() is None

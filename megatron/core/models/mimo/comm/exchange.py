@@ -83,6 +83,32 @@ class PlanTensors:
         return cls(plan.held, plan.own, plan.local_index.size, there, back, stays, *indices)
 
 
+class _Exchange:
+    """The two all-to-alls of one exchange.
+
+    The autograd graph has it, so it must not have anything of the graph: Python does not see, and
+    so does not collect, a cycle that passes through the graph.
+    """
+
+    def __init__(self, plan: PlanTensors, group: dist.ProcessGroup | None) -> None:
+        self.plan, self._group = plan, group
+        # What a running all-to-all reads and writes lives until it was waited for.
+        self._under_way: tuple[Any, torch.Tensor] | None = None
+        self.gradients: torch.Tensor | None = None
+
+    def start(self, into: torch.Tensor, rows: torch.Tensor, splits: Any) -> None:
+        """Start an all-to-all."""
+        sizes = {"output_split_sizes": splits[1], "input_split_sizes": splits[0]}
+        work = dist.all_to_all_single(into, rows, **sizes, group=self._group, async_op=True)
+        self._under_way = (work, rows)
+
+    def wait(self) -> None:
+        """Wait for the one that was started, if any: the host on the CPU, the stream on a GPU."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way[0].wait()
+
+
 class Flight:
     """Rows on their way; see :func:`issue_exchange`.
 
@@ -91,13 +117,11 @@ class Flight:
             for them: a ``GradientEdge``, or ``None`` if the rows need no gradient.
     """
 
-    def __init__(self, plan: PlanTensors, group: dist.ProcessGroup | None) -> None:
-        self.plan, self.group = plan, group
-        self._rows: torch.Tensor | None = None
-        # What a running all-to-all reads and writes lives until it was waited for.
-        self._under_way: tuple[Any, torch.Tensor] | None = None
-        self._gradients: torch.Tensor | None = None
-        self.edge: Any = None
+    def __init__(self, rows: torch.Tensor, exchange: _Exchange) -> None:
+        self._rows: torch.Tensor | None = rows
+        self._exchange, self.plan = exchange, exchange.plan
+        wanted = rows.requires_grad
+        self.edge: Any = torch.autograd.graph.get_gradient_edge(rows) if wanted else None
 
     @property
     def place(self) -> torch.Tensor:
@@ -112,19 +136,7 @@ class Flight:
         """
         rows, self._rows = self._rows, None
         assert rows is not None, "a flight arrives once"
-        return rows if self.plan.stays else _Arrive.apply(rows, self)
-
-    def start(self, into: torch.Tensor, rows: torch.Tensor, splits: Any) -> None:
-        """Start an all-to-all."""
-        sizes = {"output_split_sizes": splits[1], "input_split_sizes": splits[0]}
-        work = dist.all_to_all_single(into, rows, **sizes, group=self.group, async_op=True)
-        self._under_way = (work, rows)
-
-    def wait(self) -> None:
-        """Wait for the one that was started, if any: the host on the CPU, the stream on a GPU."""
-        under_way, self._under_way = self._under_way, None
-        if under_way is not None:
-            under_way[0].wait()
+        return rows if self.plan.stays else _Arrive.apply(rows, self._exchange)
 
 
 def issue_exchange(
@@ -153,30 +165,27 @@ def issue_exchange(
             f"The plan is for {plan.held} rows of this rank, got a tensor {tuple(rows.shape)}; "
             "give the rows (n, H) that the plan was made for"
         )
-    flight = Flight(plan, group)
-    own = flight._rows = rows if plan.stays else _Issue.apply(rows, flight)
-    if own.requires_grad:
-        flight.edge = torch.autograd.graph.get_gradient_edge(own)
-    return flight
+    exchange = _Exchange(plan, group)
+    return Flight(rows if plan.stays else _Issue.apply(rows, exchange), exchange)
 
 
 class _Issue(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, flight: Flight) -> torch.Tensor:
-        ctx.flight, plan = flight, flight.plan
+    def forward(ctx: Any, rows: torch.Tensor, exchange: _Exchange) -> torch.Tensor:
+        ctx.exchange, plan = exchange, exchange.plan
         own = rows.new_empty((plan.own, rows.size(1)))
         torch.index_select(rows, 0, plan.local_index, out=own[: plan.local])
         if plan.forward is not None:
-            flight.start(own[plan.local :], rows.index_select(0, plan.send_index), plan.forward)
+            exchange.start(own[plan.local :], rows.index_select(0, plan.send_index), plan.forward)
         return own
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
-        flight, plan = ctx.flight, ctx.flight.plan
+        exchange, plan = ctx.exchange, ctx.exchange.plan
         phases.mark(phases.BRIDGE_BACKWARD)
-        flight.wait()
-        received, flight._gradients = flight._gradients, None
+        exchange.wait()
+        received, exchange.gradients = exchange.gradients, None
         dx = dy.new_empty((plan.held, dy.size(1)))
         dx.index_copy_(0, plan.local_index, dy[: plan.local])
         if received is not None:
@@ -186,19 +195,19 @@ class _Issue(torch.autograd.Function):
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, own: torch.Tensor, flight: Flight) -> torch.Tensor:
-        ctx.flight = flight
+    def forward(ctx: Any, own: torch.Tensor, exchange: _Exchange) -> torch.Tensor:
+        ctx.exchange = exchange
         with phases.during(phases.BRIDGE_FORWARD):
-            flight.wait()
+            exchange.wait()
         return own.view_as(own)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
-        flight, plan = ctx.flight, ctx.flight.plan
+        exchange, plan = ctx.exchange, ctx.exchange.plan
         if plan.backward is not None:
             with phases.during(phases.BRIDGE_BACKWARD):
-                flight._gradients = dy.new_empty((plan.backward_index.numel(), dy.size(1)))
+                exchange.gradients = dy.new_empty((plan.backward_index.numel(), dy.size(1)))
                 gradients = dy.index_select(0, plan.backward_send_index)
-                flight.start(flight._gradients, gradients, plan.backward)
+                exchange.start(exchange.gradients, gradients, plan.backward)
         return dy, None
