@@ -33,8 +33,8 @@ EXCHANGE = (
     Mutant(
         name="split-sizes-reversed-in-backward",
         file=_EXCHANGE,
-        old="flight.start(flight._gradients, gradients, plan.backward)",
-        new="flight.start(flight._gradients, gradients, plan.backward[::-1])",
+        old="exchange.start(exchange.gradients, gradients, plan.backward)",
+        new="exchange.start(exchange.gradients, gradients, plan.backward[::-1])",
         tests=(_EVERY_PAIR,),
         why="gradients of uneven rows are cut at other rows' boundaries, or ranks wait forever",
     ),
