@@ -181,12 +181,12 @@ def test_what_was_typed_can_be_typed_again() -> None:
 
 def test_a_trace_that_does_not_nest_is_noticed(tmp_path: Path) -> None:
     """The control of the oracle: phases as PyTorch leaves them, beside autograd's functions."""
-    step = event("step 1", 0, 10, 5)
+    step = event("step 1", 0, 1000, 5)
     track = {"ph": "M", "name": "thread_name", "pid": 9, "tid": 5, "args": {"name": TRACK}}
     for wrong in (
-        [event(phases.FINALIZE, 1, 4, 5), event(phases.OPTIMIZER, 3, 5, 5)],
-        [event(phases.FINALIZE, 1, 11, 5)],
-        [event("aten::mm", 3, 5, 6, "cpu_op"), event(phases.FINALIZE, 1, 4, 5)],
+        [event(phases.FINALIZE, 100, 400, 5), event(phases.OPTIMIZER, 300, 500, 5)],
+        [event(phases.FINALIZE, 100, 1100, 5)],
+        [event("aten::mm", 300, 500, 6, "cpu_op"), event(phases.FINALIZE, 100, 400, 5)],
     ):
         path = tmp_path / "trace.json.gz"
         path.write_bytes(gzip.compress(json.dumps({"traceEvents": [step, track, *wrong]}).encode()))

@@ -12,6 +12,8 @@ from mimo_colocated.train.tracing import TRACK
 
 ROUNDING = 0.002
 """Microseconds: times are written with three digits behind the point."""
+CLOCKS = 50.0
+"""Microseconds that PyTorch's times, converted from a counter, may be off ours: 6 were seen."""
 
 
 class Span(NamedTuple):
@@ -21,10 +23,8 @@ class Span(NamedTuple):
     start: float
     stop: float
 
-    def holds(self, other: Span) -> bool:
-        return (
-            self.start - ROUNDING <= other.start and other.stop <= self.stop + ROUNDING
-        )
+    def holds(self, other: Span, within: float = ROUNDING) -> bool:
+        return self.start - within <= other.start and other.stop <= self.stop + within
 
     def meets(self, other: Span) -> bool:
         return self.start + ROUNDING < other.stop and other.start + ROUNDING < self.stop
@@ -63,7 +63,7 @@ def read_trace(path: Path) -> tuple[list[Span], Spans]:
 def phases_of(step: Span, spans: Spans) -> list[Span]:
     """Return the phases of a step, one after another, each within the step.
 
-    Every forward operator lies in one phase: PyTorch's and ours are told by one clock. Those of
+    Every forward operator lies in one phase, as far as PyTorch's clock and ours agree. Those of
     the backward pass may lie across, where a hook begins the next phase within a function.
     """
     found = [span for span in spans.phases if span.meets(step)]
@@ -74,5 +74,5 @@ def phases_of(step: Span, spans: Spans) -> list[Span]:
     for operator in spans.operators:
         met = [span for span in found if span.meets(operator)]
         if operator.name.startswith("aten::") and met:
-            assert any(span.holds(operator) for span in met), (operator, met)
+            assert any(span.holds(operator, CLOCKS) for span in met), (operator, met)
     return found
