@@ -26,7 +26,7 @@ import torch.distributed as dist
 from benchmarks.cases import FAN_IN_2_2, FAN_IN_4_4, Pair, TokenBatch
 from benchmarks.paths import RoutedPath, bridges, random_rows, rank_device, synchronize
 from benchmarks.wall_time import alternate
-from megatron.core.models.mimo.comm.exchange import Flight
+from megatron.core.models.mimo.comm.exchange import Exchange
 
 _ROWS, _WIDTH, _TEXT, _VOCABULARY = 6144, 512, 3, 512
 _WIRE = 0.02
@@ -113,21 +113,21 @@ def _waits_timed(wire: float) -> Iterator[list[float]]:
     An exchange ends ``wire`` seconds after its start, or later.
     """
     waited: list[float] = []
-    ends: dict[Flight, float] = {}
-    start_it, wait_for_it = Flight.start, Flight.wait
+    ends: dict[Exchange, float] = {}
+    start_it, wait_for_it = Exchange.start, Exchange.wait
 
-    def start(flight: Flight, *arguments: Any) -> None:
-        start_it(flight, *arguments)
-        ends[flight] = time.perf_counter() + wire
+    def start(exchange: Exchange, *arguments: Any) -> None:
+        start_it(exchange, *arguments)
+        ends[exchange] = time.perf_counter() + wire
 
-    def wait(flight: Flight) -> None:
+    def wait(exchange: Exchange) -> None:
         started = time.perf_counter()
         with torch.profiler.record_function("wait for the exchange"):
-            wait_for_it(flight)
-            time.sleep(max(0.0, ends.pop(flight, started) - time.perf_counter()))
+            wait_for_it(exchange)
+            time.sleep(max(0.0, ends.pop(exchange, started) - time.perf_counter()))
         waited.append(time.perf_counter() - started)
 
-    with mock.patch.multiple(Flight, start=start, wait=wait):
+    with mock.patch.multiple(Exchange, start=start, wait=wait):
         yield waited
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron.core.models.mimo.comm.exchange import Flight
+from megatron.core.models.mimo.comm.exchange import Exchange
 from tests.unit_tests.mimo import in_process_ranks
 from tests.unit_tests.mimo.in_process_ranks import InProcessGroup, InProcessWorld
 
@@ -27,7 +27,7 @@ class TimedWorld(InProcessWorld):
     Args:
         size: ranks.
         wire: what an exchange of rows takes.
-        patch: how flights are watched; undone by whoever made it.
+        patch: how exchanges are watched; undone by whoever made it.
 
     Attributes:
         now: of each rank.
@@ -40,22 +40,22 @@ class TimedWorld(InProcessWorld):
         self._wire, self._free = wire, [0.0] * size
         self._started: Counter[Any] = Counter()
         self._came: dict[Any, dict[int, float]] = {}
-        self._ends: dict[Flight, float] = {}
-        start, wait = Flight.start, Flight.wait
+        self._ends: dict[Exchange, float] = {}
+        start, wait = Exchange.start, Exchange.wait
 
-        def timed_start(flight: Flight, *arguments: Any) -> None:
-            start(flight, *arguments)
-            self._ends[flight] = self._free[self._rank]
+        def timed_start(exchange: Exchange, *arguments: Any) -> None:
+            start(exchange, *arguments)
+            self._ends[exchange] = self._free[self._rank]
 
-        def timed_wait(flight: Flight) -> None:
-            wait(flight)
-            rank, end = self._rank, self._ends.pop(flight, 0.0)
+        def timed_wait(exchange: Exchange) -> None:
+            wait(exchange)
+            rank, end = self._rank, self._ends.pop(exchange, 0.0)
             left = max(0.0, end - self.now[rank])
             self.now[rank] += left
             self.waited[rank] += left
 
-        patch.setattr(Flight, "start", timed_start)
-        patch.setattr(Flight, "wait", timed_wait)
+        patch.setattr(Exchange, "start", timed_start)
+        patch.setattr(Exchange, "wait", timed_wait)
 
     def collective(
         self,

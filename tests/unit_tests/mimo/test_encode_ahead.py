@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from megatron.core.models.mimo import MimoModel
-from megatron.core.models.mimo.comm.exchange import Flight
+from megatron.core.models.mimo.comm.exchange import Exchange
 from megatron.core.models.mimo.pipeline.step import forward_backward_pipelined
 from tests.unit_tests.mimo import in_process_ranks
 from tests.unit_tests.mimo.model_stubs import StubGroup
@@ -131,34 +131,34 @@ class Events:
 
     def __init__(self, size: int, patch: pytest.MonkeyPatch) -> None:
         self.of_rank: list[list[tuple[str, int]]] = [[] for _ in range(size)]
-        self._flights: list[dict[Flight, int]] = [{} for _ in range(size)]
+        self._exchanges: list[dict[Exchange, int]] = [{} for _ in range(size)]
         self._computed = [itertools.count() for _ in range(size)]
-        self._returned: set[Flight] = set()
-        start, wait = Flight.start, Flight.wait
+        self._returned: set[Exchange] = set()
+        start, wait = Exchange.start, Exchange.wait
 
-        def noted_start(flight: Flight, *arguments: Any) -> None:
-            known = self._flights[self._rank]
-            if flight in known:
-                self._returned.add(flight)
-            known.setdefault(flight, len(known))
-            self._note("begin", flight)
-            start(flight, *arguments)
+        def noted_start(exchange: Exchange, *arguments: Any) -> None:
+            known = self._exchanges[self._rank]
+            if exchange in known:
+                self._returned.add(exchange)
+            known.setdefault(exchange, len(known))
+            self._note("begin", exchange)
+            start(exchange, *arguments)
 
-        def noted_wait(flight: Flight) -> None:
-            if flight._under_way is not None:
-                self._note("wait", flight)
-            wait(flight)
+        def noted_wait(exchange: Exchange) -> None:
+            if exchange._under_way is not None:
+                self._note("wait", exchange)
+            wait(exchange)
 
-        patch.setattr(Flight, "start", noted_start)
-        patch.setattr(Flight, "wait", noted_wait)
+        patch.setattr(Exchange, "start", noted_start)
+        patch.setattr(Exchange, "wait", noted_wait)
 
     @property
     def _rank(self) -> int:
         return in_process_ranks._here.rank
 
-    def _note(self, what: str, flight: Flight) -> None:
-        way = "back" if flight in self._returned else "there"
-        self.of_rank[self._rank].append((f"{what} {way}", self._flights[self._rank][flight]))
+    def _note(self, what: str, exchange: Exchange) -> None:
+        way = "back" if exchange in self._returned else "there"
+        self.of_rank[self._rank].append((f"{what} {way}", self._exchanges[self._rank][exchange]))
 
     def watch(self, model: MimoModel) -> None:
         """Note where the language model of this rank begins, forward and backward."""

@@ -83,7 +83,7 @@ class PlanTensors:
         return cls(plan.held, plan.own, plan.local_index.size, there, back, stays, *indices)
 
 
-class _Exchange:
+class Exchange:
     """The two all-to-alls of one exchange.
 
     The autograd graph has it, so it must not have anything of the graph: Python does not see, and
@@ -117,7 +117,7 @@ class Flight:
             for them: a ``GradientEdge``, or ``None`` if the rows need no gradient.
     """
 
-    def __init__(self, rows: torch.Tensor, exchange: _Exchange) -> None:
+    def __init__(self, rows: torch.Tensor, exchange: Exchange) -> None:
         self._rows: torch.Tensor | None = rows
         self._exchange, self.plan = exchange, exchange.plan
         wanted = rows.requires_grad
@@ -165,13 +165,13 @@ def issue_exchange(
             f"The plan is for {plan.held} rows of this rank, got a tensor {tuple(rows.shape)}; "
             "give the rows (n, H) that the plan was made for"
         )
-    exchange = _Exchange(plan, group)
+    exchange = Exchange(plan, group)
     return Flight(rows if plan.stays else _Issue.apply(rows, exchange), exchange)
 
 
 class _Issue(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, exchange: _Exchange) -> torch.Tensor:
+    def forward(ctx: Any, rows: torch.Tensor, exchange: Exchange) -> torch.Tensor:
         ctx.exchange, plan = exchange, exchange.plan
         own = rows.new_empty((plan.own, rows.size(1)))
         torch.index_select(rows, 0, plan.local_index, out=own[: plan.local])
@@ -195,7 +195,7 @@ class _Issue(torch.autograd.Function):
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, own: torch.Tensor, exchange: _Exchange) -> torch.Tensor:
+    def forward(ctx: Any, own: torch.Tensor, exchange: Exchange) -> torch.Tensor:
         ctx.exchange = exchange
         with phases.during(phases.BRIDGE_FORWARD):
             exchange.wait()
