@@ -7,6 +7,7 @@ bit-equal to those with everything kept: the same operations run on the same num
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from dataclasses import replace
 
@@ -14,6 +15,9 @@ import pytest
 import torch
 
 from examples.mimo.digits.data import DigitsBatches
+from megatron.core.models.mimo.lossy.install import lossy_links
+from megatron.core.models.mimo.lossy.loss_models import preset
+from megatron.core.models.mimo.lossy.spec import LinkRule, LossySpec
 from megatron.core.models.mimo.memory.kept import part_bytes
 from megatron.core.models.mimo.memory.plan import transformer_bytes
 from megatron.core.models.mimo.memory.policy import EncoderMemory
@@ -95,20 +99,25 @@ def test_gradients_are_those_of_kept_activations(pair: tuple[str, str], changes:
         (STAGES, {"size": replace(SIZE, language_layers=2)}, {"encode_ahead": 1}),
         (STAGES, {"size": replace(SIZE, language_layers=2)},
          {"encode_in_bubbles": 2}),
+        (STAGES, {"size": replace(SIZE, language_layers=2), "deepstack": (0, 1)}, {}),
+        (FAN_IN, {"lossy": LossySpec((LinkRule("*", preset("default"), payload=64),), 3)}, {}),
     ],
-    ids=["plain", "gather", "ahead", "stages", "windows", "bubbles"],
+    ids=["plain", "gather", "ahead", "stages", "windows", "bubbles", "deepstack", "lossy"],
 )  # fmt: skip
 def test_a_step_leaves_nothing(
     pair: tuple[str, str], changes: dict, steps: dict[str, int]
 ) -> None:
     """What is kept of a microbatch, of its plan or its exchange, would be kept for ever."""
     found = []
-    with run(pair, **changes) as one:
+    lossy = changes.get("lossy")
+    with run(pair, **{key: value for key, value in changes.items() if key != "lossy"}) as one:
         one.trainer.options = replace(train_options(4), **steps)
-        for start, stop in ((0, 2), (2, 5)):
-            one.train(start, stop)
-            gc.collect()
-            found.append(sum(map(_is_of_a_step, gc.get_objects())))
+        links = lossy_links(one.trainer.model, lossy) if lossy else contextlib.nullcontext()
+        with links:
+            for start, stop in ((0, 2), (2, 5)):
+                one.train(start, stop)
+                gc.collect()
+                found.append(sum(map(_is_of_a_step, gc.get_objects())))
     # Three steps of four microbatches lie between; threads may hold one thing more or less.
     assert found[1] - found[0] < 9, found
 
