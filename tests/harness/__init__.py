@@ -11,6 +11,7 @@ outcome; under ``torchrun --nproc-per-node n -m pytest`` they run directly.
     fork_server.py starts ranks and programs in forks of a process that has the libraries
     reports.py     supervising side: reports of n ranks -> the reports of one test
     rank_plugin.py rank side: process group, lockstep after each test, deadline, output
+    worker_plugin.py  a second process for tests of one process: what they say, into records
     records.py     files in which the ranks tell the supervisor what happened
     backend.py     which torch.distributed backend and device the tests use
 """

@@ -7,6 +7,8 @@ import os
 
 import pytest
 
+from tests.harness.records import DIRECTORY_VARIABLE
+
 SIZES = (1, 2, 4, 8)
 
 
@@ -22,6 +24,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "fork: on CPUs from a process that has the imports; or torchrun",
         default="fork",
     )
+    parser.addini(
+        "beside",
+        "folders and files whose tests of one process run in a process of their own, beside the "
+        "others",
+        type="linelist",
+    )
+    parser.addini("beside_from", "so many of them at least; fewer run here", default="300")
 
 
 def ranks_of(item: pytest.Item) -> int | None:
@@ -70,6 +79,10 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         from tests.harness.rank_plugin import RankPlugin
 
         config.pluginmanager.register(RankPlugin(config), "mimo-rank")
+    elif DIRECTORY_VARIABLE in os.environ:
+        from tests.harness.worker_plugin import WorkerPlugin
+
+        config.pluginmanager.register(WorkerPlugin(config), "mimo-worker")
     else:
         from tests.harness.supervisor import SupervisorPlugin
 

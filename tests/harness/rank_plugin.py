@@ -29,7 +29,13 @@ from tests.harness import backend
 from tests.harness.garbage import end_threads_of_groups, set_imports_aside
 from tests.harness.plugin import ranks_of, timeout_of
 from tests.harness.programs import end_with
-from tests.harness.records import SUPERVISOR_VARIABLE, RecordWriter, read_plan, stacks_path
+from tests.harness.records import (
+    SUPERVISOR_VARIABLE,
+    RecordWriter,
+    planned,
+    read_plan,
+    stacks_path,
+)
 
 _EXIT_GAVE_UP = 17
 # Tests between two collections of garbage: one after each would cost more than it saves.
@@ -105,14 +111,7 @@ class RankPlugin:
             sizes = (self.world_size, None) if self.device.type == "cpu" else (self.world_size,)
             kept = [i for i in items if ranks_of(i) in sizes]
         else:
-            by_id = {i.nodeid: i for i in items}
-            missing = [n for n in self.plan if n not in by_id]
-            if missing:
-                raise pytest.UsageError(
-                    f"rank {self.rank} did not collect {missing[0]!r}: a test's id has to be the "
-                    "same in every process (no sets, addresses or random values in parameters)"
-                )
-            kept = [by_id[n] for n in self.plan]
+            kept = planned(items, self.plan, f"rank {self.rank}")
         chosen = set(kept)
         self.config.hook.pytest_deselected(items=[i for i in items if i not in chosen])
         items[:] = kept

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 PLAN = "plan.json"
 DIRECTORY_VARIABLE = "MIMO_TEST_RECORDS"
 SUPERVISOR_VARIABLE = "MIMO_TEST_SUPERVISOR_PID"
@@ -130,6 +132,22 @@ def trim_stacks(text: str) -> str:
 def write_plan(directory: Path, nodeids: list[str]) -> None:
     """Write the node ids a launch has to run, in order."""
     (directory / PLAN).write_text(json.dumps(nodeids), encoding="utf-8")
+
+
+def planned(items: list[pytest.Item], plan: list[str], who: str) -> list[pytest.Item]:
+    """Return a plan's tests in its order.
+
+    Raises:
+        pytest.UsageError: ``who`` has not collected one of them.
+    """
+    by_id = {item.nodeid: item for item in items}
+    missing = [nodeid for nodeid in plan if nodeid not in by_id]
+    if missing:
+        raise pytest.UsageError(
+            f"{who} did not collect {missing[0]!r}: a test's id has to be the same in every "
+            "process (no sets, addresses or random values in parameters)"
+        )
+    return [by_id[nodeid] for nodeid in plan]
 
 
 def read_plan() -> tuple[Path | None, list[str] | None]:

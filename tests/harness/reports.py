@@ -64,6 +64,11 @@ def _how(reports: list[pytest.TestReport]) -> str:
     return "skipped" if any(r.skipped for r in reports) else "passed"
 
 
+def alone(config: pytest.Config, item: pytest.Item, logs: list[RankLog]) -> list[pytest.TestReport]:
+    """Return the reports of a test that one process ran, as they are."""
+    return _load(config, logs[0], item.nodeid)
+
+
 def merge(
     config: pytest.Config, item: pytest.Item, logs: list[RankLog], died: str = ""
 ) -> list[pytest.TestReport]:

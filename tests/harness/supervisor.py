@@ -4,7 +4,9 @@
 A launch runs in the background while pytest asks for its tests one after the other; each is
 reported as soon as every rank has finished it. When a launch ends early, the test it was in is
 reported and the rest goes into a new launch. The largest launch begins at once, beside the tests of
-one process: these come first, one after the other, and its ranks get what they leave idle.
+one process: these come first, one after the other, and its ranks get what they leave idle. Where
+there are many of them, those below the folders of ``beside`` run in a second process meanwhile,
+which is a launch too, of no rank.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from tests.harness.gpus import VISIBLE, show_to_ranks
 from tests.harness.plugin import ranks_of, timeout_of
 from tests.harness.programs import first_failed, start
 from tests.harness.records import RankLog
-from tests.harness.reports import RankFailure, error, merge
+from tests.harness.reports import RankFailure, alone, error, merge
 
 _POLL = 0.05
 # Seconds beyond every other deadline before a launch is stopped from here.
@@ -50,7 +52,7 @@ class Launch:
     def __init__(self, config: pytest.Config, size: int, items: list[pytest.Item]) -> None:
         self.items = items
         self.directory = Path(tempfile.mkdtemp(prefix=f"ranks{size}-"))
-        self.logs = [RankLog(self.directory, rank) for rank in range(size)]
+        self.logs = [RankLog(self.directory, rank) for rank in range(max(size, 1))]
         self.stopped = ""
         self.started_at = self.progress_at = time.monotonic()
         records.write_plan(self.directory, [i.nodeid for i in items])
@@ -58,22 +60,25 @@ class Launch:
 
     def start_ranks(self, config: pytest.Config, size: int) -> subprocess.Popen | Forked:
         """Fork the ranks from the server, or start torchrun where each has a GPU."""
-        environment, log = self.environment(), self.directory / "agent.log"
+        environment, log = self.environment(size), self.directory / "agent.log"
+        # The server has what suits ranks (nothing is compiled there), not what this process has.
+        forked = size and config.getini("ranks_start") == "fork"
         return start(
-            self.arguments(config),
+            self.arguments(config, size),
             config.invocation_params.dir,
             environment,
             log,
             log,
-            fresh=environment.get(VISIBLE) != "" or config.getini("ranks_start") != "fork",
+            fresh=environment.get(VISIBLE) != "" or not forked,
             ranks=size,
-            logs=self.directory / "logs",
+            logs=self.directory / "logs" if size else None,
         )
 
-    def arguments(self, config: pytest.Config) -> list[str]:
+    def arguments(self, config: pytest.Config, size: int) -> list[str]:
         """What a rank runs."""
+        arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
         # tee-sys: what a rank prints is in its log already when it dies.
-        arguments = ["-m", "pytest", "-q", "--capture=tee-sys", "-p", "no:cacheprovider"]
+        arguments += ["--capture=tee-sys"] if size else []
         arguments += [f"--rootdir={config.rootpath}"]
         if config.inipath is not None:
             arguments += ["-c", str(config.inipath)]
@@ -86,14 +91,16 @@ class Launch:
         with contextlib.suppress(ProcessLookupError):
             os.setpriority(os.PRIO_PGRP, self.process.pid, _NICE)
 
-    def environment(self) -> dict[str, str]:
-        """The environment of the ranks."""
+    def environment(self, size: int) -> dict[str, str]:
+        """The environment of the ranks; of no rank, as it is here."""
         env = {k: v for k, v in os.environ.items() if not _LAUNCH_VARIABLES.fullmatch(k)}
         env[records.DIRECTORY_VARIABLE] = str(self.directory)
         env[records.SUPERVISOR_VARIABLE] = str(os.getpid())
+        if not size:
+            return env
         env["PYTHONUNBUFFERED"] = "1"
         env.setdefault("OMP_NUM_THREADS", "1")
-        if not show_to_ranks(env, len(self.logs)):
+        if not show_to_ranks(env, size):
             # Megatron-Core compiles its fused functions while it is imported: seconds per rank,
             # for nothing, since they run uncompiled without a GPU.
             env.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -210,7 +217,8 @@ class RankedTests:
             if self.config.get_terminal_writer().width_of_current_line:
                 reporter.line("")
             tests = f"{len(self.waiting)} tests"
-            reporter.write_line(f"{self.size} ranks: one launch for {tests} ...")
+            what = f"{self.size} ranks: one launch" if self.size else "beside: one process"
+            reporter.write_line(f"{what} for {tests} ...")
             reporter.flush()
         self._settled_in_launch = 0
         self.launch = Launch(self.config, self.size, list(self.waiting.values()))
@@ -224,7 +232,8 @@ class RankedTests:
         for item in list(self.waiting.values()):
             if not all(item.nodeid in log.finished for log in self.launch.logs):
                 return
-            self._settle(item, merge(self.config, item, self.launch.logs))
+            whose = merge if self.size else alone
+            self._settle(item, whose(self.config, item, self.launch.logs))
 
     def _settle_early_end(self) -> None:
         """The launch is over and tests are left: report the one it was in, drop the launch."""
@@ -253,28 +262,49 @@ class SupervisorPlugin:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.groups: dict[int, RankedTests] = {}
+        self._beside: set[str] = set()
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """One-process tests first, then one block per number of ranks: cheapest first."""
-        items.sort(key=lambda i: ranks_of(i) or 0)
+        folders = [self.config.rootpath / name for name in self.config.getini("beside")]
+
+        def order(item: pytest.Item) -> tuple[int, bool]:
+            return ranks_of(item) or 0, any(item.path.is_relative_to(f) for f in folders)
+
+        items.sort(key=order)
+        beside = [item for item in items if order(item) == (0, True)]
+        if len(beside) >= int(self.config.getini("beside_from")) and not self._is_watched():
+            self._beside = {item.nodeid for item in beside}
+
+    def _is_watched(self) -> bool:
+        """Whether somebody sees tests run, stops at one, or has set what is not passed on."""
+        names = ("usepdb", "trace", "maxfail", "runxfail", "hypothesis_seed", "collectonly")
+        option = self.config.getoption
+        return option("capture") == "no" or any(option(name, None) for name in names)
 
     def pytest_runtestloop(self, session: pytest.Session) -> None:
         """Plan the launches for what is left after every deselection."""
         for item in session.items:
-            size = ranks_of(item)
+            size = self._size(item)
             if size is not None:
                 self.groups.setdefault(size, RankedTests(self.config, size, []))
                 self.groups[size].waiting[item.nodeid] = item
         if self.groups and not session.config.option.collectonly:
-            self.groups[max(self.groups)].start()
-            if any(ranks_of(item) is None for item in session.items):
+            for size in {0, max(self.groups)} & set(self.groups):
+                self.groups[size].start()
+            if max(self.groups) and any(ranks_of(item) is None for item in session.items):
                 self.groups[max(self.groups)].launch.give_way()
+
+    def _size(self, item: pytest.Item) -> int | None:
+        """Return the number of ranks of a test's launch, None for one that runs here."""
+        size = ranks_of(item)
+        return 0 if size is None and item.nodeid in self._beside else size
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
         """Report a multi-rank test from its launch instead of running it here."""
-        size = ranks_of(item)
+        size = self._size(item)
         if size is None:
             return None
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)

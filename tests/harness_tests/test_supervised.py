@@ -186,3 +186,75 @@ def test_marker_with_another_size_is_refused(tmp_path: Path) -> None:
     assert result.returncode == pytest.ExitCode.USAGE_ERROR
     sentence = r"expected ranks\(n\) .* with n one of \(1, 2, 4, 8\), got args \(3,\)"
     assert re.search(sentence, result.output)
+
+
+_HERE = """
+import os
+
+def test_here(pytestconfig):
+    (pytestconfig.rootpath / "here").write_text(str(os.getpid()))
+"""
+_BESIDE = """
+import os, time
+import pytest
+
+def wait_for(path):
+    deadline = time.monotonic() + 200
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path.name} does not run beside this test"
+        time.sleep(0.05)
+    return path.read_text()
+
+def test_in_a_process_of_its_own(pytestconfig, tmp_path):
+    assert wait_for(pytestconfig.rootpath / "here") != str(os.getpid())
+    assert not [name for name in os.environ if name.startswith("MIMO_TEST")]
+    assert "WORLD_SIZE" not in os.environ and list(tmp_path.iterdir()) == []
+
+def test_wrong():
+    assert 1 == 2, "as it is said there"
+
+@pytest.mark.skip(reason="for this")
+def test_left_out(): ...
+
+@pytest.mark.xfail(strict=True)
+def test_known(): raise ValueError
+
+@pytest.fixture
+def broken(): raise ValueError("before the test")
+
+def test_broken(broken): ...
+
+def test_dies():
+    os._exit(7)
+
+def test_after_it(): ...
+"""
+
+
+def test_those_beside_run_in_a_second_process_and_say_the_same(tmp_path: Path) -> None:
+    files = {"test_here.py": _HERE, "test_there.py": _BESIDE}
+    result = run_project(tmp_path, files, beside="test_there.py", beside_from=7)
+    assert "beside: one process for 7 tests ..." in result.output
+    outcomes = {name: (r.when, r.outcome) for name, r in result.reports.items()}
+    assert outcomes == {
+        "test_here": ("call", "passed"),
+        "test_in_a_process_of_its_own": ("call", "passed"),
+        "test_wrong": ("call", "failed"),
+        "test_left_out": ("setup", "skipped"),
+        "test_known": ("call", "skipped"),
+        "test_broken": ("setup", "failed"),
+        "test_dies": ("call", "failed"),
+        "test_after_it": ("call", "passed"),
+    }
+    assert "as it is said there" in result.reports["test_wrong"].text
+    assert "rank" not in result.reports["test_wrong"].text
+    assert "was in this test" in result.reports["test_dies"].text
+
+
+def test_few_of_those_beside_run_here(tmp_path: Path) -> None:
+    says = "def test_there(pytestconfig):\n"
+    says += "    assert pytestconfig.pluginmanager.has_plugin('mimo-supervisor')\n"
+    files = {"test_there.py": says}
+    result = run_project(tmp_path, files, beside="test_there.py", beside_from=2)
+    assert result.returncode == 0, result.output
+    assert "beside" not in result.output
