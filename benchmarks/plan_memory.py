@@ -12,7 +12,7 @@ to that while it goes back. A prediction may be too high by :data:`BOUND`, never
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -158,6 +158,9 @@ def cell(case: Case, found: Peaks) -> dict[str, Any]:
 
 def counted(case: Case) -> Peaks:
     """Return the peaks of a step, counted; in a process group of one rank."""
+    gc.collect()
+    # What the process has already is not the step's. It is held: its memory must not be used again.
+    others = list(_tensors())
     options = replace(case.options, size=case.size)
     built = build_model(Layout(), Layout(), options)
     trainer = Trainer(built, TrainOptions(100, _SAMPLES, case.microbatches), True)
@@ -165,7 +168,7 @@ def counted(case: Case) -> Peaks:
     for step in range(2):  # what is allocated once
         trainer.step(data, step)
     gc.collect()
-    before, hooks = _living(), list(_marks(trainer.model, options.freeze != "encoder"))
+    before, hooks = _bytes_beside(others), list(_marks(trainer.model, options.freeze != "encoder"))
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profiler:
@@ -179,14 +182,16 @@ def counted(case: Case) -> Peaks:
     return found
 
 
-def _living() -> int:
-    """Bytes of all tensors that there are; every storage counts once."""
-    found = {}
-    for each in gc.get_objects():
-        if type(each) in (torch.Tensor, torch.nn.Parameter):
-            storage = each.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    return sum(found.values())
+def _tensors() -> Iterator[torch.Tensor]:
+    """All tensors that there are."""
+    return (each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter))
+
+
+def _bytes_beside(others: Iterable[torch.Tensor]) -> int:
+    """Bytes of all tensors but ``others``; every storage counts once."""
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors()}
+    known = {other.untyped_storage().data_ptr() for other in others}
+    return sum(size for pointer, size in found.items() if pointer not in known)
 
 
 _BEGIN, _END, _BACK = "mark encoder begins", "mark encoder ends", "mark encoder goes back"

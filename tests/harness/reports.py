@@ -52,7 +52,12 @@ def _first_line(text: str, limit: int = 200) -> str:
 
 def _load(config: pytest.Config, log: RankLog, nodeid: str) -> list[pytest.TestReport]:
     hook = config.hook.pytest_report_from_serializable
-    return [hook(config=config, data=data) for data in log.reports.get(nodeid, [])]
+    reports = [hook(config=config, data=data) for data in log.reports.get(nodeid, [])]
+    for report in reports:
+        # Of a skipped test: (file, line, reason), which JSON has made a list.
+        if isinstance(report.longrepr, list):
+            report.longrepr = tuple(report.longrepr)
+    return reports
 
 
 def _how(reports: list[pytest.TestReport]) -> str:

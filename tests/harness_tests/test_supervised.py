@@ -233,7 +233,9 @@ def test_after_it(): ...
 
 def test_those_beside_run_in_a_second_process_and_say_the_same(tmp_path: Path) -> None:
     files = {"test_here.py": _HERE, "test_there.py": _BESIDE}
-    result = run_project(tmp_path, files, beside="test_there.py", beside_from=7)
+    ini = {"beside": "test_there.py", "beside_from": 7, "addopts": "-ra"}
+    result = run_project(tmp_path, files, **ini)
+    assert re.search(r"SKIPPED \[1\] test_there\.py:\d+: for this", result.output)
     assert "beside: one process for 7 tests ..." in result.output
     outcomes = {name: (r.when, r.outcome) for name, r in result.reports.items()}
     assert outcomes == {
