@@ -181,7 +181,7 @@ SOUND_STEPS = 6
 ONE_RANK_WITH_SOUNDS = "--vision tp=1,dp=1 --audio tp=1,dp=1 --language tp=1,dp=1"
 STAGES_WITH_SOUNDS = (
     "--vision tp=2,dp=4 --audio tp=1,dp=8 --language tp=1,cp=2,pp=2,dp=2 --micro-batches 4 "
-    "--encode-ahead 1"
+    "--encode-in-bubbles 2"
 )
 
 
