@@ -21,6 +21,7 @@ import torch.distributed as dist
 from examples.mimo.digits.data import Batch, Token
 from megatron.core.models.mimo.comm.plan.routes import plan_routes
 from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns, split_items
+from megatron.core.models.mimo.memory.policy import EncoderMemory
 from megatron.core.models.mimo.model.routed_path import RoutedPath
 from megatron.core.utils import unwrap_model
 from tests.models.model import VISION
@@ -53,6 +54,11 @@ class Pipe:
 
 PIPES = {
     "pp2_sp_trains": Pipe("tp=2,pp=2,dp=2", "tp=2,dp=4", {"sequence_parallel": True}),
+    "pp2_offloaded_levels": Pipe(
+        "tp=2,pp=2,dp=2",
+        "tp=2,dp=4",
+        {"memory": EncoderMemory("offload", "recompute", offload_from=0), "deepstack": (0, 1)},
+    ),
     "pp4_projector_trains": Pipe(
         "tp=1,cp=2,pp=4,dp=1", options={"freeze": "encoder", "overlap_grad_reduce": False}
     ),
