@@ -245,6 +245,7 @@ def test_one_and_two_ranks_are_counted_in_words() -> None:
         (JobError("one sentence"), "job", r"one sentence$"),
         (RuntimeError(_GLOO), "peer", r"RuntimeError: .*Connection closed by peer"),
         (RuntimeError("Timed out waiting 60000ms"), "peer", r"RuntimeError: Timed out"),
+        (ConnectionResetError(104, "Connection reset by peer"), "peer", r"ConnectionResetError: "),
         (ValueError("two\n  lines"), "error", r"ValueError: two lines$"),
         (ValueError("timeout must be positive"), "error", r"ValueError: timeout"),
         (KeyError(), "error", r"KeyError: no message$"),
