@@ -17,15 +17,26 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.launcher import api
 
 from examples.mimo.digits import INSTALL_HINT
 from examples.mimo.digits.options import parse_options
 from mimo_colocated.forensics.evidence import STOPPED, Evidence
-from mimo_colocated.launch import Job, JobError, Packages, choose_backend, connection_notes, ranks
+from mimo_colocated.launch import (
+    Job,
+    JobError,
+    Packages,
+    choose_backend,
+    connection_notes,
+    ranks,
+    starts,
+)
 from mimo_colocated.launch.failures import Exit, Report, explain, read_reports
 from mimo_colocated.phases import Place
 
@@ -245,6 +256,7 @@ def test_one_and_two_ranks_are_counted_in_words() -> None:
         (JobError("one sentence"), "job", r"one sentence$"),
         (RuntimeError(_GLOO), "peer", r"RuntimeError: .*Connection closed by peer"),
         (RuntimeError("Timed out waiting 60000ms"), "peer", r"RuntimeError: Timed out"),
+        (ConnectionResetError(104, "Connection reset by peer"), "peer", r"ConnectionResetError: "),
         (ValueError("two\n  lines"), "error", r"ValueError: two lines$"),
         (ValueError("timeout must be positive"), "error", r"ValueError: timeout"),
         (KeyError(), "error", r"KeyError: no message$"),
@@ -294,8 +306,13 @@ def test_too_few_gpus_are_refused() -> None:
 
 def test_missing_packages_are_named_together() -> None:
     Packages({"os": "os", "os.path": "os"}).check()
-    with pytest.raises(JobError, match=r"the packages are missing: aa, bb; install .*\[examples\]"):
-        Packages({"no_such_aa": "aa", "os": "os", "no_such_bb.inner": "bb"}, INSTALL_HINT).check()
+    wanted = Packages({"no_such_aa": "aa", "os": "os", "no_such_bb.inner": "bb"}, INSTALL_HINT)
+    try:
+        wanted.check()
+        said = "nothing"
+    except Exception as error:
+        said = repr(error)
+    assert re.match(r"JobError\(.the packages are missing: aa, bb; install .*\[examples\]", said)
     with pytest.raises(JobError, match=r"the package is missing: aa; install it with pip$"):
         Packages({"no_such_aa": "aa"}).check()
 
@@ -612,6 +629,50 @@ def test_the_ranks_end_with_the_launcher(tmp_path: Path, sent: signal.Signals) -
     if sent is not signal.SIGKILL:
         said = f"error: stopped by {sent.name}; all ranks were ended\n"
         assert (code, errors) == (128 + sent, said)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM])
+def test_what_ended_ranks_that_are_not_forked_is_told(
+    sent: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's agent raises it, when it has ended them."""
+
+    def agent(*_arguments: object) -> None:
+        raise KeyboardInterrupt if sent == signal.SIGINT else SignalException("ended", sent)
+
+    monkeypatch.setattr(api, "elastic_launch", lambda *_: agent)
+    monkeypatch.setattr(starts.logging.root.manager, "loggerDict", {})
+    with pytest.raises(starts.Interrupted) as caught:
+        starts.start_scripts(Job("job.py", parse_options, print), [], 2, tmp_path)
+    assert (caught.value.sent, str(caught.value)) == (sent, sent.name)
+
+
+@pytest.mark.parametrize(
+    ("parents", "ends"),
+    [([77, 77, 77], False), ([1, 1, 1], False), ([77, 1, 1], True), ([77, 77, 88], True)],
+    ids=["waits", "launcher is pid 1", "to pid 1", "to a subreaper"],
+)
+def test_a_rank_waits_for_the_store_as_long_as_its_launcher_lives(
+    parents: list[int], ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container the launcher may be process 1, and some other process adopt orphans."""
+    gate, seen = tmp_path / "store", iter(parents)
+
+    def parent() -> int:
+        found = next(seen, None)
+        if found is None:
+            gate.write_text("12345")
+        return found or parents[-1]
+
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(starts, "os", SimpleNamespace(getppid=parent, _exit=end))
+    if ends:
+        with pytest.raises(SystemExit, match="1"):
+            starts._port(gate)
+    else:
+        assert starts._port(gate) == "12345"
 
 
 def test_gloo_s_notes_on_refused_connections_are_held_back(capfd):

@@ -260,6 +260,7 @@ def test_what_a_pipelined_language_model_needs(arguments: str, message: str) -> 
     options = _parse(f"{base} --virtual-stages 2 --micro-batches 4")
     assert (options.language.pp, options.virtual_stages) == (2, 2)
     assert _parse(f"{base} --micro-batches 4 --encode-ahead 1").encode_ahead == 1
+    assert _parse(f"{base} --encode-ahead 1").micro_batches == 1
     assert _parse(f"{base} --micro-batches 4 --encode-in-bubbles 2").encode_in_bubbles == 2
     one_stage = "--language dp=8 --global-batch-size 96 --micro-batches 2 --encode-ahead 1"
     assert _parse(one_stage).encode_ahead == 1

@@ -90,13 +90,14 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
 
     with MetricsWriter(path) as metrics:
         metrics.write(0, loss=2.0)
+        metrics.write(1, loss=1.5)
         monkeypatch.setattr(report.os, "write", half_then_full)
         with pytest.raises(JobError, match=r"disk is full: the metrics could not .*metrics\.jsonl"):
-            metrics.write(1, loss=1.0)
+            metrics.write(2, loss=1.0)
         monkeypatch.undo()
-        assert path.read_text() == '{"step": 0, "loss": 2.0}\n'
-        metrics.write(1, loss=1.0)
-    assert [line["step"] for line in read_metrics(path)] == [0, 1]
+        assert path.read_text() == '{"step": 0, "loss": 2.0}\n{"step": 1, "loss": 1.5}\n'
+        metrics.write(2, loss=1.0)
+    assert [line["step"] for line in read_metrics(path)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("most", [1, 7, 20])

@@ -15,9 +15,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from examples.mimo.digits.data import Batch, DigitsBatches, Kind
+from examples.mimo.digits.data import (
+    DIGITS_PER_SAMPLE,
+    SEQUENCE_LENGTH,
+    Batch,
+    DigitsBatches,
+    Kind,
+)
+from examples.mimo.digits.images import TOKENS_PER_IMAGE
 from examples.mimo.digits.job import DigitsLoop
-from examples.mimo.digits.memory_plan import items_of_a_microbatch, print_memory_plan
+from examples.mimo.digits.memory_plan import items_of_a_microbatch, planned, print_memory_plan
 from examples.mimo.digits.options import FREEZABLE, Options, parse_options
 from examples.mimo.digits.sounds import BANDS, FRAMES
 from megatron.core.hyper_comm_grid import GridShape
@@ -165,6 +172,15 @@ def test_the_memory_plan_has_a_table_for_each_encoder(capsys: pytest.CaptureFixt
         (False, True),
     ]
     assert [items_of_a_microbatch(options, side) for side in ("vision", "audio")] == [32, 16]
+
+
+@pytest.mark.parametrize("more", [[], ["--audio", "tp=1,dp=8"]], ids=["images", "and sounds"])
+def test_the_planner_is_told_of_every_digit_once(more: list[str]) -> None:
+    options = parse_options(more)
+    shapes, work = planned(options)
+    assert list(work.shares) == list(shapes.encoders) == list(options.encoders)
+    rows = sum(work.shares.values()) * SEQUENCE_LENGTH
+    assert rows == pytest.approx(DIGITS_PER_SAMPLE * TOKENS_PER_IMAGE)
 
 
 def test_a_plan_serves_as_long_as_tokens_stand_in_the_same_places(monkeypatch) -> None:

@@ -10,13 +10,15 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
+from examples.mimo.digits.options import parse_options
 from mimo_colocated.cli import doctor
-from mimo_colocated.cli.main import main
+from mimo_colocated.cli.main import _parse, main
 from mimo_colocated.cli.options import ALONE, COMMANDS, parser_of, read
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.launch.layouts import Layout
@@ -259,6 +261,30 @@ def test_a_wrong_command_line_is_one_sentence(
     line: str, said: str, capsys: pytest.CaptureFixture
 ) -> None:
     assert said in refused(capsys, *line.split())
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "train", "digits"])
+@pytest.mark.parametrize("more", [-1, 1], ids=["too few", "too many"])
+def test_ranks_that_the_layouts_do_not_span_are_refused(command: str, more: int) -> None:
+    """As torchrun and Slurm start them, of whatever number."""
+    two = "layout.language=dp=2", "layout.encoders.images=dp=2"
+    line = {
+        **dict.fromkeys(COMMANDS, ["a", "b", "--language", "tp=2"]),
+        **dict.fromkeys(("check", "eval"), ["a", "--language", "tp=2"]),
+        "calibrate": ["a.json", "--ranks", "2"],
+        "train": ["easy-vqa", *(word for each in two for word in ("--set", each))],
+        "digits": ["--vision", "dp=2", "--language", "dp=2"],
+    }[command]
+
+    def parsed(world: int | None) -> Any:
+        if command == "digits":
+            return parse_options(line, world)
+        return (train._parse if command == "train" else _parse)([command, *line], world)
+
+    assert parsed(2).world_size == parsed(None).world_size == 2
+    said = rf"(2 ranks|--ranks is 2), but the job has {2 + more}\b"
+    with pytest.raises(JobError, match=said):
+        parsed(2 + more)
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, *ALONE, "train"])

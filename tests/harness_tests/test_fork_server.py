@@ -20,7 +20,8 @@ import os, pathlib, time
 def test_it():
     rank = int(os.environ["RANK"])
     assert os.environ["WORLD_SIZE"] == "2"
-    pathlib.Path(f"pid{rank}").write_text(str(os.getpid()))
+    pathlib.Path(f"new{rank}").write_text(str(os.getpid()))
+    os.rename(f"new{rank}", f"pid{rank}")  # never met half-written
     while not pathlib.Path(f"pid{1 - rank}").exists():
         time.sleep(0.01)
 """
@@ -164,7 +165,9 @@ def test_the_rank_that_a_signal_ended_comes_before_those_that_lost_it(
     while not all((tmp_path / f"pid{rank}").exists() for rank in range(2)):
         time.sleep(0.05)
     os.kill(running.pid, signal.SIGSTOP)
-    (tmp_path / "go").touch()
-    assert all(gone(int((tmp_path / f"pid{rank}").read_text())) for rank in range(2))
-    os.kill(running.pid, signal.SIGCONT)
+    try:
+        (tmp_path / "go").touch()
+        assert all(gone(int((tmp_path / f"pid{rank}").read_text())) for rank in range(2))
+    finally:  # a server that stays stopped is waited for
+        os.kill(running.pid, signal.SIGCONT)
     assert (running.wait(60), running.rank) == (-signal.SIGKILL, 1)

@@ -57,7 +57,8 @@ def test_what_a_resumed_run_may_change(name: str) -> None:
         started(now).check_options(before, now.as_dict())
         return
     flag = name.replace("_", "-")
-    with pytest.raises(JobError, match=f"holds a run with --{flag} another, this one has "):
+    said = f"holds a run with --{flag} another, this one has .*; give --{flag} another to resume it"
+    with pytest.raises(JobError, match=said):
         started(now).check_options(before, now.as_dict())
 
 

@@ -7,6 +7,7 @@ import ast
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import Multimod
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mimo.compat import lend_tp_group, tied_heads_as_copies
 from megatron.core.models.mimo.gradients.nonfinite import _watched
+from megatron.core.models.mimo.memory.kept import KeptStorages
 from megatron.core.models.mimo.model.multimodal_rotary import rotary_positions_of
 from megatron.core.models.mimo.training import optimizer_savers
 from megatron.core.models.mimo.training.agreement import _overheard
@@ -30,6 +32,7 @@ from megatron.core.optimizer.optimizer import FP32Optimizer
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from mimo_colocated.launch.launcher import _environment
+from mimo_colocated.stop_requests import SIGNALS, StopRequests
 
 ROOT = Path(__file__).parents[3]
 FOLDERS = ("megatron", "mimo_colocated", "examples")
@@ -116,7 +119,23 @@ def environment() -> Case:
     return _environment, lambda: dict(os.environ)
 
 
+def stopped() -> Case:
+    return StopRequests, lambda: [signal.getsignal(sent) for sent in SIGNALS]
+
+
+def counted() -> Case:
+    kept = KeptStorages([])
+
+    def counts() -> bool:
+        before = kept.bytes
+        torch.ones(9, requires_grad=True).exp()
+        return kept.bytes > before
+
+    return lambda: kept, counts
+
+
 CASES = [lent, tied, watched, rotary, drawn, scales, mended, groups, overheard, environment]
+CASES += [stopped, counted]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -174,6 +193,25 @@ def test_what_is_put_back_is_put_back_after_an_exception_too() -> None:
         for name in unguarded(path.read_text())
     }
     assert found == set(ONLY_AFTER_SUCCESS)
+
+
+def asks_for_the_exception(source: str) -> list[str]:
+    """Classes that end a ``with`` in one way after an exception and in another without."""
+    return [
+        kind.name
+        for kind in ast.walk(ast.parse(source))
+        if isinstance(kind, ast.ClassDef)
+        for each in kind.body
+        if isinstance(each, ast.FunctionDef) and each.name == "__exit__"
+        if any(isinstance(inner, (ast.If, ast.IfExp, ast.BoolOp)) for inner in ast.walk(each))
+    ]
+
+
+def test_what_ends_a_with_ends_it_after_an_exception_too() -> None:
+    files = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+    assert [path for path in files if asks_for_the_exception(path.read_text())] == []
+    left = "class A:\n  def __exit__(self, kind, *_):\n    if kind is None:\n      self.close()"
+    assert asks_for_the_exception(left) == ["A"]
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,14 @@ def test_down_to_the_rank_that_all_wait_for():
     assert "  rank 1: the phase 'bridge forward' of step 3, microbatch 1; was killed" in text
 
 
+def test_every_rank_of_which_anything_is_known_is_in_the_list():
+    """One that died early has left neither phase nor dump."""
+    text = WhoWaits({5: KILLED}, {0: PLACES[0]}, {2: DUMPS[2]}).text()
+    lines = text.partition("Every rank:\n")[2].splitlines()
+    assert [line.split(":")[0] for line in lines] == ["  rank 0", "  rank 2", "  rank 5"]
+    assert lines[-1] == f"  rank 5: no phase recorded; {KILLED}"
+
+
 def test_without_a_known_culprit_the_rank_that_waits_for_nobody_is_found():
     busy = dump(entry("d/0", "all_reduce", 1, 1), entry("a/0", "all_gather", 16, 2))
     waits = WhoWaits({}, PLACES, {**DUMPS, 1: busy})

@@ -71,8 +71,10 @@ def chat(folder: Path) -> Source:
     return open_source("chat", {"path": folder / "train.jsonl", "media": folder / "shown"})
 
 
-def rows() -> datasets.Dataset:
-    shown = [[{"bytes": png(number), "path": None}] for number in range(3)]
+def rows(*, alone: bool = False) -> datasets.Dataset:
+    """An image in a list of one, or a column of images."""
+    images = [{"bytes": png(number), "path": None} for number in range(3)]
+    shown = images if alone else [[image] for image in images]
     talk = [messages(number, {"type": "image", "text": None}) for number in range(3)]
     for said in talk:  # a column of a table has one type
         for message in said:
@@ -82,7 +84,7 @@ def rows() -> datasets.Dataset:
         [{"role": {"dtype": "string", "_type": "Value"},
           "content": [{"type": {"dtype": "string", "_type": "Value"},
                        "text": {"dtype": "string", "_type": "Value"}}]}]
-    ), "shown": datasets.List(datasets.Image())}
+    ), "shown": datasets.Image() if alone else datasets.List(datasets.Image())}
     return datasets.Dataset.from_dict(
         {"talk": talk, "shown": shown}, features=datasets.Features(features)
     )
@@ -90,6 +92,11 @@ def rows() -> datasets.Dataset:
 
 def arrow(folder: Path) -> Source:
     rows().save_to_disk(str(folder / "saved"))
+    return Tables(folder / "saved", messages="talk", images="shown")
+
+
+def alone(folder: Path) -> Source:
+    rows(alone=True).save_to_disk(str(folder / "saved"))
     return Tables(folder / "saved", messages="talk", images="shown")
 
 
@@ -115,7 +122,7 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(info, io.BytesIO(content))
 
 
-KINDS = [llava, chat, arrow, parquet, shards]
+KINDS = [llava, chat, arrow, alone, parquet, shards]
 
 
 def words(conversation: Conversation) -> list[tuple[str, list[str]]]:
@@ -213,6 +220,8 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
 LINES = {
     "{": "Expecting property name",
     "[]": "has no messages",
+    # Text and lists may have the word in them.
+    **dict.fromkeys(("3", "null", '"messages"', '["messages"]'), "has no messages"),
     '{"messages": 3}': "messages is no list but int",
     '{"messages": []}': "a conversation has no turn",
     '{"messages": [{"role": "user"}]}': "a message needs role and content",

@@ -19,7 +19,7 @@ from megatron.core.models.mimo.huggingface.configuration import read_config
 from megatron.core.models.mimo.huggingface.examples import Examples
 from megatron.core.models.mimo.huggingface.logits_check import LogitsCheck
 from mimo_colocated.launch.layouts import Layout
-from tests.unit_tests.mimo.huggingface import llava_models, models, sounds
+from tests.unit_tests.mimo.huggingface import llava_models, models, qwen_vl_models, sounds
 from tests.unit_tests.mimo.huggingface.harness import randomise
 
 IMAGE = llava_models.IMAGE_TOKEN
@@ -94,8 +94,9 @@ def test_samples_come_from_the_folders_processor(folder: Path) -> None:
     [
         (lambda: llava_models.llava("siglip-qwen2"), IMAGE, "pixel_values"),
         (sounds.qwen2_audio, sounds.TOKEN, "input_features"),
+        (qwen_vl_models.qwen2_5_vl, qwen_vl_models.IMAGE, "image_grid_thw"),
     ],
-    ids=["images", "sounds"],
+    ids=["images", "sounds", "places in three directions"],
 )
 def test_samples_are_made_up_where_there_is_no_processor(
     make: Any, token: int, name: str, tmp_path: Path

@@ -17,7 +17,8 @@ from megatron.core.models.mimo.job import calibration
 from megatron.core.models.mimo.job.calibration import Probe, calibrate
 from megatron.core.models.mimo.job.probed_layers import encoder_stack, language_stack
 from megatron.core.models.mimo.plan.flops import attention_flops, layer_flops, seen_pairs
-from megatron.core.models.mimo.plan.machine import machine_from, to_json
+from megatron.core.models.mimo.plan.machine import Machine, machine_from, to_json
+from mimo_colocated.cli import calibrating
 from mimo_colocated.cli.main import main
 from mimo_colocated.cli.options import read
 
@@ -100,6 +101,27 @@ def test_a_folder_is_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for command in (["calibrate"], ["plan", "--calibrate"]):
         assert main([*command, str(tmp_path), "--backend", "gloo"]) == 2
         assert "is a folder; give the name of a file" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_was_measured_is_told_and_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every number in the unit that stands behind it."""
+    measured = Machine(
+        "mine", node=8, memory=7e10, matmul=8.12e10, attention=1.71e10, encoder=4.25e10,
+        memory_rate=2e9, inside=1.25e9, between=7.5e8, inside_latency=1e-6, between_latency=2e-6,
+        hop_latency=3e-6, layer_start=3.2e-4, hidden=0.4, host=5e9, communicator=1e6, fused=False,
+    )  # fmt: skip
+    monkeypatch.setattr(calibration, "calibrate", lambda _probe, _name: measured)
+    target = tmp_path / "mine.json"
+    calibrating.work(read("calibrate", [str(target)]))
+    assert capsys.readouterr().out == (
+        "mine: products 81.2, of encoders 42.5, attention 17.1 GFLOP/s; 1.25 GB/s inside a node, "
+        "0.75 between, 40 % of it beside products; a layer starts in 320 us; "
+        f"plan with --gpu {target}\n"
+    )
+    assert machine_from(json.loads(target.read_text())) == measured
 
 
 def test_as_many_ranks_as_asked_for() -> None:

@@ -97,6 +97,11 @@ def test_where_no_kernel_attends_is_refused(arguments: Any, words: str) -> None:
 
 def test_another_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ring_problem(CPU, torch.float32, 6) == ring_problem(CUDA, torch.bfloat16, 64) == ""
+    found = ring_attention._loops()
+    for name in ring_attention._LOOPS:
+        with monkeypatch.context() as patch:
+            patch.delattr(found, name)
+            assert "needs PyTorch's ring attention" in ring_problem(CPU, torch.float32, 6), name
     monkeypatch.setattr(ring_attention, "_LOOPS", ("_no_such_loop",))
     with pytest.raises(ValueError, match=r"needs PyTorch's ring attention, torch.*which torch \d"):
         raise ValueError(context_parallel_problem(build("qwen2"), None))

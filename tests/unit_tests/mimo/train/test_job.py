@@ -43,7 +43,8 @@ NO, YES = (Conversation(said(["is it red"], answer)) for answer in ("no", "yes")
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_the_most_frequent_answer_is_that_of_samples_that_are_kept(ranks: int) -> None:
     """Every rank reads a part of them and none of what was skipped; a tie has one winner."""
-    samples = [YES, SampleError("malformed", "no list"), NO, NO, YES]
+    # "no" is counted first, wherever the ranks' parts begin.
+    samples = [NO, SampleError("malformed", "no list"), YES, YES, NO]
     kept: Any = SimpleNamespace(numbers=np.array([0, 2, 3, 4]))
     tokens: Any = SimpleNamespace(numbers=np.arange(7))
     answers = [Answer(question="", wanted=each, said="") for each in ("no", "yes", "yes ")]

@@ -20,6 +20,7 @@ from megatron.core.models.mimo.job.plots import draw_series
 from mimo_colocated.cli.main import main
 from mimo_colocated.launch import errors
 from mimo_colocated.launch.errors import JobError
+from mimo_colocated.train import report_figures
 from mimo_colocated.train.report import ANSWERS, write_report
 from mimo_colocated.train.report_figures import times_of
 
@@ -167,6 +168,21 @@ def test_every_figure_stands_on_the_page(written: str) -> None:
         assert len(list(tree.iter("{http://www.w3.org/2000/svg}path"))) > 5, name
         # What marks text in it is drawn: no font is looked for.
         assert "<text" not in svg
+
+
+@pytest.mark.parametrize("name", ["curves", "seconds", "work", "rate", "spread"])
+def test_what_lies_over_the_steps_says_so_and_marks_whole_ones(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of few steps, too, between which there is room for more marks."""
+    made: list[Figure] = []
+    monkeypatch.setattr(report_figures, "_svg", made.append)
+    getattr(report_figures, name)(LINES[:2])
+    (figure,) = made
+    axes = figure.axes[-1]
+    assert axes.get_xlabel() == "step"
+    assert all(mark == round(mark) for mark in axes.get_xticks())
+    assert all(each.get_ylabel() for each in figure.axes)
 
 
 def test_nothing_is_loaded_from_outside(written: str) -> None:
