@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -119,6 +120,7 @@ def test_a_gradient_is_placed_as_its_parameter() -> None:
 
 def test_outputs_of_any_form_become_whole_and_plain() -> None:
     """Within one another, too; what is no tensor stays, and what is kept of the outermost."""
+    named = namedtuple("named", "rows counts")
     tensor = torch.arange(8.0, device=own_device()).view(4, 2)
     part: Any = split(tensor).detach()
     found = joined({"kept": part, "rows": [part, (part, {"kept": part}), None], "n": 3}, ("kept",))
@@ -126,6 +128,8 @@ def test_outputs_of_any_form_become_whole_and_plain() -> None:
     first, (second, third), nothing = found["rows"]
     assert [type(found["rows"]), type(found["rows"][1])] == [list, tuple]
     assert (nothing, found["n"]) == (None, 3)
-    for each in (first, second, third["kept"], joined(part, ()), joined([part], ())[0]):
+    both = joined(named(part, [part]), ())
+    assert isinstance(both, named)
+    for each in (first, second, third["kept"], joined(part, ()), both.rows, *both.counts):
         assert type(each) is torch.Tensor
         assert torch.equal(each, tensor)
