@@ -234,7 +234,8 @@ def _check(parser: argparse.ArgumentParser) -> None:
         "--bound",
         type=_ABOVE_ZERO,
         default=None,
-        help="largest difference over the largest logit; without: 1e-5, 2e-2 in half precision",
+        help="largest difference over the largest logit; without: 1e-5, in bfloat16 2e-2, in "
+        "float16 5e-3",
     )
     parser.add_argument(
         "--control",

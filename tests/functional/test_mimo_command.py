@@ -17,7 +17,9 @@ import torch
 import transformers
 
 from examples.mimo.digits.options import parse_options
-from mimo_colocated.cli import doctor
+from megatron.core.models.mimo.huggingface import logits_check
+from megatron.core.models.mimo.huggingface.logits_check import Verdict
+from mimo_colocated.cli import checking, doctor
 from mimo_colocated.cli.main import _parse, main
 from mimo_colocated.cli.options import ALONE, COMMANDS, parser_of, read
 from mimo_colocated.launch.errors import JobError
@@ -136,6 +138,34 @@ def test_logits_are_checked_with_images_in_any_layout(tmp_path: Path) -> None:
         r"than 1e-05; weight language_model.model.norm.weight is not the folder's",
         control.err,
     )
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("dtype", checking.BOUNDS)
+def test_without_a_bound_it_is_that_of_the_dtype(
+    dtype: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    bound = checking.BOUNDS[dtype]
+    verdicts = [Verdict("text", error, (0, 0, 0)) for error in (bound, 1.01 * bound)]
+    made = SimpleNamespace(
+        source="drawn", cases=lambda: iter(verdicts), worst_weight=lambda: ("w", 0.0)
+    )
+    monkeypatch.setattr(logits_check, "LogitsCheck", lambda built: made)
+    monkeypatch.setattr(checking.models, "build", lambda folder, options, dtype: None)
+    monkeypatch.setattr(checking.models, "say", print)
+    options = read("check", ["folder", "--dtype", dtype])
+    with pytest.raises(JobError, match=f"more than {bound:g}$"):
+        checking.work(options)
+    said = capsys.readouterr().out
+    assert f"bound {bound:g} of the largest logit" in said
+    assert re.findall("(?:ok|ABOVE THE BOUND)$", said, re.M) == ["ok", "ABOVE THE BOUND"]
+    (told,) = re.findall(r"largest logit; without: (.*?) --", help_of("check"))
+    assert set(map(float, re.findall(r"\d+e-\d+", told))) == set(checking.BOUNDS.values())
+
+
+def help_of(command: str) -> str:
+    parser = train.parser() if command == "train" else parser_of(command)
+    return " ".join(parser.format_help().split())
 
 
 def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
@@ -289,8 +319,7 @@ def test_ranks_that_the_layouts_do_not_span_are_refused(command: str, more: int)
 
 @pytest.mark.parametrize("command", [*COMMANDS, *ALONE, "train"])
 def test_help_names_types_in_words(command: str) -> None:
-    parser = train.parser() if command == "train" else parser_of(command)
-    text = " ".join(parser.format_help().split())
+    text = help_of(command)
     assert not re.search(r"<function|<locals>| at 0x|Number\(", text)
     if command == "report":  # it takes no number
         return

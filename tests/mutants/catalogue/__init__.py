@@ -52,6 +52,7 @@ from tests.mutants.catalogue.written_without_e import WITHOUT_E
 from tests.mutants.catalogue.written_without_e_jobs import WITHOUT_E_JOBS
 from tests.mutants.catalogue.written_without_e_parts import WITHOUT_E_PARTS
 from tests.mutants.catalogue.written_without_f import WITHOUT_F
+from tests.mutants.catalogue.written_without_f_more import WITHOUT_F_MORE
 
 MUTANTS = (
     *GRIDS,
@@ -105,4 +106,5 @@ MUTANTS = (
     *WITHOUT_E_PARTS,
     *WITHOUT_E_JOBS,
     *WITHOUT_F,
+    *WITHOUT_F_MORE,
 )

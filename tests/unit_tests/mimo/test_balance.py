@@ -356,6 +356,35 @@ def test_one_rank_packs_what_others_have_one_by_one(monkeypatch: pytest.MonkeyPa
     ]
 
 
+def test_the_spread_is_of_the_last_batch_whether_items_move_or_not() -> None:
+    """Also of the first batch, of one below the threshold and of one without items."""
+    balance = EncoderBalance(
+        tokens_per_item=lambda inputs: inputs["vit"]["sizes"].tolist(),
+        threshold=1.5,
+        cost=LINEAR.cost,
+    )
+    even, uneven = {dp: [2] for dp in range(4)}, {0: [4, 2, 1]}
+    batches = [even, uneven, {**even, 0: [3]}, uneven, {}]
+
+    def body(rank: int) -> list[tuple[bool, float, float]]:
+        told = []
+        with bridge((2, 4), (2, 4, 1)) as made:
+            balancing = InputBalance(made, balance)
+            assert balancing.spread is None
+            for batch in batches:
+                sizes = torch.tensor(batch.get(rank // 2, []), dtype=torch.int64)
+                given = {"vit": {"sizes": sizes}} if len(sizes) else None
+                _, plan = balancing.balance(given, torch.device("cpu"))
+                assert balancing.spread is not None
+                told.append((plan.moves, *balancing.spread))
+        return told
+
+    moved = (True, 4, pytest.approx(16 / 7))
+    below = pytest.approx(4 / 3)
+    expected = [(False, 1, 1), moved, (False, below, below), moved, (False, 1, 1)]
+    assert InProcessWorld(8).run(body) == [expected] * 8
+
+
 def test_rows_that_may_be_of_items_or_of_units_are_refused() -> None:
     """As many units as items, but not one each: the sizes would go where the patches go."""
     balance = EncoderBalance(

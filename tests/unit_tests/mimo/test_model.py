@@ -7,6 +7,7 @@ for bit; the language model's one matrix product runs on equal inputs and is, to
 
 from __future__ import annotations
 
+import functools
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from megatron.core.models.mimo.config.role import ModuleLayout, ModuleStageInfo,
 from megatron.core.models.mimo.model import base
 from megatron.core.models.mimo.model.language_groups import check_pp_size
 from megatron.core.models.mimo.model.multimodal_rotary import rotary_positions_of
+from megatron.core.models.mimo.model.replaceable import ReplaceableSteps
 from megatron.core.models.mimo.model.token_positions import TokenPositions
 from megatron.core.models.mimo.partition import utils as partition_utils
 from megatron.core.transformer.module import Float16Module
@@ -631,8 +633,12 @@ class TestColocated:
             "dim_mapping": {"b": 0, "h": 1},
         }
 
-    def test_grids_without_tp_or_dp_need_no_bridge(self):
-        grids = {"images": StubGrid(0, 1, [1], ["dp"]), "language": StubGrid(0, 1, [1], ["dp"])}
+    @pytest.mark.parametrize("lacks", ["images", "language", "images language"])
+    @pytest.mark.parametrize("dims", [["dp"], ["tp"], ["pp"]], ids=str)
+    def test_grids_without_tp_or_dp_need_no_bridge(self, lacks, dims):
+        """One such grid suffices: a bridge has two ends."""
+        grids = {name: StubGrid(0, 1, [1, 1], ["tp", "dp"]) for name in ("images", "language")}
+        grids |= {name: StubGrid(0, 1, [1], dims) for name in lacks.split()}
         assert MimoModel(mimo_config(module_to_grid_map=grids)).colocated_comms == {}
 
 
@@ -948,6 +954,36 @@ class TestSetInputTensor:
         hidden = torch.zeros(1)
         model.set_input_tensor(hidden)
         assert inner.received is hidden
+
+
+def test_every_step_that_a_user_replaces_is_taken_from_the_model(model, monkeypatch):
+    """By a colocated model, with a packed batch, or by an encoder's rank."""
+
+    class Names:
+        def __getattr__(self, name):
+            return name
+
+    steps = [name for name, kind in vars(ReplaceableSteps).items() if isinstance(kind, property)]
+    names, taken = {getattr(ReplaceableSteps(Names()), step) for step in steps}, set()
+
+    def noted(name, step, *args, **kwargs):
+        taken.add(name)
+        return step(*args, **kwargs)
+
+    def replaced(owner):
+        for name in names:
+            step = getattr(owner, name)
+            monkeypatch.setattr(owner, name, functools.partial(noted, name, step))
+        return owner
+
+    model.colocated_comms[("images", "language")] = StubBridge(1, True)
+    packing = {"cu_seqlens_q": torch.tensor([0, 3, LENGTH])}
+    replaced(model)(tokens(2), modality_inputs=images(1, 2), packing_kwargs=packing)
+    encoder = MimoModel(mimo_config(module_to_grid_map=disjoint(monkeypatch, 0)))
+    replaced(encoder)(tokens(0, 0))
+    encoder.modality_submodules["images"] = Constant(torch.zeros(4, HIDDEN))
+    encoder(tokens(1, 3), modality_inputs={"images": {}})
+    assert taken == names
 
 
 def test_rows_are_sent_in_the_dtype_of_the_residual_stream():

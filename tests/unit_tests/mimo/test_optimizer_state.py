@@ -30,6 +30,23 @@ def test_arguments_reach_every_modules_optimizer() -> None:
         assert each.reload_model_params.mock_calls == [call(state), call()]
 
 
+def test_every_module_is_in_the_state_on_every_rank(monkeypatch) -> None:
+    """Those of other ranks and frozen ones with nothing: callers look them up."""
+    monkeypatch.setattr(optimizer, "sharded_inner_state", lambda inner, *_, **__: {"of": inner})
+    monkeypatch.setattr(optimizer, "inner_state", lambda inner: {"of": inner})
+    monkeypatch.setattr(MimoOptimizer, "_replica_id", lambda self, name: (0, 0, 0))
+    inner = SimpleNamespace()
+    kinds = {"elsewhere": (inner, False), "frozen": (None, True), "here": (inner, True)}
+    made = {
+        name: optimizer.ModuleOptimizerInfo(which, None, None, active)
+        for name, (which, active) in kinds.items()
+    }
+    both = MimoOptimizer(made, None)
+    here = {"here": {"of": inner}}
+    assert both.sharded_state_dict({}) == {"elsewhere": {}, "frozen": {}, **here}
+    assert both.state_dict() == {"elsewhere": None, "frozen": None, **here}
+
+
 def test_weights_of_either_kind_are_gathered_again_after_a_step(monkeypatch) -> None:
     finished = []
     monkeypatch.setattr(optimizer, "finish_param_gather", finished.append)

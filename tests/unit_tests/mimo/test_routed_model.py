@@ -27,6 +27,7 @@ from megatron.core.models.mimo.comm.plan.balance import EncoderBalance
 from megatron.core.models.mimo.comm.plan.routes import RoutePlan, plan_routes
 from megatron.core.models.mimo.comm.plan.token_runs import TokenRuns
 from megatron.core.models.mimo.model import local_text
+from megatron.core.models.mimo.model.construction import make_bridges
 from megatron.core.models.mimo.model.local_text import LocalText
 from megatron.core.models.mimo.partition.sequence_order import dense_positions, packed_positions
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -64,6 +65,7 @@ class Case:
 
     ``images``: images of each sample, two tokens each. ``encoded``: how many of all images each
     encoder replica encodes. ``encoders``: each makes its share of the two rows of every image.
+    ``first``: the first rank; those before it are in no grid.
     """
 
     src: tuple[int, int]
@@ -79,6 +81,7 @@ class Case:
     balanced: bool = False
     encoders: tuple[str, ...] = ("linear",)
     image: int = IMAGE
+    first: int = 0
     change: Callable[[int, dict[str, Any]], None] = lambda rank, inputs: None
 
     @property
@@ -101,10 +104,13 @@ class Case:
         return torch.linspace(-1, 1, total * 8).view(total, 2, 4)
 
     def run(self) -> list[Result]:
-        return InProcessWorld(self.size).run(self._on_rank)
+        def body(rank: int) -> Any:
+            return self._on_rank(rank) if rank >= self.first else self._outside()
+
+        return InProcessWorld(self.first + self.size).run(body)[self.first :]
 
     def src_grid(self) -> HyperCommGrid:
-        return HyperCommGrid(list(self.src), ["tp", "dp"])
+        return HyperCommGrid(list(self.src), ["tp", "dp"], rank_offset=self.first)
 
     def spec(self, grid: HyperCommGrid) -> ModuleSpec:
         spec = modality_spec()
@@ -113,10 +119,13 @@ class Case:
         }
         return spec
 
-    def build(self) -> tuple[MimoModel, dict[str, HyperCommGrid]]:
+    def settings(self) -> tuple[Any, dict[str, HyperCommGrid]]:
+        """The model's configuration and its grids."""
         grids = {
             "images": self.src_grid(),
-            "language": HyperCommGrid(list(self.dest), ["tp", "cp", "dp"]),
+            "language": HyperCommGrid(
+                list(self.dest), ["tp", "cp", "dp"], rank_offset=self.first
+            ),
         }
         for dim in ("tp", "cp"):
             grids["language"].create_pg(dim)
@@ -126,20 +135,34 @@ class Case:
             context_parallel_size=cp,
             sequence_parallel=self.sequence_parallel,
         )
-        torch.manual_seed(3)
         kv_format = "thd" if self.packed else "sbhd"
         options: dict[str, Any] = {"bridge": self.bridge, "kv_format": kv_format}
         options["special_token_ids"] = {"images": self.image}
         if self.balanced:
             options["encoder_balance"] = {"images": BALANCE}
         modalities = {"images": self.spec(grids["images"])}
-        model = MimoModel(mimo_config(config, modalities, module_to_grid_map=grids, **options))
+        return mimo_config(config, modalities, module_to_grid_map=grids, **options), grids
+
+    def build(self) -> tuple[MimoModel, dict[str, HyperCommGrid]]:
+        settings, grids = self.settings()
+        torch.manual_seed(3)
+        model = MimoModel(settings)
         model.modality_submodules["images"].requires_grad_(not self.frozen)
         if self.overlap:
             model.modality_submodules["images"].ddp_config = type(
                 "Config", (), {"overlap_grad_reduce": True}
             )()
         return model, grids
+
+    def _outside(self) -> None:
+        """A rank of no grid takes part where groups are made, and in nothing else."""
+        settings, grids = self.settings()
+        config = settings.language_model_spec.params["config"]
+        model: Any = SimpleNamespace(mimo_config=settings, config=config)
+        for _, made in list(make_bridges(model)):
+            made.destroy()
+        for grid in grids.values():
+            grid.destroy()
 
     def _inputs(self, rank: int, model: MimoModel, grids: Mapping) -> dict[str, Any]:
         mine = grids["language"].coords(rank)["dp"]
@@ -281,6 +304,19 @@ def test_any_number_of_tokens_against_one_rank(name, balanced, sequence_parallel
     case = Case(src, dest, images, encoded, sequence_parallel, balanced=balanced)
     case.ahead = name in ("uneven_images", "no_samples") and not balanced
     assert_as_on_one_rank(case)
+
+
+@pytest.mark.parametrize("how", ["gather", "routed", "sp", "balanced"])
+def test_grids_need_not_begin_at_rank_0(how):
+    assert_as_on_one_rank(
+        uniform(
+            EQUAL,
+            bridge="gather" if how == "gather" else "routed",
+            sequence_parallel=how == "sp",
+            balanced=how == "balanced",
+            first=3,
+        )
+    )
 
 
 @pytest.mark.parametrize("how", ["gather", "routed", "balanced"])

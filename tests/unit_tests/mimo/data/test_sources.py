@@ -262,17 +262,24 @@ def test_every_setting_of_a_source_is_in_its_fingerprint(tmp_path: Path) -> None
     (tmp_path / "a.jsonl").write_text("")
     columns = {name: ["x"] for name in ("messages", "images", "talk", "shown")}
     datasets.Dataset.from_dict(columns).to_parquet(str(tmp_path / "a.parquet"))
-    sources: list[tuple[Any, str, dict[str, Any]]] = [
-        (LlavaJson, "a.json", {"images": tmp_path / "other"}),
-        (chat_jsonl.ChatJsonl, "a.jsonl", {"media": tmp_path / "other"}),
-        (Tables, "a.parquet", {"messages": "talk", "images": "shown"}),
+    asked: dict[str, Any] = {"split": "train", "images": 5}
+    # Class, settings that stay, settings that change one at a time.
+    sources: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
+        (LlavaJson, {"path": tmp_path / "a.json"}, {"images": tmp_path / "other"}),
+        (chat_jsonl.ChatJsonl, {"path": tmp_path / "a.jsonl"}, {"media": tmp_path / "other"}),
+        (Tables, {"path": tmp_path / "a.parquet"}, {"messages": "talk", "images": "shown"}),
+        (EasyVqa, asked, {"split": "test", "images": 6, "together": False, "turns": 2}),
+        (EasyVqa, {**asked, "turns": 2}, {"turns": 3, "draws": 2}),
     ]
-    for kind, file, settings in sources:
-        assert {"path", *settings} == inspect.signature(kind).parameters.keys()
-        usual = kind(tmp_path / file).fingerprint()
+    known: dict[Any, set[str]] = {}
+    for kind, given, settings in sources:
+        known.setdefault(kind, set()).update(given, settings)
+        usual = kind(**given).fingerprint()
         for name, value in settings.items():
-            assert kind(tmp_path / file, **{name: value}).fingerprint() != usual, (kind, name)
-        assert kind(tmp_path / file).fingerprint() == usual
+            assert kind(**{**given, name: value}).fingerprint() != usual, (kind, name)
+        assert kind(**given).fingerprint() == usual
+    for kind, names in known.items():
+        assert names == inspect.signature(kind).parameters.keys()
 
 
 def test_images_of_a_table_that_its_messages_do_not_show_are_malformed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from megatron.core.models.mimo.huggingface.cuts import Heads, Whole
 from megatron.core.models.mimo.huggingface.tables import Table, line
 from megatron.core.models.mimo.huggingface.weights import Part, held_by
 from megatron.core.models.mimo.torch_native.data_parallel import TorchNativeParallel
-from megatron.core.models.mimo.torch_native.styles import _place_gradient
+from megatron.core.models.mimo.torch_native.styles import _place_gradient, joined
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from tests.harness.backend import own_device
@@ -115,3 +116,20 @@ def test_a_gradient_is_placed_as_its_parameter() -> None:
     parameter.grad = whole.redistribute(placements=[Replicate()])
     _place_gradient(parameter)
     assert parameter.grad.placements == parameter.placements
+
+
+def test_outputs_of_any_form_become_whole_and_plain() -> None:
+    """Within one another, too; what is no tensor stays, and what is kept of the outermost."""
+    named = namedtuple("named", "rows counts")
+    tensor = torch.arange(8.0, device=own_device()).view(4, 2)
+    part: Any = split(tensor).detach()
+    found = joined({"kept": part, "rows": [part, (part, {"kept": part}), None], "n": 3}, ("kept",))
+    assert found.pop("kept") is part
+    first, (second, third), nothing = found["rows"]
+    assert [type(found["rows"]), type(found["rows"][1])] == [list, tuple]
+    assert (nothing, found["n"]) == (None, 3)
+    both = joined(named(part, [part]), ())
+    assert isinstance(both, named)
+    for each in (first, second, third["kept"], joined(part, ()), both.rows, *both.counts):
+        assert type(each) is torch.Tensor
+        assert torch.equal(each, tensor)

@@ -32,7 +32,12 @@ def problem(family: str, tp: int, **changes: Any) -> str:
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3", "clip", "siglip"])
 def test_a_family_fits_its_plan(family) -> None:
+    """With what stands beside its base model, and without."""
     assert problem(family, 4) == problem(family, 1) == ""
+    model = build(family)
+    base = getattr(model, model.base_model_prefix, model)
+    for tp in (1, 4):
+        assert model_problem(base, plan_of(model.config), tp) == ""
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,8 @@ def joined(output: Any, keep: tuple[str, ...]) -> Any:
                 output[key] = joined(output[key], ())
         return output
     if isinstance(output, (tuple, list)):
-        return type(output)(joined(each, ()) for each in output)
+        made = [joined(each, ()) for each in output]
+        return type(output)(*made) if hasattr(output, "_fields") else type(output)(made)
     return output
 
 
