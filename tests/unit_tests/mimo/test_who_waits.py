@@ -22,8 +22,8 @@ from mimo_colocated.forensics.who_waits import (
     group_in_words,
     ranks_in_words,
 )
-from mimo_colocated.launch.failures import Report
-from mimo_colocated.launch.lost_ranks import claim, peers_gave_up
+from mimo_colocated.launch.failures import Reason, Report
+from mimo_colocated.launch.lost_ranks import claim, peers_gave_up, write_summary
 from mimo_colocated.phases import Place, Wait
 
 pytestmark = pytest.mark.once
@@ -288,6 +288,15 @@ def test_one_process_of_a_host_says_why(tmp_path: Path):
     """Where none can leave a mark, each does: better twice than never."""
     assert [claim(tmp_path), claim(tmp_path)] == [True, False]
     assert [claim(tmp_path / "gone"), claim(tmp_path / "gone")] == [True, True]
+
+
+def test_a_summary_that_cannot_be_written_has_no_place(tmp_path: Path):
+    reason = Reason("rank 1 was killed", waits=WhoWaits({1: KILLED}, PLACES, {0: DUMPS[0]}))
+    place = write_summary(reason, tmp_path / "new")
+    assert Path(place).read_text().startswith("rank 1 was killed.\n\n")
+    (tmp_path / "file").touch()
+    assert write_summary(reason, tmp_path / "file") == ""
+    assert write_summary(Reason("why"), tmp_path) == ""
 
 
 class _Evil:
