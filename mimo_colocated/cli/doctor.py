@@ -88,7 +88,8 @@ def _checked(check: Callable[[], Iterator[Line]]) -> list[Line]:
         return list(check())
     except Exception as error:
         name = getattr(check, "__name__", "check").removesuffix("_lines").strip("_")
-        return [Line(name, f"{type(error).__name__}: {error}"[:200], BAD, "see the error")]
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        return [Line(name, said[:200], BAD, "see the error")]
 
 
 def table(lines: Sequence[Line]) -> str:

@@ -101,9 +101,9 @@ def _verdict(found: Plan) -> str:
     )
     if found.gain is not None:
         return f"{100 * found.gain:+.1f} % against the best homogeneous layout; {counts}"
+    if found.homogeneous and not found.colocated:
+        return f"only homogeneous layouts fit; {counts}; --why LAYOUTS says why a pair does not"
     if not found.colocated:
-        if not found.rejected:
-            return "no pair of layouts can run; --why LAYOUTS says why one cannot"
         least = found.rejected[0]
         return (
             f"nothing fits: the smallest, {least.candidate}, needs "

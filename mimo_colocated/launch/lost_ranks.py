@@ -179,7 +179,10 @@ def write_summary(reason: Reason, folder: Path) -> str:
 
 def claim(folder: Path) -> bool:
     """Return whether this process is the first of the host to say what went wrong."""
-    with contextlib.suppress(OSError):
+    try:
         os.close(os.open(folder / "said", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        return True
-    return False
+    except FileExistsError:
+        return False
+    except OSError:  # a full disk: said several times is better than never
+        pass
+    return True

@@ -244,6 +244,7 @@ def test_lost_ranks_are_named_with_phase_and_collective(
 
 def test_one_and_two_ranks_are_counted_in_words() -> None:
     assert explain(1, {0: Exit(-9, 0.0)}, {}).sentence == "rank 0 was killed by SIGKILL"
+    assert explain(1, {0: Exit(-40, 0.0)}, {}).sentence == "rank 0 was killed by signal 40"
     assert explain(1, {}, _report(0, "error")).sentence == "the only rank failed: m"
     assert explain(2, {}, _report(1, "error")).sentence == (
         "rank 1 failed: m; the other rank was ended"

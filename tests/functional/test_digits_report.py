@@ -71,12 +71,13 @@ def test_a_resumed_run_drops_later_and_broken_lines(tmp_path: Path) -> None:
         assert path.read_text() == ""
 
 
-def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", ["hello", "[1]", "{}", '{"step": "1"}'])
+def test_a_file_of_something_else_is_refused(line: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('hello\n{"step": 1}\n')
+    path.write_text(f'{line}\n{{"step": 1}}\n')
     with pytest.raises(JobError, match=r"line 1 of .*metrics\.jsonl is not one step's metrics"):
         MetricsWriter(path, first_step=1)
-    assert path.read_text() == 'hello\n{"step": 1}\n'
+    assert path.read_text() == f'{line}\n{{"step": 1}}\n'
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +22,14 @@ from examples.mimo.digits.options import parse_options
 from megatron.core.models.mimo.huggingface import logits_check
 from megatron.core.models.mimo.huggingface.logits_check import Verdict
 from mimo_colocated.cli import checking, doctor
+from mimo_colocated.cli import models as cli_models
 from mimo_colocated.cli.main import _parse, main
 from mimo_colocated.cli.options import ALONE, COMMANDS, parser_of, read
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.launch.layouts import Layout
+from mimo_colocated.launch.lora import Lora
 from mimo_colocated.train import command as train
+from mimo_colocated.train import joining
 from tests.faults.starts import LAUNCH_VARIABLES
 from tests.harness import programs
 from tests.unit_tests.mimo.huggingface import harness, models
@@ -353,6 +358,130 @@ def test_the_doctor_needs_no_extras_and_tells_each_cure(
     assert re.search(r"note  jsonargparse .*\n +-> pip install '.*\[cli\]'", found)
     assert re.search(r"BAD   megatron-core +0.17.0\n +-> install a supported one: 0.16.1", found)
     assert re.search(r"BAD   folder .*/no is not there\n +-> make it: mkdir -p", found)
+
+
+def test_the_doctor_tells_what_is_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each check alone: one that raises is a line, and no other one is lost."""
+
+    def cures(check: Any, *given: Any) -> list[tuple[str, str, str]]:
+        lines = doctor._checked(lambda: check(*given))
+        return [(line.found, line.state, line.cure) for line in lines if line.state != doctor.OK]
+
+    def broken() -> Any:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(broken, "__name__", "torch_lines")
+    assert doctor._checked(broken) == [
+        doctor.Line("torch", "RuntimeError: two lines", doctor.BAD, "see the error")
+    ]
+    there = doctor._version
+    for name, check in (("torch", doctor.torch_lines), ("megatron-core", doctor.megatron_lines)):
+        monkeypatch.setattr(doctor, "_version", lambda each, of=name: None if each == of else "1")
+        ((found, state, cure),) = cures(check)
+        assert (found, state) == ("not installed", doctor.BAD)
+        assert cure.startswith(("pip install", "install a supported one"))
+    monkeypatch.setattr(doctor, "_version", there)
+    monkeypatch.setattr(doctor, "_nvidia_driver", lambda: True)
+    assert [found for found, *_ in cures(doctor.torch_lines)] == (
+        [] if torch.cuda.is_available() else ["the driver is there, but torch sees no GPU"]
+    )
+    monkeypatch.setattr(doctor, "_SHARED_MEMORY", tmp_path / "shm")
+    assert cures(doctor.memory_lines) == [
+        (f"no {tmp_path / 'shm'}", doctor.BAD, "mount a tmpfs there")
+    ]
+
+
+@pytest.mark.parametrize("there", ["nothing", "broken", "no GPU", "old GPU", "GPU"])
+def test_the_doctor_on_transformer_engine(there: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda _name: None if there == "nothing" else "2.9")
+    broken = None if there == "broken" else SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "transformer_engine", broken)
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", broken)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there in ("old GPU", "GPU"))
+    capability = (8, 0) if there == "old GPU" else (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    (line,) = doctor.te_lines()
+    assert (line.state, line.found) == {
+        "nothing": (doctor.NOTE, "not installed: Megatron's local layers are used"),
+        "broken": (doctor.BAD, "2.9 cannot be imported: ModuleNotFoundError"),
+        "no GPU": (doctor.NOTE, "2.9; its layers need a GPU"),
+        "old GPU": (
+            doctor.OK, "2.9: layers, fused attention, no fp8: it needs compute capability 8.9"
+        ),
+        "GPU": (doctor.OK, "2.9: layers, fused attention, fp8 too"),
+    }[there]
+
+
+def test_the_doctor_tries_what_a_save_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_given: Any, **_how: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    def unseen(_self: Path) -> bool:
+        return _self == tmp_path
+
+    cases: list[tuple[Any, str, Any, str]] = [
+        (fcntl, "flock", refuse, "files cannot be locked"),
+        (Path, "is_dir", unseen, "a renamed folder is not seen"),
+        (doctor.tempfile, "mkdtemp", refuse, "cannot be written: Permission denied"),
+    ]
+    for where, name, what, said in cases:
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, what)
+            (line,) = doctor.folder_lines(str(tmp_path))
+        assert (line.state, said in line.found) == (doctor.BAD, True)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_command_the_usage_is_shown(capsys: pytest.CaptureFixture) -> None:
+    for argv, code in (([], 2), (["--help"], 0), (["-h"], 0)):
+        assert main(argv) == code
+        said = capsys.readouterr().out
+        assert all(command in said for command in (*COMMANDS, *ALONE, "train", "doctor"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["calibrate", "out.json", "--ranks", "2"], "--ranks is 2, but the job has 4"),
+        (["check", "folder", "--language", "tp=2"], "--language tp=2,dp=1 spans 2 ranks, but the"),
+    ],
+)
+def test_a_command_under_torchrun_with_other_ranks_is_refused(argv: list[str], said: str) -> None:
+    with pytest.raises(JobError, match=said):
+        _parse(argv, 4)
+    assert _parse(argv, 2).world_size == 2
+
+
+def _die(*_given: Any) -> None:
+    os._exit(3)
+
+
+def test_a_process_that_ends_without_an_answer_is_one_sentence(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that runs out of memory."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # forked, so that it dies here too
+    monkeypatch.setattr(cli_models, "_count_trained", _die)
+    with pytest.raises(JobError, match=rf"counting what of {folder} trains ended without an answ"):
+        cli_models.trained_of(folder, [], Lora(), [])
+    monkeypatch.setattr(joining, "_join", _die)
+    with pytest.raises(JobError, match="process that joins the folders ended with exit code 3"):
+        joining.join({}, tmp_path)
+
+
+def _fail(*_given: Any) -> None:
+    raise RuntimeError("two\nlines")
+
+
+def test_whatever_keeps_folders_from_being_joined_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(joining, "_join", _fail)
+    with pytest.raises(JobError, match="the folders cannot be joined: two lines"):
+        joining.join({}, tmp_path)
 
 
 def test_without_the_library_for_options_the_doctor_works_and_others_say_what_to_install() -> None:

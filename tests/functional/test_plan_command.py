@@ -6,13 +6,17 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from megatron.core.models.mimo.plan import estimates
 from megatron.core.models.mimo.plan.machine import PRESETS, to_json
 from mimo_colocated.cli import drawing, planned_recipe, planning
 from mimo_colocated.cli.main import main
@@ -132,6 +136,38 @@ def test_nothing_fits(shapes: str, tmp_path: Path, capsys: pytest.CaptureFixture
     said = capsys.readouterr()
     assert re.search(r"nothing fits: the smallest, .* of 1.0 GB", said.out)
     assert "nothing to draw" in said.err
+
+
+def test_only_homogeneous_layouts_fit(
+    shapes: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Then something fits, whatever is smallest of what does not."""
+    whole = estimates.plan
+    for rejected in (True, False):
+
+        def without_pairs(*given: Any, rejected: bool = rejected) -> estimates.Plan:
+            found = whole(*given)
+            return estimates.Plan([], found.homogeneous, found.colocated if rejected else [])
+
+        monkeypatch.setattr(estimates, "plan", without_pairs)
+        assert main(["plan", shapes, *LONG]) == 0
+        said = capsys.readouterr().out
+        assert re.search(r"only homogeneous layouts fit; \d+ ways fit, \d+ do not; --why", said)
+        assert "nothing fits" not in said
+
+
+def test_why_the_first_choice_and_what_cannot_run(
+    shapes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plan.json"
+    assert main(["plan", shapes, *LONG, "--json", str(out)]) == 0
+    capsys.readouterr()
+    best = json.loads(out.read_text())["colocated"][0]
+    layouts = "/".join(re.findall(r"--(?:vision|language) (\S+)", best["layout"]))
+    assert "; nothing that was tried is faster" in why(shapes, layouts, capsys)
+    # Of so many ranks nothing can run, which is no reason not to say why this pair cannot.
+    assert main(["plan", shapes, "--gpus", "7", "--why", "tp=7"]) == 0
+    assert "cannot run: language tp=7 does not divide its" in capsys.readouterr().out
 
 
 def test_folders_and_their_encoders(tmp_path: Path) -> None:
@@ -319,6 +355,71 @@ def test_wrong_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         wrong.write_text(text)
         assert main(["plan", str(wrong)]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("draw", "a picture needs matplotlib; install it with pip"),
+        ("plan", "--picture needs matplotlib; install it with pip"),
+        ("report", "a report needs matplotlib; pip install 'megatron-mimo-colocated[train]'"),
+    ],
+)
+def test_pictures_without_the_library_say_what_to_install(
+    command: str,
+    said: str,
+    shapes: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    jobs, reports = "megatron.core.models.mimo.job.", "mimo_colocated.train.report"
+    drawing_modules = (f"{jobs}layout_plot", f"{jobs}plan_picture", f"{jobs}plots", reports)
+    for name in list(sys.modules):
+        if name.startswith(("matplotlib", *drawing_modules)):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Without("matplotlib"), *sys.meta_path])
+    target = tmp_path / "x.svg"
+    given = {
+        "draw": [str(target), *DRAWN],
+        "plan": [shapes, *LONG, "--picture", str(target)],
+        "report": [str(tmp_path)],
+    }
+    assert main([command, *given[command]]) == 2
+    assert said in capsys.readouterr().err
+    assert not target.exists()
+
+
+class Without:
+    """As if a package were not installed."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def find_spec(self, name: str, *_more: object) -> None:
+        if name.partition(".")[0] == self.package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def test_a_picture_where_none_can_be_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    main(["draw", str(tmp_path / "file" / "x.svg"), *DRAWN])
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_sequences_of_a_plan_are_those_of_the_recipe() -> None:
+    recipe = read_recipe("text")
+    filled = replace(recipe, data=replace(recipe.data, sequences=3, capacity=64))
+    made = planned_recipe._of_work(filled, SimpleNamespace(samples=8, sequence=4096))
+    assert (made.data.sequences, made.data.capacity) == (8, 4096)
+    assert made.training == recipe.training
+    made = planned_recipe._of_work(recipe, SimpleNamespace(samples=8, sequence=4096))
+    assert (made.data.sequences, made.data.max_tokens) == (0, 4096)
+    assert made.training.global_batch_size == 8
 
 
 DRAWN = ["--vision", "tp=1,dp=8", "--language", "tp=2,cp=2,pp=2,dp=1"]

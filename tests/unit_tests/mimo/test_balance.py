@@ -25,6 +25,7 @@ from megatron.core.models.mimo.comm.plan.balance import (
     TokenCost,
     plan_balance,
 )
+from megatron.core.models.mimo.comm.plan.item_moves import plan_item_moves
 from megatron.core.models.mimo.comm.plan.token_runs import expand
 from tests.unit_tests.mimo.balanced_cases import LINEAR, check_balanced_encoder
 from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
@@ -127,6 +128,14 @@ def test_digest_tells_plans_apart() -> None:
         (
             lambda: plan_balance([1, 4], [2], EncoderBalance(cost=lambda t: 2.0 - t)),
             "returned -2.0 for item 1 of 4 tokens",
+        ),
+        (
+            lambda: InputBalance(None, EncoderBalance()),
+            "EncoderBalance needs tokens_per_item, a function of a modality's encoder inputs",
+        ),
+        (
+            lambda: plan_item_moves(plan_balance([1, 2], [2]), None, 0, [1]),
+            "units_per_item has 1 numbers, the plan has 2 items; give the units of all items",
         ),
     ],
 )
@@ -416,6 +425,68 @@ def test_other_arguments_must_be_alike() -> None:
             return str(raised.value)
 
     assert len(set(InProcessWorld(8).run(body))) == 1
+
+
+def test_other_arguments_go_to_those_that_read_nothing() -> None:
+    balance = EncoderBalance(tokens_per_item=lambda _: [9, 1], cost=LINEAR.cost, threshold=1)
+
+    def body(rank: int) -> Any:
+        with bridge(*FAN_IN) as made:
+            inputs = {"vit": {"x": torch.ones(2, 3), "crop": "middle"}} if rank % 4 < 2 else None
+            moved, plan = InputBalance(made, balance).balance(inputs, torch.device("cpu"))
+            assert plan.moves
+            return moved["vit"]["crop"], len(moved["vit"]["x"])
+
+    assert InProcessWorld(8).run(body) == [("middle", 1)] * 8
+
+
+PROBLEMS = {
+    "units of": ({"units_per_item": lambda _: [1]}, "has units of 1 items and tokens of 2"),
+    "length": (
+        {"units_per_item": lambda _: [2, 3]},
+        r"has x of vit with 4 along dim 0; wanted one per item \(2\) or per unit \(5\)",
+    ),
+    "scalar": ({}, r"has size of vit with -1 along dim 0; wanted one per item \(2\)"),
+    "raises": ({"tokens_per_item": lambda _: {}["rows"]}, r"cannot describe its inputs: KeyError"),
+}
+
+
+@pytest.mark.parametrize("kind", PROBLEMS)
+def test_inputs_that_do_not_go_with_their_items_are_named_on_all(kind: str) -> None:
+    wrong, said = PROBLEMS[kind]
+    given = {"tokens_per_item": lambda _: [9, 1], **wrong}
+
+    def body(rank: int) -> str:
+        with bridge(*FAN_IN) as made:
+            x = torch.ones(4 if kind == "length" else 2, 3)
+            vit = {"x": x, **({"size": torch.tensor(3)} if kind == "scalar" else {})}
+            inputs = {"vit": vit} if rank % 4 < 2 else None
+            with pytest.raises(ValueError, match=said) as raised:
+                InputBalance(made, EncoderBalance(**given)).balance(inputs, torch.device("cpu"))
+            return str(raised.value)
+
+    found = InProcessWorld(8).run(body)
+    for ranks in (range(4), range(4, 8)):  # the two exchange groups
+        (sentence,) = {found[rank] for rank in ranks}
+        assert sentence.startswith(f"Balancing images: rank {ranks[0]} ")
+        assert f"; rank {ranks[1]} " in sentence
+
+
+def test_a_replica_alone_plans_what_it_reads() -> None:
+    """And a group in which nobody reads anything plans that."""
+
+    def alone(rank: int) -> tuple[list[int], bool]:
+        with bridge((1, 2), (1, 1, 2)) as made:
+            plan = ItemExchange(made).plan([4, 9] if rank else [])
+            return plan.tokens.tolist(), plan.moves
+
+    assert InProcessWorld(2).run(alone) == [([], False), ([4, 9], False)]
+
+    def nothing(rank: int) -> list[int]:
+        with bridge(*FAN_IN) as made:
+            return ItemExchange(made).plan([]).tokens.tolist()
+
+    assert InProcessWorld(8).run(nothing) == [[]] * 8
 
 
 def test_all_tensors_are_moved_over_the_group_of_the_device(monkeypatch) -> None:

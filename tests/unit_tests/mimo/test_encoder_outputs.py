@@ -6,6 +6,7 @@ Items are told apart by their values: a wrong order has the same shape.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,6 +83,7 @@ class Output(dict):
         (tuple(batch(2)), PER_ITEM),
         ((FLAT, FLAT + 1), 0),
         ((FLAT + 1, FLAT), 1),
+        (SimpleNamespace(rows=FLAT, more=None), "rows"),
     ],
 )
 def test_rows_are_found(output, where):

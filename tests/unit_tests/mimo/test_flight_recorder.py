@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mimo_colocated.forensics import flight_recorder
 from mimo_colocated.forensics.evidence import Evidence, read_dumps
 from mimo_colocated.forensics.flight_recorder import (
     ENTRIES,
@@ -133,6 +135,28 @@ def test_what_both_recorders_know_is_in_one_record():
 def test_a_collective_that_has_ended_is_not_under_way():
     assert not _under_way((("a", 3, 3), ("b", 0, 0)))
     assert _under_way((("a", 3, 3), ("b", 1, 0)))
+
+
+def test_a_record_that_cannot_be_saved_is_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that saves it has to live on: nothing is raised."""
+    (tmp_path / "file").touch()
+    record = [pickle.dumps({"pg_config": {}, "entries": []})]
+    for folder, taken in ((tmp_path / "file", record), (tmp_path / "none", [])):
+        monkeypatch.setattr(flight_recorder, "take_record", lambda taken=taken: taken)
+        assert flight_recorder.Watch(folder, 0, lambda: False).save() is None
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    monkeypatch.setattr(flight_recorder, "take_record", lambda: record)
+    recorder = flight_recorder.Watch(tmp_path / "there", 0, lambda: False)
+    assert recorder.save() == recorder.save() == tmp_path / "there" / "rank_0"
+    assert read_record([]) is None
+
+
+@pytest.mark.parametrize("name", ["flight_recorder", "who_waits", "evidence"])
+def test_earlier_names_are_the_same_modules(name: str) -> None:
+    now = importlib.import_module(f"mimo_colocated.forensics.{name}")
+    assert importlib.import_module(f"mimo_colocated.{name}") is now
 
 
 def test_what_the_user_has_switched_stays(monkeypatch, tmp_path: Path):

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from megatron.core.models.mimo.checkpoint import history
+from megatron.core.models.mimo.checkpoint.errors import CheckpointError
 from megatron.core.models.mimo.checkpoint.history import History, remove_partial
 from megatron.core.models.mimo.checkpoint.manifest import Manifest
 
@@ -229,6 +230,16 @@ def test_what_is_on_the_disk_before_what(tmp_path: Path) -> None:
     assert log[shown + 1 : gone] == [("fsync", ".")]
     hidden = ".saving_over_00000100"
     assert log[gone + 1 :] == [("fsync", "."), ("remove", hidden)]
+
+
+def test_a_checkpoint_under_another_name_is_refused(tmp_path: Path) -> None:
+    """As one that was copied to where a job looks for another step."""
+    two_runs(tmp_path, 100)
+    shutil.copytree(tmp_path / "step_00000100", tmp_path / "step_00000200")
+    said = r"step_00000200 cannot be read \(its mimo\.json is not that of step 200\); remove that"
+    with pytest.raises(CheckpointError, match=said):
+        run(tmp_path).manifest(200)
+    assert run(tmp_path).manifest(100).step == 100
 
 
 def test_removing_leftovers_says_what_went(tmp_path: Path) -> None:

@@ -128,6 +128,8 @@ def test_modules_that_are_not_there_are_named(trained: Run, saved: CheckpointSto
         saved.load(1, model, modules=("images", "imagse"))
     with pytest.raises(ValueError, match="modules= loads weights alone; leave the optimizer out"):
         saved.load(1, model, optimizer, modules=("images",))
+    with pytest.raises(ValueError, match="settings= is for an optimizer; give one, or leave set"):
+        saved.load(1, model, settings="run")
     with pytest.raises(ValueError, match="modules= names none"):
         saved.load(1, model, modules=())
     built = with_sounds(ModelOptions(size=SIZE, seed=6))

@@ -143,6 +143,7 @@ def test_recomputed_layers():
     [
         ({"layers": 0}, "layers must be 1 or more, got 0"),
         ({"tp": 3}, "tp=3 must divide heads=8"),
+        ({"pooled": 7}, "pooled=7 must divide tokens="),
         ({"recompute": "half"}, "recompute must be one of .*, got 'half'"),
         ({"attention": "flash"}, "attention must be one of .*, got 'flash'"),
     ],
@@ -162,6 +163,11 @@ def test_counting_says_the_same_of_any_module_as_its_tensors():
     # The rows are the encoder's output, kept for the projector's sake alone.
     assert found.projector == 64 * (3 * row + row)
     assert all(p.grad is None for p in made.parameters())
+    # A list of tensors, as an encoder takes that packs them itself.
+    parts = list(pixels(64).split(16))
+    made.encoders["one"].forward = lambda x, own=made.encoders["one"].forward: own(torch.cat(x))
+    apart = part_bytes(made, {"one": {"x": [part.clone() for part in parts]}})
+    assert apart.inputs == found.inputs
     assert OUT < WIDTH  # the projector's output is none of it
 
 

@@ -32,6 +32,14 @@ def test_padding_is_text(special: tuple[int, ...], text: int) -> None:
     assert made["input_ids"].tolist() == [[text] * 4]
 
 
+def test_a_mask_of_no_samples_is_none_and_others_stay() -> None:
+    ids = torch.zeros(0, 4, dtype=torch.int64)
+    causal = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    for mask, expected in ((torch.zeros(0, 1, 4, 4), None), (causal, causal), (None, None)):
+        made = padding_for(model(), {"input_ids": ids, "attention_mask": mask}, (1, 4))
+        assert made["attention_mask"] is expected
+
+
 def test_a_batch_without_a_length_gets_one_that_cp_and_sequence_parallelism_can_cut() -> None:
     cut = model(object(), context_parallel_size=2, tensor_model_parallel_size=4)
     assert padded_shape(cut, torch.zeros(0, 0)) == (1, 16)

@@ -56,6 +56,12 @@ def test_disjoint_ranks_run_one_side(rank, modules, monkeypatch):
     assert role.modality_module_names == [name for name in modules if name != "language"]
 
 
+def test_without_a_language_model_the_encoders_ranks_are_theirs(monkeypatch):
+    role = build_on(3, {"images": span(0, 2), "audio": span(2, 2)}, monkeypatch)
+    assert list(role.modules) == ["audio"]
+    assert not role.has_language_module
+
+
 def test_encoders_may_share_ranks_with_each_other(monkeypatch):
     grids = {"images": span(0, 4), "audio": span(2, 2), "language": span(4, 4)}
     assert build_on(1, grids, monkeypatch).modality_module_names == ["images"]

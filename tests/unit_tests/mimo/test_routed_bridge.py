@@ -558,3 +558,30 @@ def test_nothing_keeps_an_exchange(done: str) -> None:
     del flight
     gc.collect()
     assert kept() is None
+
+
+@pytest.mark.parametrize(
+    ("case", "direction"),
+    [(FAN_IN, (True, False)), (FAN_OUT, (False, True)), (EQUAL, (False, False))],
+)
+def test_a_bridge_knows_which_side_has_more_replicas(case: Any, direction: Any) -> None:
+    def body(_rank: int) -> tuple[bool, bool]:
+        with bridge(*case) as made:
+            return made.is_fan_in(), made.is_fan_out()
+
+    assert InProcessWorld(8).run(body) == [direction] * 8
+
+
+def test_groups_of_a_backend_that_takes_no_host_tensors_have_another_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As NCCL's: what ranks tell each other is on the host."""
+    monkeypatch.setattr(routed_bridge, "takes_host_tensors", lambda _backend: False)
+
+    def body(_rank: int) -> list[bool]:
+        with bridge(*FAN_IN) as made:
+            two = made.group is not None and made.control not in (None, made.group)
+            made.destroy()
+            return [two, made.group is None, made.control is None]
+
+    assert InProcessWorld(8).run(body) == [[True] * 3] * 8

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from megatron.core.models.mimo.checkpoint import shared_folder
-from megatron.core.models.mimo.checkpoint.history import CheckpointError
+from megatron.core.models.mimo.checkpoint.history import CheckpointError, History
 from megatron.core.models.mimo.checkpoint.shared_folder import check_shared
 from tests.unit_tests.mimo.in_process_ranks import InProcessWorld
 
@@ -151,6 +152,24 @@ def test_folders_to_read_from_must_hold_the_same(
     read_only(monkeypatch)
     message = said(lambda rank: tmp_path / str(rank // 7))
     assert re.match(r"rank 7 cannot see the checkpoints of the folder \S+/0 of rank 0 \(", message)
+
+
+def test_a_folder_that_cannot_be_listed_has_no_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank may not look into the folder; the sentence is still that of all."""
+    (tmp_path / "step_00000100").mkdir()
+    read_only(monkeypatch)
+    steps = History.steps
+
+    def listed(line: History) -> list[int]:
+        if dist.get_rank() == 3:
+            raise PermissionError(13, "Permission denied")
+        return steps(line)
+
+    monkeypatch.setattr(History, "steps", listed)
+    message = said(lambda rank: tmp_path)
+    assert re.match(r"rank 3 cannot see the checkpoints of the folder \S+ of rank 0 \(", message)
 
 
 def test_a_place_where_no_folder_can_be_is_left_to_the_save(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mimo_colocated.launch import Job, launcher, run
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.launch.slurm import first_host, rank_variables, tasks_of_node
 
@@ -73,6 +74,32 @@ def test_other_processes_are_no_ranks(environment: dict[str, str]) -> None:
 def test_a_step_that_cannot_be_read_is_refused(change: dict[str, str], said: str) -> None:
     with pytest.raises(JobError, match=said):
         rank_variables({**STEP, **change})
+
+
+def test_a_job_in_such_a_step_is_refused_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def become_rank() -> None:
+        raise JobError("the step cannot be read")
+
+    monkeypatch.setattr(launcher, "become_rank", become_rank)
+    job = Job(__file__, lambda *_: pytest.fail("read"), lambda *_: pytest.fail("run"))
+    assert run(job, []) == 2
+    assert capsys.readouterr().err == "error: the step cannot be read\n"
+
+
+def test_a_disk_that_fails_before_ranks_start_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def parse(*_given: object) -> None:
+        raise OSError(28, "No space left on device", "runs/x")
+
+    monkeypatch.setattr(launcher, "become_rank", lambda: None)
+    monkeypatch.delenv("RANK", raising=False)
+    assert run(Job(__file__, parse, lambda *_: pytest.fail("run")), []) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: the disk is full: ")
+    assert error.count("\n") == 1
 
 
 def test_lists_of_hosts_and_tasks() -> None:

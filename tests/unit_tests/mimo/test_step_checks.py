@@ -19,15 +19,22 @@ from tests.unit_tests.mimo.model_stubs import StubGroup
 
 
 def step(
-    microbatches: int, ahead: int | None = None, chunks: int = 1, pp: int = 2, **settings: Any
+    microbatches: int,
+    ahead: int | None = None,
+    chunks: int = 1,
+    pp: int = 2,
+    mode: ModuleLayout = ModuleLayout.COLOCATED,
+    modalities: tuple[str, ...] = (),
+    bridged: tuple[str, ...] = (),
+    **settings: Any,
 ) -> None:
     config = {"batch_p2p_comm": False, "variable_seq_lengths": False, **settings}
     grids = {"language": GridShape((1, 2, 1), ("tp", "pp", "dp"))}
     model: Any = SimpleNamespace(
         config=SimpleNamespace(**config),
-        role=SimpleNamespace(mode=ModuleLayout.COLOCATED),
-        modality_submodules={},
-        colocated_comms={},
+        role=SimpleNamespace(mode=mode),
+        modality_submodules={name: torch.nn.Identity() for name in modalities},
+        colocated_comms={(name, "language"): None for name in bridged},
         mimo_config=SimpleNamespace(module_to_grid_map=grids),
         language_stages=lambda: [None] * chunks,
     )
@@ -56,6 +63,15 @@ TWO = "An interleaved pipeline of 2 ranks"
         ({"microbatches": 4, "chunks": 2, "variable_seq_lengths": True}, f"{TWO} cannot tell"),
         ({"microbatches": 4, "batch_p2p_comm": True, "variable_seq_lengths": True}, None),
         ({"microbatches": 4, "pp": 4}, "has 4 pipeline stages, the language grid 2"),
+        (
+            {"microbatches": 4, "mode": ModuleLayout.NON_COLOCATED},
+            "runs colocated models; modules on different ranks go over stock's multi-module",
+        ),
+        ({"microbatches": 4, "modalities": ("a", "b"), "bridged": ("a", "b")}, None),
+        (
+            {"microbatches": 4, "modalities": ("b", "a"), "bridged": ("a",)},
+            r"needs a bridge for each modality \(\['a', 'b'\]\), the model has some for \['a'\]",
+        ),
         ({"microbatches": 4, "pp": 4, "chunks": 2, "batch_p2p_comm": True}, "has 4 pipeline"),
     ],
     ids=str,

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from mimo_colocated.forensics import who_waits as who_waits
 from mimo_colocated.forensics.evidence import Evidence, clear_dumps, read_dumps
 from mimo_colocated.forensics.who_waits import (
     Call,
@@ -21,8 +22,8 @@ from mimo_colocated.forensics.who_waits import (
     group_in_words,
     ranks_in_words,
 )
-from mimo_colocated.launch.failures import Report
-from mimo_colocated.launch.lost_ranks import peers_gave_up
+from mimo_colocated.launch.failures import Reason, Report
+from mimo_colocated.launch.lost_ranks import claim, peers_gave_up, write_summary
 from mimo_colocated.phases import Place, Wait
 
 pytestmark = pytest.mark.once
@@ -257,12 +258,53 @@ def test_ranks_give_up_where_none_has_a_reason(
     assert peers_gave_up(tmp_path) == gave_up
 
 
+def test_of_thousands_the_first_are_told():
+    many = range(who_waits._GROUPS_SHOWN + 3)
+    for n in many:
+        GROUPS[f"x{n}"] = (f"g{n}", "[0, 1]")
+    try:
+        names = " ".join(f"x{n}" for n in many)
+        here = [entry(f"x{n}", "all_reduce", 1, n) for n in many]
+        there = [entry(f"x{n}", "all_reduce", 2, n) for n in many]
+        dumps = {0: dump(*here, groups=names), 1: dump(*there, groups=names)}
+    finally:
+        for n in many:
+            del GROUPS[f"x{n}"]
+    places = dict.fromkeys(range(who_waits._RANKS_SHOWN + 5), PLACES[0])
+    text = WhoWaits({1: KILLED}, places, dumps).text()
+    assert text.count("\n  and 3 more\n") == 1
+    assert text.count("\n  and 5 more") == 1
+
+
+def test_a_group_without_a_description_has_its_name():
+    for description in ("", "undefined"):
+        config = {"q": {"name": "q", "desc": description, "ranks": "[0, 1]"}}
+        own = {**entry("0", "all_reduce", 1, 1), "process_group": ("q", description)}
+        (call,) = calls_of({"version": "2.10", "pg_config": config, "entries": [own]})
+        assert call.key == ("q", (0, 1))
+
+
 def test_ranks_and_groups_in_words():
     assert ranks_in_words([4]) == "rank 4"
     assert ranks_in_words([0, 1]) == "ranks 0 and 1"
     assert ranks_in_words([7, 2, 3, 4, 0]) == "ranks 0, 2-4 and 7"
     assert group_in_words("all ranks", [0, 1]) == "all ranks"
     assert group_in_words("dp", range(16384)) == "the group dp [0-16383]"
+
+
+def test_one_process_of_a_host_says_why(tmp_path: Path):
+    """Where none can leave a mark, each does: better twice than never."""
+    assert [claim(tmp_path), claim(tmp_path)] == [True, False]
+    assert [claim(tmp_path / "gone"), claim(tmp_path / "gone")] == [True, True]
+
+
+def test_a_summary_that_cannot_be_written_has_no_place(tmp_path: Path):
+    reason = Reason("rank 1 was killed", waits=WhoWaits({1: KILLED}, PLACES, {0: DUMPS[0]}))
+    place = write_summary(reason, tmp_path / "new")
+    assert Path(place).read_text().startswith("rank 1 was killed.\n\n")
+    (tmp_path / "file").touch()
+    assert write_summary(reason, tmp_path / "file") == ""
+    assert write_summary(Reason("why"), tmp_path) == ""
 
 
 class _Evil:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import transformers
 from PIL import Image
+from transformers import AutoTokenizer
 
 from megatron.core.models.mimo.data.conversation import (
     BytesItem,
@@ -215,6 +216,29 @@ def test_turns_that_a_template_refuses_are_malformed(tmp_path: Path) -> None:
         encoder.prompt(Conversation((SEVERAL.turns[1], SEVERAL.turns[1])))
 
 
+def test_items_that_a_template_does_not_show_are_malformed(tmp_path: Path) -> None:
+    """As a template that takes one image a turn, or none of an answer."""
+    asked = "{% if m.role == 'user' %}<image>{% endif %}"
+    save_text(tmp_path, template=TEMPLATE.replace("<image>", asked))
+    encoder = ChatEncoder(tmp_path, 200)
+    drawn = Turn("assistant", (image(2), text("a circle")))
+    sample = Conversation((*said([image(1), "what is this"], "a circle")[:1], drawn))
+    with pytest.raises(SampleError, match="2 items, and the text has places for 1") as caught:
+        encoder.encode(sample)
+    assert caught.value.reason == "malformed"
+
+
+def test_want_of_memory_is_no_malformed_sample(
+    encoder: ChatEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(*_given: object, **_how: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(encoder.tokenizer, "apply_chat_template", none_left)
+    with pytest.raises(MemoryError):
+        encoder.encode(SEVERAL)
+
+
 def test_a_run_of_places_is_never_cut(folder: Path) -> None:
     """One token less than it needs, and the sample is skipped whole."""
     length = len(ChatEncoder(folder, 200).encode(SEVERAL).input_ids)
@@ -223,7 +247,9 @@ def test_a_run_of_places_is_never_cut(folder: Path) -> None:
         ChatEncoder(folder, length - 1).encode(SEVERAL)
 
 
-def test_templates_that_cannot_be_trained_with_are_refused(tmp_path: Path) -> None:
+def test_templates_that_cannot_be_trained_with_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_text(tmp_path / "none", template=None)
     with pytest.raises(TemplateError, match="has no chat template; put one into"):
         ChatEncoder(tmp_path / "none", 50)
@@ -236,6 +262,13 @@ def test_templates_that_cannot_be_trained_with_are_refused(tmp_path: Path) -> No
     save_text(tmp_path / "broken", template="{{ messages[0].role }}{{ raise_exception('no') }}")
     with pytest.raises(TemplateError, match="cannot write a question and its answer: .*no"):
         ChatEncoder(tmp_path / "broken", 50)
+    # A tokenizer of Python alone.
+    save_text(tmp_path / "slow")
+    opened = AutoTokenizer.from_pretrained(tmp_path / "slow")
+    monkeypatch.setattr(type(opened), "is_fast", False)
+    with pytest.raises(TemplateError, match="slow does not tell where its tokens stand .*fast ver"):
+        ChatEncoder(tmp_path / "slow", 50)
+    monkeypatch.undo()
     # Drops what was said before, as some do with earlier thoughts.
     forgetful = "{% for m in messages[-2:] %}" + TEMPLATE.removeprefix("{% for m in messages %}")
     save_text(tmp_path / "forgetful", template=forgetful)

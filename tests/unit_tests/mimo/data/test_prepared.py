@@ -154,3 +154,10 @@ def test_batches_hold_a_number_of_samples_or_fill_sequences(prepared: Prepared) 
         taken += batch.samples.tolist()
         at = batch.stop
     assert taken == order.at(0, at)[1].tolist(), "none twice, none left out"
+    # A sequence that holds more samples than are looked at together.
+    longest = -(-int(lengths.max()) // 4) * 4
+    batch = SampleStream(order, [prepared], BatchSize(0, 1, 100 * longest, 4)).batch(0)
+    assert len(batch.samples) >= 100
+    beyond = prepared.lengths(order.at(batch.stop, 1)[1])
+    assert (-(-batch.lengths // 4) * 4).sum() <= 100 * longest
+    assert (-(-np.append(batch.lengths, beyond) // 4) * 4).sum() > 100 * longest

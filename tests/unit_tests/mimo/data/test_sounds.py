@@ -71,6 +71,29 @@ def test_another_rate_is_converted(count: int, length: int, tmp_path: Path) -> N
     assert np.abs(found - expected)[100:-100].max() < 0.01
 
 
+def test_another_rate_without_scipy_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.signal", None)
+    item = tone(tmp_path / "a.wav", 100, rate=22_050)
+    said = rf"a\.wav has 22050 numbers per second, its processor takes {RATE}; .* install scipy: "
+    with pytest.raises(SampleError, match=said) as caught:
+        sounds.read_sound(item, RATE)
+    assert caught.value.reason == "unreadable"
+
+
+def test_want_of_memory_is_no_broken_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a sample is not left out: what is short now was enough before."""
+    item = tone(tmp_path / "a.wav", 100)
+
+    def none_left(*_given: Any, **_how: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(sounds, "_wav", none_left)
+    with pytest.raises(MemoryError):
+        sounds.look_at(item)
+
+
 def test_what_is_no_whole_sound_is_unreadable(tmp_path: Path) -> None:
     whole = tone(tmp_path / "a.wav", 100).read()
     for content, message in (

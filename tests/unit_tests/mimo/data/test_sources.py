@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import io
 import json
 import os
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from megatron.core.models.mimo.data import chat_jsonl, kept_arrays, llava_json, 
 from megatron.core.models.mimo.data.conversation import (
     Conversation,
     FileItem,
+    Part,
     SampleError,
     StretchItem,
 )
@@ -208,6 +211,28 @@ def test_what_is_not_there_is_named(kind: str, settings: dict[str, Any], said: s
         open_source(kind, settings)
 
 
+@pytest.mark.parametrize(
+    ("kind", "package", "said"),
+    [
+        ("easy-vqa", "easy_vqa", r"the package is missing: easy_vqa; pip install 'easy-vqa>="),
+        ("datasets", "datasets", r"a\.tar needs the package datasets: pip install 'megatron-"),
+        ("webdataset", "wids.wids_mmtar", r"a\.tar needs the package webdataset: pip install 'm"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named(
+    kind: str, package: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.tar").write_bytes(b"")
+    how = {"split": "train"} if kind == "easy-vqa" else {"path": str(tmp_path / "a.tar")}
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *of: None if name == package else find(name, *of)
+    )
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SourceError, match=said):
+        open_source(kind, how)
+
+
 def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"x" * 600)
     with pytest.raises(SourceError, match=r"a\.tar is no tar"):
@@ -294,12 +319,60 @@ def test_images_of_a_table_that_its_messages_do_not_show_are_malformed(tmp_path:
             source[number]
 
 
+@pytest.mark.parametrize(
+    ("shown", "column", "said"),
+    [
+        ({"type": "image"}, [{"bytes": None, "path": None}], "image 0 of row 0 has no bytes, no p"),
+        ({"type": "image"}, ["a.png"], "image 0 of row 0 has no bytes, no path"),
+        ({"type": "image"}, "a.png", "image 0 of row 0 has no bytes, no path"),
+        ({"type": "image"}, 5, "image 0 of row 0 has no bytes, no path"),
+        ({"type": "audio"}, [], "a table shows its images column, got audio None"),
+        ({"type": "image", "image": "a.png"}, [], "shows its images column, got image 'a.png'"),
+    ],
+)
+def test_a_table_of_other_columns_says_what_it_takes(
+    shown: dict[str, Any], column: Any, said: str, tmp_path: Path
+) -> None:
+    talk = [{"role": "user", "content": [shown]}]
+    table = datasets.Dataset.from_dict({"messages": [talk], "images": [column]})
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    with pytest.raises(SampleError, match=said) as caught:
+        open_source("datasets", {"path": tmp_path / "a.parquet"})[0]
+    assert caught.value.reason == "malformed"
+
+
+def test_images_of_a_table_may_be_paths(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(1))
+    talk = [{"role": "user", "content": [{"type": "image"}]}]
+    for column in ([{"path": str(tmp_path / "a.png")}], {"path": str(tmp_path / "a.png")}):
+        table = datasets.Dataset.from_dict({"messages": [talk], "images": [column]})
+        table.to_parquet(str(tmp_path / "a.parquet"))
+        found = open_source("datasets", {"path": tmp_path / "a.parquet"})[0]
+        assert [item.read() for item in found.items()] == [png(1)]
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        (("smell", "", None), "a part of kind 'smell'; the kinds are text, image"),
+        (("image", "", None), "a part of kind image has text or an item, alone"),
+        (("image", "red", FileItem(Path("a"))), "a part of kind image has text or an item, alone"),
+        (("text", "", FileItem(Path("a"))), "a part of kind text has text or an item, alone"),
+    ],
+)
+def test_parts_of_a_source_of_ones_own_are_checked(part: Any, said: str) -> None:
+    with pytest.raises(SampleError, match=said) as caught:
+        Part(*part)
+    assert caught.value.reason == "malformed"
+
+
 LLAVA = (
     ({"image": 5}, {}, "image is a name or a list of names, got 5"),
     ({"image": [5]}, {}, r"image is a name or a list of names, got \[5\]"),
     ({"image": {"a": "b"}}, {}, "image is a name or a list of names, got {"),
     ({}, {"from": ["human"]}, r"needs from and value, got {'from': \['human'\]"),
     ({}, {"value": 3}, "needs from and value"),
+    ({"conversations": "hello"}, {}, "sample 0 has no list of conversations"),
 )
 
 
@@ -308,18 +381,28 @@ def test_llava_samples_that_are_malformed_say_why(
     tmp_path: Path, sample: dict[str, Any], turn: dict[str, Any], said: str
 ) -> None:
     file, whole = tmp_path / "a.json", {"from": "human", "value": "<image>x", **turn}
-    file.write_text(json.dumps([{"image": "a.png", **sample, "conversations": [whole]}]))
+    file.write_text(json.dumps([{"image": "a.png", "conversations": [whole], **sample}]))
     with pytest.raises(SampleError, match=said) as caught:
         open_source("llava", {"path": file})[0]
     assert caught.value.reason == "malformed"
 
 
-def test_members_that_are_no_names_are_malformed(tmp_path: Path) -> None:
+SAMPLES_OF_SHARDS = {
+    json.dumps({"messages": messages(0, {"type": "image", "image": ["seen.png"]})}):
+        r"image \['seen.png'\] is no member; there are json",
+    "[]": r"0\.json.* has no messages",
+    "{": r"0\.json.*: Expecting property name",
+    "\udcff": r"0\.json.*: 'utf-8' codec can't decode",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sample", SAMPLES_OF_SHARDS)
+def test_samples_of_shards_that_are_malformed_say_why(sample: str, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        said = messages(0, {"type": "image", "image": ["seen.png"]})
-        add(tar, "0.json", json.dumps({"messages": said}).encode())
-    with pytest.raises(SampleError, match=r"image \['seen.png'\] is no member; there are json"):
+        add(tar, "0.json", sample.encode(errors="surrogateescape"))
+    with pytest.raises(SampleError, match=SAMPLES_OF_SHARDS[sample]) as caught:
         open_source("webdataset", {"path": str(tmp_path / "a.tar")})[0]
+    assert caught.value.reason == "malformed"
 
 
 def _kept_chat(folder: Path) -> tuple[Any, dict[str, Any], Path]:
@@ -403,6 +486,19 @@ def test_a_file_that_is_read_in_two_ways_is_found_twice(
     for _ in range(2):
         assert len(open_source("llava", {"path": file})) == 2
         assert len(open_source("chat", {"path": file})) == 3
+    (tmp_path / "none.json").write_text("[]")
+    for _ in range(2):  # kept as well
+        assert len(open_source("llava", {"path": tmp_path / "none.json"})) == 0
+    assert (tmp_path / "none.json.index").is_file()
+    # Not a file of ours: nothing of it is run.
+    with (tmp_path / "none.json.index").open("wb") as index:
+        np.save(index, np.array([Bomb()], dtype=object))
+    assert len(open_source("llava", {"path": tmp_path / "none.json"})) == 0
+
+
+class Bomb:
+    def __reduce__(self) -> Any:
+        return pytest.fail, ("unpickled",)
 
 
 ELEMENTS = [

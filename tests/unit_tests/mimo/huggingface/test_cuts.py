@@ -20,6 +20,7 @@ from megatron.core.models.mimo.huggingface.cuts import (
     Vocabulary,
     Whole,
 )
+from megatron.core.models.mimo.huggingface.tables import line
 
 pytestmark = pytest.mark.once
 
@@ -80,6 +81,13 @@ def test_padding_does_not_depend_on_tp(tp: int) -> None:
     cut, heads = Vocabulary(), Heads(1, 1, 1)
     parts = [cut.length([130], Shard(rank, tp), heads) for rank in range(tp)]
     assert sum(parts) == 256
+
+
+def test_lines_of_a_table_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"x\.qkv: QKV is made of 3 tensors, got \['x\.q'\]"):
+        line("x.qkv", "x.q", QKV())
+    with pytest.raises(ValueError, match=r"l\.\{\}\.w and \['w'\] differ in their number of {}"):
+        line("l.{}.w", "w", Along())
 
 
 def test_what_does_not_divide_is_said() -> None:

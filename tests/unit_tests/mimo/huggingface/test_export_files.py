@@ -16,6 +16,7 @@ from megatron.core.models.mimo.huggingface.folder import (
     FolderError,
     ModelFolder,
 )
+from megatron.core.models.mimo.huggingface.safetensors_file import SafetensorsFile
 from mimo_colocated.launch.layouts import Layout
 from tests.unit_tests.mimo.huggingface import models
 from tests.unit_tests.mimo.test_history import changes_of_the_disk
@@ -105,6 +106,38 @@ def test_numbers_that_are_no_weights_keep_their_dtype() -> None:
     weight = Described("x", torch.float64, (2, 3))
     assert pieces._cast(weight, torch.bfloat16).dtype is torch.bfloat16
     assert pieces._cast(weight, None) is weight
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([], "the ranks have 0 of its 1 rows in order"),
+        ([(0, 2)], "the ranks have 2 of its 4 rows in order"),
+        ([(0, 2), (3, 1)], "the ranks have 2 of its 4 rows in order"),
+        ([(1, 3)], "the ranks have 0 of its 4 rows in order"),
+        ([(0, 4), (2, 2)], "the ranks have 4 of its 4 rows in order"),
+        ([(0, 4)], None),
+    ],
+)
+def test_a_tensor_that_ranks_have_in_part_is_not_written(
+    rows: list[tuple[int, int]], said: str | None
+) -> None:
+    found = [pieces.Piece(start, size, 0, 0, 0, 0, 0) for start, size in rows]
+    described = Described("x", torch.float32, (4, 3))
+    if said is None:
+        pieces._check_whole("w", described, found)
+        return
+    with pytest.raises(FolderError, match=rf"'w' \[4, 3\] cannot be written: {said}; the model's"):
+        pieces._check_whole("w", described, found)
+
+
+def test_a_file_takes_what_its_header_says(tmp_path: Path) -> None:
+    described = Described("x.safetensors", torch.float32, (2, 2))
+    for wrong in (torch.ones(2, 2, dtype=torch.float16), torch.ones(4)):
+        file = SafetensorsFile(tmp_path / "x.safetensors", {"w": described}, {})
+        with pytest.raises(ValueError, match=r"instead of Described\("):
+            file.write(wrong)
+        file.close()
 
 
 @pytest.mark.parametrize("count", [-1, 1, 8], ids=["cut_short", "one_more", "grew"])

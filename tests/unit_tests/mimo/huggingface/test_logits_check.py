@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron.core.models.mimo.huggingface.build import from_folder
 from megatron.core.models.mimo.huggingface.composites import describe
 from megatron.core.models.mimo.huggingface.configuration import read_config
 from megatron.core.models.mimo.huggingface.examples import Examples
+from megatron.core.models.mimo.huggingface.family import UnsupportedModelError
 from megatron.core.models.mimo.huggingface.logits_check import LogitsCheck
 from mimo_colocated.launch.layouts import Layout
 from tests.unit_tests.mimo.huggingface import llava_models, models, qwen_vl_models, sounds
@@ -93,10 +95,13 @@ def test_samples_come_from_the_folders_processor(folder: Path) -> None:
     ("make", "token", "name"),
     [
         (lambda: llava_models.llava("siglip-qwen2"), IMAGE, "pixel_values"),
+        (lambda: feeding("siglip-qwen2", "default"), IMAGE, "pixel_values"),
+        (lambda: feeding("clip-llama", "full"), IMAGE, "pixel_values"),
         (sounds.qwen2_audio, sounds.TOKEN, "input_features"),
         (qwen_vl_models.qwen2_5_vl, qwen_vl_models.IMAGE, "image_grid_thw"),
+        (qwen_vl_models.qwen3_vl, qwen_vl_models.IMAGE, "image_grid_thw"),
     ],
-    ids=["images", "sounds", "places in three directions"],
+    ids=["images", "without-first", "class-token", "sounds", "qwen2.5-vl", "qwen3-vl"],
 )
 def test_samples_are_made_up_where_there_is_no_processor(
     make: Any, token: int, name: str, tmp_path: Path
@@ -112,10 +117,26 @@ def test_samples_are_made_up_where_there_is_no_processor(
     built = from_folder(
         tmp_path, {describe(config).encoders[0].modality: Layout(), "language": Layout()}
     )
-    errors = [verdict.error for verdict in LogitsCheck(built).cases()]
+    check = LogitsCheck(built)
+    assert check.source == examples.source
+    errors = [verdict.error for verdict in check.cases()]
     built.destroy()
     assert len(errors) == 4
     assert max(errors) < 1e-5
+
+
+def feeding(kind: str, strategy: str) -> Any:
+    """A LLaVA that feeds other rows of its tower."""
+    return llava_models.llava(kind, vision_feature_select_strategy=strategy)
+
+
+def test_inputs_that_nobody_can_make_up_ask_for_the_processor(folder: Path) -> None:
+    composite = describe(read_config(folder))
+    (part,) = composite.encoders
+    other = replace(composite, encoders=(replace(part, inputs=("pixel_values", "depths")),))
+    said = r"inputs \['pixel_values', 'depths'\] cannot be made up; save the model's processor in "
+    with pytest.raises(UnsupportedModelError, match=said):
+        Examples(folder, read_config(folder), other).sample(1, 0)
 
 
 def test_what_differs_is_found(tmp_path: Path) -> None:

@@ -212,4 +212,12 @@ def test_adapters_are_written_where_nothing_is(folder: Path, tmp_path: Path) -> 
         to_adapter_folder(model, tmp_path / "out")
     to_adapter_folder(model, tmp_path / "out", overwrite=True)
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
+    # What is no number is not written in the place of what was.
+    before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    for name, parameter in model.model.named_parameters():
+        if parameter.requires_grad and "layers.1" in name:
+            parameter.detach()[0, 0] = float("nan")
+    with pytest.raises(FolderError, match=r"layers\.1\..* has elements that no rank has, or that"):
+        to_adapter_folder(model, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
     model.destroy()

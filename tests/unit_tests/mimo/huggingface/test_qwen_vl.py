@@ -325,6 +325,12 @@ def test_settings_that_would_be_another_model_are_refused() -> None:
     config.vision_config.patch_size = [4, 4]
     with pytest.raises(UnsupportedModelError, match=r"patch_size=\[4, 4\] is not supported"):
         describe(config)
+    config = qwen.qwen2_5_vl().config
+    config.vision_config.out_hidden_size = 32
+    (part,) = describe(config).encoders
+    said = "out_hidden_size is 32, the language model's hidden_size 64; they must be equal"
+    with pytest.raises(UnsupportedModelError, match=said):
+        part.spec(None, None, 64)
 
 
 def test_rows_of_each_image_are_known_before_they_are_encoded() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
@@ -51,6 +53,11 @@ UNSUPPORTED = [
     (_llama(mlp_bias=True), "attention_bias=False is not supported: biases"),
     (_llama(hidden_act="mish"), "activation 'mish' is not supported; known are"),
     (_llama(quantization_config={"quant_method": "x"}), "quantized weights cannot be trained"),
+    (
+        _llama(rope_parameters={"rope_type": "default", "rope_theta": 1e4,
+                                "partial_rotary_factor": 0.5}),
+        "llama: partial_rotary_factor=0.5 is not supported; only 1.0 is",
+    ),
     (
         transformers.GPT2Config(scale_attn_by_inverse_layer_idx=True),
         "scale_attn_by_inverse_layer_idx=True.*scaled by layer",
@@ -171,6 +178,10 @@ DAMAGED = [
         rf"'{_QUERY}' has shape \[28, 32\], which does not make",
     ),
     (
+        lambda t: t.update({"model.norm.weight": t["model.norm.weight"][:-1].contiguous()}),
+        r"'model.norm.weight' has shape \[31\], which does not make",
+    ),
+    (
         lambda t: t.update({"model.norm.weight": t["model.norm.weight"][None].contiguous()}),
         r"'model.norm.weight' has shape \[1, 32\], which does not make",
     ),
@@ -194,6 +205,43 @@ def test_a_folder_that_is_cut_short(folder: Path) -> None:
         ModelFolder(folder)
 
 
+def _file(header: Any, tensors: bytes = b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + tensors
+
+
+NO_TENSORS = {
+    "empty": (b"", "is no whole safetensors file"),
+    "a page": (b"<!DOCTYPE html><title>404</title>", "is no whole safetensors file"),
+    "cut in its header": (_file({"x": {}})[:-1], "is no whole safetensors file"),
+    "no JSON": (_file(b"{{"), "is no safetensors file"),
+    "a list": (_file([1]), "is no safetensors file"),
+    "no text": (_file(b'"\xff"'), "is no safetensors file"),
+    "no offsets": (_file({"x": {"dtype": "F32"}}), "is no safetensors file"),
+    "no dtype": (_file({"x": {"data_offsets": [0, 4], "shape": [1]}}, b"1234"), "is no safeten"),
+    "no shape": (_file({"x": {"data_offsets": [0, 4], "dtype": "F32"}}, b"1234"), "is no safet"),
+    "words": (_file({"x": {"data_offsets": ["a", "b"], "dtype": "F32", "shape": []}}), "is no saf"),
+    "bits": (
+        _file({"x": {"data_offsets": [0, 4], "dtype": "F8_E8M0", "shape": [4]}}, b"1234"),
+        r"holds \['F8_E8M0'\], which are not weights to train; save it in bfloat16, float16 or",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NO_TENSORS)
+def test_files_that_are_no_safetensors_are_named(kind: str, folder: Path) -> None:
+    content, said = NO_TENSORS[kind]
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(FolderError, match=rf"model\.safetensors {said}"):
+        ModelFolder(folder)
+
+
+def test_a_tensor_of_no_elements_is_read(folder: Path) -> None:
+    _with(folder, lambda t: t.update(none=torch.empty(0, 3)))
+    with ModelFolder(folder) as found:
+        assert found.read("none").shape == (0, 3)
+
+
 @pytest.mark.parametrize("left", [0, 1])
 def test_a_file_that_is_cut_short_while_it_is_open(left: int, folder: Path) -> None:
     """What is left of a tensor is not taken for all of it."""
@@ -213,6 +261,10 @@ def test_what_is_no_model_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(FolderError, match=r"\['pytorch_model.bin'\]: open it with transformers"):
+        ModelFolder(tmp_path)
+    index: dict[str, Any] = {"weight_map": ["model-00001-of-00002.safetensors"]}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FolderError, match=r"index\.json has no weight_map; download it again"):
         ModelFolder(tmp_path)
     index = {"weight_map": {"x": "model-00001-of-00002.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -321,6 +373,37 @@ def test_nothing_but_the_model_is_replaced(
     (target / "checkpoints" / "step.pt").touch()
     with pytest.raises(TargetError, match=r"does not replace: \['checkpoints/step.pt'\]; move it"):
         Target(target, overwrite=True, source=source).check()
+
+
+def test_a_place_that_is_taken_otherwise_is_refused(tmp_path: Path) -> None:
+    target = Target(tmp_path / "out", overwrite=True)
+    (tmp_path / "out").write_text("notes")
+    with pytest.raises(TargetError, match="out is a file; give a folder that does not exist"):
+        target.check()
+    assert (tmp_path / "out").read_text() == "notes"
+    (tmp_path / "out").unlink()
+    (tmp_path / "out").mkdir()
+    target.check()  # nothing is lost
+    (tmp_path / ".out.replaced").mkdir()
+    with pytest.raises(TargetError, match=r"\.out\.replaced is what an interrupted export was to"):
+        target.check()
+
+
+def test_exports_to_one_place_go_one_after_the_other(tmp_path: Path) -> None:
+    """Halves of a killed one are no part of the next one."""
+    half = tmp_path / ".out.exporting"
+    (half / "sub").mkdir(parents=True)
+    (half / "config.json").touch()
+    first, second = (Target(tmp_path / "out") for _ in range(2))
+    first.begin(0)
+    assert [path.name for path in half.iterdir()] == [".lock"]
+    with pytest.raises(TargetError, match="another export writes to .*out now; wait for it"):
+        second.begin(0)
+    second.abandon()
+    (half / "config.json").write_text("whole")
+    first.publish()
+    assert (tmp_path / "out" / "config.json").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("place", [".", "sub", ".."])

@@ -89,6 +89,9 @@ def test_at_tp_1_megatron_s_layers_are_saved_and_loaded() -> None:
     module = wrapped(megatron_s(bias=True), tp=1)
     names = {f"module.{n}.{kind}" for n in (0, 1) for kind in ("weight", "bias")}
     assert set(module.sharded_state_dict()) == names
+    assert names <= set(module.state_dict())
+    with pytest.raises(ValueError, match=r"sharded_offsets=\(\(0, 1, 2\),\): a torch-native mod"):
+        module.sharded_state_dict(sharded_offsets=((0, 1, 2),))
     module.load_state_dict({name: torch.ones_like(t) for name, t in module.named_parameters()})
     assert all(bool((t == 1).all()) for t in module.parameters())
 

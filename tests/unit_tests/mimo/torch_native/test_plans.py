@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,8 @@ from megatron.core.hyper_comm_grid import GridShape, HyperCommGrid
 from megatron.core.models.mimo.torch_native import mesh_of, parallelize
 from megatron.core.models.mimo.torch_native.agreed import batch_digest, model_digest
 from megatron.core.models.mimo.torch_native.checks import model_problem, styled
-from megatron.core.models.mimo.torch_native.meshes import rank_table
+from megatron.core.models.mimo.torch_native.meshes import mesh_in, rank_table
+from megatron.core.models.mimo.torch_native.parallelize import _Options
 from megatron.core.models.mimo.torch_native.plans import PLANS, Plan, Style, plan_of
 from megatron.core.models.mimo.torch_native.styles import _argument_hook
 from tests.unit_tests.mimo.torch_native.native_cases import build
@@ -59,6 +61,36 @@ def changed(**styles: Any) -> Any:
     return replace(LLAMA, styles={**LLAMA.styles, **styles})
 
 
+def odd(model: Any) -> Any:
+    """With a layer of its own of three features."""
+    for layer in model.model.layers:
+        layer.mlp.odd = nn.Linear(2, 3, bias=False)
+    return model
+
+
+def test_a_model_that_is_not_sharded_has_no_mesh() -> None:
+    with pytest.raises(ValueError, match="this Linear is not sharded; give the model that parall"):
+        mesh_in(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"precision": torch.bfloat16, "fsdp": False}, r"precision=torch\.bfloat16 is FSDP's, got"),
+        ({"activation_checkpointing": True}, "Model has no activation checkpointing in transform"),
+        ({"precision": torch.bfloat16}, ""),
+        ({}, ""),
+    ],
+)
+def test_options_that_do_not_go_together_are_named(changes: dict[str, Any], words: str) -> None:
+    class Model:
+        supports_gradient_checkpointing = False
+
+    given = {**dict.fromkeys(_Options.__annotations__, False), "fsdp": True, "precision": None}
+    found = _Options(**{**given, **changes}).problem(Model(), 1)
+    assert re.match(words, found) if words else found == ""
+
+
 def test_plans_that_do_not_fit_a_model_are_named() -> None:
     model = build("qwen2")
     assert "plan names 'model.layers.*.q_norm'" in model_problem(
@@ -68,6 +100,9 @@ def test_plans_that_do_not_fit_a_model_are_named() -> None:
         model, changed(**{"layers.*.mlp": Style.COLUMN}), 2
     )
     assert "blocks 'h.*' are no module" in model_problem(model, replace(LLAMA, blocks="h.*"), 2)
+    assert "tp 2 does not divide the 3 features of model.layers.0.mlp.odd (column)" in (
+        model_problem(odd(build("qwen2")), changed(**{"layers.*.mlp.odd": Style.COLUMN}), 2)
+    )
     model.model.layers[1].extra = nn.Linear(2, 2)
     words = r"no style for model.layers.1.extra (Linear) with parameters ['bias', 'weight']"
     assert words in model_problem(model, LLAMA, 2)

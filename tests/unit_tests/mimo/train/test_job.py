@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron.core.models.mimo.data.conversation import Conversation, SampleError
 from megatron.core.models.mimo.data.encoding import ChatEncoder, Encoded
+from megatron.core.models.mimo.data.readers import ReadError
 from megatron.core.models.mimo.data.sources import SourceError
 from megatron.core.models.mimo.job.loop import TrainingLoop
 from mimo_colocated.launch.errors import JobError
@@ -119,6 +120,56 @@ def test_ranks_that_see_other_files_are_one_error_on_all(
         f"rank 2 sees other files than rank 0 for data of kind {kind} at a.jsonl; put the data "
         "where all ranks see the same files"
     }
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_sample_that_cannot_be_used_ends_a_run_that_skips_none(tmp_path: Path) -> None:
+    write_language(tmp_path)
+    source, encoder = write_chat(tmp_path / "a.jsonl", "yes", ""), ChatEncoder(tmp_path, 100)
+    said = r"sample 1 is malformed: .*; set data\.skip=true to leave out and count such sam"
+    part = DataPart([source], skip=False)
+    with pytest.raises(JobError, match=said):
+        data.open_data([source], part, encoder, tmp_path / "prepared", 0, False)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_settings_that_token_files_do_not_have_are_named(tmp_path: Path) -> None:
+    source = SourcePart("tokens", {"paths": "a.bin"})
+    with pytest.raises(SourceError, match="data of kind 'tokens': .*keyword argument 'paths'"):
+        data.open_data([source], DataPart([source]), 7, tmp_path, 0, False)
+
+
+def test_sequences_that_a_layout_cannot_cut_are_refused() -> None:
+    """Samples are padded alike in every layout."""
+    model = SimpleNamespace(colocated_comms={})
+    built = SimpleNamespace(composite=SimpleNamespace(encoders=()))
+    runner: Any = SimpleNamespace(model=model, built=built, multiple=48)
+    said = "pads samples to [0-9]+ tokens in every layout, and this one needs a multiple of 48; use"
+    with pytest.raises(JobError, match=said):
+        data.side_of(runner, DataPart([], sequences=2, capacity=96), 0, {}, {}, 1)
+
+
+@pytest.mark.parametrize("error", [ReadError("x is gone"), SourceError("y"), ValueError("z")])
+def test_a_batch_that_cannot_be_made_is_one_sentence(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a batch that is there is made once, however often it is asked for."""
+    left = [SimpleNamespace(batch=SimpleNamespace(stop=7)), error]
+
+    def made() -> Any:
+        found = left.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    ahead = SimpleNamespace(next=made, waited_s=0.5)
+    monkeypatch.setattr(data, "Ahead", lambda *_given: ahead)
+    batches = data.StepData(cast(Any, None), 2, 1)
+    assert batches.at(0) is batches.at(0)
+    assert batches.position == 7
+    with pytest.raises(JobError, match=str(error)):
+        batches.at(1)
+    assert batches.position == 7
 
 
 def write_chat(path: Path, *answers: str) -> SourcePart:
@@ -309,6 +360,13 @@ def test_a_run_does_not_go_on_in_the_midst_of_other_samples(
     again.data.position = 0
     again._load(saved)
     assert again.data.position == 7
+    for same in (True, False):  # links that lose packets go on in their layout only
+        anew: list[int] = []
+        again.links = SimpleNamespace(start_anew=anew.append)
+        again.store.same_layout = lambda _manifest, same=same: same
+        again._load(saved)
+        assert anew == [1] * (not same)
+    del loaded[1:]
     with pytest.raises(JobError, match=r"over \[2\] samples, and its data has .* put the data"):
         loop(*answers)._load(saved)
     assert len(loaded) == 1  # nothing of a refused one

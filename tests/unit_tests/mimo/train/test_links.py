@@ -23,6 +23,7 @@ from megatron.core.models.mimo.lossy.loss_models import (
 from megatron.core.models.mimo.lossy.spec import LinkRule, LossySpec
 from megatron.core.models.mimo.lossy.statistics import Counts
 from mimo_colocated.launch.errors import JobError
+from mimo_colocated.train import lossy
 from mimo_colocated.train.checks import LINK_PRESETS
 from mimo_colocated.train.lossy import SavedLinks, spec_of, speed_of, write_counts
 from mimo_colocated.train.recipe import LinkPart, LossyPart, SpeedPart
@@ -78,6 +79,35 @@ def test_speeds_are_checked_with_the_rules() -> None:
     assert speed_of(LossyPart()).bits_per_second == 10e9
     with pytest.raises(JobError, match=r"lossy\.speed: a link has bits_per_second above 0"):
         spec_of(LossyPart([LinkPart("default")], speed=SpeedPart(round_trip_s=-1.0)))
+
+
+def test_rules_that_fit_nothing_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(_model: Any, _spec: Any) -> Any:
+        raise ValueError("rule 0 fits nothing that sends")
+
+    monkeypatch.setattr(lossy, "lossy_links", none)
+    with pytest.raises(JobError, match="^lossy: rule 0 fits nothing that sends$"):
+        lossy.install(LossyPart([LinkPart("default")]), None)
+
+
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [
+        ([], "lossy links: none on rank 0, which sends nothing over TP or a bridge"),
+        (["up", "down"], "lossy links: 2 places on rank 0, seed 3; lossless evaluation"),
+    ],
+)
+def test_what_loses_packets_is_said(places: list[str], said: str) -> None:
+    links: Any = SimpleNamespace(places=places, spec=SimpleNamespace(seed=3))
+    assert lossy.sentence(links, "lossless") == said
+
+
+def test_links_go_on_from_what_was_saved() -> None:
+    kept: list[Any] = []
+    links: Any = SimpleNamespace(load_state_dict=kept.append)
+    saved = SavedLinks(links)
+    saved.load_state_dict({"rank": 0, "first_step": 4})
+    assert (saved.first_step, kept[0]["rank"]) == (4, 0)
 
 
 def test_links_that_start_anew_count_from_there(tmp_path: Path) -> None:

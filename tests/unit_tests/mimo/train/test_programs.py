@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,27 @@ def test_such_a_recipe_is_read_by_nobody_else() -> None:
     assert programs.find(["train", "--list"], command.parser()) is None
     with pytest.raises(JobError, match="digits is a recipe of job digits, .* `mimo train digits`"):
         read_recipe("digits")
+
+
+def test_what_is_only_for_other_recipes_is_refused() -> None:
+    for flag, value in (("lossy", "x.yaml"), ("profile", "1:2"), ("profile_ranks", "0")):
+        given = found("digits")
+        setattr(given, flag, value)
+        name = flag.replace("_", "-")
+        with pytest.raises(JobError, match=f"--{name} is not for digits, which is a program of"):
+            programs.job_of(given, "script", "digits")
+    assert command.main(["train", "digits", "--lossy", "bursts"], "script") == 2
+
+
+def test_another_package_of_the_programs_name_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each != str(ROOT)])
+    monkeypatch.setitem(programs.PROGRAMS, "digits", "examples.elsewhere")
+    said = f"the program of job digits cannot be imported from {ROOT}: No module named 'examples.el"
+    with pytest.raises(JobError, match=said):
+        programs._imported("digits", "job")
+    assert sys.path[0] == str(ROOT)
 
 
 def test_a_dry_run_says_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:

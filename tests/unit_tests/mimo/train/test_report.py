@@ -217,6 +217,19 @@ def test_what_the_page_tells(written: str) -> None:
     assert rows["commit"] == "abc123, 1 files changed"
     assert rows["exact match"] == "0.625"
     assert "MFU, median" not in rows
+    assert "links that lose packets" not in rows
+
+
+def test_what_only_some_runs_have_is_told_of_them(folder: Path) -> None:
+    rules = [{"replacement": each} for each in ("stale", "zero", "stale")]
+    recipe = {**RECIPE, "lossy": {"rules": rules}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    lines = [{**line, "mfu": 0.1 * line["step"]} for line in LINES]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    texts = parsed(write_report(folder).read_text()).texts
+    rows = dict(zip(texts, texts[1:], strict=False))
+    assert rows["MFU, median"] == "30.0%"
+    assert rows["links that lose packets"] == "by lossy.rules, stale and zero instead"
 
 
 def test_the_first_answers_are_shown_right_or_wrong(written: str) -> None:

@@ -47,7 +47,7 @@ class Tables:
     def __getitem__(self, number: int) -> Conversation:
         row = self._table[number]
         shown = row.get(self._images) or []
-        images = _items(number, [shown] if isinstance(shown, dict) else shown)
+        images = _items(number, shown if isinstance(shown, list) else [shown])
         made = from_messages(row[self._messages], lambda kind, said: _next(images, kind, said))
         if next(images, None) is not None:
             raise SampleError("malformed", f"row {number} has more images than its messages show")

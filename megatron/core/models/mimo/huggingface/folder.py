@@ -283,7 +283,11 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Described]]:
     try:
         header = json.loads(text)
         metadata = header.pop("__metadata__", {})
-        last = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        entries = sorted(
+            (*map(int, e["data_offsets"]), tuple(map(int, e["shape"])), str(e["dtype"]), name)
+            for name, e in header.items()
+        )
+        last = max((stop for _, stop, *_ in entries), default=0)
     except (ValueError, TypeError, KeyError, AttributeError):
         raise FolderError(f"{path} is no safetensors file; download it again") from None
     if 8 + length + last != size:
@@ -291,20 +295,14 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Described]]:
             f"{path} has {size} bytes, its header tells of {8 + length + last}: it was cut short; "
             "download it again"
         )
-    unknown = sorted({e["dtype"] for e in header.values()} - set(DTYPES))
+    unknown = sorted({dtype for *_, dtype, _ in entries} - set(DTYPES))
     if unknown:
         raise FolderError(
             f"{path} holds {unknown}, which are not weights to train; save it in bfloat16, "
             "float16 or float32 first"
         )
-    in_order = sorted(header.items(), key=lambda item: item[1]["data_offsets"][0])
     tensors = {
-        name: Described(
-            path.name,
-            DTYPES[entry["dtype"]],
-            tuple(entry["shape"]),
-            8 + length + entry["data_offsets"][0],
-        )
-        for name, entry in in_order
+        name: Described(path.name, DTYPES[dtype], shape, 8 + length + start)
+        for start, _, shape, dtype, name in entries
     }
     return metadata, tensors
