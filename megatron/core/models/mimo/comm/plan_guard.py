@@ -212,6 +212,10 @@ class Comparison:
         message[len(_HEADER) :][: self._places.size] = self._places[:_INLINE]
         self._gathered = _start_all_gather(message, control)
 
+    def wait(self) -> None:
+        """Wait for what all ranks say, which :meth:`result` does as well."""
+        self._gathered()
+
     def result(self) -> Agreed:
         """Wait for all ranks and compare; every rank of the group calls it.
 
