@@ -33,13 +33,16 @@ class Stage:
         """Return the run that a recipe begins with.
 
         Raises:
-            JobError: it has no checkpoint, or one of a model that is not the recipe's.
+            JobError: it has no checkpoint, one that cannot be read, or one of a model that is not
+                the recipe's.
         """
         from megatron.core.models.mimo.checkpoint.history import History
+        from mimo_colocated.cli import models
 
         said = f"model.from_run={recipe.model.from_run}"
         found = find(Path(recipe.model.from_run).expanduser())
-        record = History(found.root, 1).manifest(found.step).extra.get(RECORD)
+        with models.one_sentence():
+            record = History(found.root, 1).manifest(found.step).extra.get(RECORD)
         if record is None:
             raise JobError(
                 f"{said}: its checkpoint does not say which Hugging Face folder its model came "

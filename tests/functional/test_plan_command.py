@@ -260,6 +260,9 @@ def test_encoder_cp_is_planned_where_it_is_asked_for(
     written = read_recipe(str(planned))
     assert written.encoders() == {"images": Layout(cp=4, dp=2)}
     assert check_model(written, folder)["images"] == Layout(cp=4, dp=2)
+    layout = replace(written.layout, encoders={"sounds": "tp=1,dp=8"})
+    with pytest.raises(JobError, match=r"encoders\.sounds: the model has no such modality; it ha"):
+        check_model(replace(written, layout=layout), folder)
     native = {"folder": str(folder), "torch_native": ["images"]}
     mine.write_text(json.dumps({**values, "model": native}))
     assert main(asked) == 2

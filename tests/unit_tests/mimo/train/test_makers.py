@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from megatron.core.models.mimo.checkpoint.manifest import Manifest
 from mimo_colocated.launch.errors import JobError
 from mimo_colocated.train import makers
 from mimo_colocated.train.makers import make_model
+from mimo_colocated.train.recipe import DataPart, ModelPart, Recipe, RunPart, TrainingPart
 
 pytestmark = pytest.mark.once
 
@@ -47,6 +49,37 @@ def test_models_that_nobody_makes_are_refused(
     (tmp_path / "file").write_text("")
     with pytest.raises(JobError, match=r"cannot be written to .*file/model"):
         make_model("easy-vqa", {}, tmp_path / "file" / "model")
+
+
+@pytest.mark.parametrize(
+    ("manifest", "said"),
+    [
+        ("{", r"checkpoint .*step_00000004 cannot be read \(.*; remove that folder to use an ear"),
+        ({}, r"model\.from_run=.*: its checkpoint does not say which Hugging Face folder its"),
+        (
+            {"huggingface": {"source": "/gone"}},
+            r"model\.from_run: the model of .* came from /gone, which is not there; put it back",
+        ),
+        (
+            {"huggingface": {"source": "/gone", "torch_native": ["images"]}},
+            r"was trained with model\.torch_native=\['images'\], this recipe has \[\], whose",
+        ),
+    ],
+)
+def test_a_run_that_no_model_can_be_taken_from_is_one_sentence(
+    manifest: Any, said: str, tmp_path: Path
+) -> None:
+    """Before ranks start."""
+    step = tmp_path / "first" / "checkpoints" / "step_00000004"
+    step.mkdir(parents=True)
+    if not isinstance(manifest, str):
+        manifest = json.dumps(Manifest(4, {}, 1, {}, manifest).__dict__)
+    (step / "mimo.json").write_text(manifest)
+    begins = ModelPart(from_run=str(tmp_path / "first"))
+    run = RunPart(str(tmp_path / "run"))
+    recipe = Recipe("mine", begins, DataPart([]), TrainingPart(1, 1), run)
+    with pytest.raises(JobError, match=said):
+        makers.model_folder(recipe)
 
 
 def test_a_model_that_is_there_is_not_made_again(tmp_path: Path) -> None:
