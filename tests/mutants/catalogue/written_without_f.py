@@ -249,7 +249,7 @@ WITHOUT_F = (
     Mutant(
         name="tables-single-image-dropped",
         file=MIMO + "data/tables.py",
-        old="images = _items(number, [shown] if isinstance(shown, dict) else shown)",
+        old="images = _items(number, shown if isinstance(shown, list) else [shown])",
         new="images = _items(number, shown)",
         tests=(UNIT + "data/test_sources.py::test_every_kind_gives_the_same_conversations",),
         why="tables with one image in a row are malformed",

@@ -50,13 +50,11 @@ EXCEPTIONS = {
             "HostUse(moved)",
             "EncodedMicrobatch(stands_for)",
             "EncodedMicrobatches(later)",
-            "Manifest(optimizer)",
             "EncoderOutput(sequence_first)",
             "Answer(problem)",
             "LanguageBatch(problem)",
             "LanguageBatch(packed)",
             "Reason(log)",
-            "Reason(waits)",
             "StepResult(modules)",
             "RouteLayout(later_stages)",
             "RouteLayout(dest_stage)",
@@ -107,7 +105,7 @@ EXCEPTIONS = {
         ),
         "a family of the package says it, and each is compared with transformers' own model",
     ),
-    **dict.fromkeys(("Described(begin)", "Line(cure)"), _RECORD),
+    "Described(begin)": _RECORD,
 }
 
 
