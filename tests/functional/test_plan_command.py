@@ -381,6 +381,9 @@ def test_pictures_without_the_library_say_what_to_install(
     for name in list(sys.modules):
         if name.startswith(("matplotlib", *drawing_modules)):
             monkeypatch.delitem(sys.modules, name)
+            folder, _, name = name.rpartition(".")  # `from folder import name` finds it there, too
+            if folder in sys.modules:
+                monkeypatch.delattr(sys.modules[folder], name, raising=False)
     monkeypatch.setattr(sys, "meta_path", [Without("matplotlib"), *sys.meta_path])
     target = tmp_path / "x.svg"
     given = {
