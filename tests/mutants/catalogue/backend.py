@@ -29,7 +29,7 @@ BACKEND = (
         file=_VIEW,
         old="setattr(space, name, plain)",
         new="pass",
-        tests=(_TESTS + "test_megatrons_functions_are_not_compiled",),
+        tests=(_TESTS + "test_functions_that_were_compiled_already_are_made_plain",),
         why="the first step on a CPU needs a C++ compiler",
     ),
 )

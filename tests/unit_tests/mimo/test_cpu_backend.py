@@ -29,6 +29,7 @@ import torch
 
 import megatron.core.models.mimo  # noqa: F401 - its import switches the backend on
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.models.mimo.stock_view import StockView
 from megatron.core.optimizer import optimizer as stock_optimizer
 from megatron.core.tensor_parallel.random import (
     CudaRNGStatesTracker,
@@ -297,6 +298,23 @@ def test_megatrons_functions_are_not_compiled(key: str) -> None:
     assert len(functions) > 1000
     left = [f for f in functions if f is torch.compile or "_torchdynamo_orig_callable" in vars(f)]
     assert not left
+
+
+def test_functions_that_were_compiled_already_are_made_plain() -> None:
+    """Without its compiler, as where ranks are forked for tests, PyTorch compiles none at all."""
+
+    def plain() -> None: ...
+
+    def compiled() -> None: ...
+
+    plain.__module__ = "megatron.core.played"
+    compiled._torchdynamo_orig_callable = plain
+    module = types.ModuleType("megatron.core.played")
+    module.Layer = type("Layer", (), {"step": compiled, "__module__": module.__name__})
+    module.own = compiled
+    StockView([], [], leave=frozenset()).change(module)
+    assert module.own is plain
+    assert module.Layer.step is plain
 
 
 @entries("ShardedTensor.init_data")

@@ -597,6 +597,14 @@ class TestColocated:
         assert output.shape == (LENGTH, 2, HIDDEN)
         assert self.bridge(model).moved == []
 
+    def test_an_encoder_that_finds_nothing_does_not_enter_it_either(self, bridged, monkeypatch):
+        model = bridged(2, True)
+        nothing = torch.zeros(0, HIDDEN)
+        monkeypatch.setattr(model.modality_submodules["images"], "forward", lambda **_: nothing)
+        output, _ = model(tokens(0, 0), modality_inputs=images(1, 2))
+        assert output.shape == (LENGTH, 2, HIDDEN)
+        assert self.bridge(model).moved == []
+
     def test_missing_inputs_are_found_before_the_bridge(self, bridged):
         model = bridged(2, True)
         with pytest.raises(RuntimeError, match="images inputs are missing"):
