@@ -220,6 +220,10 @@ NO_TENSORS = {
     "no offsets": (_file({"x": {"dtype": "F32"}}), "is no safetensors file"),
     "no dtype": (_file({"x": {"data_offsets": [0, 4], "shape": [1]}}, b"1234"), "is no safeten"),
     "no shape": (_file({"x": {"data_offsets": [0, 4], "dtype": "F32"}}, b"1234"), "is no safet"),
+    "three offsets": (
+        _file({"x": {"data_offsets": [0, 4, 4], "dtype": "F32", "shape": [1]}}, b"1234"),
+        "is no safetensors file",
+    ),
     "words": (_file({"x": {"data_offsets": ["a", "b"], "dtype": "F32", "shape": []}}), "is no saf"),
     "bits": (
         _file({"x": {"data_offsets": [0, 4], "dtype": "F8_E8M0", "shape": [4]}}, b"1234"),

@@ -284,8 +284,9 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Described]]:
         header = json.loads(text)
         metadata = header.pop("__metadata__", {})
         entries = sorted(
-            (*map(int, e["data_offsets"]), tuple(map(int, e["shape"])), str(e["dtype"]), name)
+            (start, stop, tuple(map(int, e["shape"])), str(e["dtype"]), name)
             for name, e in header.items()
+            for start, stop in [map(int, e["data_offsets"])]  # neither more nor fewer
         )
         last = max((stop for _, stop, *_ in entries), default=0)
     except (ValueError, TypeError, KeyError, AttributeError):
