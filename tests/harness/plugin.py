@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from tests.harness.garbage import set_imports_aside
 from tests.harness.records import DIRECTORY_VARIABLE
 
 SIZES = (1, 2, 4, 8)
@@ -56,6 +57,14 @@ def timeout_of(item: pytest.Item) -> float:
     marker = item.get_closest_marker("ranks")
     default = float(item.config.getini("ranks_timeout"))
     return float(marker.kwargs.get("timeout", default)) if marker else default
+
+
+def keep(config: pytest.Config, items: list[pytest.Item], kept: list[pytest.Item]) -> None:
+    """Deselect all but ``kept``; every module of the tests is imported now."""
+    chosen = set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = kept
+    set_imports_aside()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -26,8 +26,8 @@ import pytest
 import torch.distributed as dist
 
 from tests.harness import backend
-from tests.harness.garbage import end_threads_of_groups, set_imports_aside
-from tests.harness.plugin import ranks_of, timeout_of
+from tests.harness.garbage import end_threads_of_groups
+from tests.harness.plugin import keep, ranks_of, timeout_of
 from tests.harness.programs import end_with
 from tests.harness.records import (
     SUPERVISOR_VARIABLE,
@@ -112,10 +112,7 @@ class RankPlugin:
             kept = [i for i in items if ranks_of(i) in sizes]
         else:
             kept = planned(items, self.plan, f"rank {self.rank}")
-        chosen = set(kept)
-        self.config.hook.pytest_deselected(items=[i for i in items if i not in chosen])
-        items[:] = kept
-        set_imports_aside()
+        keep(self.config, items, kept)
 
     # --- running --------------------------------------------------------------------------
 

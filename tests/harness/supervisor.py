@@ -279,7 +279,7 @@ class SupervisorPlugin:
 
     def _is_watched(self) -> bool:
         """Whether somebody sees tests run, stops at one, or has set what is not passed on."""
-        names = ("usepdb", "trace", "maxfail", "runxfail", "hypothesis_seed", "collectonly")
+        names = ("usepdb", "trace", "maxfail", "runxfail", "hypothesis_seed")
         option = self.config.getoption
         return option("capture") == "no" or any(option(name, None) for name in names)
 

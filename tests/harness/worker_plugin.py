@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness.garbage import set_imports_aside
+from tests.harness.plugin import keep
 from tests.harness.programs import end_with
 from tests.harness.records import (
     DIRECTORY_VARIABLE,
@@ -49,11 +49,7 @@ class WorkerPlugin:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Keep the launch's tests."""
-        kept = planned(items, self.plan, "the process beside this one")
-        chosen = set(kept)
-        self.config.hook.pytest_deselected(items=[i for i in items if i not in chosen])
-        items[:] = kept
-        set_imports_aside()
+        keep(self.config, items, planned(items, self.plan, "the process beside this one"))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:

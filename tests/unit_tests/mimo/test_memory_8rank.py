@@ -109,8 +109,9 @@ def test_a_step_leaves_nothing(
 ) -> None:
     """What is kept of a microbatch, of its plan or its exchange, would be kept for ever."""
     found = []
-    lossy = changes.get("lossy")
-    with run(pair, **{key: value for key, value in changes.items() if key != "lossy"}) as one:
+    options = dict(changes)
+    lossy = options.pop("lossy", None)
+    with run(pair, **options) as one:
         one.trainer.options = replace(train_options(4), **steps)
         links = lossy_links(one.trainer.model, lossy) if lossy else contextlib.nullcontext()
         with links:
