@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.harness import backend
@@ -92,6 +93,8 @@ class RankPlugin:
     def pytest_configure(self, config: pytest.Config) -> None:
         """Leave stacks behind when stopped, and keep ranks other than 0 quiet."""
         faulthandler.register(signal.SIGTERM, file=self.stacks, chain=True)
+        # Python's stacks do not say what a library's own thread did when it ended the process.
+        torch._C._set_print_stack_traces_on_fatal_signal(True)
         if self.writer is not None:
             self.writer.write("pid", pid=os.getpid())
         if self.rank != 0 and self.directory is None:

@@ -32,6 +32,9 @@ _PYTEST_FRAMES = re.compile(
 # How the interpreter's account of a crash begins, and the list of modules that ends it.
 _CRASH = "Fatal Python error: "
 _MODULES = "\nExtension modules: "
+# What PyTorch prints of each thread of a process that such a signal ends, and in whose stack it is.
+_NATIVE = re.compile(r"^SIG[A-Z]+\(\d+\), PID: \d+, Thread \d+:", re.MULTILINE)
+_CAUSE = "FatalSignalHandler::fatalSignalHandler"
 
 
 def stacks_path(directory: Path, rank: int) -> Path:
@@ -114,9 +117,14 @@ class RankLog:
             text = path.read_text(errors="replace")
             before, fatal, stacks = text.partition(_CRASH)
             if fatal:
+                before, *native = _NATIVE.split(before)
                 said = before.splitlines()[-lines // 4 :]
+                for frames in native:
+                    if _CAUSE in frames:
+                        said += ["the thread that it ended, libraries' frames:"]
+                        said += frames.strip().splitlines()[2:]
                 stacks = trim_stacks(fatal + stacks.partition(_MODULES)[0]).splitlines()
-                texts += [*said, *stacks[: lines - len(said)]]
+                texts += [*said, *stacks[: max(lines // 2, lines - len(said))]]
             else:
                 texts += text.splitlines()[-lines:]
         return "\n".join(texts[-lines:])

@@ -180,6 +180,53 @@ def test_a(n):
     assert len(re.findall("one launch", result.output)) == 1
 
 
+_FAULTY = """
+import os
+import pytest, torch
+import torch.distributed as dist
+
+pytestmark = pytest.mark.ranks(2)
+
+def end_once(root, name):
+    dist.barrier()
+    if dist.get_rank() == 1 and not (root / name).exists():
+        (root / name).touch()
+        os.abort()
+    dist.barrier()
+
+def test_fault(pytestconfig):
+    end_once(pytestconfig.rootpath, "first")
+
+def test_fault_again(pytestconfig):
+    end_once(pytestconfig.rootpath, "second")
+
+def test_after():
+    dist.barrier()
+"""
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_a_fault_of_a_library_is_told_and_one_is_run_again(tmp_path: Path, allowed: int) -> None:
+    result = run_project(tmp_path, {"test_a.py": _FAULTY}, ranks_faults=allowed)
+    outcomes = {name: report.outcome for name, report in result.reports.items()}
+    first = "passed" if allowed else "failed"
+    assert outcomes == {"test_fault": first, "test_fault_again": "failed", "test_after": "passed"}
+    assert result.reports["test_fault_again"].text.startswith("rank 1 died (exit code -6)")
+    told = "a library ended a rank; the test ran again" in result.output
+    assert told == bool(allowed)
+    assert len(re.findall(r"rank 1 died \(exit code -6\)", result.output)) >= 2
+    # Frames of the process itself, not only Python's.
+    assert re.search(r"frame #\d+: abort \+ ", result.output)
+    assert " in end_once" in result.output
+
+
+def test_a_rank_that_ends_itself_is_not_run_again(tmp_path: Path) -> None:
+    text = _FAULTY.replace("os.abort()", "os._exit(3)")
+    result = run_project(tmp_path, {"test_a.py": text}, ranks_faults=1)
+    assert result.reports["test_fault"].outcome == "failed"
+    assert "ran again" not in result.output
+
+
 def test_marker_with_another_size_is_refused(tmp_path: Path) -> None:
     text = "import pytest\n@pytest.mark.ranks(3)\ndef test_a():\n    pass\n"
     result = run_project(tmp_path, {"test_a.py": text})
