@@ -31,11 +31,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "others",
         type="linelist",
     )
-    parser.addini(
-        "ranks_faults",
-        "so many tests of a session run again when a signal of a library ended a rank in them",
-        default="0",
-    )
     parser.addini("beside_from", "so many of them at least; fewer run here", default="300")
 
 

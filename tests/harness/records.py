@@ -122,9 +122,10 @@ class RankLog:
                 for frames in native:
                     if _CAUSE in frames:
                         said += ["the thread that it ended, libraries' frames:"]
-                        said += frames.strip().splitlines()[2:]
+                        # The innermost come first; below the handler's own two.
+                        said += frames.strip().splitlines()[2 : lines // 2]
                 stacks = trim_stacks(fatal + stacks.partition(_MODULES)[0]).splitlines()
-                texts += [*said, *stacks[: max(lines // 2, lines - len(said))]]
+                texts += [*said, *stacks[: lines - len(said)]]
             else:
                 texts += text.splitlines()[-lines:]
         return "\n".join(texts[-lines:])

@@ -39,8 +39,6 @@ _MARGIN = 30.0
 # Of ranks beside the tests of one process. Eight of them weigh as much as one process then; as they
 # were they took all cores first, and those tests went on alone, on one core.
 _NICE = 10
-# Signals that a process gets from its own libraries: freed memory used, an assertion in C.
-_FAULTS = frozenset(-sent for sent in (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS))
 # What torchrun sets: a launch started from inside another must not inherit it.
 _LAUNCH_VARIABLES = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|LOCAL_WORLD_SIZE|ROLE_NAME|MASTER_(ADDR|PORT)"
@@ -176,12 +174,6 @@ class Launch:
         output = log.output_tail() or agent.read_text(errors="replace")[-2000:]
         return f"rank {log.rank} died ({ended}); its last output:\n{output}"
 
-    def faulted(self) -> bool:
-        """Whether a fault inside a library ended a rank, and with it the launch."""
-        if self.stopped:
-            return False
-        return first_failed(self.process, self.directory / "agent.log")[1] in _FAULTS
-
     def close(self) -> None:
         """Stop what still runs and remove the launch's files."""
         if self.running():
@@ -192,12 +184,9 @@ class Launch:
 class RankedTests:
     """All tests of one number of ranks and their outcome, over as many launches as it takes."""
 
-    def __init__(
-        self, config: pytest.Config, size: int, items: list[pytest.Item], faults: dict[str, str]
-    ) -> None:
+    def __init__(self, config: pytest.Config, size: int, items: list[pytest.Item]) -> None:
         self.config = config
         self.size = size
-        self.faults = faults
         self.waiting = {i.nodeid: i for i in items}
         self.done: dict[str, list[pytest.TestReport]] = {}
         self.launch: Launch | None = None
@@ -251,9 +240,7 @@ class RankedTests:
         launch, why = self.launch, self.launch.why()
         current = next(iter(self.waiting.values()))
         reached = any(current.nodeid in log.started for log in launch.logs)
-        if reached and launch.faulted() and self._may_run_again(current.nodeid):
-            self.faults[current.nodeid] = why
-        elif reached:
+        if reached:
             self._settle(current, merge(self.config, current, launch.logs, died=why))
         elif not self._settled_in_launch:
             # Nothing came of this launch, so a new one would end the same way.
@@ -261,10 +248,6 @@ class RankedTests:
             for item in list(self.waiting.values()):
                 self._settle(item, [error(item, failure)])
         self.close()
-
-    def _may_run_again(self, nodeid: str) -> bool:
-        allowed = int(self.config.getini("ranks_faults"))
-        return nodeid not in self.faults and len(self.faults) < allowed
 
     def close(self) -> None:
         """End the launch, if one is under way."""
@@ -279,7 +262,6 @@ class SupervisorPlugin:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.groups: dict[int, RankedTests] = {}
-        self.faults: dict[str, str] = {}
         self._beside: set[str] = set()
 
     @pytest.hookimpl(trylast=True)
@@ -306,7 +288,7 @@ class SupervisorPlugin:
         for item in session.items:
             size = self._size(item)
             if size is not None:
-                self.groups.setdefault(size, RankedTests(self.config, size, [], self.faults))
+                self.groups.setdefault(size, RankedTests(self.config, size, []))
                 self.groups[size].waiting[item.nodeid] = item
         if self.groups and not session.config.option.collectonly:
             for size in {0, max(self.groups)} & set(self.groups):
@@ -333,12 +315,6 @@ class SupervisorPlugin:
 
     def _reports(self, size: int, nodeid: str) -> Iterator[pytest.TestReport]:
         yield from self.groups[size].reports(nodeid)
-
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Tell which tests ran twice, and what had ended the first time."""
-        for nodeid, why in self.faults.items():
-            terminalreporter.section("a library ended a rank; the test ran again")
-            terminalreporter.write_line(f"{nodeid}\n{why}")
 
     def pytest_sessionfinish(self) -> None:
         """End launches that an interrupt or ``-x`` left behind."""
